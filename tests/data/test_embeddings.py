@@ -1,0 +1,246 @@
+"""The embedding store: whole, by key, never done twice, for one CLIP; what is wrong with it is named."""
+
+import io
+import json
+import logging
+import multiprocessing
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tests.data.shardkit import FakeCLIP, picture, write_shards, write_tar
+from unclip_pl.clip import ClipMismatch
+from unclip_pl.data.embeddings import EmbeddingStore, ShardRows, verify
+from unclip_pl.data.shards import ErrorBudget, decode, expand, raw_samples
+from unclip_pl.errors import UserError
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return write_shards(tmp_path, [9, 4, 12])
+
+
+def fill(folder, shards, clip=None, **kwargs) -> EmbeddingStore:
+    store = EmbeddingStore(folder)
+    store.ensure(shards, clip or FakeCLIP(), 5, progress=False, **kwargs)
+    return store
+
+
+def spoil(store: EmbeddingStore, shard: str, change) -> None:
+    """Rewrite a file of the store with `change(tensors, metadata)` applied."""
+    path = store.path(shard)
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+def test_rows_are_what_clip_gives_for_each_key(tmp_path, shards):
+    store, clip = fill(tmp_path / "store", shards), FakeCLIP()
+    for shard in shards:
+        rows = store.shard(shard)
+        assert isinstance(rows.image_embed, np.memmap) and rows.image_embed.dtype == np.float16 and rows.tokens.dtype == np.int32
+        for sample in raw_samples(shard, ErrorBudget(0)):
+            i = rows.row[sample["key"]]
+            tokens = clip.tokenize([sample["caption"]])
+            assert np.array_equal(rows.image_embed[i], clip.embed_images(decode(sample["image"], 8)[None])[0].half().numpy())
+            assert np.array_equal(rows.text_embed[i], clip.embed_text(tokens).embed[0].half().numpy())
+            assert np.array_equal(rows.tokens[i], tokens[0].numpy())
+    assert store.manifest["rows"] == 25 and list(store.manifest["shards"]) == shards
+    assert verify(store.folder) == verify(store.folder, shards, FakeCLIP()) == []
+
+
+def test_the_files_are_plain_safetensors(tmp_path, shards):
+    store = fill(tmp_path / "store", shards)
+    with safe_open(store.path(shards[0]), "pt") as file:
+        assert {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} == {  # noqa: SIM118
+            "image_embed": (9, 6), "text_embed": (9, 6), "tokens": (9, 12), "mean": (6,), "scatter": (6, 6)
+        }
+
+
+def test_what_is_done_is_not_done_again_and_what_changed_is(tmp_path, shards):
+    fill(tmp_path / "store", shards)
+    again = FakeCLIP()
+    fill(tmp_path / "store", shards, again)
+    assert again.seen == 0
+    write_tar(tmp_path / "00001.tar", {"new.png": picture(77), "new.txt": b"new"})
+    assert any("stale" in line for line in verify(tmp_path / "store"))
+    store = fill(tmp_path / "store", shards, again)
+    assert again.seen == 1 and store.shard(shards[1]).keys == ["new"] and verify(store.folder) == []
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_rows(tmp_path, shards):
+    fresh = fill(tmp_path / "fresh", shards)
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path / "store", shards, FakeCLIP(die_after=15))
+    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 2 and not list((tmp_path / "store").glob(".*.tmp"))
+    with pytest.raises(UserError, match="no whole embedding store"):
+        verify(tmp_path / "store")
+    second = FakeCLIP()
+    store = fill(tmp_path / "store", shards, second)
+    assert second.seen == 12
+    for shard in shards:
+        assert store.path(shard).read_bytes() == (fresh.folder / store.path(shard).name).read_bytes()
+    assert store.manifest == fresh.manifest
+
+
+def test_a_file_cut_short_is_made_anew(tmp_path, shards):
+    store = fill(tmp_path / "store", shards)
+    path = store.path(shards[0])
+    whole = path.read_bytes()
+    for length in (0, 4, 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises((OSError, ValueError, KeyError)):
+            ShardRows.open(path)
+        with pytest.raises(UserError, match="no whole rows"):
+            EmbeddingStore(store.folder).shard(shards[0])
+    assert any("cannot be checked" in line for line in verify(store.folder))
+    fill(tmp_path / "store", shards)
+    assert path.read_bytes() == whole
+
+
+def _ensure(folder, shards, queue) -> None:
+    clip = FakeCLIP()
+    fill(folder, shards, clip)
+    queue.put(clip.seen)
+
+
+def test_two_processes_fill_one_store_and_share_the_work(tmp_path):
+    shards = write_shards(tmp_path, [20] * 12)
+    context = multiprocessing.get_context("spawn")  # torch threads do not survive a fork
+    queue = context.Queue()
+    processes = [context.Process(target=_ensure, args=(tmp_path / "store", shards, queue)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    seen = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert sum(seen) == 240
+    assert verify(tmp_path / "store", shards) == []
+
+
+def test_ranks_take_disjoint_shards_and_one_finishes(tmp_path, shards):
+    clips = [FakeCLIP(), FakeCLIP()]
+    for rank, clip in enumerate(clips):
+        store = fill(tmp_path / "store", shards, clip, rank=rank, world=2)
+    assert [clip.seen for clip in clips] == [21, 4] and not (tmp_path / "store" / "manifest.json").exists()
+    store.finish(shards, clips[0])
+    assert verify(store.folder, shards) == []
+
+
+def test_a_second_call_with_other_shards_keeps_the_manifest_of_the_first(tmp_path, shards):
+    fill(tmp_path / "store", shards[:2])
+    assert list(fill(tmp_path / "store", shards[2:]).manifest["shards"]) == shards
+
+
+def test_statistics_are_those_of_all_rows(tmp_path, shards):
+    store = fill(tmp_path / "store", shards)
+    for some in (shards, shards[:2]):
+        rows = np.concatenate([np.asarray(store.shard(shard).image_embed, np.float64) for shard in some])
+        found = store.statistics(some)
+        assert found.count == len(rows) and found.mean.dtype == torch.float64
+        np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(found.std, rows.std(0), rtol=1e-10)
+        np.testing.assert_allclose(found.covariance, np.cov(rows.T, bias=True), rtol=1e-9, atol=1e-12)
+    assert store.statistics().count == 25
+
+
+def test_verify_names_missing_doubled_and_non_finite_rows(tmp_path, shards):
+    store = fill(tmp_path / "store", shards)
+
+    def change(tensors, metadata):
+        rows = json.loads(metadata["rows"])
+        rows["keys"][1:3] = [rows["keys"][0], "stranger"]
+        metadata["rows"] = json.dumps(rows)
+        tensors["text_embed"][3, 2] = float("nan")
+        tensors["image_embed"][4, 0] = float("inf")
+
+    spoil(store, shards[0], change)
+    store.path(shards[1]).unlink()
+    extra = write_tar(tmp_path / "extra.tar", {"x.png": picture(0)})
+    problems = "\n".join(verify(store.folder, [*shards, extra]))
+    for line in [
+        "key 000000 is doubled, it has 2 rows", "key 000001 is missing", "key 000002 is missing", "the row of key stranger has no image",
+        "key 000003 has a text_embed that is not finite", "key 000004 has a image_embed that is not finite", "00001.tar: its rows in", "extra.tar: its rows in",
+    ]:
+        assert line in problems, line
+    assert "00002.tar" not in problems and len(problems.splitlines()) == 8
+
+
+def test_verify_names_rows_that_are_too_few(tmp_path, shards):
+    store = fill(tmp_path / "store", shards)
+    spoil(store, shards[0], lambda tensors, _: tensors.update(image_embed=tensors["image_embed"][:8].clone()))
+    assert verify(store.folder) == [f"{shards[0]}: 8 rows of image_embed for 9 keys"]
+
+
+def test_a_store_of_another_clip_is_refused_by_name(tmp_path, shards):
+    fill(tmp_path / "store", shards[:1])
+    for use in (lambda: fill(tmp_path / "store", shards, FakeCLIP(1)), lambda: verify(tmp_path / "store", clip=FakeCLIP(1))):
+        with pytest.raises(ClipMismatch, match=r"The embedding store .* was made with the CLIP fake-0.* fake-1"):
+            use()
+    (tmp_path / "store" / "clip.json").unlink()
+    with pytest.raises(ClipMismatch):
+        fill(tmp_path / "store", shards, FakeCLIP(1))
+    (tmp_path / "store" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="to say of which CLIP"):
+        fill(tmp_path / "store", shards)
+
+
+def test_a_run_cut_short_before_the_manifest_is_claimed_too(tmp_path, shards):
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path / "store", shards, FakeCLIP(die_after=10))
+    with pytest.raises(ClipMismatch):
+        fill(tmp_path / "store", shards, FakeCLIP(1))
+
+
+def test_bad_samples_have_no_row_and_are_counted(tmp_path, caplog):
+    shards = write_shards(tmp_path, [60, 60], bad={7, 70})
+    with pytest.raises(UserError, match="2 of 1"):
+        fill(tmp_path / "store", shards, budget=ErrorBudget(0.01))
+    budget = ErrorBudget(0.02)
+    with caplog.at_level(logging.WARNING):
+        store = fill(tmp_path / "other", shards, budget=budget)
+    assert (budget.bad, budget.seen) == (2, 120) and store.manifest["rows"] == 118
+    assert any("sample 000070" in line for line in caplog.messages)
+    assert ["000007" in line and "cannot be decoded" in line for line in verify(store.folder)] == [True, False]
+
+
+def test_an_embedding_that_is_not_finite_gets_no_row(tmp_path, shards, caplog):
+    clip = FakeCLIP()
+    embed = clip.embed_images
+    clip.embed_images = lambda images: embed(images).masked_fill(torch.arange(len(images))[:, None] == 1, 1e9)  # too large for float16
+    store = fill(tmp_path / "store", shards[1:2], clip)
+    assert len(store.shard(shards[1]).keys) == 3 and any("not finite" in line for line in caplog.messages)
+
+
+def test_a_shard_without_a_sample_is_a_sentence(tmp_path):
+    empty = write_tar(tmp_path / "empty.tar", {})
+    with pytest.raises(UserError, match=r"empty\.tar has no usable sample"):
+        fill(tmp_path / "store", [empty])
+    with pytest.raises(UserError, match="cannot be read"):
+        fill(tmp_path / "store", [str(tmp_path / "none.tar")])
+
+
+def test_noto_is_embedded_by_key_though_tar_and_parquet_disagree(noto, tmp_path):
+    shards = expand(str(noto))
+    store = fill(tmp_path / "store", shards)
+    assert store.rows(shards) == [145, 146, 109] and verify(store.folder) == []
+    with tarfile.open(shards[0]) as tar:
+        sample = tar.extractfile("00000002.jpg").read()
+    row = store.shard(shards[0])
+    clip = FakeCLIP()
+    assert np.array_equal(row.image_embed[row.row["00000002"]], clip.embed_images(decode(io.BytesIO(sample).read(), 8)[None])[0].half().numpy())
+
+
+def test_a_pipe_is_embedded_and_kept(tmp_path, shards):
+    url = f"pipe:cat {shards[0]}"
+    fill(tmp_path / "store", [url])
+    again = FakeCLIP()
+    assert fill(tmp_path / "store", [url], again).rows([url]) == [9] and again.seen == 0
+    shutil.rmtree(tmp_path / "store")

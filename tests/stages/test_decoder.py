@@ -1,0 +1,149 @@
+"""The decoder: drops as the paper says, conditions that matter, guidance that is applied, samples that do not depend on their batch."""
+
+import pytest
+import torch
+
+from unclip_pl.diffusion.noise import Noise
+from unclip_pl.diffusion.process import DiffusionConfig
+from unclip_pl.networks.text import TextConfig
+from unclip_pl.networks.unet import UNetConfig
+from unclip_pl.stages.base import OptimizerConfig
+from unclip_pl.stages.decoder import Decoder, DropoutConfig, SamplingConfig
+
+NET = UNetConfig(image_size=16, width=32, mults=(1, 2), depth=1, attention=(8,), head_width=16, dropout=0.0, embed_dim=12, context_width=24)
+TEXT = TextConfig(kind="states", states_width=10)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def decoder(**changes) -> Decoder:
+    stage = Decoder(net=NET, text=TEXT, **changes)
+    for parameter in stage.net.parameters():  # outputs start at zero: make them speak
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return stage
+
+
+def batch(size: int = 4) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, 100, (size, 6), generator=generator)
+    tokens[:, 4] = 49407
+    return {
+        "key": [str(i) for i in range(size)], "image": torch.rand(size, 3, 16, 16, generator=generator) * 2 - 1,
+        "image_embed": torch.randn(size, 12, generator=generator), "text_embed": torch.randn(size, 12, generator=generator),
+        "text_states": torch.randn(size, 6, 10, generator=generator), "tokens": tokens, "text_mask": torch.arange(6).repeat(size, 1) <= 4,
+    }
+
+
+def test_loss_is_a_mean_over_samples_and_every_parameter_gets_a_gradient():
+    stage = decoder()
+    losses = stage.loss(batch())
+    assert losses["per_sample"].shape == losses["t"].shape == (4,)
+    torch.testing.assert_close(losses["mse"], losses["per_sample"].mean())
+    losses["loss"].backward()
+    assert [name for name, p in stage.named_parameters() if p.grad is None] == []
+
+
+def test_embedding_and_caption_are_dropped_independently_at_their_rates():
+    stage = decoder(dropout=DropoutConfig(embed=0.1, text=0.5))
+    kept = []
+    conditions = stage.conditions
+    stage.conditions = lambda b, size, embed, text: (kept.append(torch.stack([embed, text])), conditions(b, size, embed, text))[1]
+    stage.net.forward = lambda x, t, **_: torch.zeros(len(x), 6, 16, 16, requires_grad=True)
+    for _ in range(100):
+        stage.loss(batch(40))
+    embed, text = torch.cat(kept, 1).double()
+    assert abs(embed.mean() - 0.9) < 0.02 and abs(text.mean() - 0.5) < 0.03
+    assert abs((embed * text).mean() - 0.45) < 0.03  # 45 % both, 5 % text alone: paper, section 2.1
+
+
+def test_dropped_embedding_has_no_influence_and_a_kept_one_has():
+    stage = decoder(dropout=DropoutConfig(embed=1.0, text=1.0)).eval()
+    one, two = batch(), batch() | {"image_embed": torch.randn(4, 12)}
+    loss = lambda b: stage.loss(b, torch.Generator().manual_seed(3))["loss"]
+    assert torch.equal(loss(one), loss(two))
+    stage.dropout = DropoutConfig(embed=0.0, text=1.0)
+    assert not torch.equal(loss(one), loss(two))
+
+
+@pytest.mark.parametrize("null", ["learned", "zeros"])
+def test_null_embedding_is_learned_or_zero(null):
+    stage = decoder(dropout=DropoutConfig(null_embed=null))
+    assert (dict(stage.named_parameters()).get("null_embed") is not None) == (null == "learned")
+    assert stage.null_embed.any() == (null == "learned")
+    assert "null_embed" in stage.state_dict()
+
+
+def test_embedding_is_seen_at_one_scale():
+    """A CLIP whose embeddings are ten times as long must not make another picture (unit norm at the network's door)."""
+    stage = decoder().eval()
+    given = batch()
+    settings = SamplingConfig(sampler="ddim", steps=3)
+    same = stage.sample(given | {"image_embed": given["image_embed"] * 10}, Noise(range(4)), settings)
+    torch.testing.assert_close(same, stage.sample(given, Noise(range(4)), settings), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm_solver_pp"])
+def test_image_k_is_the_same_in_any_batch(sampler):
+    stage = decoder().eval()
+    given, settings = batch(), SamplingConfig(sampler=sampler, steps=4, guidance_scale=2.0, eta=0.5)
+    whole = stage.sample(given, Noise([5, 6, 7, 8]), settings)
+    part = stage.sample({key: value[1:3] for key, value in given.items()}, Noise([6, 7]), settings)
+    torch.testing.assert_close(whole[1:3], part, rtol=1e-4, atol=1e-4)
+    assert whole.abs().max() <= 1 and torch.isfinite(whole).all()
+
+
+def test_guidance_is_applied_and_one_is_none():
+    stage = decoder(diffusion=DiffusionConfig(parametrization="v")).eval()
+    given = batch()
+    draw = lambda scale, b=given: stage.sample(b, Noise(range(4)), SamplingConfig(sampler="ddim", steps=3, guidance_scale=scale, threshold=None))
+    assert (draw(1.0) - draw(3.0)).abs().max() > 1e-3
+    null = draw(1.0, {})  # nothing given: the null branch alone
+    torch.testing.assert_close(draw(0.0), null, rtol=1e-4, atol=1e-4)
+
+
+def test_every_condition_changes_the_picture():
+    stage = decoder().eval()
+    given, settings = batch(), SamplingConfig(sampler="ddim", steps=3)
+    draw = lambda b: stage.sample(b, Noise(range(4)), settings)
+    for change in ({"image_embed": torch.randn(4, 12)}, {"text_states": torch.randn(4, 6, 10)}, {"text_embed": torch.randn(4, 12)}):
+        assert (draw(given) - draw(given | change)).abs().max() > 1e-4, change.keys()
+    without = {key: value for key, value in given.items() if not key.startswith("text") and key != "tokens"}
+    assert (draw(given) - draw(without)).abs().max() > 1e-4
+
+
+def test_wrong_number_of_output_channels_is_a_sentence():
+    with pytest.raises(ValueError, match=r"fixed_small needs 3"):
+        Decoder(net=NET, text=TEXT, diffusion=DiffusionConfig(variance="fixed_small"))
+
+
+def test_hyperparameters_rebuild_the_stage():
+    stage = decoder(diffusion=DiffusionConfig(parametrization="v"), sampling=SamplingConfig(steps=7))
+    again = Decoder(**stage.hparams)
+    again.load_state_dict(stage.state_dict())
+    settings = SamplingConfig(sampler="ddim", steps=2)
+    assert torch.equal(again.eval().sample(batch(), Noise(range(4)), settings), stage.eval().sample(batch(), Noise(range(4)), settings))
+    assert again.sampling.steps == 7 and again.process.config.parametrization == "v"
+
+
+def test_it_overfits_eight_pictures():
+    """Eight flat pictures of different colours, told apart by their embeddings alone: each must come back in its own colour."""
+    stage = Decoder(
+        net=UNetConfig(
+            image_size=8, width=32, mults=(1,), depth=1, attention=(), middle_attention=False, dropout=0.0, embed_dim=8, embed_tokens=0
+        ),
+        diffusion=DiffusionConfig(parametrization="v"), optimizer=OptimizerConfig(lr=3e-3),
+    )
+    colours = torch.tensor([[r, g, b] for r in (-0.8, 0.8) for g in (-0.8, 0.8) for b in (-0.8, 0.8)])
+    data = {"key": list("abcdefgh"), "image": colours[:, :, None, None].expand(8, 3, 8, 8).contiguous(), "image_embed": torch.eye(8)}
+    optimizer = torch.optim.AdamW(stage.parameters(), lr=3e-3)
+    many = {key: value * 4 if isinstance(value, list) else value.repeat(4, *[1] * (value.ndim - 1)) for key, value in data.items()}
+    for _ in range(250):
+        optimizer.zero_grad()
+        stage.loss(many)["loss"].backward()
+        optimizer.step()
+    drawn = stage.eval().sample(data, Noise(range(8)), SamplingConfig(sampler="ddim", steps=20, guidance_scale=1.0))
+    assert (drawn.mean((2, 3)) - colours).abs().max() < 0.25

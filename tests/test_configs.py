@@ -1,0 +1,106 @@
+"""Every YAML that is shipped builds, alone and with the overlays that it names; the paper's have the paper's size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from unclip_pl.cli import build_cli, find_config, main, sentence
+from unclip_pl.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+JOBS = {"embed": "predict"}
+STAGES = sorted(path.stem for path in (ROOT / "stages").glob("*.yaml"))
+OVERLAYS = sorted(str(path.relative_to(ROOT)) for folder in ("", "data/") for path in (ROOT / "lightning_config" / folder).glob("*.yaml"))
+PAPER = sorted(path.stem for path in (ROOT / "stages" / "paper").glob("*.yaml"))
+
+
+def build(*arguments: str):
+    """The stage, DataModule and trainer of a command line, without running it."""
+    return build_cli([*arguments, "--trainer.accelerator", "cpu"], run=False)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_builds(stage):
+    cli = build("-c", f"stages/{stage}.yaml")
+    assert type(cli.model).__name__.lower() == stage.replace("_", "")
+    assert cli.trainer.default_root_dir.endswith(f"runs/{stage}")
+
+
+@pytest.mark.parametrize("overlay", [overlay for overlay in OVERLAYS if "default" not in overlay])
+def test_every_overlay_goes_over_the_decoder(overlay, monkeypatch):
+    if "gpu" in overlay or "ddp" in overlay:
+        pytest.importorskip("torch.cuda")
+        if not torch.cuda.is_available():
+            text = (ROOT / overlay).read_text()
+            import yaml
+
+            assert set(yaml.safe_load(text)) == {"trainer"}
+            return
+    build("-c", "stages/decoder.yaml", "-c", overlay)
+
+
+@pytest.mark.parametrize("clip", ["ViT-L-14", "ViT-H-14"])
+def test_clip_overlays_agree_with_open_clip(clip):
+    cli = build("-c", "stages/decoder.yaml", "-c", f"lightning_config/clip/{clip}.yaml")
+    import open_clip
+
+    config = open_clip.get_model_config(cli.datamodule.clip.config.model)
+    assert cli.model.net_config.embed_dim == config["embed_dim"]
+    assert cli.model.text_config.states_width == config["text_cfg"]["width"]
+
+
+def test_paper_decoder_has_the_papers_size():
+    assert PAPER == ["decoder"]
+    with torch.device("meta"):
+        cli = build("-c", "stages/decoder.yaml", "-c", "stages/paper/decoder.yaml")
+    count = sum(parameter.numel() for parameter in cli.model.parameters())
+    assert 3.4e9 < count < 3.6e9, f"{count / 1e9:.3f} B parameters, the paper has 3.5 B"
+    assert cli.model.optimizer_config.lr == 1.2e-4 and cli.trainer.max_steps == 800_000
+    assert cli.model.process.config.parametrization == "eps" and cli.model.process.config.schedule == "cosine"
+    assert cli.model.sampling.sampler == "ddpm" and cli.model.sampling.steps == 250
+
+
+def test_files_merge_and_flags_win():
+    cli = build("-c", "stages/decoder.yaml", "--model.optimizer.lr", "5e-4", "--ema.decay", "0.5")
+    assert cli.model.optimizer_config.lr == 5e-4 and cli.model.optimizer_config.warmup_steps == 100
+    assert cli.model.net_config.width == 96
+    assert any(getattr(callback, "decay", None) == 0.5 for callback in cli.trainer.callbacks)
+
+
+@pytest.mark.parametrize(
+    ("flag", "near"),
+    [("--model.net.widht=64", "width"), ("--trainer.max_stesp=3", "max_steps"), ("--data.loader.bach_size=3", "batch_size"), ("--emma.decay=0.9", "ema")],
+)
+def test_typo_names_the_nearest_key(flag, near, capsys):
+    assert main(["fit", "-c", "stages/decoder.yaml", flag]) == 1
+    error = capsys.readouterr().err.strip()
+    assert f"did you mean '{near}'" in error and "\n" not in error
+
+
+def test_typo_in_a_yaml_names_the_nearest_key(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {init_args: {net: {widht: 64}}}\n")
+    assert main(["fit", "-c", "stages/decoder.yaml", "-c", str(path)]) == 1
+    error = capsys.readouterr().err.strip()
+    assert "'widht'" in error and "did you mean 'width'" in error and "\n" not in error
+
+
+def test_configuration_that_is_not_there_names_the_nearest():
+    with pytest.raises(UserError, match=r"did you mean stages/decoder\.yaml"):
+        find_config("stages/decodr.yaml")
+
+
+def test_stage_files_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(find_config("stages/decoder.yaml")).is_file()
+
+
+def test_sentence_keeps_other_messages():
+    assert sentence('Parser key "lr":\n  Expected a float. Got value: fast') == 'Parser key "lr": Expected a float. Got value: fast'
+
+
+def test_impossible_value_is_one_sentence(capsys):
+    assert main(["fit", "-c", "stages/decoder.yaml", "--model.optimizer.lr=fast"]) == 1
+    error = capsys.readouterr().err.strip()
+    assert "lr" in error and "\n" not in error

@@ -1,0 +1,122 @@
+"""The order of the house: imports run down only, files and constructors stay small, every stage has its YAML, commands answer at once."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "unclip_pl"
+FILES = sorted(path for path in [*PACKAGE.rglob("*.py"), *(ROOT / "eval").rglob("*.py")] if "_configs" not in path.parts)
+
+BELOW = ("errors", "atomic", "_torchvision", "images")  # seen from everywhere
+FLOORS = {
+    "_open_clip": -1, "diffusion": 0, "networks": 0, "clip": 0,
+    "data": 1, "release": 1,
+    "training": 2, "data.modules": 2,
+    "stages": 3,
+    "pipeline": 4,
+    "manipulate": 5, "probe": 5,
+    "cli": 6, "app": 6, "demo": 6, "__main__": 7,
+}
+# deliberate openings between rooms: (importing room, imported room)
+ALLOWED = {("training", "diffusion"), ("data.modules", "data"), ("demo", "app"), ("demo", "cli")}
+
+
+def room(module: str) -> str | None:
+    """The room of a dotted module name inside unclip_pl, None for the package itself."""
+    parts = module.split(".")[1:]
+    if not parts:
+        return None
+    two = ".".join(parts[:2])
+    return two if two in FLOORS else parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "unclip_pl"}
+
+
+def violations(path: Path, module: str) -> list[str]:
+    own = room(module)
+    if own is None or own in BELOW:
+        return [f"{module} imports {name}" for name in imports(path) if own in BELOW and room(name) not in (None, *BELOW)]
+    bad = []
+    for name in imports(path):
+        other = room(name)
+        if other in (None, own, *BELOW) or (own, other) in ALLOWED or other not in FLOORS:
+            continue
+        if FLOORS[other] >= FLOORS[own]:
+            bad.append(f"{module} (floor {FLOORS[own]}) imports {name} (floor {FLOORS[other]})")
+    return bad
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_imports_run_down_only():
+    bad = [line for path in FILES if path.is_relative_to(PACKAGE) for line in violations(path, module_of(path))]
+    assert not bad, "\n".join(bad)
+
+
+def test_the_import_test_can_fail(tmp_path):
+    upwards = tmp_path / "unet.py"
+    upwards.write_text("from unclip_pl.stages.decoder import Decoder\n")
+    assert violations(upwards, "unclip_pl.networks.unet")
+    sideways = tmp_path / "release.py"
+    sideways.write_text("import unclip_pl.data.shards\n")
+    assert violations(sideways, "unclip_pl.release")
+
+
+def test_every_room_has_a_floor():
+    assert {room(module_of(path)) for path in FILES if path.is_relative_to(PACKAGE)} - {None, *BELOW} <= set(FLOORS)
+
+
+def test_files_stay_under_400_lines():
+    long = {str(path.relative_to(ROOT)): n for path in FILES if (n := len(path.read_text(encoding="utf-8").splitlines())) > 400}
+    assert not long
+
+
+def test_constructors_take_at_most_8_arguments():
+    wide = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                count = len(node.args.posonlyargs) + len(node.args.args) + len(node.args.kwonlyargs) - 1
+                if count > 8:
+                    wide.append(f"{path.name}:{node.lineno} takes {count}")
+    assert not wide
+
+
+def test_every_stage_has_a_yaml():
+    yamls = [path.stem for path in (ROOT / "stages").glob("*.yaml")]
+    stages = [path.stem for path in (PACKAGE / "stages").glob("*.py") if path.stem not in ("__init__", "base")]
+    assert stages and all(any(yaml.startswith(stage) for yaml in yamls) for stage in stages)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-m", "unclip_pl", "--version"], ["-m", "unclip_pl", "--help"], ["-c", "from unclip_pl.app import main; main(['--help'])"]]
+)
+def test_help_and_version_answer_without_torch(arguments):
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['x', *{arguments[2:]!r}]\n"
+        "try:\n"
+        + (f"    runpy.run_module({arguments[1]!r}, run_name='__main__')\n" if arguments[0] == "-m" else f"    {arguments[1]}\n")
+        + "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules and 'lightning' not in sys.modules\n"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert time.monotonic() - start < 3

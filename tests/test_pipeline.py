@@ -1,0 +1,157 @@
+"""Releases and checkpoints through one door: what is written comes back, what does not fit is refused by name, commands give pictures."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from unclip_pl import app, pipeline, release
+from unclip_pl.clip import ClipMismatch, FrozenCLIP
+from unclip_pl.diffusion.noise import Noise
+from unclip_pl.diffusion.process import DiffusionConfig
+from unclip_pl.errors import UserError
+from unclip_pl.networks.unet import UNetConfig
+from unclip_pl.pipeline import DEFAULT_DECODER, UnCLIP, load_stage, read_weights
+from unclip_pl.release import Release
+from unclip_pl.stages.clip import CLIP
+from unclip_pl.stages.decoder import Decoder, SamplingConfig
+
+NET = UNetConfig(image_size=16, width=32, mults=(1,), depth=1, attention=(), middle_attention=False, head_width=32, embed_dim=256)
+QUICK = SamplingConfig(sampler="ddim", steps=2)
+
+
+@pytest.fixture(scope="module")
+def fingerprint():
+    return FrozenCLIP().fingerprint()
+
+
+@pytest.fixture
+def decoder(fingerprint):
+    torch.manual_seed(0)
+    stage = Decoder(net=NET, sampling=QUICK, diffusion=DiffusionConfig(parametrization="v"))
+    for parameter in stage.net.parameters():  # outputs start at zero: make them speak
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    stage.clip_fingerprint = fingerprint
+    return stage
+
+
+@pytest.fixture
+def folder(tmp_path, decoder):
+    weights = Release("Decoder", dict(decoder.hparams), decoder.clip_fingerprint, decoder.state_dict(), 7)
+    return release.write(tmp_path / "release", weights, "# a card\n")
+
+
+@pytest.fixture
+def checkpoint(tmp_path, decoder):
+    path = tmp_path / "newest-step=7.ckpt"
+    torch.save(
+        {"stage": "Decoder", "hyper_parameters": dict(decoder.hparams), "state_dict": decoder.state_dict(), "global_step": 7,
+         "clip_fingerprint": decoder.clip_fingerprint}, path,
+    )  # fmt: skip
+    return path
+
+
+def test_release_and_checkpoint_draw_the_same(folder, checkpoint, decoder):
+    given = {"image_embed": torch.randn(2, 256)}
+    expected = decoder.eval().sample(given, Noise([1, 2]))
+    torch.testing.assert_close(load_stage(checkpoint, Decoder).sample(given, Noise([1, 2])), expected, rtol=0, atol=0)
+    torch.testing.assert_close(load_stage(folder, Decoder).sample(given, Noise([1, 2])), expected, rtol=0, atol=0.02)  # float16 weights
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert read_weights(folder).steps == 7
+
+
+def test_release_is_not_overwritten(folder, decoder):
+    with pytest.raises(UserError, match="exists already"):
+        release.write(folder, Release("Decoder", {}, None, decoder.state_dict()), "")
+
+
+def test_another_stage_is_refused(folder, checkpoint):
+    for path in (folder, checkpoint):
+        with pytest.raises(UserError, match="holds a Decoder, and a CLIP is needed"):
+            load_stage(path, CLIP)
+
+
+def test_damaged_newer_and_foreign_folders_are_sentences(folder, tmp_path):
+    with pytest.raises(UserError, match=r"is no release \(config.json is missing\)"):
+        release.read(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"format": 99}))
+    with pytest.raises(UserError, match="has format 99"):
+        release.read(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        release.read(folder)
+    torch.save({"model": 1}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="no checkpoint of a stage of ours"):
+        read_weights(tmp_path / "other.ckpt")
+
+
+def test_weights_that_do_not_fit_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["hyper_parameters"]["net"]["width"] = 64
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="does not fit its own configuration"):
+        load_stage(folder, Decoder)
+
+
+def test_decoder_of_another_clip_is_refused(decoder, fingerprint):
+    decoder.clip_fingerprint = fingerprint | {"embed_dim": 768}
+    with pytest.raises(ClipMismatch, match="embed dim"):
+        UnCLIP(decoder)
+    decoder.clip_fingerprint = None
+    with pytest.raises(UserError, match="does not say with which CLIP"):
+        UnCLIP(decoder)
+
+
+def test_three_ways_to_condition(decoder):
+    unclip = UnCLIP(decoder)
+    embed = unclip.embed_images(torch.rand(2, 3, 80, 64) * 2 - 1)
+    drawn = unclip.decode(embed, [3, 4])
+    assert drawn.shape == (2, 3, 16, 16) and drawn.abs().max() <= 1
+    torch.testing.assert_close(unclip.decode(embed[1:], [4])[0], drawn[1], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(unclip.decode(None, [3, 4]), drawn)
+
+
+def test_vary_writes_pictures_with_their_settings(folder, tmp_path, capsys):
+    Image.new("RGBA", (90, 40), (200, 30, 30, 255)).save(tmp_path / "red.png")
+    arguments = ["vary", str(tmp_path / "red.png"), "--decoder", str(folder), "--num-images", "2", "--seed", "5", "--out", str(tmp_path / "out")]
+    assert app.main(arguments) == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["red-5.png", "red-6.png", "variations.png"]
+    with Image.open(tmp_path / "out" / "red-5.png") as image:
+        assert image.size == (16, 16) and image.text["seed"] == "5" and "steps=2" in image.text["unclip"]
+    assert "variations.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["vary", "gone.png"], "There is no picture gone.png"),
+        (["vary", "gone.png", "--num-images", "0"], "give 1 or more"),
+        (["vary", "here.png", "--decoder", "gone.ckpt"], "There is no checkpoint gone.ckpt"),
+        (["export", "gone.ckpt", "--out", "x"], "There is no checkpoint gone.ckpt"),
+        (["data", "verify", "gone"], "no whole embedding store"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("here.png")
+    assert app.main(arguments) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("unclip: ") and words in error[0]
+
+
+def test_export_makes_a_release_of_a_checkpoint(checkpoint, tmp_path):
+    assert app.main(["export", str(checkpoint), "--out", str(tmp_path / "mine")]) == 0
+    assert read_weights(tmp_path / "mine").stage == "Decoder"
+
+
+def test_assets_of_the_package_are_whole_and_small():
+    """What a newcomer draws with: the CLIP and the decoder load, fit each other, and stay under 16 MB each."""
+    unclip = UnCLIP.load()
+    assert unclip.decoder.net_config.image_size == 64
+    for folder in (DEFAULT_DECODER, pipeline.ASSETS / "clip-openmoji"):
+        assert sum(file.stat().st_size for file in folder.iterdir()) <= 16_000_000
+        assert "OpenMoji" in (folder / "README.md").read_text(encoding="utf-8")

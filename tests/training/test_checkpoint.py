@@ -1,0 +1,113 @@
+"""Checkpoints are whole or not there, hold plain values only, and the newest whole one is found."""
+
+import pickle
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from tests.training.toy import Toy, loader, trainer
+from unclip_pl.errors import UserError
+from unclip_pl.stages.base import Stage
+from unclip_pl.training import checkpoint as module
+from unclip_pl.training.checkpoint import AtomicCheckpointIO, BestCheckpoint, NewestCheckpoint, newest_checkpoint, read_checkpoint
+
+
+def test_newest_replaces_the_one_before_and_best_stays(tmp_path):
+    callbacks = NewestCheckpoint(2), BestCheckpoint()
+    trainer(tmp_path, *callbacks, steps=7, val_check_interval=3, check_val_every_n_epoch=None).fit(Toy(), loader(), loader())
+    names = sorted(path.name for path in tmp_path.rglob("*.ckpt"))
+    assert [name for name in names if name.startswith("newest")] == ["newest-step=7.ckpt"]  # also the step at which training ended
+    assert any(name in ("best-step=3.ckpt", "best-step=6.ckpt") for name in names) and len(names) == 2
+
+
+def test_a_direct_construction_loads_with_weights_only_and_rebuilds(tmp_path):
+    trainer(tmp_path, NewestCheckpoint(4), steps=4).fit(Toy(width=4), loader())
+    path = newest_checkpoint(tmp_path)
+    hparams = read_checkpoint(path)["hyper_parameters"]
+    assert hparams["optimizer"]["betas"] == [0.9, 0.999] and hparams["width"] == 4
+    again = Toy.load_from_checkpoint(path)
+    assert again.optimizer_config.betas == (0.9, 0.999)
+
+
+def test_write_that_fails_leaves_the_previous_file(tmp_path, monkeypatch):
+    path = tmp_path / "newest-step=1.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"a": torch.ones(3)}, path)
+
+    def half(obj, file):
+        file.write(b"PK half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.torch, "save", half)
+    with pytest.raises(UserError, match="the disk is full"):
+        AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(3)}, path)
+    assert torch.equal(read_checkpoint(path)["a"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["newest-step=1.ckpt"]
+
+
+def test_full_disk_gives_a_sentence_and_keeps_the_previous_file(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small tmpfs cannot be mounted here")
+    try:
+        path = disk / "newest-step=1.ckpt"
+        AtomicCheckpointIO().save_checkpoint({"a": torch.ones(1000)}, path)
+        with pytest.raises(UserError, match="the disk is full"):
+            AtomicCheckpointIO().save_checkpoint({"a": torch.ones(1_000_000)}, path)
+        assert torch.equal(read_checkpoint(path)["a"], torch.ones(1000))
+        assert [p.name for p in disk.iterdir()] == ["newest-step=1.ckpt"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("this must never be printed",))
+
+
+def test_pickle_with_code_is_refused_by_one_sentence(tmp_path, capsys):
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": Evil()}, path)
+    with pytest.raises(UserError, match="would run code") as error:
+        read_checkpoint(path)
+    plain = tmp_path / "plain.ckpt"
+    plain.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError):
+        read_checkpoint(plain)
+    assert "never be printed" not in capsys.readouterr().out and "\n" not in str(error.value)
+
+
+def test_truncated_and_missing_files_are_sentences(tmp_path):
+    path = tmp_path / "newest-step=5.ckpt"
+    torch.save({"a": torch.ones(10_000)}, path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        read_checkpoint(path)
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        read_checkpoint(tmp_path / "gone.ckpt")
+
+
+def test_newest_passes_over_files_cut_short(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    torch.save({}, tmp_path / "newest-step=5.ckpt")
+    torch.save({}, tmp_path / "best-step=20.ckpt")
+    shutil.copy(tmp_path / "newest-step=5.ckpt", tmp_path / ".newest-step=99.ckpt.tmp")
+    (tmp_path / "newest-step=30.ckpt").write_bytes((tmp_path / "newest-step=5.ckpt").read_bytes()[:200])
+    assert newest_checkpoint(tmp_path).name == "best-step=20.ckpt"
+
+
+def test_checkpoint_of_another_stage_is_refused(tmp_path):
+    class Other(Toy):
+        pass
+
+    trainer(tmp_path, NewestCheckpoint(4), steps=4).fit(Toy(), loader())
+    with pytest.raises(UserError, match="holds a Toy, and this run trains a Other"):
+        trainer(tmp_path, steps=8).fit(Other(), loader(), ckpt_path=newest_checkpoint(tmp_path))
+
+
+def test_stage_is_abstract():
+    with pytest.raises(NotImplementedError):
+        Stage().loss({})

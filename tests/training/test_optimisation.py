@@ -1,0 +1,82 @@
+"""What `Stage` does around a step: warm-up and decay, clipping, steps that are not finite, the same draws after a resume."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from tests.training.toy import Toy, loader, trainer
+from unclip_pl.errors import UserError
+from unclip_pl.stages.base import OptimizerConfig, as_config, plain
+
+
+class Watch(Callback):
+    def __init__(self):
+        self.norms, self.rates, self.weights, self.draws = [], [], [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_start(self, *_):
+        self.draws.append(torch.rand(()).item())
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.norms.append(torch.stack([p.grad.norm() for p in pl_module.parameters()]).norm().item() if pl_module.net.weight.grad is not None else 0)
+        self.weights.append(pl_module.net.weight.detach().clone())
+
+
+def test_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    module, watch = Toy(), Watch()
+    trainer(tmp_path, watch, steps=6).fit(module, loader(bad=9))  # in the third batch of four
+    assert module.skipped_steps == 1
+    assert torch.equal(watch.weights[2], watch.weights[1])
+    assert not torch.equal(watch.weights[3], watch.weights[2])
+    assert all(torch.isfinite(weight).all() for weight in watch.weights)
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path):
+    module = Toy(optimizer=OptimizerConfig(lr=0.0, clip_norm=0.01, warmup_steps=1))
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    module.log_dict = lambda *_, **__: None
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    module.configure_gradient_clipping(optimizer)
+    norm = torch.stack([p.grad.norm() for p in module.parameters()]).norm()
+    assert abs(norm.item() - 0.01) < 1e-5
+
+
+def test_rate_rises_linearly_then_falls_as_a_half_cosine(tmp_path):
+    watch = Watch()
+    module = Toy(optimizer=OptimizerConfig(lr=1.0, warmup_steps=4, decay="cosine"))
+    trainer(tmp_path, watch, steps=12).fit(module, loader())
+    expected = [(k + 1) / 4 if k < 4 else 0.5 * (1 + math.cos(math.pi * (k - 4) / 8)) for k in range(12)]
+    assert watch.rates == pytest.approx(expected)
+
+
+def test_cosine_without_an_end_is_a_sentence(tmp_path):
+    module = Toy(optimizer=OptimizerConfig(warmup_steps=1, decay="cosine"))
+    with pytest.raises(UserError, match=r"give --trainer\.max_steps"):
+        trainer(tmp_path, steps=-1, limit_train_batches=3).fit(module, loader())
+
+
+def test_random_draws_depend_on_the_step_alone(tmp_path):
+    first, second = Watch(), Watch()
+    torch.manual_seed(1)
+    trainer(tmp_path, first, steps=5).fit(Toy(), loader())
+    torch.manual_seed(2)
+    trainer(tmp_path, second, steps=5).fit(Toy(), loader())
+    # the callback draws before the stage reseeds, so its draw k follows step k-1's noise
+    assert first.draws[1:] == second.draws[1:] and len(set(first.draws)) == 5
+
+
+def test_gains_and_biases_are_not_decayed():
+    groups = Toy().configure_optimizers()["optimizer"].param_groups
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.0, 1), (0.0, 1)]
+    groups = Toy(optimizer=OptimizerConfig(weight_decay=0.5)).configure_optimizers()["optimizer"].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+
+
+def test_configs_survive_the_way_through_plain_values():
+    config = OptimizerConfig(betas=(0.8, 0.9))
+    assert as_config(OptimizerConfig, plain(config)) == config

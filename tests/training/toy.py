@@ -1,0 +1,51 @@
+"""The smallest stage there is: a line fitted to noise-free data; for tests of the machinery around stages."""
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from unclip_pl.stages.base import OptimizerConfig, Stage
+from unclip_pl.training.checkpoint import AtomicCheckpointIO
+
+
+class Toy(Stage):
+    def __init__(self, width: int = 4, optimizer: OptimizerConfig = OptimizerConfig(lr=0.1, warmup_steps=2)) -> None:
+        super().__init__()
+        self.remember(optimizer, width=width)
+        self.net = nn.Linear(width, 1)
+        self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
+
+    def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        self.counter += 1
+        error = self.net(batch["x"]).squeeze(1) - batch["y"] + 0.01 * torch.randn(len(batch["x"]))
+        return {"loss": error.square().mean() * batch["scale"].mean()}
+
+    def sample(self, batch: dict, noise: object) -> Tensor:
+        return batch["image"]
+
+
+class ToyData(torch.utils.data.Dataset):
+    """Sample i depends on i alone; `bad` is the index at which the loss is not finite."""
+
+    def __init__(self, size: int = 64, bad: int | None = None) -> None:
+        self.x = torch.randn(size, 4, generator=torch.Generator().manual_seed(0))
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> dict:
+        scale = torch.tensor(float("nan") if i == self.bad else 1.0)
+        return {"key": str(i), "x": self.x[i], "y": self.x[i].sum(), "scale": scale, "image": torch.zeros(3, 8, 8)}
+
+
+def trainer(folder, *callbacks, steps: int = 8, **kwargs) -> Trainer:
+    return Trainer(
+        default_root_dir=folder, max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=list(callbacks),
+        plugins=[AtomicCheckpointIO()], enable_checkpointing=any("Checkpoint" in type(c).__name__ for c in callbacks), **kwargs,
+    )
+
+
+def loader(bad: int | None = None, batch: int = 4, size: int = 64) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(ToyData(size, bad), batch_size=batch)

@@ -1,0 +1,15 @@
+"""unCLIP (DALL-E 2, arXiv 2204.06125) in PyTorch Lightning. Importing the package imports no torch: names load on first use."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {"UnCLIP": "pipeline", "FrozenCLIP": "clip", "CLIPConfig": "clip", "Decoder": "stages.decoder", "Noise": "diffusion.noise"}
+__all__ = ["CLIPConfig", "Decoder", "FrozenCLIP", "Noise", "UnCLIP", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

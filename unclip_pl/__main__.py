@@ -1,0 +1,7 @@
+"""`python -m unclip_pl` is `lightning`, also where another package's script of that name comes first on the path."""
+
+import sys
+
+from unclip_pl.cli import main
+
+sys.exit(main())

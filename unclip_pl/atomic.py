@@ -1,0 +1,107 @@
+"""Files that are either whole or not there: written beside the target, fsynced, renamed. And where the cache lives."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from unclip_pl.errors import UserError
+
+
+def cache_dir() -> Path:
+    """The folder of everything that can be made again: `$UNCLIP_CACHE`, else `~/.cache/unclip_pl`. Created on demand."""
+    folder = Path(os.environ.get("UNCLIP_CACHE") or "~/.cache/unclip_pl").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The cache folder {folder} cannot be made ({error.strerror}): set UNCLIP_CACHE to a folder you can write to.") from error
+    return folder
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path`; when the block ends well it is fsynced and takes the name `path`, else it is removed.
+
+    A reader therefore sees the old file or the whole new one, also after a crash or on a full disk.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        os.fchmod(handle, 0o644)
+        with os.fdopen(handle, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; when the block ends well it takes the name `path`, else it is removed.
+
+    If another process finished `path` in the meantime, that one stays and ours is discarded.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        try:
+            temporary.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def file_lock(path: str | os.PathLike, timeout: float = 3600.0) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path` (made if missing); wait up to `timeout` seconds for another holder.
+
+    The lock belongs to the open file: it is free again when its holder dies, however it dies.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + timeout
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(f"Another process has held {path} for {timeout:.0f} s: end it, or delete the file if none runs.") from None
+                time.sleep(0.1)
+        yield
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut (file systems without folder fsync are left alone)."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

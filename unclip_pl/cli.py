@@ -1,0 +1,188 @@
+"""`lightning fit | validate | predict -c stages/X.yaml`: Lightning's command line for the stages. The only file that knows jsonargparse.
+
+Layers, each says only what differs: dataclass defaults < lightning_config/default.yaml < -c stage < further -c overlays < flags.
+"""
+
+import difflib
+import importlib
+import logging
+import os
+import re
+import sys
+import warnings
+from importlib.resources import files
+from pathlib import Path
+
+from unclip_pl import __version__
+from unclip_pl.errors import UserError
+
+USAGE = f"""unclip_pl {__version__}: train the stages of unCLIP
+
+  lightning fit      -c stages/decoder.yaml [-c OVERLAY.yaml ...] [--flag value ...]   train a stage
+  lightning validate -c stages/decoder.yaml --ckpt_path FILE                           validate it
+  lightning predict  -c stages/embed.yaml                                              fill an embedding store
+  lightning fit      -c stages/decoder.yaml --resume auto                              go on from the newest checkpoint
+  lightning fit --help                                                                 every option
+
+Stages: {{stages}}. Flags come after the files: what comes later wins.
+`python -m unclip_pl` is the same command, where another package's `lightning` stands in the way. Pictures: `unclip --help`.
+"""
+
+
+def config_folder(name: str) -> Path:
+    """The folder `stages` or `lightning_config`: beside the package in a checkout, inside it in a wheel."""
+    beside = Path(__file__).resolve().parent.parent / name
+    return beside if beside.is_dir() else Path(str(files("unclip_pl"))) / "_configs" / name
+
+
+def find_config(path: str) -> str:
+    """A YAML as named; where it is not there, the shipped one of that name (`stages/decoder.yaml` works from any folder)."""
+    if Path(path).exists():
+        return path
+    for folder in ("stages", "lightning_config"):
+        head, _, tail = path.partition(f"{folder}/")
+        if not head and tail and (config_folder(folder) / tail).exists():
+            return str(config_folder(folder) / tail)
+    shipped = sorted(str(p.relative_to(config_folder("stages").parent)) for f in ("stages", "lightning_config") for p in config_folder(f).rglob("*.yaml"))
+    near = difflib.get_close_matches(path, shipped, 1, 0.5)
+    raise UserError(f"There is no configuration {path}" + (f": did you mean {near[0]}?" if near else f". Shipped are: {', '.join(shipped)}."))
+
+
+def sentence(message: str) -> str:
+    """jsonargparse's message cut to one sentence, with the nearest right key for one that is not accepted."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    errors = lines[lines.index("Errors:") + 1 :] if "Errors:" in lines else lines  # a list of why each type of a Union did not fit
+    said = " ".join(line for line in errors if line and "NoneType" not in line and not line.startswith("Given value"))
+    unrecognized = re.search(r"unrecognized arguments: --([\w.]+)", said)
+    option = re.search(r"(?:option|Option|Key|key) '([\w.]+)'(?: is not (?:accepted|expected)|$)", said)
+    if not unrecognized and not option:
+        return said or message
+    keys = known_keys()
+    path = (unrecognized or option)[1].split(".")
+    wrong = next((key for key in path if key not in keys), path[-1])
+    near = difflib.get_close_matches(wrong, keys, 1, 0.6)
+    return f"There is no option '{wrong}'" + (f": did you mean '{near[0]}'?" if near else "; `lightning fit --help` lists them all.")
+
+
+def known_keys() -> set[str]:
+    """Every parameter name of the stages, their DataModules, their configs and the trainer."""
+    import dataclasses
+    import inspect
+    import typing
+
+    from lightning.pytorch import LightningDataModule, Trainer
+
+    from unclip_pl.stages.base import Stage
+    from unclip_pl.training import checkpoint, ema, pictures
+
+    keys: set[str] = {"model", "data", "trainer", "ema", "newest", "best", "pictures", "seed_everything", "ckpt_path", "init_args", "class_path"}
+
+    def add(kind: type) -> None:
+        names = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
+        parameters = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else list(inspect.signature(kind.__init__).parameters)
+        keys.update(parameters)
+        for name in parameters:
+            if dataclasses.is_dataclass(names.get(name)):
+                add(names[name])
+
+    def subclasses(kind: type) -> set[type]:
+        return {kind} | {deep for child in kind.__subclasses__() for deep in subclasses(child)}
+
+    for kind in {Trainer, ema.EMA, checkpoint.NewestCheckpoint, checkpoint.BestCheckpoint, pictures.Pictures}:
+        add(kind)
+    for kind in subclasses(Stage) | subclasses(LightningDataModule):
+        if kind.__module__.startswith("unclip_pl"):
+            add(kind)
+    return keys - {"self", "args", "kwargs"}
+
+
+def resume(arguments: list[str]) -> list[str]:
+    """Replace `--resume auto|FILE` by `--ckpt_path FILE`; `auto` is the newest whole checkpoint of the run's folder, or none."""
+    for i, argument in enumerate(arguments):
+        if argument == "--resume" or argument.startswith("--resume="):
+            value = argument.partition("=")[2] or "".join(arguments[i + 1 : i + 2])
+            rest = arguments[:i] + arguments[i + (1 if "=" in argument else 2) :]
+            return [*rest, "--ckpt_path", f"resume:{value}"]
+    return arguments
+
+
+def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
+    """The parsed command line as a LightningCLI; with `run` its subcommand is carried out."""
+    importlib.import_module("unclip_pl._torchvision")  # before lightning
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.callbacks import ProgressBar
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from unclip_pl.data import modules  # noqa: F401  short names of the DataModules
+    from unclip_pl.stages import load_all
+    from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint, newest_checkpoint
+    from unclip_pl.training.ema import EMA
+    from unclip_pl.training.pictures import Pictures
+
+    load_all()
+
+    class Parser(LightningArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> None:
+            raise UserError(sentence(message)) from ex
+
+    class UnclipCLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            for key, callback in {"ema": EMA, "newest": NewestCheckpoint, "best": BestCheckpoint, "pictures": Pictures}.items():
+                parser.add_lightning_class_args(callback, key)
+
+        def _parse_ckpt_path(self) -> None:
+            """Files and flags win over what a checkpoint remembers of its own run (Lightning's default is the other way round)."""
+
+        def instantiate_trainer(self, **kwargs: object) -> Trainer:
+            """TensorBoard writes into the run's folder itself, so that a run is one folder; `--trainer.logger false` turns it off."""
+            trainer = self._get(self.config_init, "trainer")
+            if trainer.get("logger") is None:
+                kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir or ".", name="", version="")
+            if trainer.get("enable_progress_bar") is False:
+                trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, ProgressBar)]
+            return super().instantiate_trainer(**kwargs)
+
+        def before_instantiate_classes(self) -> None:
+            config = self.config[self.subcommand] if self.subcommand else self.config
+            root = Path(config.trainer.default_root_dir or "runs")
+            path = config.get("ckpt_path")
+            if path and str(path).startswith("resume:"):
+                value = str(path).removeprefix("resume:")
+                found = newest_checkpoint(root) if value in ("auto", "") else Path(value)
+                config["ckpt_path"] = str(found) if found else None
+                print(f"Resuming from {found}." if found else f"No checkpoint under {root}: starting anew.", file=sys.stderr)
+
+    return UnclipCLI(
+        LightningModule, LightningDataModule, run=run, args=arguments, parser_class=Parser,
+        subclass_mode_model=True, subclass_mode_data=True, auto_configure_optimizers=False, seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"plugins": [{"class_path": "unclip_pl.training.checkpoint.AtomicCheckpointIO"}]},
+        parser_kwargs={s: {"default_config_files": [str(config_folder("lightning_config") / "default.yaml")]} for s in ("fit", "validate", "test", "predict")},
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of `lightning`; returns the exit code. `--version` and `--help` answer before torch is imported."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        stages = sorted(p.stem for p in config_folder("stages").glob("*.yaml"))
+        print(USAGE.format(stages=", ".join(stages)))
+        return 0
+    if arguments[0] == "--version":
+        print(f"unclip_pl {__version__}")
+        return 0
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for message in (".*LeafSpec.*", ".*does not have many workers.*"):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    try:
+        for i, argument in enumerate(arguments[:-1]):
+            if argument in ("-c", "--config"):
+                arguments[i + 1] = find_config(arguments[i + 1])
+        build_cli(resume(arguments))
+    except UserError as error:
+        # from a loader's worker the sentence comes wrapped in that process's traceback
+        print(f"lightning: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,366 @@
+"""The embedding store: raw CLIP embeddings and tokens of every sample, one file a tar shard, paired with the images by key.
+
+    clip.json                  fingerprint of the CLIP that the folder belongs to, from its first minute
+    manifest.json              the same; for each shard: its file, rows, size and digest of the tar
+    NAME-HASH.safetensors      image_embed, text_embed (N, D) float16; tokens (N, L) int32; mean (D,), scatter (D, D) float64 of image_embed
+
+A file appears under its name when it is whole. A shard that is done and unchanged is not done twice; a run that was killed goes on.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from unclip_pl.atomic import atomic_file, file_lock
+from unclip_pl.clip import FrozenCLIP, require_same
+from unclip_pl.data.shards import BadSample, ErrorBudget, decode, expand, is_url, raw_samples
+from unclip_pl.errors import UserError
+
+FORMAT = 1
+FILL = "fill it with `lightning predict -c stages/embed.yaml`"
+DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """The rows of one shard, read by mmap: `image_embed`, `text_embed` (N, D) float16, `tokens` (N, L) int32, and `keys`, N of them."""
+
+    path: Path
+    image_embed: np.ndarray
+    text_embed: np.ndarray
+    tokens: np.ndarray
+    keys: list[str]
+    source: dict[str, Any]
+
+    @cached_property
+    def row(self) -> dict[str, int]:
+        """Row by key."""
+        return {key: i for i, key in enumerate(self.keys)}
+
+    @classmethod
+    def open(cls, path: Path) -> "ShardRows":
+        """Map a file of the store; raises ValueError, KeyError or OSError where it is not whole."""
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                raise ValueError("it is shorter than its header says")
+            header = json.loads(file.read(length))
+        meta = json.loads(header["__metadata__"]["rows"])
+
+        def rows(name: str, kind: str) -> np.ndarray:
+            return np.memmap(path, kind, "r", 8 + length + header[name]["data_offsets"][0], tuple(header[name]["shape"]))
+
+        end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        if path.stat().st_size < end:
+            raise ValueError("it is cut short")
+        return cls(path, rows("image_embed", "<f2"), rows("text_embed", "<f2"), rows("tokens", "<i4"), meta["keys"], meta["source"])
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the image embeddings, in float64: `count`, `mean` (D,), `covariance` (D, D) (over N, not N - 1)."""
+
+    count: int
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+    @property
+    def std(self) -> torch.Tensor:
+        """(D,)"""
+        return self.covariance.diagonal().clamp(min=0).sqrt()
+
+
+class EmbeddingStore:
+    """A folder of embeddings: `ensure` makes what is missing, `shard` reads. May be sent to another process.
+
+    Args:
+        folder: made on demand.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder)
+        self._open: dict[str, ShardRows] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}  # a pickled mmap would be its contents
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; raises a UserError where there is none or it is of a newer version."""
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+            version = manifest["format"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.folder} is no whole embedding store ({error}): {FILL}.") from None
+        if version != FORMAT:
+            raise UserError(f"The store {self.folder} has format {version}, this version reads {FORMAT}: fill a new one.")
+        return manifest
+
+    def path(self, shard: str) -> Path:
+        """The file of a shard; its name depends on the shard's whole name, as the configuration gives it."""
+        stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(shard).stem)[:64]
+        return self.folder / f"{stem}-{hashlib.sha256(shard.encode()).hexdigest()[:8]}.safetensors"
+
+    def shard(self, shard: str) -> ShardRows:
+        """The rows of a shard, mapped once and kept open."""
+        if shard not in self._open:
+            try:
+                self._open[shard] = ShardRows.open(self.path(shard))
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(f"The store {self.folder} has no whole rows for {shard} ({error}): {FILL}.") from None
+        return self._open[shard]
+
+    def rows(self, shards: Sequence[str]) -> list[int]:
+        """How many rows each of `shards` has."""
+        return [len(self.shard(shard).keys) for shard in shards]
+
+    def done(self, shard: str) -> bool:
+        """Whether the shard's file is whole and made from the tar as it is now."""
+        source = describe(shard)
+        try:
+            return ShardRows.open(self.path(shard)).source == source
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def ensure(
+        self, shards: Sequence[str], clip: FrozenCLIP, batch_size: int = 256, *, rank: int = 0, world: int = 1, progress: bool = True,
+        budget: ErrorBudget | None = None,
+    ) -> int:
+        """Embed what is missing of this rank's share of `shards`; returns how many shards that were.
+
+        Alone (world 1) it ends with `finish`; of several ranks one calls `finish` when all are through. Other processes may fill the same
+        store at the same time: a shard that one of them is at is left to it.
+
+        Raises:
+            UserError: the store belongs to another CLIP; a tar is gone, or has no usable sample; too many bad samples.
+        """
+        count = self.embed(shards[rank::world], clip, batch_size, progress=progress, budget=budget)
+        if world == 1:
+            self.finish(shards, clip)
+        return count
+
+    def embed(
+        self, shards: Sequence[str], clip: FrozenCLIP, batch_size: int = 256, *, progress: bool = True, budget: ErrorBudget | None = None
+    ) -> int:
+        """Embed those of `shards` that are not done; leaves the manifest alone. See `ensure`."""
+        self._own(clip)
+        budget = budget or ErrorBudget()
+        missing = [shard for shard in shards if not self.done(shard)]
+        sizes = [describe(shard)["size"] for shard in missing]
+        total = None if None in sizes else sum(sizes)
+        with tqdm(desc="embedding", total=total, unit="B", unit_scale=True, file=sys.stderr, disable=not (progress and missing)) as bar:
+            others = [shard for shard in missing if not self._embed_locked(shard, clip, batch_size, budget, bar, wait=0.0)]
+            for shard in others:
+                self._embed_locked(shard, clip, batch_size, budget, bar, wait=DAY)
+        return len(missing)
+
+    def finish(self, shards: Sequence[str], clip: FrozenCLIP) -> None:
+        """Write the manifest over `shards`, all of them done, and over what it named before and is still there."""
+        path = self.folder / "manifest.json"
+        with file_lock(self.folder / ".manifest.lock"):
+            old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"shards": {}}
+            entries = {shard: entry for shard, entry in old["shards"].items() if (self.folder / entry["file"]).is_file()}
+            for shard in shards:
+                rows = self.shard(shard)
+                entries[shard] = {"file": rows.path.name, "rows": len(rows.keys), **rows.source}
+            fingerprint = old.get("clip") or clip.fingerprint()
+            manifest = {"format": FORMAT, "clip": fingerprint, "rows": sum(e["rows"] for e in entries.values()), "shards": entries}
+            if manifest != old:
+                with atomic_file(path, "w") as file:
+                    file.write(json.dumps(manifest, indent=1) + "\n")
+
+    def statistics(self, shards: Sequence[str] | None = None) -> Statistics:
+        """Mean and covariance of the image embeddings of `shards` (None: all), merged from the files' own in float64 (Chan et al. 1979)."""
+        count, mean, scatter = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for shard in self.manifest["shards"] if shards is None else shards:
+            n = len(self.shard(shard).keys)
+            with safe_open(self.path(shard), "pt") as file:
+                m, s = file.get_tensor("mean"), file.get_tensor("scatter")
+            delta, total = m - mean, count + n
+            scatter = scatter + s + torch.outer(delta, delta) * (count * n / total)
+            mean, count = mean + delta * (n / total), total
+        return Statistics(count, mean, scatter / max(count, 1))
+
+    def _own(self, clip: FrozenCLIP) -> None:
+        """Claim an empty folder for a CLIP, or compare with the one that it belongs to."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        claim, manifest = self.folder / "clip.json", self.folder / "manifest.json"
+        with file_lock(self.folder / ".clip.lock"):
+            if claim.is_file():
+                require_same(json.loads(claim.read_text(encoding="utf-8")), clip.fingerprint(), f"The embedding store {self.folder}")
+            elif manifest.is_file():
+                require_same(self.manifest["clip"], clip.fingerprint(), f"The embedding store {self.folder}")
+            elif any(self.folder.glob("*.safetensors")):
+                raise UserError(f"The store {self.folder} has embeddings but neither clip.json nor manifest.json to say of which CLIP: fill a new folder.")
+            else:
+                with atomic_file(claim, "w") as file:
+                    json.dump(clip.fingerprint(), file)
+
+    def _embed_locked(self, shard: str, clip: FrozenCLIP, batch_size: int, budget: ErrorBudget, bar: tqdm, *, wait: float) -> bool:
+        """Embed a shard unless another process did so meanwhile; False where one is at it for longer than `wait` seconds."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(file_lock(self.folder / f".{self.path(shard).stem}.lock", timeout=wait))
+            except UserError:
+                if wait:
+                    raise
+                return False
+            before = bar.n
+            if not self.done(shard):
+                self._embed(shard, clip, batch_size, budget, bar)
+            bar.update((describe(shard)["size"] or bar.n - before) - (bar.n - before))
+        return True
+
+    def _embed(self, shard: str, clip: FrozenCLIP, batch_size: int, budget: ErrorBudget, bar: tqdm) -> None:
+        source = describe(shard)
+        keys: list[str] = []
+        parts: dict[str, list[torch.Tensor]] = {"image_embed": [], "text_embed": [], "tokens": []}
+        for batch in decoded_batches(shard, clip.image_size, batch_size, budget):
+            tokens = clip.tokenize([sample["caption"] for sample in batch])
+            image = clip.embed_images(torch.stack([sample["image"] for sample in batch])).half().cpu()
+            text = clip.embed_text(tokens).embed.half().cpu()
+            finite = image.isfinite().all(1) & text.isfinite().all(1)
+            for sample, usable in zip(batch, finite.tolist(), strict=True):
+                if usable:
+                    budget.good()
+                    keys.append(sample["key"])
+                else:
+                    budget.spend(f"sample {sample['key']} of {shard}", "its embedding is not finite")
+            for name, rows in {"image_embed": image, "text_embed": text, "tokens": tokens.int().cpu()}.items():
+                parts[name].append(rows[finite])
+            bar.update(sum(sample["bytes"] for sample in batch))
+            bar.set_postfix_str(f"{budget.seen / max(bar.format_dict['elapsed'], 1e-9):.0f} images/s, {budget.bad} bad", refresh=False)
+        if not keys:
+            raise UserError(f"The shard {shard} has no usable sample: take it out of the data, or mend it.")
+        tensors = {name: torch.cat(part) for name, part in parts.items()}
+        rows = tensors["image_embed"].double()
+        tensors["mean"] = rows.mean(0)
+        tensors["scatter"] = (rows - tensors["mean"]).T @ (rows - tensors["mean"])
+        with atomic_file(self.path(shard)) as file:
+            file.write(save(tensors, {"rows": json.dumps({"keys": keys, "source": source})}))
+        self._open.pop(shard, None)
+
+
+def decoded_batches(shard: str, image_size: int, batch_size: int, budget: ErrorBudget) -> Iterator[list[dict[str, Any]]]:
+    """Batches of decoded samples (with `bytes`, the image's size in the tar); the next two are decoded by threads while one is used."""
+
+    def decoded(sample: dict[str, Any]) -> dict[str, Any] | BadSample:
+        try:
+            return sample | {"image": decode(sample["image"], image_size), "bytes": len(sample["image"])}
+        except BadSample as error:
+            return error
+
+    stream = raw_samples(shard, budget)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        coming: deque[list] = deque()
+        while True:
+            while len(coming) < 3 and (raw := list(islice(stream, batch_size))):
+                coming.append([(sample["key"], threads.submit(decoded, sample)) for sample in raw])
+            if not coming:
+                return
+            batch = []
+            for key, future in coming.popleft():
+                result = future.result()
+                if isinstance(result, BadSample):
+                    budget.spend(f"sample {key} of {shard}", result)
+                else:
+                    batch.append(result)
+            if batch:
+                yield batch
+
+
+def describe(shard: str) -> dict[str, Any]:
+    """Size and digest of a local tar (SHA-256 of its size, first and last MiB); of a URL neither, so a change there goes unseen.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if is_url(shard):
+        return {"size": None, "digest": None}
+    try:
+        with Path(shard).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256(str(size).encode())
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    except OSError as error:
+        raise UserError(f"The shard {shard} cannot be read ({error.strerror}): put it back, or take it out of data.train and data.val.") from None
+    return {"size": size, "digest": digest.hexdigest()}
+
+
+def verify(folder: str | os.PathLike, shards: str | Sequence[str] | None = None, clip: FrozenCLIP | None = None) -> list[str]:
+    """One line for each thing that is wrong, none where all is well.
+
+    Args:
+        folder: the store.
+        shards: the tars it must cover; None: those that its manifest names.
+        clip: the CLIP that it must have been made with; None: any.
+
+    Raises:
+        UserError: it is no store, or one of another CLIP.
+    """
+    store = EmbeddingStore(folder)
+    manifest = store.manifest
+    if clip is not None:
+        require_same(manifest["clip"], clip.fingerprint(), f"The embedding store {store.folder}")
+    problems: list[str] = []
+    for shard in tqdm(expand(shards) if shards else list(manifest["shards"]), desc="verifying", unit=" shards", file=sys.stderr):
+        try:
+            source = describe(shard)
+            rows = ShardRows.open(store.path(shard))
+        except (OSError, ValueError, KeyError, UserError) as error:
+            problems.append(f"{shard}: its rows in {store.path(shard).name} cannot be checked ({error})")
+            continue
+        if shard not in manifest["shards"]:
+            problems.append(f"{shard}: not in manifest.json")
+        if rows.source != source:
+            problems.append(f"{shard}: stale, the tar has changed since {rows.path.name} was made")
+        problems += [f"{shard}: {line}" for line in [*_rows(rows), *_pairs(rows, shard)]]
+    return problems
+
+
+def _rows(rows: ShardRows) -> list[str]:
+    tables = {"image_embed": rows.image_embed, "text_embed": rows.text_embed, "tokens": rows.tokens}
+    lines = [f"{len(table)} rows of {name} for {len(rows.keys)} keys" for name, table in tables.items() if len(table) != len(rows.keys)]
+    lines += [f"key {key} is doubled, it has {n} rows" for key, n in Counter(rows.keys).items() if n > 1]
+    for name in ("image_embed", "text_embed"):
+        bad = np.flatnonzero(~np.isfinite(tables[name]).all(1))
+        lines += [f"key {rows.keys[i]} has a {name} that is not finite" for i in bad if i < len(rows.keys)]
+    return lines
+
+
+def _pairs(rows: ShardRows, shard: str) -> list[str]:
+    lines, present = [], set()
+    try:
+        for sample in raw_samples(shard, ErrorBudget(1.0)):
+            present.add(sample["key"])
+            if sample["key"] not in rows.row:
+                lines.append(f"key {sample['key']} is missing, it has no row" + _why(sample["image"]))
+    except UserError as error:
+        return [str(error)]
+    return lines + [f"the row of key {key} has no image" for key in rows.keys if key not in present]
+
+
+def _why(image: bytes) -> str:
+    try:
+        decode(image, 64)
+    except BadSample as error:
+        return f" ({error})"
+    return ""

@@ -1,0 +1,279 @@
+"""Batches from shards, for ever in training and once in validation; a run that stops goes on at the very next sample.
+
+Order: shards are shuffled by (seed, epoch), readers (rank x worker) share them out, windows of shards are read and permuted. All of it follows
+from numbers, so the state of a reader is three: epoch, window, offset. The state belongs to its number of ranks and workers.
+"""
+
+import hashlib
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from unclip_pl.data.shards import BadSample, ErrorBudget, decode, raw_samples
+from unclip_pl.errors import UserError
+
+log = logging.getLogger(__name__)
+Prepare = Callable[[dict[str, Any], int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How samples become batches."""
+
+    batch_size: int = 32
+    """Samples a batch and rank."""
+    num_workers: int = 2
+    steps_per_epoch: int | None = None
+    """Batches an epoch, the same on every rank; None: as many as the samples fill."""
+    window: int = 4
+    """Shards that a reader holds and mixes at a time."""
+    seed: int = 0
+    max_bad_rate: float = 0.01
+    """Largest share of samples that may be unusable before the run stops."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.window < 1 or self.num_workers < 0:
+            raise ValueError("data.loader needs a batch_size and window of at least 1 and num_workers of at least 0.")
+        if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
+            raise ValueError(f"data.loader.steps_per_epoch is {self.steps_per_epoch}: give 1 or more, or null for as many as the samples fill.")
+        if not 0 <= self.max_bad_rate <= 1:
+            raise ValueError(f"data.loader.max_bad_rate is {self.max_bad_rate}: give a share from 0 to 1.")
+
+
+class _Shards(IterableDataset):
+    """What both orders share: the shards, this process's place among the readers, and a sample made ready.
+
+    Args:
+        shards: their names.
+        image_size: side of the decoded images.
+        config: seed, window, share of bad samples.
+        prepare: (sample, epoch) -> sample, with what else a batch needs; raises BadSample for one that cannot be used. Goes to the workers.
+        rank, world: this process among all; captured here, so that workers started in any way know them.
+    """
+
+    def __init__(
+        self, shards: Sequence[str], image_size: int, config: LoaderConfig, prepare: Prepare, *, rank: int = 0, world: int = 1
+    ) -> None:
+        self.shards, self.image_size, self.config, self.prepare = list(shards), image_size, config, prepare
+        self.rank, self.world = rank, world
+
+    def reader(self) -> tuple[int, int]:
+        """(this reader, number of readers), a reader being a worker of a rank."""
+        worker = get_worker_info()
+        workers = worker.num_workers if worker else 1
+        return self.rank * workers + (worker.id if worker else 0), self.world * workers
+
+    def ready(self, sample: dict[str, Any], epoch: int, budget: ErrorBudget) -> dict[str, Any] | None:
+        """The sample as a batch needs it; None, and counted, where it cannot be used."""
+        try:
+            ready = self.prepare(sample | {"image": decode(sample["image"], self.image_size)}, epoch)
+        except BadSample as error:
+            budget.spend(f"sample {sample['key']} of {sample['shard']}", error)
+            return None
+        budget.good()
+        return ready
+
+
+class Samples(_Shards):
+    """Endless, shuffled, resumable: `state_dict` is the place of the next sample."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.epoch = self.window = self.offset = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "window": self.window, "offset": self.offset}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.window, self.offset = state["epoch"], state["window"], state["offset"]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        reader, readers = self.reader()
+        budget = ErrorBudget(self.config.max_bad_rate)
+        while True:
+            whole, usable = self.window == self.offset == 0, 0
+            windows = self._windows(reader, readers)
+            while self.window < len(windows):
+                samples = self._read(windows[self.window], reader, readers, budget)
+                while self.offset < len(samples):
+                    ready = self.ready(samples[self.offset], self.epoch, budget)
+                    self.offset += 1
+                    if ready is not None:
+                        usable += 1
+                        yield ready
+                self.window, self.offset = self.window + 1, 0
+            if whole and not usable:
+                raise UserError(f"Reader {reader + 1} of {readers} found no usable sample in its part of {self.shards[0]} ...: check data.train.")
+            self.epoch, self.window = self.epoch + 1, 0
+
+    def _windows(self, reader: int, readers: int) -> list[list[str]]:
+        order = list(self.shards)
+        random.Random(f"{self.config.seed} {self.epoch}").shuffle(order)
+        if not self._share_samples(readers):
+            order = order[reader::readers]
+        return [order[i : i + self.config.window] for i in range(0, len(order), self.config.window)]
+
+    def _share_samples(self, readers: int) -> bool:
+        """Few shards are shared out sample by sample, so that readers have equally much; many are shared out whole, and read once."""
+        return len(self.shards) < 8 * readers
+
+    def _read(self, window: list[str], reader: int, readers: int, budget: ErrorBudget) -> list[dict[str, Any]]:
+        stream = (sample for shard in window for sample in raw_samples(shard, budget))
+        if self._share_samples(readers):
+            stream = (sample for i, sample in enumerate(stream) if i % readers == reader)
+        samples = list(stream)
+        random.Random(f"{self.config.seed} {self.epoch} {self.window} {reader}").shuffle(samples)
+        return samples
+
+
+class SamplesInOrder(_Shards):
+    """Once and in the shards' order: each rank takes every world-th sample.
+
+    On several ranks each gives as many as there are places, ceil(total / world): one that has fewer (its last place is empty, or a sample
+    was bad) repeats its last one, so that no rank waits for another for ever. On one rank nothing is repeated.
+    """
+
+    def __init__(self, *args: Any, total: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.total = total
+
+    def __len__(self) -> int:
+        return (self.total + self.world - 1) // self.world
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        reader, readers = self.reader()
+        budget = ErrorBudget(self.config.max_bad_rate)
+        places, given, last, spare = count(), 0, None, None
+        for shard in self.shards:
+            for sample in raw_samples(shard, budget):
+                spare = sample if spare is None else spare
+                if next(places) % readers != reader:
+                    continue
+                ready = self.ready(sample, 0, budget)
+                if ready is not None and given < len(self):
+                    last, given = ready, given + 1
+                    yield ready
+        if given == 0:
+            last = self.ready(spare, 0, budget) if spare else None
+            if last is None:
+                raise UserError(f"There is no usable sample in {self.shards[0]} ...: check data.val.")
+        while given < len(self) and (self.world > 1 or given == 0):
+            given += 1
+            yield last
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Strings become lists, the rest tensors with the batch in front."""
+    return {
+        key: [sample[key] for sample in samples] if isinstance(samples[0][key], str) else default_collate([sample[key] for sample in samples])
+        for key in samples[0]
+    }
+
+
+def _plainly(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The batches; a UserError of a worker loses the traceback that torch puts in front of its sentence."""
+    try:
+        yield from batches
+    except UserError as error:
+        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+
+
+class TrainLoader:
+    """`steps` batches an epoch from an endless stream; its state is exact to the sample, on every rank.
+
+    A state is good for the same shards, number of ranks and workers, batch size, seed and window; with others the data go on at the start of
+    the next epoch, with a warning. On several ranks `state_dict` gathers from all of them, so all must call it, as Lightning does.
+
+    Args:
+        samples: the stream.
+        steps: batches an epoch.
+        start_method: how workers start ("spawn", "forkserver"); None: Python's default.
+    """
+
+    def __init__(self, samples: Samples, steps: int, start_method: str | None = None) -> None:
+        config = samples.config
+        self.samples, self.steps, self.done = samples, steps, 0
+        self.loader = StatefulDataLoader(
+            samples, batch_size=config.batch_size, num_workers=config.num_workers, collate_fn=collate, drop_last=True,
+            pin_memory=torch.cuda.is_available(), multiprocessing_context=start_method if config.num_workers else None,
+        )
+        self._stream: Iterator[dict[str, Any]] | None = None
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # One stream for all epochs: the workers stay, and their orders go on.
+        self._stream = _plainly(iter(self.loader)) if self._stream is None else self._stream
+        self.done = 0 if self.done >= self.steps else self.done
+        while self.done < self.steps:
+            batch = next(self._stream)
+            self.done += 1
+            yield batch
+
+    def shape(self) -> dict[str, Any]:
+        """What a state depends on."""
+        names = "\n".join(Path(shard).name for shard in self.samples.shards)
+        config = self.samples.config
+        return {
+            "ranks": self.samples.world, "workers": config.num_workers, "batch size": config.batch_size, "seed": config.seed,
+            "window": config.window, "shards": hashlib.sha256(names.encode()).hexdigest()[:8],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        own, world = self.loader.state_dict(), self.samples.world
+        every = [own] * world
+        if world > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_gather_object(every, own)
+        return {"shape": self.shape(), "done": self.done, "ranks": every}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._stream, self.done = None, min(state["done"], self.steps)
+        theirs, ours = state["shape"], self.shape()
+        if theirs == ours:
+            self.loader.load_state_dict(state["ranks"][self.samples.rank])
+        else:
+            differs = ", ".join(f"{key} {theirs.get(key)} there and {value} here" for key, value in ours.items() if theirs.get(key) != value)
+            log.warning("The checkpoint's place in the data does not fit this run (%s): the data go on at the start of the next epoch.", differs)
+            self.samples.load_state_dict({"epoch": _latest_epoch(state) + 1, "window": 0, "offset": 0})
+
+
+def _latest_epoch(state: Any) -> int:
+    """The highest epoch in a nested loader state."""
+    if isinstance(state, dict):
+        if {"epoch", "window", "offset"} <= state.keys():
+            return state["epoch"]
+        state = list(state.values())
+    return max(map(_latest_epoch, state), default=0) if isinstance(state, list) else 0
+
+
+class ValidationLoader(DataLoader):
+    """Batches of `SamplesInOrder`, the last one smaller; at most one worker, which keeps the order."""
+
+    def __init__(self, samples: SamplesInOrder) -> None:
+        config = samples.config
+        workers = min(1, config.num_workers)
+        super().__init__(samples, config.batch_size, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available())
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return _plainly(super().__iter__())
+
+
+def steps_of_epoch(config: LoaderConfig, samples: int, world: int) -> int:
+    """Batches an epoch on every rank; the last, partial one is left to the next epoch.
+
+    Raises:
+        UserError: the samples do not fill one batch on each rank.
+    """
+    steps = config.steps_per_epoch or samples // (config.batch_size * world)
+    if steps < 1:
+        raise UserError(f"{samples} samples do not fill a batch of {config.batch_size} on each of {world} ranks: lower data.loader.batch_size.")
+    return steps

@@ -1,0 +1,229 @@
+"""The DataModules: images with their embeddings, images with captions, and the shards of an embedding job.
+
+`train` and `val` are "openmoji" (drawn on demand) or shards as `data.shards.expand` takes them; `val: null` is no validation.
+"""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import unclip_pl._torchvision  # noqa: F401
+
+# isort: split
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from unclip_pl.atomic import cache_dir
+from unclip_pl.clip import EMBEDDED, CLIPConfig, FrozenCLIP
+from unclip_pl.data.captions import augment_caption
+from unclip_pl.data.embeddings import EmbeddingStore, describe
+from unclip_pl.data.loader import LoaderConfig, Prepare, Samples, SamplesInOrder, TrainLoader, ValidationLoader, steps_of_epoch
+from unclip_pl.data.openmoji import openmoji_shards
+from unclip_pl.data.shards import BadSample, ErrorBudget, count_samples, expand, is_url
+from unclip_pl.errors import UserError
+
+Spec = str | Sequence[str]
+
+
+def resolve(spec: Spec | None, side: str, image_size: int) -> list[str]:
+    """The shards of "openmoji" (`side` is "train" or "val"), drawn now if the cache lacks them, or of any other spec; [] for None."""
+    if spec is None:
+        return []
+    if spec == "openmoji":
+        return sorted(str(path) for path in openmoji_shards(image_size).glob(f"{side}-*.tar"))
+    return expand(spec)
+
+
+class ShardData(LightningDataModule):
+    """What the modules over image shards share. Subclasses give `preparation` and may know better how to `count`.
+
+    Args:
+        train: shards to train on.
+        val: shards to validate on; null: no validation.
+        image_size: side of the images in a batch, in pixels.
+        clip: the CLIP that tokenises and embeds.
+        loader: batch size, workers, seed.
+    """
+
+    def __init__(
+        self, train: Spec = "openmoji", val: Spec | None = "openmoji", image_size: int = 64, clip: CLIPConfig = CLIPConfig(),
+        loader: LoaderConfig = LoaderConfig(),
+    ) -> None:
+        super().__init__()
+        self.train, self.val, self.image_size, self.config = train, val, image_size, loader
+        self.clip = FrozenCLIP(clip)
+        self.train_shards: list[str] = []
+        self.val_shards: list[str] = []
+
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the CLIP which tokenises and embeds."""
+        return self.clip.fingerprint()
+
+    def prepare_data(self) -> None:
+        self._resolve()
+
+    def setup(self, stage: str) -> None:
+        self._resolve()
+
+    def _resolve(self) -> None:
+        self.train_shards = resolve(self.train, "train", self.image_size)
+        self.val_shards = resolve(self.val, "val", self.image_size)
+
+    def preparation(self, train: bool) -> Prepare:
+        """What a decoded sample goes through on its way into a batch; is sent to the workers."""
+        raise NotImplementedError
+
+    def count(self, shards: Sequence[str]) -> int:
+        """How many samples the shards hold."""
+        return sum(count_samples(shard) for shard in shards)
+
+    def _place(self) -> dict[str, int]:
+        return {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer else {}
+
+    def train_dataloader(self) -> TrainLoader:
+        samples = Samples(self.train_shards, self.image_size, self.config, self.preparation(train=True), **self._place())
+        return TrainLoader(samples, self.config.steps_per_epoch or steps_of_epoch(self.config, self.count(self.train_shards), samples.world))
+
+    def val_dataloader(self) -> DataLoader | list:
+        if not self.val_shards:
+            return []
+        total = self.count(self.val_shards)
+        prepare = self.preparation(train=False)
+        return ValidationLoader(SamplesInOrder(self.val_shards, self.image_size, self.config, prepare, total=total, **self._place()))
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Adds `tokens`; in training the caption is varied, by (seed, epoch, key) alone."""
+
+    clip: FrozenCLIP
+    seed: int
+    train: bool
+
+    def __call__(self, sample: dict[str, Any], epoch: int) -> dict[str, Any]:
+        caption = sample["caption"]
+        if not caption:
+            raise BadSample("it has no caption (KEY.txt, or \"caption\" in KEY.json)")
+        if self.train:
+            caption = augment_caption(caption, random.Random(f"{self.seed} {epoch} {sample['key']}"))
+        return {"key": sample["key"], "caption": caption, "tokens": self.clip.tokenize([caption])[0], "image": sample["image"]}
+
+
+class ImageTextData(ShardData):
+    """Images and captions, for a CLIP: `key`, `caption`, `tokens`, `image`. Training captions are varied, anew in each epoch."""
+
+    def preparation(self, train: bool) -> Captioned:
+        return Captioned(self.clip, self.config.seed, train)
+
+    def count(self, shards: Sequence[str]) -> int:
+        if any(map(is_url, shards)) and shards == self.train_shards:
+            raise UserError("How many samples data.train holds is not known without reading all of it: set data.loader.steps_per_epoch.")
+        return super().count(shards)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Adds the store's row of the sample."""
+
+    store: EmbeddingStore
+
+    def __call__(self, sample: dict[str, Any], epoch: int) -> dict[str, Any]:
+        rows = self.store.shard(sample["shard"])
+        i = rows.row.get(sample["key"])
+        if i is None:
+            raise BadSample(f"the store {self.store.folder} has no embedding of it")
+        return {
+            "key": sample["key"], "caption": sample["caption"], "image": sample["image"], "tokens": torch.from_numpy(rows.tokens[i].astype("int64")),
+            "image_embed": torch.from_numpy(rows.image_embed[i].astype("float32")), "text_embed": torch.from_numpy(rows.text_embed[i].astype("float32")),
+        }
+
+
+class ImageEmbeddingData(ShardData):
+    """Images with the embeddings that the store holds of them: `key`, `caption`, `tokens`, `image`, `image_embed`, `text_embed`.
+
+    What the store lacks is embedded first, in one process; for much data run `lightning predict -c stages/embed.yaml` before.
+
+    Args:
+        store: folder of the embedding store; by default one in the cache for these shards and this CLIP.
+        text_states: add CLIP's token states, computed on the batch's device: `text_states` (B, L, W), `text_mask` (B, L).
+    """
+
+    def __init__(
+        self, train: Spec = "openmoji", val: Spec | None = "openmoji", image_size: int = 64, clip: CLIPConfig = CLIPConfig(),
+        loader: LoaderConfig = LoaderConfig(), store: str | None = None, text_states: bool = False,
+    ) -> None:
+        super().__init__(train, val, image_size, clip, loader)
+        self.store_folder, self.text_states = store, text_states
+        self.store: EmbeddingStore | None = None
+
+    def _resolve(self) -> None:
+        super()._resolve()
+        shards = [*self.train_shards, *self.val_shards]
+        self.store = EmbeddingStore(self.store_folder or default_store(shards, self.clip.config))
+
+    def prepare_data(self) -> None:
+        super().prepare_data()
+        self.clip.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.store.ensure([*self.train_shards, *self.val_shards], self.clip, budget=ErrorBudget(self.config.max_bad_rate))
+        self.clip.to("cpu")
+
+    def count(self, shards: Sequence[str]) -> int:
+        return sum(self.store.rows(shards))
+
+    def preparation(self, train: bool) -> Embedded:
+        return Embedded(self.store)
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        if self.text_states:
+            text = self.clip.to(batch["tokens"].device).embed_text(batch["tokens"])
+            batch |= {"text_states": text.states, "text_mask": text.mask}
+        return batch
+
+
+class EmbeddingJobData(LightningDataModule):
+    """For the stage `Embed`: one item a rank, the list of its shards. The arguments are those of `ImageEmbeddingData`, so one overlay serves both.
+
+    Args:
+        train, val: shards to embed.
+        image_size: of OpenMoji's drawings, in pixels; CLIP resizes to its own.
+        clip: the CLIP that embeds.
+        store: the folder to fill; by default the one where `ImageEmbeddingData` looks.
+    """
+
+    def __init__(
+        self, train: Spec = "openmoji", val: Spec | None = "openmoji", image_size: int = 64, clip: CLIPConfig = CLIPConfig(), store: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.train, self.val, self.image_size, self.clip_config, self.folder = train, val, image_size, clip, store
+        self.shards: list[str] = []
+        self.store: EmbeddingStore | None = None
+
+    def prepare_data(self) -> None:
+        self._resolved()
+
+    def _resolved(self) -> list[str]:
+        return [*resolve(self.train, "train", self.image_size), *resolve(self.val, "val", self.image_size)]
+
+    def setup(self, stage: str) -> None:
+        self.shards = self._resolved()
+        self.store = EmbeddingStore(self.folder or default_store(self.shards, self.clip_config))
+
+    def predict_dataloader(self) -> DataLoader:
+        return DataLoader([self.shards[self.trainer.global_rank :: self.trainer.world_size]], batch_size=None)
+
+
+def default_store(shards: Sequence[str], clip: CLIPConfig) -> Path:
+    """Where the embeddings of these shards by this CLIP lie when nobody says: in the cache, beside OpenMoji's drawings.
+
+    Other weights under the same name or path (a CLIP trained again) have another folder.
+    """
+    folder = EMBEDDED if clip.model == "openmoji" else Path(clip.model.removeprefix("local-dir:")).expanduser()
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin", ".pth", ".pt")) if folder.is_dir() else []
+    files += [path] if clip.pretrained and (path := Path(clip.pretrained).expanduser()).is_file() else []
+    weights = [str(describe(str(file))) for file in files]
+    name = hashlib.sha256("\n".join([*map(str, shards), repr(clip), *weights]).encode()).hexdigest()[:12]
+    return cache_dir() / f"embeddings-{Path(clip.model).name}-{name}"

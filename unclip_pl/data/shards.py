@@ -1,0 +1,228 @@
+"""Tar shards of images and captions, as img2dataset and webdataset write them: KEY.jpg|png|webp, KEY.txt, KEY.json. Read by webdataset's means.
+
+Nothing in a shard is ever unpickled: only the extensions named here are looked at. What cannot be read is named, counted, and passed over
+up to a share of the samples (`ErrorBudget`).
+"""
+
+import glob
+import io
+import json
+import logging
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import braceexpand
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from unclip_pl.errors import UserError
+from unclip_pl.images import from_pil
+
+IMAGES = ("png", "jpg", "jpeg", "webp")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # what a file of these names may hold: the web names many of them wrongly
+log = logging.getLogger(__name__)
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; its text says why and follows "sample KEY of SHARD was passed over: "."""
+
+
+def is_url(shard: str) -> bool:
+    """Whether a shard is read through webdataset's `gopen` from elsewhere, not from a file here."""
+    return "://" in shard or shard.startswith("pipe:")
+
+
+def expand(spec: str | Sequence[str]) -> list[str]:
+    """Shard names from a brace pattern, a glob, a folder, one file, a URL (`http:`, `pipe:`, ...; webdataset's forms), or a list of these.
+
+    Raises:
+        UserError: nothing is there, or webdataset has no means for the URL.
+    """
+    if not isinstance(spec, str):
+        return [url for one in spec for url in expand(one)]
+    try:
+        names = [spec] if spec.startswith("pipe:") and "{" not in spec else list(braceexpand.braceexpand(spec))
+    except ValueError as error:
+        raise UserError(f"The shards {spec} are no pattern ({error}): write for example 'data/{{00000..00009}}.tar'.") from None
+    found: list[str] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if is_url(name):
+            found.append(_known(name))
+        elif path.is_dir():
+            found += sorted(str(file) for file in path.glob("*.tar"))
+        elif path.is_file():
+            found.append(str(path))
+        elif matches := sorted(glob.glob(str(path))):  # noqa: PTH207  the pattern may be absolute
+            found += matches
+        else:
+            raise UserError(f"There is no shard {path}: check data.train and data.val (a folder, a file, or a pattern such as 'data/{{00000..00009}}.tar').")
+    if not found:
+        raise UserError(f"There are no .tar files in {spec}: give a folder of shards or a pattern such as 'data/{{00000..00009}}.tar'.")
+    return found
+
+
+def _known(url: str) -> str:
+    from webdataset.gopen import gopen_schemes
+
+    scheme = url.partition(":")[0]
+    if scheme not in gopen_schemes and scheme != "file":
+        example = f" (for example 'pipe:aws s3 cp {url} -')" if scheme == "s3" else ""
+        raise UserError(f"webdataset has no means to read {url}: name a command that writes the tar, as 'pipe:COMMAND'{example}.")
+    return url
+
+
+class ErrorBudget:
+    """Counts the samples that could not be used and stops the run when they are too many.
+
+    Args:
+        max_rate: largest share of bad samples; judged from the 100th sample on.
+        option: the setting that the sentence names.
+    """
+
+    def __init__(self, max_rate: float = 0.01, option: str = "data.loader.max_bad_rate") -> None:
+        self.max_rate, self.option = max_rate, option
+        self.seen = self.bad = self.largest = 0
+        self._last = ""
+
+    def good(self) -> None:
+        self.seen += 1
+        if self.seen == 100:
+            self._judge()
+
+    def spend(self, where: str, reason: object, count: int = 1) -> None:
+        """Name a bad sample in the log; raises a UserError where there are too many."""
+        self.seen += count
+        self.bad += count
+        log.warning("%s was passed over: %s", where, reason)
+        self._last = f"{where} ({reason})"
+        if self.seen >= 100:
+            self._judge()
+
+    def _judge(self) -> None:
+        if self.bad > self.max_rate * self.seen:
+            raise UserError(
+                f"{self.bad} of {self.seen} samples could not be used, the last one {self._last}: "
+                f"mend the data or raise {self.option} ({self.max_rate:g})."
+            )
+
+    def broken(self, shard: str, read: int, reason: object) -> None:
+        """A shard that ends after `read` samples: counts for as many as the largest shard so far would have had more."""
+        self.spend(f"the rest of shard {shard}, after {read} samples,", reason, max(1, self.largest - read))
+
+
+class _Watched:
+    """A stream for tarfile, which takes a tar cut between two files for whole: remembers how it begins and ends."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.head, self.tail = stream, b"", b""
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.stream.read(size)
+        self.head = self.head or data[:6]
+        self.tail = data[-512:] if len(data) >= 512 else (self.tail + data)[-512:]
+        return data
+
+    def check(self) -> None:
+        """Raise an error unless the tar ended with its zeros; a compressed one is checked by its own means."""
+        if self.tail.strip(b"\0") and not self.head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):
+            raise tarfile.ReadError("it is cut short")
+
+
+def raw_samples(url: str, budget: ErrorBudget) -> Iterator[dict[str, Any]]:
+    """The samples of a shard, undecoded: `key`, `shard`, `image` (bytes), `caption` (str). In the tar's order."""
+    from webdataset.gopen import gopen
+    from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+    def counted(error: Exception) -> bool:
+        budget.spend(f"a file of {url}", _cause(error))
+        return True
+
+    read = 0
+    try:
+        with gopen(url) as opened:
+            stream = _Watched(opened)
+            files = ({**file, "__url__": url} for file in tar_file_iterator(stream))
+            for sample in group_by_keys(files, suffixes={*IMAGES, "txt", "json"}, handler=counted):
+                image = next((sample[extension] for extension in IMAGES if extension in sample), None)
+                read += 1
+                try:
+                    if image is None:
+                        raise BadSample(f"it has no image ({', '.join(IMAGES)})")
+                    ready = {"key": sample["__key__"], "shard": url, "image": image, "caption": caption_of(sample)}
+                except BadSample as error:
+                    budget.spend(f"sample {sample['__key__']} of {url}", error)
+                    continue
+                yield ready
+            stream.check()
+        budget.largest = max(budget.largest, read)
+    except FileNotFoundError:
+        raise UserError(f"The shard {url} is gone: put it back, or take it out of data.train and data.val.") from None
+    except (OSError, EOFError, tarfile.TarError) as error:
+        budget.broken(url, read, f"it is no whole tar ({_cause(error)})")
+
+
+def _cause(error: Exception) -> str:
+    """An exception's text without webdataset's additions."""
+    return str(error.args[0]).partition(" @ <")[0] if error.args else type(error).__name__
+
+
+def caption_of(sample: dict[str, Any]) -> str:
+    """The caption: KEY.txt, else "caption" of KEY.json, else "": img2dataset writes images without captions, too."""
+    if "txt" in sample:
+        return sample["txt"].decode("utf-8", errors="replace").strip()
+    try:
+        fields = json.loads(sample.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        raise BadSample("its .json cannot be read") from None
+    caption = fields.get("caption") if isinstance(fields, dict) else None
+    return caption.strip() if isinstance(caption, str) else ""
+
+
+def decode(data: bytes, image_size: int) -> Tensor:
+    """The bytes of a picture -> float32 (3, S, S) in [-1, 1]: short side to S, antialiased, and the centre cut out.
+
+    Raises:
+        BadSample: they are no picture.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.draft(None, (2 * image_size, 2 * image_size))  # a large JPEG is decoded at a half, quarter or eighth; still twice as large
+            return from_pil(_less_long(image), image_size)
+    except UnidentifiedImageError:
+        raise BadSample("its image cannot be decoded (of no known format)") from None
+    except Exception as error:  # Pillow raises nearly anything on damaged files
+        raise BadSample(f"its image cannot be decoded ({str(error) or type(error).__name__})") from None
+
+
+def _less_long(image: Image.Image) -> Image.Image:
+    """Cut the ends of a picture that is a thin strip: enlarged to S it would not fit into memory."""
+    long = 4 * min(image.size)
+    if max(image.size) <= 2 * long:
+        return image
+    width, height = min(image.width, long), min(image.height, long)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def count_samples(shard: str) -> int:
+    """Number of samples with an image in a shard: of a file from the tar's headers alone, of a URL by reading it through.
+
+    Raises:
+        UserError: it is no whole tar.
+    """
+    from webdataset.gopen import gopen
+    from webdataset.tariterators import base_plus_ext, tar_file_iterator
+
+    try:
+        if is_url(shard):
+            with gopen(shard) as stream:
+                names = [file["fname"] for file in tar_file_iterator(stream)]
+        else:
+            with tarfile.open(shard) as tar:
+                names = [member.name for member in tar if member.isreg()]
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise UserError(f"The shard {shard} is no whole tar ({_cause(error)}): fetch it again, take it out, or set data.loader.steps_per_epoch.") from None
+    return len({key for key, ending in map(base_plus_ext, names) if key and ending.lower() in IMAGES})

@@ -1,0 +1,61 @@
+"""Functions from Predict to Predict: classifier-free guidance (Ho and Salimans 2022) and thresholds of x0. Order: adapt, guide, threshold."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from unclip_pl.diffusion.process import Predict, Prediction, Process
+
+Both = Callable[[Tensor, Tensor], tuple[Prediction, Prediction]]
+
+
+def guided(both: Both, scale: float) -> Predict:
+    """null + scale (conditional - null), for x0 and eps alike; scale 1 is the conditional, 0 the null. Variance: the conditional's.
+
+    `both(x, t) -> (conditional, null)`: one doubled batch or two passes over the same x_t, as the stage likes.
+    """
+
+    def predict(x: Tensor, t: Tensor) -> Prediction:
+        cond, null = both(x, t)
+        return cond._replace(x0=torch.lerp(null.x0, cond.x0, scale), eps=torch.lerp(null.eps, cond.eps, scale))
+
+    return predict
+
+
+def static_threshold(x0: Tensor, limit: float = 1.0) -> Tensor:
+    """x0 clamped to [-limit, limit]."""
+    return x0.clamp(-limit, limit)
+
+
+def dynamic_threshold(x0: Tensor, limit: float = 1.0, quantile: float = 0.995, ceiling: float | None = None) -> Tensor:
+    """x0 of each sample clamped to its `quantile` s of |x0| and divided back into [-limit, limit] where s > limit (Imagen, section 2.3).
+
+    `ceiling`: s is at most this; None: no bound. x0 (B, ...).
+    """
+    # one sample at a time: torch.quantile refuses more than 2^24 elements
+    s = torch.stack([torch.quantile(row, quantile) for row in x0.abs().flatten(1)]).clamp(limit, ceiling)
+    s = s.view((-1,) + (1,) * (x0.ndim - 1))
+    return torch.minimum(torch.maximum(x0, -s), s) * (limit / s)
+
+
+THRESHOLDS: dict[str, Callable[..., Tensor]] = {"static": static_threshold, "dynamic": dynamic_threshold}
+
+
+def thresholded(predict: Predict, process: Process, mode: str | None = "static", **options: float | None) -> Predict:
+    """`predict` with x0 held in range and eps derived again from it, so that both still describe x_t.
+
+    mode: "static", "dynamic" or None (unchanged); options: those of the threshold (limit; quantile, ceiling). ValueError for another mode.
+    """
+    if mode is None:
+        return predict
+    if mode not in THRESHOLDS:
+        raise ValueError(f"there is no threshold {mode!r}: choose one of {', '.join(THRESHOLDS)} or none")
+    threshold = THRESHOLDS[mode]
+
+    def predict_within(x: Tensor, t: Tensor) -> Prediction:
+        prediction = predict(x, t)
+        x0 = threshold(prediction.x0, **options)
+        return prediction._replace(x0=x0, eps=process.x0_to_eps(x0, x, t))
+
+    return predict_within

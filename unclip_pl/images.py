@@ -1,0 +1,92 @@
+"""Pictures at the file boundary: tensors in [-1, 1] to uint8 PNGs and labelled grids, and any picture file to a tensor."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from torch import Tensor
+
+from unclip_pl.atomic import atomic_file
+from unclip_pl.errors import UserError
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(..., C, H, W) in [-1, 1] -> uint8 (..., C, H, W), rounded and clamped."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> PIL RGB."""
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+
+
+def from_pil(image: Image.Image, size: int | None = None) -> Tensor:
+    """A PIL picture of any mode -> float32 (3, H, W) in [-1, 1]; turned as its EXIF says, transparency on white.
+
+    With `size`: the short side becomes `size` (antialiased bicubic), then the centre square is cut out.
+    """
+    image = flatten(ImageOps.exif_transpose(image))
+    if size is not None:
+        scale = size / min(image.size)
+        if scale != 1:
+            shape = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
+            image = image.resize(shape, Image.Resampling.BICUBIC)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(127.5).sub(1)
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """Any mode (grey, 16 bit, palette, CMYK, transparent) as RGB on white."""
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        grey = np.asarray(image, dtype=np.float64) / 257.0
+        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def load_image(path: str | os.PathLike, size: int | None = None) -> Tensor:
+    """Read a picture file as float32 (3, H, W) in [-1, 1]; see `from_pil`. One sentence where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return from_pil(image, size)
+    except FileNotFoundError:
+        raise UserError(f"There is no picture {path}.") from None
+    except (OSError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read as a picture ({error}).") from error
+
+
+def grid(rows: Sequence[Tensor], labels: Sequence[str] | None = None, gap: int = 2) -> Image.Image:
+    """Rows of (N_r, 3, H, W) in [-1, 1] as one picture on white, each row with its label at the left.
+
+    Sizes may differ from row to row; a cell is as large as the largest.
+    """
+    height, width = max(row.shape[-2] for row in rows), max(row.shape[-1] for row in rows)
+    columns = max(len(row) for row in rows)
+    font = ImageFont.load_default(size=max(10, min(16, height // 5)))
+    margin = max((int(font.getlength(label)) for label in labels), default=0) + 2 * gap if labels else 0
+    canvas = Image.new("RGB", (margin + columns * (width + gap) + gap, len(rows) * (height + gap) + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for r, row in enumerate(rows):
+        top = gap + r * (height + gap)
+        if labels:
+            draw.text((gap, top + height // 2), labels[r], fill="black", font=font, anchor="lm")
+        for c, image in enumerate(row):
+            canvas.paste(to_pil(image), (margin + gap + c * (width + gap), top))
+    return canvas
+
+
+def save_png(image: Image.Image | Tensor, path: str | os.PathLike, **metadata: str) -> Path:
+    """Write a PNG atomically, with `metadata` as its text chunks; returns the path."""
+    picture = to_pil(image) if isinstance(image, Tensor) else image
+    text = PngImagePlugin.PngInfo()
+    for key, value in metadata.items():
+        text.add_itxt(key, value)
+    with atomic_file(path) as file:
+        picture.save(file, format="PNG", pnginfo=text, optimize=True)
+    return Path(path)

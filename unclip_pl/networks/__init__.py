@@ -1,0 +1,1 @@
+"""Networks: nn.Modules of torch alone, tensors in and tensors out, each with one frozen config."""

@@ -1,0 +1,69 @@
+"""Parts that two networks share: fp32 GroupNorm, timestep embedding, attention heads, zero initialisation (guided-diffusion's choices).
+
+Attention takes tokens (B, N, heads, head width), context keys first, and one bool mask (True: visible) only where something is hidden.
+"""
+
+import math
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class GroupNorm32(nn.GroupNorm):
+    """GroupNorm with 32 groups whose statistics are float32 whatever the input's type, which the output has again. (B, C, ...) -> same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(32, channels, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor that nobody else holds: in place where no gradient is wanted."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def zero_module(module: Module) -> Module:
+    """The module with all its parameters set to zero: a residual branch that starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def timestep_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoids of t, cosines first (Vaswani et al. 2017 in guided-diffusion's order). (B,) int or float -> (B, width) float32; width even."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(max_period) / half))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def attend(q: Tensor, kv: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Scaled dot-product attention, softmax in float32.
+
+    Args:
+        q: (B, N, heads, head width).
+        kv: (B, M, 2, heads, head width), keys and values.
+        mask: (B, M) bool, True where the key may be seen; None: all. Each row needs one True.
+        causal: query i sees keys up to i (N = M, no mask).
+
+    Returns:
+        (B, N, heads * head width).
+    """
+    k, v = kv.unbind(2)
+    hidden = None if mask is None else mask[:, None, None]  # (B, 1, 1, M)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=hidden, is_causal=causal)
+    return out.transpose(1, 2).flatten(2)
+
+
+def run(module: nn.Module, checkpointing: bool, *inputs: Tensor | None) -> Tensor:
+    """`module(*inputs)`; with `checkpointing`, and where a gradient is wanted, its activations are computed again in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(module, *inputs, use_reentrant=False)
+    return module(*inputs)

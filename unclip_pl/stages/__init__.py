@@ -1,0 +1,12 @@
+"""The LightningModules, one file a stage: what it computes, its loss, how it samples."""
+
+import importlib
+import pkgutil
+
+import unclip_pl._torchvision  # noqa: F401  before the first import of lightning
+
+
+def load_all() -> None:
+    """Import every stage, so that a YAML may name its class by the short name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")

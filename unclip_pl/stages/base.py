@@ -1,0 +1,154 @@
+"""What every stage shares: plain hyperparameters, fused AdamW with warm-up, clipping that skips and counts non-finite steps.
+
+A stage owns its networks, its loss and how to sample; CLIP, data, EMA, pictures and checkpoints live elsewhere.
+"""
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from unclip_pl.clip import require_same
+from unclip_pl.diffusion.noise import Noise
+from unclip_pl.errors import UserError
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, with the learning rate's course and gradient clipping. `betas`, `eps`, `weight_decay` as in Table 3 of the paper."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 1000
+    """Steps over which the rate rises linearly from 0."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or a half cosine down to 0 at `trainer.max_steps`."""
+    clip_norm: float = 1.0
+    """Largest norm of all gradients together."""
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dicts and tuples as lists, all the way down: what a checkpoint may hold and `weights_only` will load."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def as_config(kind: type[Config], value: Config | dict) -> Config:
+    """The dataclass `kind` from an instance or from the plain dict that `plain` made of one; lists become tuples."""
+    if not isinstance(value, dict):
+        return value
+    return kind(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
+
+
+class Stage(LightningModule):
+    """One stage of unCLIP. Subclasses give `loss` and `sample`, and call `remember` with their arguments.
+
+    Args of `remember`: every constructor argument, as given; saved as plain values, from which `type(self)(**hparams)` builds it again.
+    """
+
+    clip_fingerprint: dict | None = None
+    """The CLIP whose embeddings this stage was trained on, as `Fingerprint` data; kept in checkpoints and releases."""
+
+    def remember(self, optimizer: OptimizerConfig | dict, **arguments: Any) -> None:
+        self.optimizer_config = as_config(OptimizerConfig, optimizer)
+        self.save_hyperparameters({"optimizer": plain(self.optimizer_config)} | {k: plain(v) for k, v in arguments.items()})
+        self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
+
+    def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Scalars by name, of which "loss" is minimised; "t" (B,) and "per_sample" (B,) may come along for the monitors.
+
+        `generator` fixes what is drawn at random (validation); without it torch's own is used.
+        """
+        raise NotImplementedError
+
+    def sample(self, batch: dict, noise: Noise) -> Tensor:
+        """What the stage draws for the conditions in `batch`: one per sample, image k from generator k of `noise`."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if stage != "fit" or not hasattr(data, "fingerprint"):
+            return
+        self.check_data(data)
+        fingerprint = data.fingerprint()
+        if self.clip_fingerprint is not None:
+            require_same(self.clip_fingerprint, fingerprint, "The checkpoint")
+        self.clip_fingerprint = fingerprint
+
+    def check_data(self, data: Any) -> None:
+        """Raise a sentence where the DataModule does not fit the stage (widths, image size)."""
+
+    def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
+        # Noise, timesteps and dropout of a step depend on the seed, the step and the rank alone: a resumed run draws the same.
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        torch.manual_seed((seed * 1_000_003 + self.global_step) * 65_537 + batch_idx * 8_191 + self.global_rank)
+
+    def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
+        losses = self.loss(batch)
+        self.log_dict({f"train/{name}": value for name, value in losses.items() if value.ndim == 0}, batch_size=len(batch["key"]))
+        return losses
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        losses = self.loss(batch, torch.Generator().manual_seed(batch_idx))
+        scalars = {f"val/{name}": value for name, value in losses.items() if value.ndim == 0}
+        self.log_dict(scalars, batch_size=len(batch["key"]), sync_dist=True)
+
+    def configure_optimizers(self) -> dict:
+        config = self.optimizer_config
+        decayed = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
+        plain_ones = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
+        groups = [{"params": decayed}, {"params": plain_ones, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate at an optimiser step, as a share of `optimizer.lr`."""
+        config = self.optimizer_config
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        if config.decay == "constant":
+            return 1.0
+        total = self.trainer.max_steps
+        if total <= 0:
+            raise UserError("optimizer.decay: cosine needs to know the last step: give --trainer.max_steps.")
+        share = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
+        # A step whose gradients are not finite is skipped inside the fused kernel (`found_inf`): no value travels to the host.
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_config.clip_norm)
+        bad = torch.logical_not(torch.isfinite(norm))
+        optimizer.found_inf = bad.float()
+        self.skipped_steps += bad
+        self.log_dict({"train/grad_norm": norm, "train/skipped_steps": self.skipped_steps.float()})
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["stage"] = type(self).__name__
+        checkpoint["clip_fingerprint"] = self.clip_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        theirs = checkpoint.get("stage")
+        if theirs != type(self).__name__:
+            raise UserError(
+                f"The checkpoint holds a {theirs or 'model of another program'}, and this run trains a {type(self).__name__}: "
+                "give a checkpoint of the same stage, or leave --ckpt_path out to start anew."
+            )
+        if checkpoint.get("clip_fingerprint") and self.clip_fingerprint:
+            require_same(checkpoint["clip_fingerprint"], self.clip_fingerprint, "The checkpoint")
+        self.clip_fingerprint = checkpoint.get("clip_fingerprint") or self.clip_fingerprint

@@ -1,0 +1,152 @@
+"""The decoder P(x | z_i, y): a 64x64 image from a CLIP image embedding and, optionally, its caption (unCLIP section 2.1).
+
+An ADM U-Net; the embedding is added to the timestep embedding and gives four extra context tokens; hybrid loss with learned variance.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from unclip_pl.diffusion.guidance import guided, thresholded
+from unclip_pl.diffusion.losses import hybrid
+from unclip_pl.diffusion.noise import Noise
+from unclip_pl.diffusion.process import DiffusionConfig, Prediction, Process
+from unclip_pl.diffusion.samplers import SAMPLERS
+from unclip_pl.errors import UserError
+from unclip_pl.networks.embedding import EmbeddingNormalizer
+from unclip_pl.networks.text import TextConfig, TextContext
+from unclip_pl.networks.unet import UNet, UNetConfig
+from unclip_pl.stages.base import OptimizerConfig, Stage, as_config
+
+
+@dataclass(frozen=True)
+class DropoutConfig:
+    """What is left out in training so that guidance has a null branch: both independently (unCLIP 2.1)."""
+
+    embed: float = 0.1
+    text: float = 0.5
+    null_embed: Literal["learned", "zeros"] = "learned"
+    """What stands in the place of a dropped embedding."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How to draw; every value can be changed after training."""
+
+    sampler: str = "ddpm"
+    steps: int = 250
+    guidance_scale: float = 1.0
+    """s of eps_null + s (eps_cond - eps_null); 1 is no guidance and costs one pass instead of two."""
+    eta: float = 0.0
+    """Noise of DDIM: 0 deterministic, 1 as DDPM. Other samplers do not use it."""
+    threshold: Literal["static", "dynamic"] | None = "static"
+    """Keep x_0 in [-1, 1] at each step: clamp, Imagen's dynamic thresholding, or nothing."""
+
+
+class Decoder(Stage):
+    """Trains on `image`, `image_embed` and `tokens` (or `text_states`, `text_embed`) of a batch; see `TextConfig` for the caption.
+
+    Args:
+        net: the U-Net; `embed_dim` must be the CLIP's, `out_channels` follows from `diffusion`.
+        text: how the caption becomes context; `kind: none` leaves it out.
+        normalizer: scale of the embedding as the network sees it: "unit" (norm 0.5375 sqrt(D), the paper's 17.2 at D = 1024), "none".
+    """
+
+    def __init__(
+        self,
+        net: UNetConfig = UNetConfig(),
+        text: TextConfig = TextConfig(),
+        diffusion: DiffusionConfig = DiffusionConfig(),
+        dropout: DropoutConfig = DropoutConfig(),
+        sampling: SamplingConfig = SamplingConfig(),
+        normalizer: Literal["unit", "none"] = "unit",
+        optimizer: OptimizerConfig = OptimizerConfig(lr=1.2e-4),
+    ) -> None:
+        super().__init__()
+        self.remember(optimizer, net=net, text=text, diffusion=diffusion, dropout=dropout, sampling=sampling, normalizer=normalizer)
+        self.net_config, self.text_config = as_config(UNetConfig, net), as_config(TextConfig, text)
+        self.dropout, self.sampling = as_config(DropoutConfig, dropout), as_config(SamplingConfig, sampling)
+        self.process = Process(as_config(DiffusionConfig, diffusion))
+        self.normalizer = EmbeddingNormalizer(self.net_config.embed_dim, normalizer)
+        width = self.net_config.width
+        self.text = TextContext(self.text_config, self.net_config.context_width, 4 * width, self.net_config.embed_dim)
+        self.net = UNet(self.net_config).to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs alike
+        if self.net_config.out_channels != self.process.out_channels(3):
+            raise ValueError(
+                f"model.net.out_channels is {self.net_config.out_channels}, and diffusion.variance {self.process.config.variance} needs "
+                f"{self.process.out_channels(3)}: set it to that."
+            )
+        learned = self.dropout.null_embed == "learned"
+        null = torch.randn(self.net_config.embed_dim) * 0.5375 if learned else torch.zeros(self.net_config.embed_dim)
+        self.null_embed = nn.Parameter(null) if learned else nn.Buffer(null)
+
+    def check_data(self, data: Any) -> None:
+        if data.clip.embed_dim != self.net_config.embed_dim:
+            raise UserError(
+                f"The CLIP of the data gives embeddings of {data.clip.embed_dim} numbers and model.net.embed_dim is "
+                f"{self.net_config.embed_dim}: set it to {data.clip.embed_dim}."
+            )
+        if self.text_config.kind == "states" and not data.text_states:
+            raise UserError('model.text.kind is "states", for which the data must give CLIP\'s token states: set data.text_states to true.')
+        if data.image_size != self.net_config.image_size:
+            raise UserError(f"data.image_size is {data.image_size} and model.net.image_size {self.net_config.image_size}: make them equal.")
+
+    def conditions(self, batch: dict, size: int, keep_embed: Tensor, keep_text: Tensor) -> dict[str, Tensor | None]:
+        """The U-Net's conditions for `size` samples; where `keep_*` (B,) is False, or the batch has no such entry, the null stands."""
+        embed = batch.get("image_embed")
+        null = self.null_embed.expand(size, -1)
+        embed = null if embed is None else torch.where(keep_embed[:, None], self.normalizer.normalize(embed), null)
+        context = self.text(batch.get("tokens"), batch.get("text_mask"), batch.get("text_embed"), batch.get("text_states"), keep=keep_text)
+        return {"embed": embed, "context": context.context, "context_mask": context.mask, "pooled": context.pooled}
+
+    def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        image = batch["image"]
+        size, device = len(image), image.device
+        where = generator.device if generator else device
+        t = torch.randint(self.process.config.timesteps, (size,), generator=generator, device=where).to(device)
+        noise = torch.randn(image.shape, generator=generator, device=where).to(device)
+        keep = torch.rand(2, size, generator=generator, device=where).to(device)
+        conditions = self.conditions(batch, size, keep[0] >= self.dropout.embed, keep[1] >= self.dropout.text)
+        x_t = self.process.diffuse(image, t, noise)
+        losses = hybrid(self.net(x_t, t, **conditions), image, x_t, t, noise, self.process)
+        return {"loss": losses.loss.mean(), "mse": losses.mse.mean(), "vb": losses.vb.mean(), "t": t, "per_sample": losses.mse}
+
+    @torch.no_grad()
+    def sample(self, batch: dict, noise: Noise, sampling: SamplingConfig | None = None, callback: Any = None) -> Tensor:
+        """Draw images for the conditions in `batch`.
+
+        Args:
+            batch: any of `image_embed` (B, D) and the caption's entries (`tokens`, `text_mask`, `text_embed`, `text_states`); what is
+                missing is taken as dropped.
+            noise: one generator an image; their number is B.
+            sampling: settings other than the stage's own.
+            callback: called with (step, steps) after each step.
+
+        Returns:
+            float32 (B, 3, H, W) in [-1, 1].
+        """
+        settings = sampling or self.sampling
+        size = len(noise)
+        schedule = self.process.schedule.respaced(settings.steps)
+        yes, no = (torch.full((size,), keep, device=self.device) for keep in (True, False))
+        conditional = self.conditions(batch, size, yes, yes)
+        adapt = self.process.adapt
+        if settings.guidance_scale == 1:
+            predict = adapt(lambda x, t: self.net(x, t, **conditional), schedule)
+        else:
+            null = self.conditions(batch, size, no, no)
+            doubled = {key: torch.cat([value, null[key]]) if value is not None else None for key, value in conditional.items()}
+            twice = adapt(lambda x, t: self.net(x, t, **doubled), schedule)
+
+            def both(x: Tensor, t: Tensor) -> tuple[Prediction, Prediction]:
+                halves = twice(torch.cat([x, x]), torch.cat([t, t]))
+                return tuple(Prediction(*half) for half in zip(*(value.chunk(2) for value in halves), strict=True))
+
+            predict = guided(both, settings.guidance_scale)
+        if settings.threshold:
+            predict = thresholded(predict, self.process, settings.threshold)
+        shape = (3, self.net_config.image_size, self.net_config.image_size)
+        x = noise(shape, self.device)
+        return SAMPLERS[settings.sampler](predict, x, schedule, noise=noise, eta=settings.eta, callback=callback)

@@ -1,0 +1,149 @@
+"""Checkpoints that are whole or not there, read without executing code, and the newest of them found for `--resume auto`."""
+
+import errno
+import os
+import pickle
+import signal
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from unclip_pl.atomic import atomic_file
+from unclip_pl.errors import UserError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write beside the target, fsync, rename: a crash or a full disk leaves the previous checkpoint as it was."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+        try:
+            with atomic_file(path) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch turns a failed write of its zip file into a RuntimeError
+            failed = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(failed, OSError):
+                raise
+            reason = "the disk is full" if failed.errno == errno.ENOSPC else failed.strerror
+            raise UserError(
+                f"The checkpoint {path} could not be written ({reason}): free space or choose another --trainer.default_root_dir, "
+                "then go on with --resume auto. Earlier checkpoints are whole."
+            ) from error
+
+    def load_checkpoint(self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(path, map_location)
+
+
+def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[str, Any]:
+    """Load a checkpoint with `weights_only=True`: a file that would run code on loading is refused with a sentence."""
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"There is no checkpoint {path}: check the path, or leave it out to start anew.") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} was refused: it holds Python objects that would run code on loading, which no checkpoint of ours does. "
+            "Do not load it with another tool unless you trust who made it."
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is no whole checkpoint ({str(error).splitlines()[0]}): take an earlier one, or --resume auto.") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds no checkpoint but a {type(checkpoint).__name__}: give a .ckpt file that `lightning fit` wrote.")
+    return checkpoint
+
+
+def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The whole checkpoint under `folder` with the highest step; files cut short are passed over. None where there is none."""
+    found = []
+    for path in Path(folder).rglob("*.ckpt"):
+        if not path.name.startswith(".") and zipfile.is_zipfile(path):
+            found.append((_step(path), path.name.startswith("newest"), path.stat().st_mtime, path))
+    return max(found)[-1] if found else None
+
+
+def _step(path: Path) -> int:
+    digits = path.stem.partition("step=")[2].split("-")[0]
+    return int(digits) if digits.isdigit() else -1
+
+
+class NewestCheckpoint(Checkpoint):
+    """Every so many steps, and when training ends: the file to resume from, `newest-step=N.ckpt`. The one before it is then removed.
+
+    The first Ctrl-C ends training after the step under way, with such a file; the second ends it at once.
+
+    Args:
+        every_n_train_steps: steps between two files.
+    """
+
+    def __init__(self, every_n_train_steps: int = 500) -> None:
+        if every_n_train_steps < 1:
+            raise ValueError(f"newest.every_n_train_steps is {every_n_train_steps}: give 1 or more.")
+        self.every_n_train_steps = every_n_train_steps
+        self.path: Path | None = None
+        self._saved_step = -1
+        self._handler: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_step = trainer.global_step
+
+        def stop(signum: int, frame: Any) -> None:
+            rank_zero_info("Stopping after this step (Ctrl-C again: at once).")
+            trainer.should_stop = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, stop)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if trainer.global_step % self.every_n_train_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self._handler = None
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.global_step == self._saved_step or trainer.fast_dev_run:
+            return
+        before, self.path = self.path, checkpoint_folder(trainer) / f"newest-step={trainer.global_step}.ckpt"
+        self._saved_step = trainer.global_step
+        trainer.save_checkpoint(self.path)
+        if before is not None and before != self.path and trainer.is_global_zero:
+            before.unlink(missing_ok=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"path": str(self.path) if self.path else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.path = Path(state_dict["path"]) if state_dict["path"] else None
+
+
+def checkpoint_folder(trainer: Trainer) -> Path:
+    """`checkpoints/` in the run's folder, beside its logs, configuration and pictures."""
+    return Path(trainer.default_root_dir) / "checkpoints"
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """After each validation that is better than all before it, by `monitor`: the file to draw from, `best-step=N.ckpt`.
+
+    Args:
+        monitor: the logged value to compare.
+        mode: "min" where smaller is better, else "max".
+    """
+
+    def __init__(self, monitor: str = "val/loss", mode: str = "min") -> None:
+        super().__init__(filename="best-{step}", monitor=monitor, mode=mode, save_top_k=1, save_on_train_epoch_end=False)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.dirpath = str(checkpoint_folder(trainer).absolute())
+        super().setup(trainer, pl_module, stage)

@@ -1,0 +1,75 @@
+"""Exponential moving average of the weights: theta_ema <- d theta_ema + (1-d) theta after each optimiser step (Table 3: d = 0.9999).
+
+d rises as (1+n)/(10+n) up to `decay`, so that a short run is not held to its initial weights. Buffers are not averaged. The update is one
+foreach without a host read. In a checkpoint `state_dict` is the average, `current_model_state` what the optimiser works on.
+"""
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class EMA(Callback):
+    """Validation, pictures, checkpoints and releases use the average; training goes on with the raw weights.
+
+    Args:
+        decay: d in [0, 1), the share of the old average that is kept at each optimiser step.
+    """
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema.decay is {decay}: give a number from 0 to below 1, such as 0.9999.")
+        self.decay = decay
+        self.updates = 0
+        self._averages: dict[str, Tensor] = {}
+        self._swapped = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, parameter in pl_module.named_parameters():
+            average = self._averages.get(name, parameter.detach())
+            self._averages[name] = average.to(parameter.device, copy=True)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_, **__) -> None:
+        if trainer.global_step <= self.updates:  # gradients are still being accumulated
+            return
+        self.updates = trainer.global_step
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        current = [parameter.detach() for _, parameter in pl_module.named_parameters()]
+        torch._foreach_lerp_(list(self._averages.values()), current, 1 - decay)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.updates and self._averages:
+            self._swap(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._swapped:
+            self._swap(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._swapped:  # an error inside validation must not leave the average in the place of the weights
+            self._swap(pl_module)
+
+    @torch.no_grad()
+    def _swap(self, pl_module: LightningModule) -> None:
+        for name, parameter in pl_module.named_parameters():
+            raw = parameter.detach().clone()
+            parameter.copy_(self._averages[name])
+            self._averages[name].copy_(raw)
+        self._swapped = not self._swapped
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.updates = state_dict["updates"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+        if self._averages:
+            checkpoint["current_model_state"] = checkpoint["state_dict"]
+            checkpoint["state_dict"] = checkpoint["state_dict"] | self._averages
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+        if trainer.training and "current_model_state" in checkpoint:
+            self._averages = {name: checkpoint["state_dict"][name] for name, _ in pl_module.named_parameters()}
+            pl_module.load_state_dict(checkpoint["current_model_state"])
