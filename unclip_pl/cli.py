@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unclip_pl {__version__}")
         return 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for message in (".*LeafSpec.*", ".*does not have many workers.*"):
+    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*has `__len__` defined.*", ".*set_vital.*", ".*`weights_only` was not set.*"):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
     try:
