@@ -35,7 +35,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages(include=["unclip_pl", "unclip_pl.*"]), "unclip_pl._configs", *CONFIGS],
     package_dir={"unclip_pl._configs": "lightning_config", **CONFIGS},
     package_data={"unclip_pl": ["assets/**/*"], **{name: ["**/*.yaml"] for name in CONFIGS}},
