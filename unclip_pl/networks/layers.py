@@ -3,8 +3,9 @@
 Attention takes tokens (B, N, heads, head width), context keys first, and one bool mask (True: visible) only where something is hidden.
 """
 
+import contextlib
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -51,18 +52,26 @@ def attend(q: Tensor, kv: Tensor, mask: Tensor | None = None, causal: bool = Fal
         q: (B, N, heads, head width).
         kv: (B, M, 2, heads, head width), keys and values.
         mask: (B, M) bool, True where the key may be seen; None: all. Each row needs one True.
-        causal: query i sees keys up to i (N = M, no mask).
+        causal: the queries belong to the last N keys, and each sees the keys up to its own.
 
     Returns:
         (B, N, heads * head width).
     """
-    k, v = kv.unbind(2)
-    hidden = None if mask is None else mask[:, None, None]  # (B, 1, 1, M)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=hidden, is_causal=causal)
+    visible = None if mask is None else mask[:, None, None]  # (B, 1, 1, M)
+    queries, keys = q.shape[1], kv.shape[1]
+    if causal and queries > 1 and (mask is not None or queries != keys):
+        upto = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        visible, causal = upto if visible is None else visible & upto, False
+    causal = causal and queries > 1
+    cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    with torch.autocast("cpu", enabled=False) if cpu else contextlib.nullcontext():  # on CPUs the backward pass of bfloat16 is 4 times as slow
+        q, (k, v) = (q.float(), kv.float().unbind(2)) if cpu else (q, kv.unbind(2))
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible, is_causal=causal)
+    out = out.bfloat16() if cpu else out
     return out.transpose(1, 2).flatten(2)
 
 
-def run(module: nn.Module, checkpointing: bool, *inputs: Tensor | None) -> Tensor:
+def run(module: nn.Module, checkpointing: bool, *inputs: Any) -> Any:
     """`module(*inputs)`; with `checkpointing`, and where a gradient is wanted, its activations are computed again in the backward pass."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(module, *inputs, use_reentrant=False)

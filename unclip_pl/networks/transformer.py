@@ -1,11 +1,17 @@
 """Pre-LN Transformer (GLIDE's text encoder, CLIP's initialisation): x + attention(LN x), x + MLP(LN x) with 4x width and exact GELU.
 
-Tokens (B, N, width); q, k, v of one linear layer in the order (q, k, v) x heads x head width.
+Tokens (B, N, width); q, k, v of one linear layer in the order (q, k, v) x heads x head width. A causal one can go on from keys and values
+that it computed before (`extend`), so that a prefix which does not change is paid for once.
 """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip_pl.networks.layers import attend, run
+
+Past = list[Tensor]
+"""Keys and values of all tokens so far, (B, M, 2, heads, head width) for each block."""
 
 
 class Block(nn.Module):
@@ -23,11 +29,29 @@ class Block(nn.Module):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, N, width), mask (B, N) bool of the visible keys -> (B, N, width)."""
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, head width)
-        x = x + self.proj(attend(qkv[:, :, 0], qkv[:, :, 1:], mask, self.causal))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None, past: Tensor | None = None, last: int | None = None) -> tuple[Tensor, Tensor]:
+        """One block on the tokens that follow `past`.
+
+        Args:
+            x: (B, N, width).
+            mask: (B, M + N) bool of the visible keys, those of `past` included; None: all.
+            past: (B, M, 2, heads, head width), keys and values of the tokens before.
+            last: how many tokens at the end have an output; None: all N.
+
+        Returns:
+            (B, last or N, width); keys and values of all tokens, (B, M + N, 2, heads, head width).
+        """
+        normed, width = self.norm1(x), x.shape[2]
+        if last is None or last == x.shape[1]:
+            q, kv = self.qkv(normed).split((width, 2 * width), dim=-1)
+        else:  # queries of the last tokens alone: the others' outputs are not needed
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q, kv = F.linear(normed[:, -last:], weight[:width], bias[:width]), F.linear(normed, weight[width:], bias[width:])
+            x = x[:, -last:]
+        kv = kv.unflatten(-1, (2, self.heads, -1))
+        kv = kv if past is None else torch.cat([past, kv], dim=1)
+        x = x + self.proj(attend(q.unflatten(-1, (self.heads, -1)), kv, mask, self.causal))
+        return x + self.mlp(self.norm2(x)), kv
 
 
 class Transformer(nn.Module):
@@ -45,8 +69,20 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, depth, causal) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, N, width), mask (B, N) bool of the visible keys (not with `causal`) -> (B, N, width)."""
-        for block in self.blocks:
-            x = run(block, self.checkpointing, x, mask)
-        return self.norm(x)
+    def forward(self, x: Tensor, mask: Tensor | None = None, last: int | None = None) -> Tensor:
+        """x (B, N, width), mask (B, N) bool of the visible keys -> (B, N, width), or (B, last, width) of the last tokens alone."""
+        return self.extend(x, None, mask, last)[0]
+
+    def extend(self, x: Tensor, past: Past | None, mask: Tensor | None = None, last: int | None = None) -> tuple[Tensor, Past]:
+        """The outputs of further tokens x (B, N, width) after those in `past` (None: there are none), and the past that includes them.
+
+        Equals the plain computation on all tokens if the Transformer is causal. mask (B, M + N) bool, `last` as in `forward`. `past` is not
+        changed, so that several continuations may share it.
+        """
+        if past is not None and not self.blocks[0].causal:
+            raise ValueError("A Transformer that is not causal cannot go on from earlier tokens: they would have to see the new ones.")
+        now: Past = []
+        for i, block in enumerate(self.blocks):
+            x, kv = run(block, self.checkpointing, x, mask, None if past is None else past[i], last if block is self.blocks[-1] else None)
+            now.append(kv)
+        return self.norm(x), now

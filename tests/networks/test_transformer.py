@@ -1,0 +1,86 @@
+"""The causal Transformer: nothing flows back, padding, earlier keys and values, and only the outputs that are wanted."""
+
+import math
+
+import pytest
+import torch
+
+from unclip_pl.networks.layers import attend
+from unclip_pl.networks.transformer import Transformer
+
+
+@pytest.fixture
+def model() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(32, 3, 4, causal=True).double()
+
+
+def naive(q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Causal attention token by token, in the input's type."""
+    (size, queries, heads, width), keys = q.shape, kv.shape[1]
+    out = torch.zeros_like(q)
+    for b in range(size):
+        for i in range(queries):
+            seen = [j for j in range(keys - queries + i + 1) if mask is None or mask[b, j]]
+            for h in range(heads):
+                weights = torch.stack([q[b, i, h] @ kv[b, j, 0, h] for j in seen]).div(math.sqrt(width)).softmax(0)
+                out[b, i, h] = sum(w * kv[b, j, 1, h] for w, j in zip(weights, seen, strict=True))
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 5])
+@pytest.mark.parametrize("padded", [False, True])
+def test_causal_attention_against_token_by_token(queries, padded):
+    torch.manual_seed(1)
+    q, kv = torch.randn(2, queries, 2, 4, dtype=torch.float64), torch.randn(2, 5, 2, 2, 4, dtype=torch.float64)
+    mask = torch.tensor([[True, True, False, False, True], [True, False, True, True, True]]) if padded else None
+    torch.testing.assert_close(attend(q, kv, mask, causal=True), naive(q, kv, mask))
+
+
+def test_no_token_sees_what_follows(model):
+    x = torch.randn(2, 6, 32, dtype=torch.float64, requires_grad=True)
+    (model(x)[:, 2] * torch.randn(2, 32, dtype=torch.float64)).sum().backward()
+    assert x.grad[:, 3:].abs().max() == 0 and (x.grad[:, :3].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_going_on_equals_all_at_once(model, padded):
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    mask = torch.tensor([[True] * 7, [True, True, False, False, True, True, True]]) if padded else None
+    whole = model(x, mask)
+    first, past = model.extend(x[:, :4], None, None if mask is None else mask[:, :4])
+    kept = [kv.clone() for kv in past]
+    second, longer = model.extend(x[:, 4:6], past, None if mask is None else mask[:, :6])
+    third, _ = model.extend(x[:, 6:], longer, mask)
+    torch.testing.assert_close(torch.cat([first, second, third], dim=1), whole)
+    assert all(torch.equal(a, b) for a, b in zip(past, kept, strict=True)), "the past was changed in place"
+
+
+def test_last_outputs_alone_are_the_same(model):
+    x = torch.randn(2, 6, 32, dtype=torch.float64)
+    mask = torch.tensor([[True] * 6, [True, False, False, True, True, True]])
+    for last in (1, 3, 6):
+        torch.testing.assert_close(model(x, mask, last=last), model(x, mask)[:, -last:])
+        torch.testing.assert_close(model(x, last=last), model(x)[:, -last:])
+
+
+def test_one_that_is_not_causal_cannot_go_on():
+    plain = Transformer(32, 1, 4)
+    _, past = plain.extend(torch.randn(1, 3, 32), None)
+    with pytest.raises(ValueError, match="not causal"):
+        plain.extend(torch.randn(1, 1, 32), past)
+
+
+def test_bfloat16_on_a_cpu_has_the_same_gradients():
+    """There attention is computed in float32: the gradients differ by bfloat16's rounding alone."""
+    torch.manual_seed(2)
+    q, kv = torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 2, 16)
+    found = []
+    for kind in (torch.float64, torch.bfloat16):
+        inputs = [value.to(torch.bfloat16).to(kind).requires_grad_() for value in (q, kv)]
+        out = attend(*inputs, causal=True)
+        assert out.dtype == kind
+        out.double().square().sum().backward()
+        found.append([value.grad.double() for value in inputs])
+    for exact, rounded in zip(*found, strict=True):
+        assert (exact - rounded).norm() < 0.01 * exact.norm()
