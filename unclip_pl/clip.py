@@ -44,7 +44,8 @@ class ClipMismatch(UserError):
 
 
 class TextFeatures(NamedTuple):
-    """`embed` (B, D); `states` (B, L, W) of the last layer after the final norm; `mask` (B, L), True up to and including the end token."""
+    """`embed` (B, D); `states` (B, L, W) of the last layer after the final norm, 0 beyond `mask`; `mask` (B, L), True up to and
+    including the end token."""
 
     embed: Tensor
     states: Tensor
@@ -119,21 +120,40 @@ class FrozenCLIP:
 
     @torch.no_grad()
     def embed_text(self, tokens: Tensor) -> TextFeatures:
-        """(B, L) int64 of `tokenize` -> embeddings and token states, in one pass; the embedding is `encode_text`'s, not normalised."""
-        tokens = tokens.to(self.device)
+        """(B, L) int64 of `tokenize` -> embeddings and token states, in one pass; the embedding is `encode_text`'s, not normalised.
+
+        Tokens that lie on the CPU are cut after the longest caption of the batch first, which a causal text tower does not notice.
+        """
+        kind, eos = pooling(self.model)
+        end_B = (tokens if kind == "argmax" else (tokens == eos).int()).argmax(dim=-1)
+        mask = torch.arange(tokens.shape[1], device=tokens.device) <= end_B[:, None]
+        length = int(end_B.max()) + 1 if tokens.device.type == "cpu" and self._causal else tokens.shape[1]  # elsewhere the host would have to wait
+        tokens, end_B, mask = (value.to(self.device) for value in (tokens, end_B, mask))
         with torch.autocast(self.device.type, enabled=False):
-            output = self.model.forward_intermediates(text=tokens, text_indices=1, normalize_intermediates=True, intermediates_only=True)
-            states_BLW = output["text_intermediates"][-1]
-            kind, eos = pooling(self.model)
-            end_B = (tokens if kind == "argmax" else (tokens == eos).int()).argmax(dim=-1)
+            states_BLW = self._states(tokens[:, :length])
             pooled_BW = states_BLW[torch.arange(len(tokens), device=self.device), end_B]
             project = self._text.text_projection
             if project is None:
                 embed = pooled_BW
             else:
                 embed = project(pooled_BW) if isinstance(project, nn.Linear) else pooled_BW @ project
-        mask = torch.arange(tokens.shape[1], device=self.device) <= end_B[:, None]
-        return TextFeatures(embed.float(), states_BLW.float(), mask)
+        states_BLW = states_BLW.float().masked_fill(~mask[:, :length, None], 0.0)
+        return TextFeatures(embed.float(), F.pad(states_BLW, (0, 0, 0, tokens.shape[1] - length)), mask)
+
+    @property
+    def _causal(self) -> bool:
+        """Whether no token of the text tower sees those after it."""
+        return self._text.attn_mask is not None and getattr(self._text, "cls_emb", None) is None
+
+    def _states(self, tokens: Tensor) -> Tensor:
+        """(B, n) -> the last layer's states after the final norm, (B, n, W)."""
+        text, n = self._text, tokens.shape[1]
+        if not self._causal:
+            output = self.model.forward_intermediates(text=tokens, text_indices=1, normalize_intermediates=True, intermediates_only=True)
+            return output["text_intermediates"][-1]
+        kind = text.transformer.get_cast_dtype()
+        x = text.token_embedding(tokens).to(kind) + text.positional_embedding[:n].to(kind)
+        return text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:n, :n]))
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Captions -> (B, L) int64 on the CPU, by the model's own tokenizer; reads no weights."""

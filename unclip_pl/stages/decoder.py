@@ -134,11 +134,13 @@ class Decoder(Stage):
         conditional = self.conditions(batch, size, yes, yes)
         adapt = self.process.adapt
         if settings.guidance_scale == 1:
-            predict = adapt(lambda x, t: self.net(x, t, **conditional), schedule)
+            encoded = self.net.encode_context(**conditional)  # once: it does not change from step to step
+            predict = adapt(lambda x, t: self.net(x, t, encoded=encoded), schedule)
         else:
             null = self.conditions(batch, size, no, no)
             doubled = {key: torch.cat([value, null[key]]) if value is not None else None for key, value in conditional.items()}
-            twice = adapt(lambda x, t: self.net(x, t, **doubled), schedule)
+            encoded = self.net.encode_context(**doubled)
+            twice = adapt(lambda x, t: self.net(x, t, encoded=encoded), schedule)
 
             def both(x: Tensor, t: Tensor) -> tuple[Prediction, Prediction]:
                 halves = twice(torch.cat([x, x]), torch.cat([t, t]))
