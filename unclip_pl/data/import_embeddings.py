@@ -67,7 +67,7 @@ class TarMembers:
         """Nothing is known before the tars are read."""
 
     def rows(self, sample: dict[str, Any]) -> tuple[np.ndarray | None, np.ndarray | None, str]:
-        image, text = (self._row(sample, key) if key in sample["members"] else None for key in (self.image_key, self.text_key))
+        image, text = (self._row(sample, key) if key and key in sample["members"] else None for key in (self.image_key, self.text_key))
         return image, text, sample["shard"]
 
     def _row(self, sample: dict[str, Any], key: str) -> np.ndarray:
@@ -228,7 +228,8 @@ class Importer(EmbeddingStore):
         keys: dict[str, str] = {}  # and the caption of each
         images: list[np.ndarray] = []
         texts: list[np.ndarray] = []
-        spots, draw = [], random.Random(shard)
+        spots: list[tuple[int, Tensor]] = []  # row and image of the samples to compare
+        draw = random.Random(shard)
         for sample in raw_samples(shard, budget, self.source.members):
             key = sample["key"]
             if key in keys:
@@ -269,7 +270,7 @@ class Importer(EmbeddingStore):
                 kind = "image" if image is None else "text"
                 raise UserError(
                     f"There is no {kind} embedding of the sample {sample['key']} of {sample['shard']} in {self.source.name}: "
-                    "compare the keys, or embed what is missing with --embed-missing."
+                    "compare the keys and the endings of members, or embed what is missing with --embed-missing."
                 )
             image = clip.embed_images(picture[None])[0].cpu().numpy() if image is None else image
             if self.source.has_text and text is None:
