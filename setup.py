@@ -41,7 +41,8 @@ setup(
     package_data={"unclip_pl": ["assets/**/*"], **{name: ["**/*.yaml"] for name in CONFIGS}},
     install_requires=REQUIREMENTS,
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout", "diffusers>=0.33", "transformers"],  # diffusers: the second opinion in the tests
+        "import": ["pyarrow>=14"],  # the parquet files of clip-retrieval
+        "test": ["pytest>=8", "pytest-timeout", "diffusers>=0.33", "transformers", "pyarrow>=14"],  # diffusers: the second opinion in the tests
         "dev": ["ruff", "mypy"],
     },
     entry_points={"console_scripts": ["lightning = unclip_pl.cli:main", "unclip = unclip_pl.app:main"]},

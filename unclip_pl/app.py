@@ -44,6 +44,19 @@ def parser() -> argparse.ArgumentParser:
     verify = command("verify", run_verify, "Read an embedding store back and name every missing, doubled, non-finite or stale row.", data)
     verify.add_argument("store", type=Path, help="the store's folder")
     verify.add_argument("--shards", nargs="+", help="the tar shards it was made from; by default those its manifest names")
+    take = command("import", run_import, "Take raw CLIP embeddings over into a store: of clip-retrieval's folder, or .npy members of the tars.", data)
+    take.add_argument("source", nargs="?", type=Path, help="clip-retrieval's output folder; without it the embeddings are members of the tars")
+    take.add_argument("--store", type=Path, required=True, help="the store's folder; goes on where it stopped")
+    take.add_argument("--shards", nargs="+", required=True, help="the tar shards, spelled as data.train and data.val will spell them")
+    take.add_argument("--key-column", help="the metadata's column of keys, with a source (default: image_path)")
+    take.add_argument("--image-key", help="ending of the image embeddings' members, without a source (default: img_emb.npy)")
+    take.add_argument("--text-key", help="ending of the text embeddings' members, without a source; by default they are computed")
+    take.add_argument("--clip-model", default="openmoji", help="as data.clip.model: openmoji, a name of open_clip, or local-dir:/folder")
+    take.add_argument("--clip-pretrained", help="as data.clip.pretrained: a tag or a weights file, with a name of open_clip")
+    take.add_argument("--clip-precision", default="fp32", help="as data.clip.precision")
+    take.add_argument("--embed-missing", action="store_true", help="embed the samples that have no row, which is an error otherwise")
+    take.add_argument("--max-bad-rate", type=float, default=0.01, help="largest share of samples that cannot be used")
+    take.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
     return root
 
 
@@ -110,6 +123,26 @@ def run_verify(arguments: argparse.Namespace) -> None:
     if problems:
         raise UserError(f"{len(problems)} problems in {arguments.store}: delete the files named, then fill the store again; whole shards are kept.")
     print(f"{arguments.store} is whole.")
+
+
+def run_import(arguments: argparse.Namespace) -> None:
+    from unclip_pl.clip import CLIPConfig, FrozenCLIP
+    from unclip_pl.data.import_embeddings import RetrievalFolder, TarMembers, import_embeddings
+    from unclip_pl.data.shards import ErrorBudget, expand
+
+    if arguments.source and (arguments.image_key or arguments.text_key):
+        raise UserError(f"--image-key and --text-key name members of the tars, and {arguments.source} is given as the source: leave one of them away.")
+    if arguments.key_column and not arguments.source:
+        raise UserError("--key-column names a column of a source's metadata, and no source is given: give clip-retrieval's output folder.")
+    shards = expand(arguments.shards)
+    clip = FrozenCLIP(CLIPConfig(arguments.clip_model, arguments.clip_pretrained, arguments.clip_precision), pick_device(arguments.device))
+    if arguments.source:
+        source = RetrievalFolder(arguments.source, arguments.key_column or "image_path")
+    else:
+        source = TarMembers(arguments.image_key or "img_emb.npy", arguments.text_key)
+    budget = ErrorBudget(arguments.max_bad_rate, "--max-bad-rate")
+    store = import_embeddings(arguments.store, shards, source, clip, budget=budget, embed_missing=arguments.embed_missing)
+    print(f"{arguments.store} has {sum(store.rows(shards))} rows for the shards given.")
 
 
 def pick_device(name: str) -> str:

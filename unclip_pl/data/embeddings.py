@@ -248,7 +248,10 @@ class EmbeddingStore:
             bar.set_postfix_str(f"{budget.seen / max(bar.format_dict['elapsed'], 1e-9):.0f} images/s, {budget.bad} bad", refresh=False)
         if not keys:
             raise UserError(f"The shard {shard} has no usable sample: take it out of the data, or mend it.")
-        tensors = {name: torch.cat(part) for name, part in parts.items()}
+        self._write(shard, keys, {name: torch.cat(part) for name, part in parts.items()}, source)
+
+    def _write(self, shard: str, keys: list[str], tensors: dict[str, torch.Tensor], source: dict[str, Any]) -> None:
+        """The file of a shard from its rows and `describe(shard)` of before it was read."""
         rows = tensors["image_embed"].double()
         tensors["mean"] = rows.mean(0)
         tensors["scatter"] = (rows - tensors["mean"]).T @ (rows - tensors["mean"])

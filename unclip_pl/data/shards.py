@@ -9,7 +9,7 @@ import io
 import json
 import logging
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -131,8 +131,11 @@ class _Watched:
             raise tarfile.ReadError("it is cut short")
 
 
-def raw_samples(url: str, budget: ErrorBudget) -> Iterator[dict[str, Any]]:
-    """The samples of a shard, undecoded: `key`, `shard`, `image` (bytes), `caption` (str). In the tar's order."""
+def raw_samples(url: str, budget: ErrorBudget, members: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """The samples of a shard, undecoded: `key`, `shard`, `image` (bytes), `caption` (str). In the tar's order.
+
+    With `members`, further endings such as "img_emb.npy" in small letters, also `members`: the bytes of those that are there.
+    """
     from webdataset.gopen import gopen
     from webdataset.tariterators import group_by_keys, tar_file_iterator
 
@@ -145,7 +148,7 @@ def raw_samples(url: str, budget: ErrorBudget) -> Iterator[dict[str, Any]]:
         with gopen(url) as opened:
             stream = _Watched(opened)
             files = ({**file, "__url__": url} for file in tar_file_iterator(stream))
-            for sample in group_by_keys(files, suffixes={*IMAGES, "txt", "json"}, handler=counted):
+            for sample in group_by_keys(files, suffixes={*IMAGES, "txt", "json", *members}, handler=counted):
                 image = next((sample[extension] for extension in IMAGES if extension in sample), None)
                 read += 1
                 try:
@@ -155,6 +158,8 @@ def raw_samples(url: str, budget: ErrorBudget) -> Iterator[dict[str, Any]]:
                 except BadSample as error:
                     budget.spend(f"sample {sample['__key__']} of {url}", error)
                     continue
+                if members:
+                    ready["members"] = {name: sample[name] for name in members if name in sample}
                 yield ready
             stream.check()
         budget.largest = max(budget.largest, read)
