@@ -51,7 +51,6 @@ def test_clip_overlays_agree_with_open_clip(clip):
 
 
 def test_paper_decoder_has_the_papers_size():
-    assert PAPER == ["decoder"]
     with torch.device("meta"):
         cli = build("-c", "stages/decoder.yaml", "-c", "stages/paper/decoder.yaml")
     count = sum(parameter.numel() for parameter in cli.model.parameters())
@@ -59,6 +58,37 @@ def test_paper_decoder_has_the_papers_size():
     assert cli.model.optimizer_config.lr == 1.2e-4 and cli.trainer.max_steps == 800_000
     assert cli.model.process.config.parametrization == "eps" and cli.model.process.config.schedule == "cosine"
     assert cli.model.sampling.sampler == "ddpm" and cli.model.sampling.steps == 250
+
+
+def test_paper_diffusion_prior_has_the_papers_size():
+    with torch.device("meta"):
+        cli = build("-c", "stages/diffusion_prior.yaml", "-c", "stages/paper/diffusion_prior.yaml")
+    blocks = sum(parameter.numel() for parameter in cli.model.net.transformer.parameters())
+    count = sum(parameter.numel() for parameter in cli.model.parameters())
+    assert 1.19e9 < blocks < 1.22e9, f"{blocks / 1e9:.3f} B parameters of the Transformer, 24 blocks of width 2048 have 1.21 B, the paper's \"1B\""
+    assert count - blocks < 0.12e9  # token embedding, positions, projections
+    optimizer = cli.model.optimizer_config
+    assert (optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay) == (1.1e-4, (0.9, 0.96), 1e-6, 6e-2)
+    assert cli.trainer.max_steps == 600_000 and cli.datamodule.config.batch_size == 4096 and cli.model.text_dropout == 0.1
+    assert cli.model.process.config.schedule == "cosine" and cli.model.process.config.parametrization == "x0"
+    assert cli.model.sampling.sampler == "analytic" and cli.model.sampling.steps == 64 and cli.model.sampling.num_candidates == 2
+    assert any(getattr(callback, "decay", None) == 0.9999 for callback in cli.trainer.callbacks)
+
+
+def test_every_paper_overlay_goes_over_its_stage():
+    assert set(PAPER) <= set(STAGES) and PAPER
+    for name in PAPER:
+        with torch.device("meta"):
+            assert build("-c", f"stages/{name}.yaml", "-c", f"stages/paper/{name}.yaml").trainer.default_root_dir.endswith(f"runs/paper/{name}")
+
+
+@pytest.mark.parametrize("clip", ["ViT-L-14", "ViT-H-14"])
+def test_clip_overlays_go_over_the_diffusion_prior(clip):
+    cli = build("-c", "stages/diffusion_prior.yaml", "-c", f"lightning_config/clip/{clip}.yaml", "--model.net.depth", "1", "--model.text.context_length", "77")
+    import open_clip
+
+    config = open_clip.get_model_config(cli.datamodule.clip.config.model)
+    assert cli.model.net_config.embed_dim == config["embed_dim"] and cli.model.text_config.states_width == config["text_cfg"]["width"]
 
 
 def test_files_merge_and_flags_win():

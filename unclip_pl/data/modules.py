@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 from unclip_pl.atomic import cache_dir
 from unclip_pl.clip import EMBEDDED, CLIPConfig, FrozenCLIP
 from unclip_pl.data.captions import augment_caption
-from unclip_pl.data.embeddings import EmbeddingStore, describe
+from unclip_pl.data.embeddings import EmbeddingStore, Statistics, describe
 from unclip_pl.data.loader import LoaderConfig, Prepare, Samples, SamplesInOrder, TrainLoader, ValidationLoader, steps_of_epoch
 from unclip_pl.data.openmoji import openmoji_shards
+from unclip_pl.data.rows import RowLoader, Rows, RowsConfig, RowsInOrder
 from unclip_pl.data.shards import BadSample, ErrorBudget, count_samples, expand, is_url
 from unclip_pl.errors import UserError
 
@@ -182,6 +183,30 @@ class ImageEmbeddingData(ShardData):
             text = self.clip.to(batch["tokens"].device).embed_text(batch["tokens"])
             batch |= {"text_states": text.states, "text_mask": text.mask}
         return batch
+
+
+class PriorData(ImageEmbeddingData):
+    """What the store holds, without the images: `key`, `tokens`, `text_mask`, `text_embed`, `image_embed`, for the priors.
+
+    Training takes a new permutation of all rows each epoch. The arguments are those of `ImageEmbeddingData`, so one overlay serves both; `image_size`
+    is that of OpenMoji's drawings, which are embedded if the store lacks them.
+    """
+
+    def __init__(
+        self, train: Spec = "openmoji", val: Spec | None = "openmoji", image_size: int = 64, clip: CLIPConfig = CLIPConfig(),
+        loader: RowsConfig = RowsConfig(), store: str | None = None, text_states: bool = False,
+    ) -> None:
+        super().__init__(train, val, image_size, clip, loader, store, text_states)
+
+    def statistics(self) -> Statistics:
+        """Of the image embeddings to train on."""
+        return self.store.statistics(self.train_shards)
+
+    def train_dataloader(self) -> RowLoader:
+        return RowLoader(Rows(self.store, self.train_shards), self.config, **self._place())
+
+    def val_dataloader(self) -> RowsInOrder | list:
+        return RowsInOrder(Rows(self.store, self.val_shards), self.config.batch_size, **self._place()) if self.val_shards else []
 
 
 class EmbeddingJobData(LightningDataModule):

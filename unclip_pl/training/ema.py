@@ -4,6 +4,9 @@ d rises as (1+n)/(10+n) up to `decay`, so that a short run is not held to its in
 foreach without a host read. In a checkpoint `state_dict` is the average, `current_model_state` what the optimiser works on.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -45,6 +48,18 @@ class EMA(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._swapped:
             self._swap(pl_module)
+
+    @contextmanager
+    def applied(self, pl_module: LightningModule) -> Iterator[None]:
+        """Inside `with` the average stands in for the weights; before the first update there is none, and nothing changes."""
+        swap = bool(self.updates and self._averages) and not self._swapped
+        if swap:
+            self._swap(pl_module)
+        try:
+            yield
+        finally:
+            if swap:
+                self._swap(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._swapped:  # an error inside validation must not leave the average in the place of the weights

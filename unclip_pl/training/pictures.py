@@ -11,7 +11,7 @@ from unclip_pl.images import grid, save_png
 
 
 class Pictures(Callback):
-    """Draws with the weights that validation uses (the EMA), always the same samples from the same noise.
+    """Draws with the weights that validation uses (the EMA), always the same samples from the same noise; not for data without images.
 
     Args:
         count: how many held-out samples; 0 draws none.
@@ -26,7 +26,7 @@ class Pictures(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: dict, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx or not self.count or trainer.sanity_checking or not trainer.is_global_zero:
+        if batch_idx or not self.count or "image" not in batch or trainer.sanity_checking or not trainer.is_global_zero:
             return
         batch = {key: value[: self.count] for key, value in batch.items()}
         noise = Noise(range(self.seed, self.seed + len(batch["key"])))

@@ -1,0 +1,161 @@
+"""Batches from the embedding store alone, for the priors: no image is opened, whole batches are gathered by mmap.
+
+The order of an epoch is a permutation of all rows that follows from (seed, epoch) and is never written down, so that the state of a loader is
+one number, the batches given so far, the same on every rank.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from unclip_pl.data.embeddings import EmbeddingStore
+from unclip_pl.errors import UserError
+from unclip_pl.networks.text import caption_mask
+
+log = logging.getLogger(__name__)
+ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """How rows of the store become batches."""
+
+    batch_size: int = 256
+    """Rows a batch and rank."""
+    steps_per_epoch: int | None = None
+    """Batches an epoch, the same on every rank; None: as many as the rows fill."""
+    seed: int = 0
+    max_bad_rate: float = 0.01
+    """Largest share of samples that may be unusable while the store is filled."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.seed < 0:
+            raise ValueError("data.loader needs a batch_size of at least 1 and a seed of at least 0.")
+        if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
+            raise ValueError(f"data.loader.steps_per_epoch is {self.steps_per_epoch}: give 1 or more, or null for as many as the rows fill.")
+        if not 0 <= self.max_bad_rate <= 1:
+            raise ValueError(f"data.loader.max_bad_rate is {self.max_bad_rate}: give a share from 0 to 1.")
+
+
+def shuffled(index: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a permutation of 0..total-1, drawn by (seed, epoch), sends each of `index`; int64, any shape.
+
+    A Feistel network over the next power of 4, walked until it is back below `total` (Black and Rogaway 2002): no table, whatever the size.
+    """
+    bits = np.uint64(max(1, (int(total - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << bits) - np.uint64(1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
+    x = index.astype(np.uint64)
+    outside = np.ones(x.shape, dtype=bool)
+    while outside.any():
+        left, right = x[outside] >> bits, x[outside] & low
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & low)
+        x[outside] = left << bits | right
+        outside = x >= total
+    return x.astype(np.int64)
+
+
+def _mixed(h: np.ndarray) -> np.ndarray:
+    """Each bit of a uint64 to all others (the finaliser of MurmurHash3)."""
+    h = (h ^ h >> np.uint64(33)) * np.uint64(0xFF51AFD7ED558CCD)
+    h = (h ^ h >> np.uint64(33)) * np.uint64(0xC4CEB9FE1A85EC53)
+    return h ^ h >> np.uint64(33)
+
+
+class Rows:
+    """The rows of some shards in one table: `rows[index]` is a batch.
+
+    Args:
+        store: holds all of `shards`.
+        shards: their names, in the order in which their rows are numbered.
+    """
+
+    def __init__(self, store: EmbeddingStore, shards: Sequence[str]) -> None:
+        self.parts = [store.shard(shard) for shard in shards]
+        self.tables = {name: [np.asarray(getattr(part, name)) for part in self.parts] for name in ("tokens", "text_embed", "image_embed")}
+        self.starts = np.cumsum([0, *(len(part.keys) for part in self.parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: np.ndarray) -> dict[str, Any]:
+        """`key`, `tokens` int64 and `text_mask` bool (B, L), `text_embed` and `image_embed` float32 (B, D) of rows `index` (B,) int64."""
+        part = np.searchsorted(self.starts, index, side="right") - 1
+        local, order = index - self.starts[part], np.argsort(part, kind="stable")
+        groups = np.split(order, np.flatnonzero(np.diff(part[order])) + 1)
+        batch: dict[str, Any] = {"key": [self.parts[p].keys[i] for p, i in zip(part.tolist(), local.tolist(), strict=True)]}
+        for name, tables in self.tables.items():
+            rows = np.empty((len(index), tables[0].shape[1]), tables[0].dtype)
+            for group in groups:
+                rows[group] = tables[part[group[0]]][local[group]]
+            batch[name] = torch.from_numpy(rows).long() if name == "tokens" else torch.from_numpy(rows).float()
+        return batch | {"text_mask": caption_mask(batch["tokens"])}
+
+
+class RowLoader:
+    """Training batches: `steps` an epoch of the trainer, from one permutation of all rows after the other; ranks take disjoint ones.
+
+    A state is good for the same rows, number of ranks, batch size and seed; with others the data go on at the start of the next permutation, with
+    a warning.
+
+    Raises:
+        UserError: the rows do not fill one batch on each rank.
+    """
+
+    def __init__(self, rows: Rows, config: RowsConfig, *, rank: int = 0, world: int = 1) -> None:
+        self.rows, self.config, self.rank, self.world = rows, config, rank, world
+        self.whole = len(rows) // (config.batch_size * world)  # batches of a permutation; the rows left over are others each time
+        if self.whole < 1:
+            raise UserError(f"{len(rows)} rows do not fill a batch of {config.batch_size} on each of {world} ranks: lower data.loader.batch_size.")
+        self.steps = config.steps_per_epoch or self.whole
+        self.given = self.done = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.done = 0 if self.done >= self.steps else self.done
+        while self.done < self.steps:
+            epoch, step = divmod(self.given, self.whole)
+            first = (step * self.world + self.rank) * self.config.batch_size
+            index = np.arange(first, first + self.config.batch_size)
+            self.given, self.done = self.given + 1, self.done + 1
+            yield self.rows[shuffled(index, len(self.rows), self.config.seed, epoch)]
+
+    def shape(self) -> dict[str, int]:
+        """What a state depends on."""
+        return {"rows": len(self.rows), "ranks": self.world, "batch size": self.config.batch_size, "seed": self.config.seed}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shape": self.shape(), "given": self.given, "done": self.done, "epoch": self.given // self.whole}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        theirs, ours = state["shape"], self.shape()
+        self.given, self.done = state["given"], min(state["done"], self.steps)
+        if theirs != ours:
+            differs = ", ".join(f"{key} {theirs.get(key)} there and {value} here" for key, value in ours.items() if theirs.get(key) != value)
+            log.warning("The checkpoint's place in the data does not fit this run (%s): the data go on at the start of the next epoch.", differs)
+            self.given = (state["epoch"] + 1) * self.whole
+
+
+class RowsInOrder:
+    """Validation batches: each rank takes every world-th row once, the last batch smaller; a rank that has a row less repeats its last (or the first)."""
+
+    def __init__(self, rows: Rows, batch_size: int, *, rank: int = 0, world: int = 1) -> None:
+        self.rows, self.batch_size = rows, batch_size
+        self.index = np.arange(rank, len(rows), world)
+        if len(self.index) < math.ceil(len(rows) / world):
+            self.index = np.append(self.index, self.index[-1:] if len(self.index) else 0)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.index) / self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for first in range(0, len(self.index), self.batch_size):
+            yield self.rows[self.index[first : first + self.batch_size]]
