@@ -86,8 +86,14 @@ def test_denoising_from_the_cached_prefix_equals_one_pass(kind, padding):
     torch.testing.assert_close(net.denoise(x, t, prefix.rows(torch.tensor([2, 1, 0]))), turned)
 
 
-def test_masked_padding_is_left_out_of_the_prefix():
+def test_masked_padding_is_left_out_of_the_sequence():
     net, given = network("states", "masked"), inputs()
+    with torch.device("meta"):  # where no shape may depend on the captions, all positions are there
+        away = network("states", "masked")
+        widths = []
+        away.transformer.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+        away(torch.zeros(3, 12).double(), torch.zeros(3).long(), **{key: value.to("meta") for key, value in given.items()})
+    assert widths == [7 + 4]
     assert net.encode_text(torch.ones(3, dtype=torch.bool), **given).past[0].shape[1] == 5 + 1  # the longest caption and z_t, of 7 + 1
 
 
@@ -101,7 +107,7 @@ def test_no_position_sees_what_comes_after_it(padding):
         block.register_forward_hook(lambda module, args, result: outputs.append(result[0]))
     net(x, t, **given)
     length = sequence[0].shape[1]
-    assert length == 7 + 4 and len(outputs) == 2
+    assert length == (7 if padding == "learned" else 5) + 4 and len(outputs) == 2
     for i in range(length):
         gradient = torch.autograd.grad(outputs[-1][:, i].square().sum(), sequence[0], retain_graph=True)[0]
         assert not gradient[:, i + 1 :].any() and gradient[:, i].any()

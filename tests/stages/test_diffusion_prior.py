@@ -6,13 +6,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.data.shardkit import write_shards
+from tests.data.test_modules import data_of
+from tests.training.toy import trainer
 from unclip_pl.data.embeddings import Statistics
+from unclip_pl.data.modules import PriorData
+from unclip_pl.data.rows import RowsConfig
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.errors import UserError
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior, PriorSamplingConfig
+from unclip_pl.training.checkpoint import NewestCheckpoint, newest_checkpoint, read_checkpoint
+from unclip_pl.training.ema import EMA
+from unclip_pl.training.prior_monitor import PriorMonitor
+from unclip_pl.training.variance import AnalyticVariance
 
 NET = PriorTransformerConfig(embed_dim=12, width=32, depth=2, heads=4)
 TEXT = PriorTextConfig("states", states_width=10, context_length=7)
@@ -286,3 +295,32 @@ def test_hyperparameters_rebuild_the_stage():
     again.load_state_dict(stage.state_dict())
     assert torch.equal(again.sample(batch(), Noise(range(4))), stage.sample(batch(), Noise(range(4))))
     assert again.sampling.steps == 7 and again.text_config.padding == "masked"
+
+
+def test_a_run_from_the_store_cut_in_two_equals_the_whole_one(tmp_path):
+    """Shards, store, token states, statistics, monitors and variance together; a permutation has 6 batches."""
+    (tmp_path / "shards").mkdir()
+    shards = write_shards(tmp_path / "shards", [9, 4, 12, 7])
+
+    def fit(folder, steps, ckpt=None):
+        torch.manual_seed(0)
+        data = data_of(PriorData, shards[:3], shards[3:], tmp_path / "store")
+        data.config, data.text_states = RowsConfig(batch_size=4), True
+        text = PriorTextConfig("states", states_width=5, context_length=12, padding="masked")
+        stage = DiffusionPrior(PriorTransformerConfig(embed_dim=6, width=16, depth=1, heads=2), text, sampling=PriorSamplingConfig(steps=2))
+        callbacks = [EMA(0.9), NewestCheckpoint(2), PriorMonitor(captions=8), AnalyticVariance(captions=8, draws=1)]
+        run = trainer(folder, *callbacks, steps=steps, val_check_interval=4, check_val_every_n_epoch=None)
+        run.fit(stage, datamodule=data, ckpt_path=ckpt)
+        return stage, run, data
+
+    stage, run, data = fit(tmp_path / "whole", 9)
+    fit(tmp_path / "cut", 4)
+    fit(tmp_path / "cut", 9, newest_checkpoint(tmp_path / "cut"))
+    whole, cut = (read_checkpoint(newest_checkpoint(tmp_path / folder)) for folder in ("whole", "cut"))
+    assert whole["global_step"] == cut["global_step"] == 9
+    for part in ("state_dict", "current_model_state"):
+        assert all(torch.equal(value, cut[part][name]) and value.isfinite().all() for name, value in whole[part].items())
+    assert whole["clip_fingerprint"]["config"]["model"] == "fake-0"
+    statistics = data.statistics()
+    torch.testing.assert_close(stage.normalizer.norm.double(), (statistics.mean.square() + statistics.std.square()).sum().sqrt())
+    assert "val/prior/rank" in run.logged_metrics and "val/loss" in run.logged_metrics

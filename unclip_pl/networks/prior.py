@@ -102,6 +102,8 @@ class PriorTransformer(nn.Module):
         """The clean embedding, in one pass over the whole sequence; x (B, D), t int64 (B,); the caption as in `encode_text`. Returns (B, D)."""
         keep = torch.ones_like(t, dtype=torch.bool) if keep is None else keep
         before, visible = self._before(keep, tokens, mask, text_embed, states)
+        if x.device.type == "cpu":  # elsewhere a shape that depends on the captions would wait for the device
+            before, visible = _seen(before, visible)
         sequence = torch.cat([before, self._moving(x, t)], dim=1)
         visible = None if visible is None else F.pad(visible, (0, MOVING), value=True)
         return self.exit(self.transformer(sequence, visible, last=1)[:, 0])
@@ -121,11 +123,7 @@ class PriorTransformer(nn.Module):
         Raises:
             ValueError: more tokens than `context_length`.
         """
-        before, visible = self._before(keep, tokens, mask, text_embed, states)
-        if visible is not None:  # columns that nobody sees are left out
-            seen = visible.any(0)
-            before, visible = before[:, seen], visible[:, seen]
-            visible = None if bool(visible.all()) else visible
+        before, visible = _seen(*self._before(keep, tokens, mask, text_embed, states))
         return Prefix(self.transformer.extend(before, None, visible)[1], visible)
 
     def denoise(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
@@ -162,3 +160,12 @@ class PriorTransformer(nn.Module):
         embed = self.null_embed.expand(size, -1)
         embed = embed if text_embed is None else torch.where(keep[:, None], self.embed(text_embed), embed)
         return torch.cat([text, embed[:, None]], dim=1) + self.position[:-MOVING], visible
+
+
+def _seen(before: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Tokens (B, N, width) and mask (B, N) without the positions that no row sees; no mask where all that is left is seen."""
+    if visible is None:
+        return before, None
+    some = visible.any(0)
+    before, visible = before[:, some], visible[:, some]
+    return before, None if bool(visible.all()) else visible
