@@ -50,8 +50,25 @@ def test_clip_overlays_agree_with_open_clip(clip):
     assert cli.model.text_config.states_width == config["text_cfg"]["width"]
 
 
+def test_every_paper_overlay_has_a_test_of_its_size():
+    assert set(PAPER) == {"decoder", "ar_prior"}
+
+
+def test_paper_ar_prior_has_the_papers_size():
+    with torch.device("meta"):
+        cli = build("-c", "stages/ar_prior.yaml", "-c", "lightning_config/clip/ViT-H-14.yaml", "-c", "stages/paper/ar_prior.yaml")
+    size = lambda module: sum(parameter.numel() for parameter in module.parameters())
+    net = cli.model.net
+    assert abs(size(net.transformer) / (12 * 24 * 1664**2) - 1) < 0.01  # 0.80 B, which the paper's "1B" counts roughly
+    assert abs(size(net.text.encoder.transformer) / (12 * 24 * 2048**2) - 1) < 0.01  # 1.21 B
+    assert 2.0e9 < size(cli.model) < 2.2e9
+    assert (net.config.heads, net.config.max_codes, net.config.buckets, net.length) == (26, 319, 1024, 256)
+    optimizer = cli.model.optimizer_config
+    assert (optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay) == (1.6e-4, (0.9, 0.91), 1e-10, 0.04)
+    assert cli.trainer.max_steps == 1_000_000 and cli.model.drop_text == 0.1
+
+
 def test_paper_decoder_has_the_papers_size():
-    assert PAPER == ["decoder"]
     with torch.device("meta"):
         cli = build("-c", "stages/decoder.yaml", "-c", "stages/paper/decoder.yaml")
     count = sum(parameter.numel() for parameter in cli.model.parameters())

@@ -37,3 +37,14 @@ def test_large_seeds_are_told_apart_and_negative_ones_refused():
 def test_it_is_standard_normal():
     x = Noise(range(100))((1000,))
     assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02
+
+
+def test_uniform_draws_are_uniform_and_each_samples_own():
+    u = Noise(range(100)).uniform((1000,))
+    assert u.min() >= 0 and u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.005
+    whole = Noise([3, 1, 4])
+    first, second = whole.uniform((5,)), whole.uniform((5,))
+    alone = Noise([1])
+    assert torch.equal(alone.uniform((5,))[0], first[1]) and torch.equal(alone.uniform((5,))[0], second[1])
+    assert not torch.equal(first, second)

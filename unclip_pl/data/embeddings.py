@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
@@ -190,8 +190,11 @@ class EmbeddingStore:
         count, mean, scatter = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for shard in self.manifest["shards"] if shards is None else shards:
             n = len(self.shard(shard).keys)
-            with safe_open(self.path(shard), "pt") as file:
-                m, s = file.get_tensor("mean"), file.get_tensor("scatter")
+            try:
+                with safe_open(self.path(shard), "pt") as file:
+                    m, s = file.get_tensor("mean"), file.get_tensor("scatter")
+            except SafetensorError as error:
+                raise UserError(f"The store {self.folder} has no statistics of {shard} ({error}): delete {self.path(shard)} and {FILL}.") from None
             delta, total = m - mean, count + n
             scatter = scatter + s + torch.outer(delta, delta) * (count * n / total)
             mean, count = mean + delta * (n / total), total

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Noise:
-    """Standard normal draws for a batch, one stream of numbers a sample. Each draw advances the streams: make a new Noise to repeat.
+    """Standard normal (and uniform) draws for a batch, one stream of numbers a sample. Each draw advances the streams: make a new Noise to repeat.
 
     seeds: ints >= 0, one a sample; ValueError for none or negative ones.
     """
@@ -31,6 +31,10 @@ class Noise:
         """(B, *shape) float32 on `device`; `shape` is that of one sample."""
         draws = [torch.randn(tuple(shape), generator=g, dtype=torch.float32, device="cpu") for g in self.generators]
         return torch.stack(draws).to(device)
+
+    def uniform(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """(B, *shape) float32 in [0, 1) on `device`, from the same streams."""
+        return torch.stack([torch.rand(tuple(shape), generator=g, dtype=torch.float32, device="cpu") for g in self.generators]).to(device)
 
     def like(self, x: Tensor) -> Tensor:
         """float32, shaped as x (B, ...) and on its device. ValueError where B is not the number of seeds."""
