@@ -6,14 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule, Trainer
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.errors import UserError
 from unclip_pl.networks.ar_prior import ARPriorConfig
 from unclip_pl.networks.text import TextConfig
+from unclip_pl.pipeline import load_stage
 from unclip_pl.stages.ar_prior import ARPrior, SamplingConfig, spread_rows
+from unclip_pl.training.ema import EMA
 
 NET = ARPriorConfig(embed_dim=12, width=32, depth=2, heads=4, max_codes=8, buckets=32)
 TEXT = TextConfig(kind="states", states_width=10, context_length=6)
@@ -198,6 +202,42 @@ def test_setup_fits_to_the_training_shards_once_and_says_what_it_costs(tmp_path,
     twin = ARPrior(net=replace(NET, max_codes=5), text=TEXT)
     twin.fit_quantizer(EmbeddingStore(tmp_path), ["a", "b"])
     assert all(torch.equal(a, b) for a, b in zip(stage.quantizer.buffers(), twin.quantizer.buffers(), strict=True))
+
+
+class Toy(LightningDataModule):
+    """Batches that go with a store."""
+
+    def __init__(self, store: EmbeddingStore, train_shards: list[str]) -> None:
+        super().__init__()
+        self.store, self.train_shards = store, train_shards
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader([batch(8, seed) for seed in range(4)], batch_size=None)
+
+    val_dataloader = train_dataloader
+
+
+def test_a_fit_keeps_the_quantiser_and_a_resumed_one_keeps_it_too(tmp_path):
+    store = fake_store(tmp_path, {"a": 70, "other": 40})
+
+    def trained(steps: int, shards: list[str], **options) -> ARPrior:
+        trainer = Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+            num_sanity_val_steps=0, callbacks=[EMA(0.9)],
+        )
+        stage = ARPrior(net=NET, text=TEXT)
+        trainer.fit(stage, datamodule=Toy(store, shards), **options)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        assert trainer.callback_metrics["val/loss"].isfinite() and 0 <= trainer.callback_metrics["val/accuracy"] <= 1
+        return stage
+
+    first = trained(4, ["a"])
+    loaded = load_stage(tmp_path / "4.ckpt", ARPrior)
+    resumed = trained(8, ["other"], ckpt_path=tmp_path / "4.ckpt")
+    assert not torch.equal(first.net.head.weight, resumed.net.head.weight)
+    for stage in (loaded, resumed):
+        assert stage.quantizer.codes == first.quantizer.codes
+        assert all(torch.equal(a, b) for a, b in zip(stage.quantizer.buffers(), first.quantizer.buffers(), strict=True))
 
 
 def test_rows_are_spread_over_all_shards(tmp_path):

@@ -86,6 +86,14 @@ class EmbeddingQuantizer(nn.Module):
         ValueError: a number outside its range.
     """
 
+    num_codes: Tensor
+    mean: Tensor
+    components: Tensor
+    edges: Tensor
+    values: Tensor
+    dot_edges: Tensor
+    dot_counts: Tensor
+
     def __init__(self, dim: int, max_codes: int, buckets: int = 1024, max_error: float = 0.01) -> None:
         super().__init__()
         if not 1 <= max_codes <= dim:
@@ -190,8 +198,8 @@ class EmbeddingQuantizer(nn.Module):
         z = image_embed.to(self.mean.device).float()
         variance = (z - z.mean(0)).square().sum(1).mean()
         exact, coded = self.unproject(self.project(z)), self.decode(self.encode(z))
-        parts = [f(x) for x in (exact, coded) for f in (lambda x: (x - z).square().sum(1).mean() / variance, lambda x: cosine(x, z).mean())]
-        return QuantizerError(*(float(part) for part in parts))
+        lost = [float((x - z).square().sum(1).mean() / variance) for x in (exact, coded)]
+        return QuantizerError(lost[0], float(cosine(exact, z).mean()), lost[1], float(cosine(coded, z).mean()))
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
