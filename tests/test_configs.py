@@ -152,3 +152,16 @@ def test_impossible_value_is_one_sentence(capsys):
     assert main(["fit", "-c", "stages/decoder.yaml", "--model.optimizer.lr=fast"]) == 1
     error = capsys.readouterr().err.strip()
     assert "lr" in error and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--model.sampling.guidance_scale=0.5", "guidance_scale is 0.5: give 1"), ("--model.sampling.steps=0", "in 0 steps"),
+        ("--model.text_dropout=2", "text_dropout is 2.0"), ("--data.loader.batch_size=0", "batch_size of at least 1"),
+    ],
+)
+def test_setting_that_a_class_refuses_is_its_sentence(flag, said, capsys):
+    assert main(["fit", "-c", "stages/diffusion_prior.yaml", flag]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("lightning: ") and said in error and "Given value" not in error

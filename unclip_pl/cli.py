@@ -143,6 +143,13 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
                 trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, ProgressBar)]
             return super().instantiate_trainer(**kwargs)
 
+        def instantiate_classes(self) -> None:
+            """What a stage, DataModule or callback says of its settings reaches the user as one sentence."""
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                raise UserError(sentence(str(error))) from error
+
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand] if self.subcommand else self.config
             root = Path(config.trainer.default_root_dir or "runs")
