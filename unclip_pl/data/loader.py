@@ -7,7 +7,7 @@ from numbers, so the state of a reader is three: epoch, window, offset. The stat
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -181,7 +181,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def _plainly(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _plainly(batches: Iterator[dict[str, Any]]) -> Generator[dict[str, Any], None, None]:
     """The batches; a UserError of a worker loses the traceback that torch puts in front of its sentence."""
     try:
         yield from batches
@@ -209,7 +209,7 @@ class TrainLoader:
             samples, batch_size=config.batch_size, num_workers=config.num_workers, collate_fn=collate, drop_last=True,
             pin_memory=torch.cuda.is_available(), multiprocessing_context=start_method if config.num_workers else None,
         )
-        self._stream: Iterator[dict[str, Any]] | None = None
+        self._stream: Generator[dict[str, Any], None, None] | None = None
 
     def __len__(self) -> int:
         return self.steps

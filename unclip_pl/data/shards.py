@@ -122,22 +122,23 @@ class _Member(tarfile.TarInfo):
     """tarfile takes a tar for ended where it is cut between two files, or where a header is damaged: here only its zeros are an end."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Member":
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
-            raise tarfile.ReadError("a header in it is damaged" if isinstance(error, tarfile.InvalidHeaderError) else "it is cut short") from None
+            damaged = isinstance(error, tarfile.InvalidHeaderError)  # type: ignore[attr-defined]
+            raise tarfile.ReadError("a header in it is damaged" if damaged else "it is cut short") from None
 
 
 def tar_files(stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the files in a tar, compressed or not; raises nearly anything where it is damaged."""
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as tar:
         for member in tar:
-            if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own files
-                yield member.name, tar.extractfile(member).read()
-            tar.members = []
+            if not re.match(r"__[^/]*__($|/)", member.name) and member.isreg() and (file := tar.extractfile(member)):  # not webdataset's own files
+                yield member.name, file.read()
+            tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
     while stream.read(1 << 20):  # padding: the command of a pipe is not left before it has ended
         pass
 

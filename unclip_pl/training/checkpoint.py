@@ -30,7 +30,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if failed is None:
                 raise
             raise UserError(
-                f"The checkpoint {path} could not be written ({REASONS.get(failed.errno, failed.strerror)}): "
+                f"The checkpoint {path} could not be written ({REASONS.get(failed.errno or 0) or failed.strerror}): "
                 "free space or choose another --trainer.default_root_dir, "
                 "then go on with --resume auto. Earlier checkpoints are whole."
             ) from error
