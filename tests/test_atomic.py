@@ -1,11 +1,16 @@
 """Files and folders are whole or not there, whoever fails in between."""
 
+import errno
+import os
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
-from unclip_pl.atomic import atomic_file, atomic_folder, cache_dir, file_lock
+from tests.disk import read_only, small_disk
+from unclip_pl.atomic import REASONS, atomic_file, atomic_folder, cache_dir, file_lock, remove_leftovers
 from unclip_pl.errors import UserError
 
 
@@ -62,3 +67,57 @@ def test_cache_that_cannot_be_made_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="set UNCLIP_CACHE"):
         cache_dir()
+
+
+@pytest.mark.parametrize("number", REASONS)
+def test_a_disk_that_cannot_take_it_is_one_sentence(tmp_path, monkeypatch, number):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    for use in (atomic_file, atomic_folder):
+        with pytest.raises(UserError, match="cannot be written") as error, use(tmp_path / "x"):
+            pass
+        assert REASONS[number] in str(error.value) and str(tmp_path / "x") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "x"):
+        raise FileNotFoundError(errno.ENOENT, "something else is gone")
+
+
+def test_a_full_disk_keeps_the_old_file_and_folder(tmp_path):
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        with atomic_file(disk / "file") as file:
+            file.write(b"old")
+        with pytest.raises(UserError, match="the disk is full"), atomic_file(disk / "file") as file:
+            file.write(bytes(100_000))
+        with pytest.raises(UserError, match="the disk is full"), atomic_folder(disk / "folder") as folder:
+            (folder / "a").write_bytes(bytes(100_000))
+        assert (disk / "file").read_bytes() == b"old" and [path.name for path in disk.iterdir()] == ["file"]
+
+
+def test_a_read_only_folder_is_a_sentence(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with read_only(folder):
+        for use in (atomic_file, atomic_folder, file_lock):
+            with pytest.raises(UserError, match=r"x cannot be written \((the file system is read-only|no permission)\)"), use(folder / "x"):
+                pass
+
+
+def test_leftovers_of_a_killed_writer_go_and_what_is_being_written_stays(tmp_path):
+    code = f"""
+import os, signal
+from unclip_pl.atomic import atomic_file
+with atomic_file({str(tmp_path / "a.ckpt")!r}) as file:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    with atomic_file(tmp_path / "b.ckpt", "w") as file:
+        remove_leftovers(tmp_path, "*.ckpt")
+        assert [path.name[:7] for path in tmp_path.iterdir()] == [".b.ckpt"]
+        file.write("whole")
+    assert (tmp_path / "b.ckpt").read_text() == "whole" and len(list(tmp_path.iterdir())) == 1

@@ -1,15 +1,25 @@
-"""`lightning fit` from end to end on a few drawings: pictures, logs and checkpoints appear, and a run cut in two equals one that was not."""
+"""`lightning fit` from end to end on a few drawings: pictures, logs and checkpoints appear, and a run killed three times equals one that was not."""
 
+import json
+import os
 import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.disk import read_only
 from unclip_pl.cli import build_cli, main, resume
 from unclip_pl.data import openmoji
 from unclip_pl.training.checkpoint import newest_checkpoint, read_checkpoint
 
+ROOT = Path(__file__).resolve().parent.parent
+LAST = 36  # steps; an epoch has 6
+KILLS = {6: "step", 12: "save", 17: "step"}  # with a checkpoint every 4 steps: the runs go on from 4, 8 and 16, each within an epoch
 TINY = [
     "--model.net", '{"width": 32, "mults": [1, 2], "depth": 1, "patch_size": 8, "attention": [4], "head_width": 16}', "--data.loader.batch_size", "4",
     "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu", "--trainer.limit_val_batches", "1", "--model.sampling.steps", "2",
@@ -27,40 +37,70 @@ def shards(tmp_path_factory):
     return folder
 
 
-def fit(root, shards, steps: int, *flags: str):
-    return build_cli(resume([
+def arguments(root, shards, *flags: str) -> list[str]:
+    return [
         "fit", "-c", "stages/decoder.yaml", *TINY, "--data.train", str(shards / "train-*.tar"), "--data.val", str(shards / "val-*.tar"),
-        "--data.store", str(shards / "store"), "--trainer.default_root_dir", str(root), "--trainer.max_steps", str(steps),
-        "--trainer.val_check_interval", "4", "--newest.every_n_train_steps", "2", *flags,
-    ]))  # fmt: skip
+        "--data.store", str(shards / "store"), "--trainer.default_root_dir", str(root), "--trainer.max_steps", str(LAST),
+        "--trainer.val_check_interval", "12", "--newest.every_n_train_steps", "4", "--model.optimizer.decay", "cosine", *flags,
+    ]  # fmt: skip
+
+
+def diary(root, **kill: int) -> list[str]:
+    """Flags that write each step's keys and loss into `root` and end the process at a step by SIGKILL; see tests/training/diary.py."""
+    options = {"class_path": "tests.training.diary.Diary", "init_args": {"path": str(root / "diary.jsonl"), **kill}}
+    return ["--trainer.callbacks+", json.dumps(options)]
 
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["0 workers", "2 workers"])
-def runs(request, shards, tmp_path_factory):
-    """Folders of a run of 9 steps, and of one that was cut after 4 of them; an epoch has 6."""
+def whole(request, shards, tmp_path_factory):
+    """(folder, command line, number of workers) of a run that nobody interrupted."""
     torch.set_num_threads(1)
-    flags = ("--data.loader.num_workers", str(request.param), "--model.optimizer.decay", "constant")
-    whole, cut = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cut")
-    straight = fit(whole, shards, 9, *flags)
-    fit(cut, shards, 4, *flags)
-    assert newest_checkpoint(cut).name == "newest-step=4.ckpt"
-    fit(cut, shards, 9, *flags, "--resume", "auto")
-    return whole, cut, straight
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, build_cli(arguments(folder, shards, "--data.loader.num_workers", str(request.param), *diary(folder))), request.param
 
 
-def test_a_run_cut_in_two_equals_the_whole_one_bit_for_bit(runs):
-    whole, cut = (read_checkpoint(newest_checkpoint(folder)) for folder in runs[:2])
-    assert whole["global_step"] == cut["global_step"] == 9
+@pytest.fixture(scope="module")
+def killed(whole, shards, tmp_path_factory):
+    """Folder of a run that was killed in mid-epoch at three steps and resumed each time."""
+    folder, environment = tmp_path_factory.mktemp("killed"), os.environ | {"OMP_NUM_THREADS": "1"}
+    flags = ["--data.loader.num_workers", str(whole[2]), "--resume", "auto"]
+    for step, when in KILLS.items():
+        command = [sys.executable, "-m", "unclip_pl", *arguments(folder, shards, *flags, *diary(folder, **{f"kill_at_{when}": step}))]
+        with (folder / "said.txt").open("w") as said:  # no pipe: the workers of a killed run would hold it open for a while
+            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=said, stderr=said, timeout=200).returncode
+        assert code == -signal.SIGKILL, (folder / "said.txt").read_text()[-3000:]
+        assert [path.name[:20] for path in (folder / "checkpoints").glob(".*.tmp")] == [".newest-step=12.ckpt"] * (when == "save")
+        assert newest_checkpoint(folder).name == f"newest-step={(step - 1) // 4 * 4}.ckpt"
+    build_cli(resume(arguments(folder, shards, *flags, *diary(folder))))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_killed_three_times_sees_the_same_samples_and_has_the_same_losses(whole, killed):
+    straight, pieces = ([json.loads(line) for line in (folder / "diary.jsonl").read_text().splitlines()] for folder in (whole[0], killed))
+    assert [line["step"] for line in straight] == list(range(1, LAST + 1))
+    assert [line["step"] for line in pieces] == [*range(1, 7), *range(5, 13), *range(9, 18), *range(17, LAST + 1)]
+    assert [straight[line["step"] - 1] for line in pieces] == pieces
+    assert len({line["loss"] for line in straight}) == LAST and len({tuple(line["keys"]) for line in straight}) > LAST // 2
+
+
+@pytest.mark.slow
+def test_a_run_killed_three_times_ends_with_the_same_weights_bit_for_bit(whole, killed):
+    ours, theirs = (read_checkpoint(newest_checkpoint(folder)) for folder in (killed, whole[0]))
+    assert ours["global_step"] == theirs["global_step"] == LAST
     for part in ("state_dict", "current_model_state"):
-        for name, value in whole[part].items():
-            assert torch.equal(value, cut[part][name]), (part, name)
-    assert not torch.equal(whole["state_dict"]["net.exit.weight"], whole["current_model_state"]["net.exit.weight"])
+        assert ours[part].keys() == theirs[part].keys()
+        for name, value in ours[part].items():
+            assert torch.equal(value, theirs[part][name]), (part, name)
+    assert not torch.equal(ours["state_dict"]["net.exit.weight"], ours["current_model_state"]["net.exit.weight"])
+    names = sorted(path.name for path in (killed / "checkpoints").iterdir() if "newest" in path.name)
+    assert names == [f"newest-step={LAST}.ckpt"]  # and nothing of what the kills left behind
 
 
-def test_pictures_logs_and_configuration_lie_in_the_run_folder(runs):
-    folder, _, cli = runs
+def test_pictures_logs_and_configuration_lie_in_the_run_folder(whole):
+    folder, cli, _ = whole
     pictures = sorted(path.name for path in (folder / "pictures").iterdir())
-    assert pictures == ["step-0000004.png", "step-0000008.png"]
+    assert pictures == ["step-0000012.png", "step-0000024.png", "step-0000036.png"]
     with Image.open(folder / "pictures" / pictures[0]) as picture:
         assert picture.height >= 2 * 64 and picture.width >= 3 * 64 and len(set(picture.getdata())) > 20
     assert (folder / "config.yaml").is_file() and list(folder.glob("events.out.tfevents*"))
@@ -70,21 +110,21 @@ def test_pictures_logs_and_configuration_lie_in_the_run_folder(runs):
     assert "val/loss" in cli.trainer.callback_metrics
 
 
-def test_checkpoint_knows_its_clip_and_stage(runs):
-    checkpoint = read_checkpoint(newest_checkpoint(runs[0]))
+def test_checkpoint_knows_its_clip_and_stage(whole):
+    checkpoint = read_checkpoint(newest_checkpoint(whole[0]))
     assert checkpoint["stage"] == "Decoder" and checkpoint["clip_fingerprint"]["config"]["model"] == "openmoji"
     assert checkpoint["hyper_parameters"]["net"]["embed_dim"] == 256
 
 
-def test_saved_configuration_runs_again(runs, shards, tmp_path):
-    cli = build_cli(["fit", "-c", str(runs[0] / "config.yaml"), "--trainer.default_root_dir", str(tmp_path), "--trainer.max_steps", "1"])
+def test_saved_configuration_runs_again(whole, shards, tmp_path):
+    cli = build_cli(["fit", "-c", str(whole[0] / "config.yaml"), "--trainer.default_root_dir", str(tmp_path), "--trainer.max_steps", "1"])
     assert cli.trainer.global_step == 1
 
 
 def test_width_that_does_not_fit_the_clip_is_a_sentence(shards, tmp_path, capsys):
-    arguments = ["fit", "-c", "stages/decoder.yaml", *TINY, "--data.train", str(shards / "train-*.tar"), "--data.val", "null",
+    given = ["fit", "-c", "stages/decoder.yaml", *TINY, "--data.train", str(shards / "train-*.tar"), "--data.val", "null",
                  "--data.store", str(shards / "store"), "--trainer.default_root_dir", str(tmp_path), "--model.net.embed_dim", "512"]  # fmt: skip
-    assert main(arguments) == 1
+    assert main(given) == 1
     assert "gives embeddings of 256 numbers and model.net.embed_dim is 512" in capsys.readouterr().err
 
 
@@ -99,8 +139,16 @@ def test_width_that_does_not_fit_the_clip_is_a_sentence(shards, tmp_path, capsys
     ],
 )
 def test_what_cannot_run_is_one_sentence(flags, words, shards, tmp_path, capsys):
-    arguments = ["fit", "-c", "stages/decoder.yaml", *TINY, "--data.train", str(shards / "train-*.tar"), "--data.val", "null",
+    given = ["fit", "-c", "stages/decoder.yaml", *TINY, "--data.train", str(shards / "train-*.tar"), "--data.val", "null",
                  "--data.store", str(shards / "store"), "--trainer.default_root_dir", str(tmp_path), "--trainer.max_steps", "2", *flags]  # fmt: skip
-    assert main(arguments) == 1
+    assert main(given) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("lightning: ") and words in last
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_sentence(shards, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    with read_only(tmp_path / "runs"):
+        assert main(arguments(tmp_path / "runs" / "mine", shards)) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("lightning: ") and "written (" in last and "--trainer.default_root_dir" in last

@@ -1,6 +1,7 @@
 """Files that are either whole or not there: written beside the target, fsynced, renamed. And where the cache lives."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -11,6 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from unclip_pl.errors import UserError
+
+REASONS = {
+    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission", errno.EPERM: "no permission",
+}  # fmt: skip
 
 
 def cache_dir() -> Path:
@@ -23,6 +29,35 @@ def cache_dir() -> Path:
     return folder
 
 
+def cause(error: BaseException | None) -> OSError | None:
+    """The operating system's error that `error` is or arose from: torch turns a failed write of its zip file into a RuntimeError."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """A full disk, a read-only file system or a missing permission becomes a sentence about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REASONS:
+            raise
+        raise UserError(
+            f"{path} cannot be written ({REASONS[error.errno]}): free space, or choose another folder with data.store, "
+            "--trainer.default_root_dir or the environment variable UNCLIP_CACHE."
+        ) from error
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove the temporary files that killed writers of files called `name` (a pattern) left in `folder`, and none that is being written."""
+    for path in folder.glob(f".{name}.*.tmp"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; when the block ends well it is fsynced and takes the name `path`, else it is removed.
@@ -30,19 +65,22 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     A reader therefore sees the old file or the whole new one, also after a crash or on a full disk.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        os.fchmod(handle, 0o644)
-        with os.fdopen(handle, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-        sync_folder(path.parent)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with contextlib.suppress(OSError):  # not every file system has locks
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for `remove_leftovers`
+            os.fchmod(handle, 0o644)
+            with os.fdopen(handle, mode) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                Path(temporary).replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager
@@ -52,9 +90,11 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     If another process finished `path` in the meantime, that one stays and ours is discarded.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    with writing(path), contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         temporary.chmod(0o755)
         yield temporary
         for file in temporary.rglob("*"):
@@ -68,8 +108,6 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
             if not path.is_dir():
                 raise
         sync_folder(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -79,9 +117,11 @@ def file_lock(path: str | os.PathLike, timeout: float = 3600.0) -> Iterator[None
     The lock belongs to the open file: it is free again when its holder dies, however it dies.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + timeout
-    with path.open("a") as file:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a")
+    with opened as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

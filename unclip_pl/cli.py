@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from unclip_pl import __version__
+from unclip_pl.atomic import REASONS
 from unclip_pl.errors import UserError
 
 USAGE = f"""unclip_pl {__version__}: train the stages of unCLIP
@@ -191,5 +192,11 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         # from a loader's worker the sentence comes wrapped in that process's traceback
         print(f"lightning: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
+        return 1
+    except OSError as error:  # what others write: logs, the saved configuration
+        if error.errno not in REASONS:
+            raise
+        what = f"{error.filename or 'A file of this run'} cannot be opened or written ({REASONS[error.errno]})"
+        print(f"lightning: {what}: free space or choose another --trainer.default_root_dir.", file=sys.stderr)
         return 1
     return 0

@@ -4,8 +4,11 @@ import io
 import json
 import logging
 import multiprocessing
+import os
 import shutil
+import signal
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,6 +105,58 @@ def test_a_file_cut_short_is_made_anew(tmp_path, shards):
     assert any("cannot be checked" in line for line in verify(store.folder))
     fill(tmp_path / "store", shards)
     assert path.read_bytes() == whole
+
+
+class Logging(FakeCLIP):
+    """Writes into a file how many images it has seen; ends its process by SIGKILL at a batch, or just before a shard's file gets its name."""
+
+    def __init__(self, log, batch: int | None, write: int | None) -> None:
+        super().__init__()
+        self.log, self.batch, self.write = log, batch, write
+
+    def embed_images(self, images):
+        with self.log.open("a") as file:
+            print(len(images), file=file)
+        if self.batch is not None:
+            self.batch -= 1
+            if self.batch < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().embed_images(images)
+
+
+def _fill_and_die(folder, shards, log, batch, write) -> None:
+    torch.set_num_threads(1)
+    if write is not None:
+        names = iter(range(write))
+
+        def replace(self, target, real=Path.replace):
+            if target.suffix == ".safetensors" and next(names, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, target)
+
+        Path.replace = replace
+    fill(folder, shards, Logging(log, batch, write))
+
+
+def test_a_store_killed_three_times_ends_whole_and_does_no_shard_twice(tmp_path):
+    shards = write_shards(tmp_path, [20] * 12)  # four batches a shard
+    fresh = fill(tmp_path / "fresh", shards)
+    store, log, done = EmbeddingStore(tmp_path / "store"), tmp_path / "seen.txt", 0
+    context = multiprocessing.get_context("spawn")
+    for batch, write, whole in ((6, None, 1), (None, 3, 4), (13, None, 7), (None, None, 12)):
+        log.write_text("")
+        process = context.Process(target=_fill_and_die, args=(store.folder, shards, log, batch, write))
+        process.start()
+        process.join(120)
+        assert process.exitcode == (0 if whole == 12 else -signal.SIGKILL)
+        assert [store.done(shard) for shard in shards] == [True] * whole + [False] * (12 - whole)
+        embedded = sum(map(int, log.read_text().split()))
+        assert embedded <= 20 * (min(whole + 1, 12) - done)  # the shards that were done already were left alone
+        assert len(list(store.folder.glob(".*.tmp"))) == (write is not None)
+        done = whole
+    for shard in shards:
+        assert store.path(shard).read_bytes() == (fresh.folder / store.path(shard).name).read_bytes()
+    assert store.manifest == fresh.manifest and verify(store.folder, shards, FakeCLIP()) == []
 
 
 def _ensure(folder, shards, queue) -> None:

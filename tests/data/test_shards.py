@@ -153,7 +153,7 @@ def test_bad_samples_are_named_and_counted(tmp_path, caplog):
         assert any(f"sample {key} of {shard}" in line and reason in line for line in caplog.messages), key
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_too_many_bad_samples_stop_the_run_with_one_sentence(tmp_path, workers):
     shards = write_shards(tmp_path, [100, 100], bad=set(range(0, 200, 20)))
     assert len(take(loader(shards, steps=40, max_bad_rate=0.06), 40)) == 40

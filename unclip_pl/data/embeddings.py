@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from unclip_pl.atomic import atomic_file, file_lock
+from unclip_pl.atomic import atomic_file, file_lock, remove_leftovers
 from unclip_pl.clip import FrozenCLIP, require_same
 from unclip_pl.data.shards import BadSample, ErrorBudget, decode, expand, is_url, raw_samples
 from unclip_pl.errors import UserError
@@ -96,19 +97,22 @@ class EmbeddingStore:
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
         self._open: dict[str, ShardRows] = {}
+        self._since = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}  # a pickled mmap would be its contents
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The manifest; raises a UserError where there is none or it is of a newer version."""
+        """The manifest; raises a UserError where there is none or it is of another version."""
         try:
-            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-            version = manifest["format"]
+            return self._read_manifest()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.folder} is no whole embedding store ({error}): {FILL}.") from None
-        if version != FORMAT:
+
+    def _read_manifest(self) -> dict[str, Any]:
+        manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        if (version := manifest["format"]) != FORMAT:
             raise UserError(f"The store {self.folder} has format {version}, this version reads {FORMAT}: fill a new one.")
         return manifest
 
@@ -160,7 +164,7 @@ class EmbeddingStore:
     ) -> int:
         """Embed those of `shards` that are not done; leaves the manifest alone. See `ensure`."""
         self._own(clip)
-        budget = budget or ErrorBudget()
+        self._since, budget = time.monotonic(), budget or ErrorBudget()
         missing = [shard for shard in shards if not self.done(shard)]
         sizes = [describe(shard)["size"] for shard in missing]
         total = None if None in sizes else sum(sizes)
@@ -172,18 +176,26 @@ class EmbeddingStore:
 
     def finish(self, shards: Sequence[str], clip: FrozenCLIP) -> None:
         """Write the manifest over `shards`, all of them done, and over what it named before and is still there."""
-        path = self.folder / "manifest.json"
-        with file_lock(self.folder / ".manifest.lock"):
-            old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"shards": {}}
-            entries = {shard: entry for shard, entry in old["shards"].items() if (self.folder / entry["file"]).is_file()}
-            for shard in shards:
-                rows = self.shard(shard)
-                entries[shard] = {"file": rows.path.name, "rows": len(rows.keys), **rows.source}
-            fingerprint = old.get("clip") or clip.fingerprint()
-            manifest = {"format": FORMAT, "clip": fingerprint, "rows": sum(e["rows"] for e in entries.values()), "shards": entries}
-            if manifest != old:
-                with atomic_file(path, "w") as file:
-                    file.write(json.dumps(manifest, indent=1) + "\n")
+        if self._manifest_over(shards, clip) == self._old_manifest():  # so that a whole store may be read-only
+            return
+        with file_lock(self.folder / ".manifest.lock"), atomic_file(self.folder / "manifest.json", "w") as file:
+            file.write(json.dumps(self._manifest_over(shards, clip), indent=1) + "\n")
+
+    def _old_manifest(self) -> dict[str, Any]:
+        """The manifest that is there, one without shards where there is none or it is damaged; raises a UserError where it is of another version."""
+        try:
+            return self._read_manifest()
+        except (OSError, ValueError, KeyError, TypeError):
+            return {"shards": {}}
+
+    def _manifest_over(self, shards: Sequence[str], clip: FrozenCLIP) -> dict[str, Any]:
+        old = self._old_manifest()
+        entries = {shard: entry for shard, entry in old["shards"].items() if (self.folder / entry["file"]).is_file()}
+        for shard in shards:
+            rows = self.shard(shard)
+            entries[shard] = {"file": rows.path.name, "rows": len(rows.keys), **rows.source}
+        fingerprint = old.get("clip") or clip.fingerprint()
+        return {"format": FORMAT, "clip": fingerprint, "rows": sum(entry["rows"] for entry in entries.values()), "shards": entries}
 
     def statistics(self, shards: Sequence[str] | None = None) -> Statistics:
         """Mean and covariance of the image embeddings of `shards` (None: all), merged from the files' own in float64 (Chan et al. 1979)."""
@@ -202,11 +214,18 @@ class EmbeddingStore:
 
     def _own(self, clip: FrozenCLIP) -> None:
         """Claim an empty folder for a CLIP, or compare with the one that it belongs to."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         claim, manifest = self.folder / "clip.json", self.folder / "manifest.json"
+        self._old_manifest()  # one of another version is refused before any work
+        if claim.is_file():
+            try:
+                theirs = json.loads(claim.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{claim} cannot be read ({error}): fill a new store.") from None
+            require_same(theirs, clip.fingerprint(), f"The embedding store {self.folder}")
+            return
         with file_lock(self.folder / ".clip.lock"):
             if claim.is_file():
-                require_same(json.loads(claim.read_text(encoding="utf-8")), clip.fingerprint(), f"The embedding store {self.folder}")
+                self._own(clip)
             elif manifest.is_file():
                 require_same(self.manifest["clip"], clip.fingerprint(), f"The embedding store {self.folder}")
             elif any(self.folder.glob("*.safetensors")):
@@ -226,6 +245,7 @@ class EmbeddingStore:
                 return False
             before = bar.n
             if not self.done(shard):
+                remove_leftovers(self.folder, self.path(shard).name)
                 self._embed(shard, clip, batch_size, budget, bar)
             bar.update((describe(shard)["size"] or bar.n - before) - (bar.n - before))
         return True
@@ -248,7 +268,7 @@ class EmbeddingStore:
             for name, rows in {"image_embed": image, "text_embed": text, "tokens": tokens.int().cpu()}.items():
                 parts[name].append(rows[finite])
             bar.update(sum(sample["bytes"] for sample in batch))
-            bar.set_postfix_str(f"{budget.seen / max(bar.format_dict['elapsed'], 1e-9):.0f} images/s, {budget.bad} bad", refresh=False)
+            bar.set_postfix_str(f"{budget.seen / max(time.monotonic() - self._since, 1e-9):.0f} images/s, {budget.bad} bad", refresh=False)
         if not keys:
             raise UserError(f"The shard {shard} has no usable sample: take it out of the data, or mend it.")
         self._write(shard, keys, {name: torch.cat(part) for name, part in parts.items()}, source)

@@ -7,7 +7,7 @@ from numbers, so the state of a reader is three: epoch, window, offset. The stat
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -21,6 +21,7 @@ from unclip_pl.data.shards import BadSample, ErrorBudget, decode, raw_samples
 from unclip_pl.errors import UserError
 
 log = logging.getLogger(__name__)
+PASSED_OVER = "passed_over"  # in a sample: how many its reader could not use since the one before; so counts come from the workers with the batches
 Prepare = Callable[[dict[str, Any], int], dict[str, Any]]
 
 
@@ -97,7 +98,7 @@ class Samples(_Shards):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         reader, readers = self.reader()
-        budget = ErrorBudget(self.config.max_bad_rate)
+        budget, told = ErrorBudget(self.config.max_bad_rate), 0
         while True:
             whole, usable = self.window == self.offset == 0, 0
             windows = self._windows(reader, readers)
@@ -108,7 +109,8 @@ class Samples(_Shards):
                     self.offset += 1
                     if ready is not None:
                         usable += 1
-                        yield ready
+                        passed, told = budget.bad - told, budget.bad
+                        yield ready | {PASSED_OVER: passed}
                 self.window, self.offset = self.window + 1, 0
             if whole and not usable:
                 raise UserError(f"Reader {reader + 1} of {readers} found no usable sample in its part of {self.shards[0]} ...: check data.train.")
@@ -171,14 +173,15 @@ class SamplesInOrder(_Shards):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Strings become lists, the rest tensors with the batch in front."""
-    return {
-        key: [sample[key] for sample in samples] if isinstance(samples[0][key], str) else default_collate([sample[key] for sample in samples])
-        for key in samples[0]
-    }
+    """Strings become lists, the count of samples passed over a sum, the rest tensors with the batch in front."""
+    batch: dict[str, Any] = {}
+    for key, first in samples[0].items():
+        values = [sample[key] for sample in samples]
+        batch[key] = sum(values) if key == PASSED_OVER else values if isinstance(first, str) else default_collate(values)
+    return batch
 
 
-def _plainly(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _plainly(batches: Iterator[dict[str, Any]]) -> Generator[dict[str, Any], None, None]:
     """The batches; a UserError of a worker loses the traceback that torch puts in front of its sentence."""
     try:
         yield from batches
@@ -191,6 +194,7 @@ class TrainLoader:
 
     A state is good for the same shards, number of ranks and workers, batch size, seed and window; with others the data go on at the start of
     the next epoch, with a warning. On several ranks `state_dict` gathers from all of them, so all must call it, as Lightning does.
+    `bad` counts the samples that this rank's readers passed over on the way to the batches given so far in this run.
 
     Args:
         samples: the stream.
@@ -200,12 +204,12 @@ class TrainLoader:
 
     def __init__(self, samples: Samples, steps: int, start_method: str | None = None) -> None:
         config = samples.config
-        self.samples, self.steps, self.done = samples, steps, 0
+        self.samples, self.steps, self.done, self.bad = samples, steps, 0, 0
         self.loader = StatefulDataLoader(
             samples, batch_size=config.batch_size, num_workers=config.num_workers, collate_fn=collate, drop_last=True,
             pin_memory=torch.cuda.is_available(), multiprocessing_context=start_method if config.num_workers else None,
         )
-        self._stream: Iterator[dict[str, Any]] | None = None
+        self._stream: Generator[dict[str, Any], None, None] | None = None
 
     def __len__(self) -> int:
         return self.steps
@@ -217,7 +221,15 @@ class TrainLoader:
         while self.done < self.steps:
             batch = next(self._stream)
             self.done += 1
+            self.bad += batch.pop(PASSED_OVER, 0)
             yield batch
+
+    def close(self) -> None:
+        """End the workers now: where the garbage collector finds them it waits five seconds for each."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+            self.loader.load_state_dict({})  # lets go of its iterator
 
     def shape(self) -> dict[str, Any]:
         """What a state depends on."""

@@ -59,6 +59,7 @@ class ShardData(LightningDataModule):
         self.clip = FrozenCLIP(clip)
         self.train_shards: list[str] = []
         self.val_shards: list[str] = []
+        self._training: TrainLoader | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """That of the CLIP which tokenises and embeds."""
@@ -69,6 +70,10 @@ class ShardData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self._resolve()
+
+    def teardown(self, stage: str) -> None:
+        if self._training is not None:
+            self._training.close()
 
     def _resolve(self) -> None:
         self.train_shards = resolve(self.train, "train", self.image_size)
@@ -87,7 +92,9 @@ class ShardData(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         samples = Samples(self.train_shards, self.image_size, self.config, self.preparation(train=True), **self._place())
-        return TrainLoader(samples, self.config.steps_per_epoch or steps_of_epoch(self.config, self.count(self.train_shards), samples.world))
+        steps = self.config.steps_per_epoch or steps_of_epoch(self.config, self.count(self.train_shards), samples.world)
+        self._training = TrainLoader(samples, steps)
+        return self._training
 
     def val_dataloader(self) -> DataLoader | list:
         if not self.val_shards:

@@ -1,14 +1,17 @@
 """Tar shards of images and captions, as img2dataset and webdataset write them: KEY.jpg|png|webp, KEY.txt, KEY.json. Read by webdataset's means.
 
 Nothing in a shard is ever unpickled: only the extensions named here are looked at. What cannot be read is named, counted, and passed over
-up to a share of the samples (`ErrorBudget`).
+up to a share of the samples (`ErrorBudget`). Among that are a second sample of the same key in a shard, for images and embeddings are paired
+by key, and an image of more than 50 megapixels, for it would stall a worker and take a GB; a JPEG counts as large as it is decoded (`decode`).
 """
 
 import glob
 import io
 import json
 import logging
+import re
 import tarfile
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +25,8 @@ from unclip_pl.images import from_pil
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # what a file of these names may hold: the web names many of them wrongly
+MAX_PIXELS = 50_000_000
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `decode` has a limit of its own
 log = logging.getLogger(__name__)
 
 
@@ -113,22 +118,29 @@ class ErrorBudget:
         self.spend(f"the rest of shard {shard}, after {read} samples,", reason, max(1, self.largest - read))
 
 
-class _Watched:
-    """A stream for tarfile, which takes a tar cut between two files for whole: remembers how it begins and ends."""
+class _Member(tarfile.TarInfo):
+    """tarfile takes a tar for ended where it is cut between two files, or where a header is damaged: here only its zeros are an end."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self.stream, self.head, self.tail = stream, b"", b""
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Member":
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            damaged = isinstance(error, tarfile.InvalidHeaderError)  # type: ignore[attr-defined]
+            raise tarfile.ReadError("a header in it is damaged" if damaged else "it is cut short") from None
 
-    def read(self, size: int = -1) -> bytes:
-        data = self.stream.read(size)
-        self.head = self.head or data[:6]
-        self.tail = data[-512:] if len(data) >= 512 else (self.tail + data)[-512:]
-        return data
 
-    def check(self) -> None:
-        """Raise an error unless the tar ended with its zeros; a compressed one is checked by its own means."""
-        if self.tail.strip(b"\0") and not self.head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):
-            raise tarfile.ReadError("it is cut short")
+def tar_files(stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the files in a tar, compressed or not; raises nearly anything where it is damaged."""
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as tar:
+        for member in tar:
+            if not re.match(r"__[^/]*__($|/)", member.name) and member.isreg() and (file := tar.extractfile(member)):  # not webdataset's own files
+                yield member.name, file.read()
+            tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
+    while stream.read(1 << 20):  # padding: the command of a pipe is not left before it has ended
+        pass
 
 
 def raw_samples(url: str, budget: ErrorBudget, members: Collection[str] = ()) -> Iterator[dict[str, Any]]:
@@ -137,21 +149,23 @@ def raw_samples(url: str, budget: ErrorBudget, members: Collection[str] = ()) ->
     With `members`, further endings such as "img_emb.npy" in small letters, also `members`: the bytes of those that are there.
     """
     from webdataset.gopen import gopen
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
+    from webdataset.tariterators import group_by_keys
 
     def counted(error: Exception) -> bool:
-        budget.spend(f"a file of {url}", _cause(error))
+        name, double, _ = _cause(error).partition(": duplicate file name")
+        budget.spend(f"a file of {url}", f"it is the second of the name {name}" if double else _cause(error))
         return True
 
-    read = 0
+    read, keys = 0, set()
     try:
-        with gopen(url) as opened:
-            stream = _Watched(opened)
-            files = ({**file, "__url__": url} for file in tar_file_iterator(stream))
+        with gopen(url) as stream:
+            files = ({"fname": name, "data": data, "__url__": url} for name, data in tar_files(stream))
             for sample in group_by_keys(files, suffixes={*IMAGES, "txt", "json", *members}, handler=counted):
                 image = next((sample[extension] for extension in IMAGES if extension in sample), None)
                 read += 1
                 try:
+                    if sample["__key__"] in keys:
+                        raise BadSample("an earlier sample of the shard has the same key")
                     if image is None:
                         raise BadSample(f"it has no image ({', '.join(IMAGES)})")
                     ready = {"key": sample["__key__"], "shard": url, "image": image, "caption": caption_of(sample)}
@@ -160,12 +174,14 @@ def raw_samples(url: str, budget: ErrorBudget, members: Collection[str] = ()) ->
                     continue
                 if members:
                     ready["members"] = {name: sample[name] for name in members if name in sample}
+                keys.add(ready["key"])
                 yield ready
-            stream.check()
         budget.largest = max(budget.largest, read)
     except FileNotFoundError:
         raise UserError(f"The shard {url} is gone: put it back, or take it out of data.train and data.val.") from None
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # tarfile raises nearly anything on damaged files
         budget.broken(url, read, f"it is no whole tar ({_cause(error)})")
 
 
@@ -189,13 +205,21 @@ def caption_of(sample: dict[str, Any]) -> str:
 def decode(data: bytes, image_size: int) -> Tensor:
     """The bytes of a picture -> float32 (3, S, S) in [-1, 1]: short side to S, antialiased, and the centre cut out.
 
+    A JPEG is decoded at a half, quarter or eighth where that is still twice as large as S; no more than `MAX_PIXELS` are decoded.
+
     Raises:
-        BadSample: they are no picture.
+        BadSample: they are no picture, or too large a one.
     """
+    if not data:
+        raise BadSample("its image is empty, a file of 0 bytes")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.draft(None, (2 * image_size, 2 * image_size))  # a large JPEG is decoded at a half, quarter or eighth; still twice as large
+            image.draft(None, (2 * image_size, 2 * image_size))
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
             return from_pil(_less_long(image), image_size)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # a warning only where the user makes errors of them
+        raise BadSample(f"its image is larger than {MAX_PIXELS // 10**6} megapixels: make it smaller") from None
     except UnidentifiedImageError:
         raise BadSample("its image cannot be decoded (of no known format)") from None
     except Exception as error:  # Pillow raises nearly anything on damaged files
@@ -219,15 +243,15 @@ def count_samples(shard: str) -> int:
         UserError: it is no whole tar.
     """
     from webdataset.gopen import gopen
-    from webdataset.tariterators import base_plus_ext, tar_file_iterator
+    from webdataset.tariterators import base_plus_ext
 
     try:
         if is_url(shard):
             with gopen(shard) as stream:
-                names = [file["fname"] for file in tar_file_iterator(stream)]
+                names = [name for name, _ in tar_files(stream)]
         else:
-            with tarfile.open(shard) as tar:
+            with tarfile.open(shard, tarinfo=_Member) as tar:
                 names = [member.name for member in tar if member.isreg()]
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except Exception as error:
         raise UserError(f"The shard {shard} is no whole tar ({_cause(error)}): fetch it again, take it out, or set data.loader.steps_per_epoch.") from None
     return len({key for key, ending in map(base_plus_ext, names) if key and ending.lower() in IMAGES})

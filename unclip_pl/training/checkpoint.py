@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there, read without executing code, and the newest of them found for `--resume auto`."""
 
-import errno
 import os
 import pickle
 import signal
@@ -15,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from unclip_pl.atomic import atomic_file
+from unclip_pl.atomic import REASONS, atomic_file, cause, remove_leftovers
 from unclip_pl.errors import UserError
 
 
@@ -26,13 +25,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with atomic_file(path) as file:
                 torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:  # torch turns a failed write of its zip file into a RuntimeError
-            failed = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(failed, OSError):
+        except (OSError, RuntimeError, UserError) as error:
+            failed = cause(error)
+            if failed is None:
                 raise
-            reason = "the disk is full" if failed.errno == errno.ENOSPC else failed.strerror
             raise UserError(
-                f"The checkpoint {path} could not be written ({reason}): free space or choose another --trainer.default_root_dir, "
+                f"The checkpoint {path} could not be written ({REASONS.get(failed.errno or 0) or failed.strerror}): "
+                "free space or choose another --trainer.default_root_dir, "
                 "then go on with --resume auto. Earlier checkpoints are whole."
             ) from error
 
@@ -59,12 +58,12 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[
 
 
 def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """The whole checkpoint under `folder` with the highest step; files cut short are passed over. None where there is none."""
+    """The whole checkpoint under `folder` with the highest step, whatever the clock says; files cut short are passed over. None where there is none."""
     found = []
     for path in Path(folder).rglob("*.ckpt"):
         if not path.name.startswith(".") and zipfile.is_zipfile(path):
-            found.append((_step(path), path.name.startswith("newest"), path.stat().st_mtime, path))
-    return max(found)[-1] if found else None
+            found.append((_step(path), path.name.startswith("newest"), -len(path.parts), str(path)))
+    return Path(max(found)[-1]) if found else None
 
 
 def _step(path: Path) -> int:
@@ -91,6 +90,8 @@ class NewestCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            remove_leftovers(checkpoint_folder(trainer), "*.ckpt")  # of a run that was killed while it wrote
 
         def stop(signum: int, frame: Any) -> None:
             rank_zero_info("Stopping after this step (Ctrl-C again: at once).")

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: images per second and time left in the progress bar, and the loss by quarter of the schedule."""
+"""What a run tells while it goes: images per second, time left and bad samples in the progress bar, and the loss by quarter of the schedule."""
 
 import time
 from typing import Any
@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's bar with `images/s` over all ranks and `left`, the time to the last step; the rate is logged as well."""
+    """Lightning's bar with `images/s` over all ranks, `left`, the time to the last step, and `bad`, the samples that this rank passed over so far.
+
+    The rate and the count are logged as well. The count is a number that the loader keeps, so that showing it waits for nothing.
+    """
 
     def __init__(self, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
@@ -31,7 +34,7 @@ class Progress(TQDMProgressBar):
             if trainer.max_steps > 0:
                 left = (trainer.max_steps - trainer.global_step) * (now - then) / (trainer.global_step - step)
                 self._shown["left"] = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
-            pl_module.log("train/images_per_second", rate)
+            pl_module.log_dict({"train/images_per_second": rate, "train/bad_samples": float(_bad(trainer))})
             self._mark, self._images = (now, trainer.global_step), 0
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -42,7 +45,12 @@ class Progress(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return self._shown | metrics
+        bad = _bad(trainer)
+        return self._shown | ({"bad": bad} if bad else {}) | metrics
+
+
+def _bad(trainer: Trainer) -> int:
+    return getattr(trainer.train_dataloader, "bad", 0)
 
 
 class LossByTimestep(Callback):

@@ -1,0 +1,87 @@
+"""How fast training data come: images/s of the train loader by image size and number of workers, and rows/s of the embedding store. As Markdown.
+
+    python benchmarks/loader_rates.py                                   OpenMoji at 64, 256 and 1024 px, drawn on the first use of a size
+    python benchmarks/loader_rates.py --sizes 64 --workers 0 4 8        other sizes and workers
+    python benchmarks/loader_rates.py --data 'data/{00000..00009}.tar'  other images
+
+An image counts from the tar to the batch: read, decoded, resized, its caption varied and tokenised. Nothing else should run meanwhile.
+"""
+
+import argparse
+import itertools
+import os
+import random
+import tarfile
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from unclip_pl.clip import CLIPConfig, FrozenCLIP
+from unclip_pl.data.embeddings import EmbeddingStore
+from unclip_pl.data.loader import LoaderConfig
+from unclip_pl.data.modules import Embedded, ImageTextData, resolve
+from unclip_pl.data.shards import expand
+
+warnings.filterwarnings("ignore", module="torchdata")
+
+
+def loader_rate(shards, size, workers, batch_size, seconds):
+    """Images/s once the first batch and what was prefetched with it are through."""
+    config = LoaderConfig(batch_size=batch_size, num_workers=workers, max_bad_rate=0.5, steps_per_epoch=1 << 40)
+    data = ImageTextData(shards, None, size, loader=config)
+    data.setup("fit")
+    batches = iter(data.train_dataloader())
+    for _ in range(1 + 2 * workers):
+        next(batches)
+    start, images = time.monotonic(), 0
+    while time.monotonic() - start < seconds:
+        images += len(next(batches)["key"])
+    return images / (time.monotonic() - start)
+
+
+def store_rates(shard, samples, seconds):
+    """(rows/s written, from the tar through CLIP to the file; rows/s read, by key in random order, as tensors)."""
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "part.tar"
+        with tarfile.open(shard) as whole, tarfile.open(part, "w") as tar:
+            for member in itertools.islice(whole, 3 * samples):
+                tar.addfile(member, whole.extractfile(member))
+        store, clip = EmbeddingStore(Path(folder) / "store"), FrozenCLIP(CLIPConfig())
+        clip.fingerprint()  # not counted: the first call loads the weights
+        start = time.monotonic()
+        store.ensure([str(part)], clip, progress=False)
+        keys = store.shard(str(part)).keys
+        written = len(keys) / (time.monotonic() - start)
+        row, order, read = Embedded(store), random.Random(0), 0
+        start = time.monotonic()
+        while time.monotonic() - start < seconds:
+            row({"shard": str(part), "key": order.choice(keys), "caption": "", "image": None}, 0)
+            read += 1
+        return written, read / (time.monotonic() - start)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024])
+    arguments.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    arguments.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    arguments.add_argument("--batch-size", type=int, default=32)
+    arguments.add_argument("--rows", type=int, default=512, help="samples embedded for the store")
+    arguments.add_argument("--data", nargs="+", help="shards; OpenMoji without it")
+    given = arguments.parse_args()
+    print(f"{os.cpu_count()} CPU cores, batches of {given.batch_size}, {torch.get_num_threads()} threads of torch. Images/s:\n")
+    print("| px | " + " | ".join(f"{workers} workers" for workers in given.workers) + " |")
+    print("|---" * (1 + len(given.workers)) + "|")
+    for size in given.sizes:
+        shards = expand(given.data) if given.data else resolve("openmoji", "train", size)
+        rates = [loader_rate(shards, size, workers, given.batch_size, given.seconds) for workers in given.workers]
+        print(f"| {size} | " + " | ".join(f"{rate:.0f}" for rate in rates) + " |", flush=True)
+    written, read = store_rates(shards[0], given.rows, given.seconds)
+    print(f"\nEmbedding store: {written:.0f} rows/s written by the embedded CLIP, {read:.0f} rows/s read by key.")
+
+
+if __name__ == "__main__":
+    main()
