@@ -51,7 +51,7 @@ def test_clip_overlays_agree_with_open_clip(clip):
 
 
 def test_every_paper_overlay_has_a_test_of_its_size():
-    assert set(PAPER) == {"decoder", "ar_prior"}
+    assert set(PAPER) == {"decoder", "ar_prior", "diffusion_prior"}
 
 
 def test_paper_ar_prior_has_the_papers_size():

@@ -1,8 +1,9 @@
-"""`unclip vary | export | data ...`: what is done with trained stages and with data. Parses, calls, prints; torch is imported when it is needed."""
+"""`unclip generate | vary | export | data ...`: what is done with trained stages and with data. Parses, calls, prints; torch is imported when it is needed."""
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from unclip_pl import __version__
 from unclip_pl.errors import UserError
@@ -19,18 +20,23 @@ def parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
+    generate = command("generate", run_generate, "Draw pictures from captions: a prior makes a CLIP image embedding of each, the decoder draws it.")
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="captions")
+    generate.add_argument("--file", type=Path, help="a UTF-8 text file with one more prompt a line")
+    generate.add_argument("--condition", choices=["prior", "text", "caption"], default="prior",
+                          help="what the decoder has for an image embedding: the prior's, CLIP's text embedding in its place, or none")
+    generate.add_argument("--prior", default="diffusion", help='"diffusion" or "ar", those in the package; or a checkpoint or release')
+    generate.add_argument("--prior-guidance-scale", type=float, help="1: no guidance; by default the prior's own")
+    generate.add_argument("--prior-steps", type=int, help="sampling steps of a diffusion prior; by default its own")
+    generate.add_argument("--prior-sampler", choices=["analytic", "ddpm", "ddim", "dpm_solver_pp"], help="of a diffusion prior; by default its own")
+    drawing(generate, "pictures of each prompt")
+    generate.add_argument("--batch-size", type=int, default=16, help="pictures drawn at a time")
+    generate.add_argument("--grid", action="store_true", help="also write grid.png, a row for each prompt")
+
     vary = command("vary", run_vary, "Draw variations of pictures: encode each with CLIP and decode its embedding.")
     vary.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files of any size (centre-cropped to a square)")
-    vary.add_argument("--num-images", type=int, default=4, help="variations of each picture")
     vary.add_argument("--caption", help="a caption to draw with; without it the embedding alone decides")
-    vary.add_argument("--decoder", type=Path, help="a checkpoint or release; by default the one in the package")
-    vary.add_argument("--sampler", choices=["ddpm", "ddim", "dpm_solver_pp"], help="by default the decoder's own")
-    vary.add_argument("--steps", type=int, help="sampling steps; by default the decoder's own")
-    vary.add_argument("--guidance-scale", type=float, help="1: no guidance; by default the decoder's own")
-    vary.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1")
-    vary.add_argument("--seed", type=int, default=0, help="variation k uses seed + k")
-    vary.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
-    vary.add_argument("--out", type=Path, default=Path("out"), help="folder for the PNG files")
+    drawing(vary, "variations of each picture")
 
     export = command("export", run_export, "Make a release (or, of a CLIP stage, an open_clip folder) from a checkpoint: EMA weights, no code in it.")
     export.add_argument("checkpoint", type=Path)
@@ -60,9 +66,96 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def run_vary(arguments: argparse.Namespace) -> None:
+def drawing(command: argparse.ArgumentParser, what: str) -> None:
+    """The options of every command that draws with a decoder."""
+    command.add_argument("--num-images", type=int, default=4, help=what)
+    command.add_argument("--decoder", type=Path, help="a checkpoint or release; by default the one in the package")
+    command.add_argument("--sampler", choices=["ddpm", "ddim", "dpm_solver_pp"], help="by default the decoder's own")
+    command.add_argument("--steps", type=int, help="sampling steps; by default the decoder's own")
+    command.add_argument("--guidance-scale", type=float, help="1: no guidance; by default the decoder's own")
+    command.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1")
+    command.add_argument("--seed", type=int, default=0, help="picture k of each uses seed + k")
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
+    command.add_argument("--out", type=Path, default=Path("out"), help="folder for the PNG files")
+
+
+def chosen(arguments: argparse.Namespace, own: Any, prefix: str = "") -> Any:
+    """A stage's sampling settings with what the options say otherwise; one sentence where a value is impossible or not this stage's."""
     from dataclasses import replace
 
+    options = {name: getattr(arguments, prefix + name, None) for name in ("sampler", "steps", "guidance_scale", "eta")}
+    given = {name: value for name, value in options.items() if value is not None}
+    unknown = [f"--{(prefix + name).replace('_', '-')}" for name in given if not hasattr(own, name)]
+    if unknown:
+        raise UserError(f"{unknown[0]} is no setting of this stage: leave it out.")
+    if given.get("steps", 1) not in range(1, 1001):
+        raise UserError(f"--{prefix.replace('_', '-')}steps is {given['steps']}: give 1 to 1000, the timesteps that the stages are trained with.")
+    if not given.get("guidance_scale", 1) >= 1:
+        raise UserError(f"--{prefix.replace('_', '-')}guidance-scale is {given['guidance_scale']}: give 1 (no guidance) or more.")
+    try:
+        return replace(own, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def prompts_of(arguments: argparse.Namespace) -> list[str]:
+    """The prompts as arguments and of the file, without empty lines; one sentence where there is none, or an empty one."""
+    prompts = list(arguments.prompts)
+    if any(not prompt.strip() for prompt in prompts):
+        raise UserError("A prompt is empty: write what the picture should show.")
+    if arguments.file:
+        try:
+            prompts += [line.strip() for line in arguments.file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except OSError as error:
+            raise UserError(f"The file of prompts {arguments.file} cannot be read ({error.strerror}): check --file.") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"The file of prompts {arguments.file} is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
+    if not prompts:
+        raise UserError("There is no prompt: write one, or name a file with one a line (--file).")
+    return prompts
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    import re
+
+    import torch
+    from tqdm import tqdm
+
+    from unclip_pl.images import grid, save_png
+    from unclip_pl.pipeline import DEFAULT_DECODER, UnCLIP
+
+    prompts = prompts_of(arguments)
+    for name in ("num_images", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: give 1 or more.")
+    prior = arguments.prior if arguments.condition == "prior" else None
+    unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, prior, device=pick_device(arguments.device))
+    sampling = chosen(arguments, unclip.decoder.sampling)
+    prior_sampling = chosen(arguments, unclip.prior.sampling, "prior_") if unclip.prior else None
+    for prompt in prompts:
+        if cut := unclip.clip.cut(prompt):
+            print(f'unclip: "{prompt[:40]}..." is longer than CLIP reads ({unclip.clip.context_length} tokens), cut: "{cut}"', file=sys.stderr)
+    todo = [(prompt, arguments.seed + k) for prompt in prompts for k in range(arguments.num_images)]
+    settings = f"generate, condition {arguments.condition}, prior {prior} {prior_sampling}, decoder {arguments.decoder or 'of the package'} {sampling}"
+    drawn = []
+    with tqdm(total=len(todo), unit="picture", file=sys.stderr) as bar:
+        for first in range(0, len(todo), arguments.batch_size):
+            captions, seeds = zip(*todo[first : first + arguments.batch_size], strict=True)
+            images = unclip.generate(
+                captions, seeds, arguments.condition, prior_sampling=prior_sampling, sampling=sampling,
+                callback=lambda stage, step, steps: bar.set_postfix_str(f"{stage} step {step}/{steps}"),
+            )
+            for prompt, seed, image in zip(captions, seeds, images.cpu(), strict=True):
+                name = re.sub(r"\W+", "-", prompt).strip("-")[:60] or "picture"
+                print(save_png(image, arguments.out / f"{name}-{seed}.png", prompt=prompt, seed=str(seed), unclip=settings))
+                drawn.append(image)
+            bar.update(len(images))
+    if arguments.grid:
+        rows = list(torch.stack(drawn).split(arguments.num_images))
+        print(save_png(grid(rows, prompts), arguments.out / "grid.png", prompt="; ".join(prompts), seed=str(arguments.seed), unclip=settings))
+
+
+def run_vary(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from unclip_pl.images import grid, load_image, save_png
@@ -72,16 +165,15 @@ def run_vary(arguments: argparse.Namespace) -> None:
         raise UserError(f"--num-images is {arguments.num_images}: give 1 or more.")
     originals = [load_image(path) for path in arguments.images]
     unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, device=pick_device(arguments.device))
-    given = {key: getattr(arguments, key) for key in ("sampler", "steps", "guidance_scale", "eta") if getattr(arguments, key) is not None}
-    sampling = replace(unclip.decoder.sampling, **given)
+    sampling = chosen(arguments, unclip.decoder.sampling)
     seeds = [arguments.seed + k for k in range(arguments.num_images)]
     size = unclip.decoder.net_config.image_size
     rows, labels = [], []
     for path, original in zip(arguments.images, originals):
         embed = unclip.embed_images(original[None]).expand(len(seeds), -1)
         captions = [arguments.caption] * len(seeds) if arguments.caption else None
-        with tqdm(desc=path.name, unit="step", file=sys.stderr) as bar:
-            drawn = unclip.decode(embed, seeds, captions, sampling, callback=lambda step, steps, bar=bar: (setattr(bar, "total", steps), bar.update(1)))
+        with tqdm(desc=path.name, total=sampling.steps, unit="step", file=sys.stderr) as bar:
+            drawn = unclip.decode(embed, seeds, captions, sampling, callback=lambda *_, bar=bar: bar.update(1))  # type: ignore[misc]
         settings = {"unclip": f"vary, {sampling}, caption {arguments.caption!r}, decoder {arguments.decoder or 'of the package'}"}
         for seed, image in zip(seeds, drawn):
             print(save_png(image, arguments.out / f"{path.stem}-{seed}.png", source=path.name, seed=str(seed), **settings))
@@ -136,6 +228,7 @@ def run_import(arguments: argparse.Namespace) -> None:
         raise UserError("--key-column names a column of a source's metadata, and no source is given: give clip-retrieval's output folder.")
     shards = expand(arguments.shards)
     clip = FrozenCLIP(CLIPConfig(arguments.clip_model, arguments.clip_pretrained, arguments.clip_precision), pick_device(arguments.device))
+    source: RetrievalFolder | TarMembers
     if arguments.source:
         source = RetrievalFolder(arguments.source, arguments.key_column or "image_path")
     else:

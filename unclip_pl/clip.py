@@ -161,6 +161,18 @@ class FrozenCLIP:
             self._tokenizer = load_tokenizer(self.config)
         return self._tokenizer(captions).long()
 
+    def cut(self, caption: str) -> str:
+        """The end of a caption that the tokenizer cuts off because it is too long; "" where all of it is read."""
+        tokens = self.tokenize([caption])
+        if not bool((self.tokenize([caption + " a"]) == tokens).all()):
+            return ""
+        prefixes = self.tokenize([caption[:end] for end in range(len(caption))])
+        same = (prefixes == tokens).all(dim=1)
+        kept = len(caption)
+        while kept and bool(same[kept - 1]):
+            kept -= 1
+        return caption[kept:]
+
     def similarity(self, image_embed: Tensor, text_embed: Tensor) -> Tensor:
         """(N, D), (M, D) -> cosines (N, M)."""
         return F.normalize(image_embed.float(), dim=-1) @ F.normalize(text_embed.float(), dim=-1).T

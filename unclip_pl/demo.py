@@ -1,4 +1,4 @@
-"""`make demo`: OpenMoji is drawn and embedded, a decoder trains for some minutes, held-out drawings are drawn from their embeddings."""
+"""`make demo`: OpenMoji is drawn and embedded, a decoder and both priors train for some minutes, then held-out drawings and captions are drawn."""
 
 import sys
 import time
@@ -8,19 +8,22 @@ from unclip_pl import cli
 from unclip_pl.errors import UserError
 
 ROOT = Path("runs/demo")
+STAGES = {"decoder": ROOT, "diffusion_prior": ROOT / "diffusion_prior", "ar_prior": ROOT / "ar_prior"}
+PROMPTS = ["woman firefighter, dark skin tone", "thumbs up, medium skin tone", "man cook", "red heart", "sun", "fox"]
 
 
 def main() -> int:
-    """Train briefly (going on where an earlier demo stopped), draw `runs/demo/demo.png`, print what was done and how to go on."""
+    """Train briefly (going on where an earlier demo stopped), draw the pictures, print what was done and how to go on."""
     start = time.monotonic()
-    code = cli.main([
-        "fit", "-c", "stages/decoder.yaml", "-c", "lightning_config/demo.yaml", "--trainer.default_root_dir", str(ROOT), "--resume", "auto",
-    ])  # fmt: skip
-    if code:
-        return code
+    for stage, folder in STAGES.items():
+        print(f"\n{stage}: lightning fit -c stages/{stage}.yaml, for a short while", file=sys.stderr)
+        overlay = "lightning_config/demo.yaml" if stage == "decoder" else "lightning_config/demo_prior.yaml"
+        code = cli.main(["fit", "-c", f"stages/{stage}.yaml", "-c", overlay, "--trainer.default_root_dir", str(folder), "--resume", "auto"])
+        if code:
+            return code
     trained = time.monotonic()
     try:
-        report = draw()
+        report = "\n".join([draw(), draw_prompts()])
     except UserError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
@@ -28,11 +31,13 @@ def main() -> int:
     print(f"""
 Data, embeddings and training took {trained - start:.0f} s, drawing {time.monotonic() - trained:.0f} s.
   {ROOT}/demo.png     held-out drawings, what the decoder in the package draws from their CLIP embeddings, and what yours does
+  {ROOT}/prompts.png  captions through both priors: those in the package, and yours
   {ROOT}/pictures/    what yours drew while it trained
 
 To go on (with `source .venv/bin/activate` first):
+  unclip generate "man cook, dark skin tone" --grid            pictures of a caption of your own
   unclip vary PICTURE.png --out out                            variations of a picture of your own
-  lightning fit -c stages/decoder.yaml                         the same decoder, trained in earnest
+  lightning fit -c stages/decoder.yaml                         the same decoder, trained in earnest; diffusion_prior, ar_prior likewise
   lightning fit -c stages/decoder.yaml --resume auto           go on where it stopped
   unclip vary PICTURE.png --decoder runs/decoder/checkpoints/newest-step=N.ckpt
   tensorboard --logdir runs""")
@@ -66,6 +71,31 @@ def draw(count: int = 12) -> str:
         lines.append(f"{name}: of {len(embeds)} drawings, CLIP takes {int(right)} for the one that they were drawn from")
     save_png(grid(list(rows.values()), list(rows)), ROOT / "demo.png", source="OpenMoji, CC BY-SA 4.0, openmoji.org")
     return "\n".join(lines)
+
+
+def draw_prompts() -> str:
+    """`PROMPTS` through both priors, of the package and of the demo, each with its own decoder; returns a report in words."""
+    import torch
+
+    from unclip_pl.images import grid, save_png
+    from unclip_pl.pipeline import DEFAULT_DECODER, DEFAULT_PRIORS, UnCLIP
+    from unclip_pl.training.checkpoint import newest_checkpoint
+
+    rows, lines = {}, []
+    for name, decoder in {"in the package": DEFAULT_DECODER, "yours": newest_checkpoint(ROOT)}.items():
+        for kind in DEFAULT_PRIORS:
+            prior = kind if name == "in the package" else newest_checkpoint(STAGES["diffusion_prior" if kind == "diffusion" else "ar_prior"])
+            if decoder is None or prior is None:
+                continue
+            unclip = UnCLIP.load(decoder, prior)
+            rows[f"{kind} prior, {name}"] = unclip.generate(PROMPTS, range(len(PROMPTS)))
+            with torch.no_grad():
+                near = unclip.clip.similarity(unclip.embed_images(rows[f"{kind} prior, {name}"]), unclip.embed_text(PROMPTS))
+            right = near.argmax(1).eq(torch.arange(len(PROMPTS))).sum()
+            lines.append(f"{kind} prior, {name}: of {len(PROMPTS)} captions, CLIP finds {int(right)} in the picture that was drawn from them")
+    captions = ", ".join(PROMPTS)
+    save_png(grid(list(rows.values()), list(rows)), ROOT / "prompts.png", prompts=captions, source="OpenMoji, CC BY-SA 4.0, openmoji.org")
+    return "\n".join([*lines, f"Captions: {captions}"])
 
 
 if __name__ == "__main__":

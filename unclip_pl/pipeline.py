@@ -1,8 +1,9 @@
 """The stages put together: text or image -> CLIP embedding -> image. Reads releases and Lightning checkpoints through the same door."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -13,12 +14,22 @@ from unclip_pl.clip import CLIPConfig, FrozenCLIP, require_same
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.errors import UserError
 from unclip_pl.release import Release
+from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.base import Stage
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.training.checkpoint import read_checkpoint
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_DECODER = ASSETS / "decoder-openmoji"
+DEFAULT_PRIORS = {"diffusion": ASSETS / "diffusion-prior-openmoji", "ar": ASSETS / "ar-prior-openmoji"}
+PRIOR_SEEDS = 1 << 31
+"""Added to a seed for the prior's draws, so that they share no numbers with the decoder's."""
+Prior = DiffusionPrior | ARPrior
+Kind = TypeVar("Kind", bound=Stage)
+Condition = Literal["prior", "text", "caption"]
+CONDITIONS = get_args(Condition)
+Callback = Callable[[int, int], Any]
 
 
 def read_weights(path: str | os.PathLike) -> Release:
@@ -34,16 +45,17 @@ def read_weights(path: str | os.PathLike) -> Release:
     )
 
 
-def load_stage(path: str | os.PathLike, kind: type[Stage]) -> Stage:
-    """The stage in a release folder or checkpoint, in eval mode on the CPU, every weight accounted for.
+def load_stage(path: str | os.PathLike, *kinds: type[Kind]) -> Kind:
+    """The stage in a release folder or checkpoint, of one of the kinds, in eval mode on the CPU, every weight accounted for.
 
     Raises:
-        UserError: it is another stage than `kind`, or names and shapes do not fit.
+        UserError: it is another stage than one of `kinds`, or names and shapes do not fit.
     """
     weights = read_weights(path)
-    if weights.stage != kind.__name__:
-        raise UserError(f"{path} holds a {weights.stage}, and a {kind.__name__} is needed here: give another path.")
-    stage = kind(**weights.hyper_parameters)
+    known = {kind.__name__: kind for kind in kinds}
+    if weights.stage not in known:
+        raise UserError(f"{path} holds a {weights.stage}, and a {' or '.join(known)} is needed here: give another path.")
+    stage = known[weights.stage](**weights.hyper_parameters)
     try:
         stage.load_state_dict(weights.tensors)
     except RuntimeError as error:
@@ -53,35 +65,73 @@ def load_stage(path: str | os.PathLike, kind: type[Stage]) -> Stage:
 
 
 class UnCLIP:
-    """A CLIP and a decoder that was trained on its embeddings.
+    """A CLIP, a decoder that was trained on its embeddings and, to draw from captions, a prior.
 
     Args:
         decoder: the stage.
-        clip: its CLIP; by default the one that the decoder's fingerprint names. Another one is refused.
+        prior: a DiffusionPrior or an ARPrior; None: pictures and text embeddings only.
+        clip: the CLIP of both; by default the one that the decoder's fingerprint names. Another one is refused.
         device: where all of it runs.
+
+    Raises:
+        UserError: a stage does not say of which CLIP it is, or is of another one.
     """
 
-    def __init__(self, decoder: Decoder, clip: FrozenCLIP | None = None, device: str = "cpu") -> None:
-        if decoder.clip_fingerprint is None:
-            raise UserError("The decoder does not say with which CLIP it was trained: train it with `lightning fit`, which keeps that.")
-        self.clip = clip or FrozenCLIP(CLIPConfig.of_fingerprint(decoder.clip_fingerprint), device)
-        require_same(decoder.clip_fingerprint, self.clip.fingerprint(), "The decoder")
+    def __init__(self, decoder: Decoder, prior: Prior | None = None, clip: FrozenCLIP | None = None, device: str = "cpu") -> None:
+        for name, stage in {"decoder": decoder, "prior": prior}.items():
+            if stage is None:
+                continue
+            if stage.clip_fingerprint is None:
+                raise UserError(f"The {name} does not say with which CLIP it was trained: train it with `lightning fit`, which keeps that.")
+            clip = clip or FrozenCLIP(CLIPConfig.of_fingerprint(stage.clip_fingerprint), device)
+            require_same(stage.clip_fingerprint, clip.fingerprint(), f"The {name}")
+        self.clip: FrozenCLIP = clip  # type: ignore[assignment]  # there is a decoder
         self.decoder = decoder.to(device).eval()
+        self.prior = None if prior is None else prior.to(device).eval()
         self.device = torch.device(device)
 
     @classmethod
-    def load(cls, decoder: str | os.PathLike = DEFAULT_DECODER, clip: FrozenCLIP | None = None, device: str = "cpu") -> "UnCLIP":
-        """From a release folder or checkpoint of the decoder; by default the one that comes with the package."""
+    def load(
+        cls, decoder: str | os.PathLike = DEFAULT_DECODER, prior: str | os.PathLike | None = None, clip: FrozenCLIP | None = None, device: str = "cpu"
+    ) -> "UnCLIP":
+        """From release folders or checkpoints; `prior` may be "diffusion" or "ar", those in the package, as the decoder is by default."""
         unclip_pl.stages.load_all()
-        return cls(load_stage(decoder, Decoder), clip, device)
+        found: Any = None if prior is None else load_stage(DEFAULT_PRIORS.get(str(prior), Path(prior)), DiffusionPrior, ARPrior)
+        return cls(load_stage(decoder, Decoder), found, clip, device)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> CLIP image embeddings (B, D), not normalised."""
         return self.clip.embed_images(images.to(self.device))
 
+    def embed_text(self, captions: Sequence[str]) -> Tensor:
+        """B captions -> CLIP text embeddings (B, D), not normalised."""
+        return self._text(captions)["text_embed"]
+
+    def _text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Captions as the stages take them: `tokens`, `text_mask`, `text_embed`, `text_states`."""
+        tokens = self.clip.tokenize(list(captions))
+        text = self.clip.embed_text(tokens)
+        return {"tokens": tokens.to(self.device), "text_mask": text.mask, "text_embed": text.embed, "text_states": text.states}
+
+    def sample_prior(self, captions: Sequence[str], seeds: Sequence[int], sampling: Any = None, callback: Callback | None = None) -> Tensor:
+        """Draw a CLIP image embedding for each caption.
+
+        Args:
+            captions: B of them.
+            seeds: B of them; embedding k depends on seed k alone, and is independent of what `decode` draws from the same seed.
+            sampling: other settings than the prior's own (`PriorSamplingConfig`, `ARSamplingConfig`).
+            callback: called with (step, steps).
+
+        Returns:
+            float32 (B, D) as CLIP gives them.
+        """
+        if self.prior is None:
+            raise UserError('There is no prior to draw embeddings from captions: load one (prior="diffusion"), or condition on "text" or "caption".')
+        return self.prior.sample(self._text(captions), Noise([seed + PRIOR_SEEDS for seed in seeds]), sampling, callback)
+
     def decode(
         self, image_embed: Tensor | None, seeds: Sequence[int], captions: Sequence[str] | None = None,
-        sampling: SamplingConfig | None = None, callback: object = None,
+        sampling: SamplingConfig | None = None, callback: Callback | None = None,
     ) -> Tensor:
         """Draw one image a seed.
 
@@ -97,7 +147,34 @@ class UnCLIP:
         """
         batch: dict = {} if image_embed is None else {"image_embed": image_embed.to(self.device)}
         if captions is not None:
-            tokens = self.clip.tokenize(list(captions)).to(self.device)
-            text = self.clip.embed_text(tokens)
-            batch |= {"tokens": tokens, "text_mask": text.mask, "text_embed": text.embed, "text_states": text.states}
+            batch |= self._text(captions)
         return self.decoder.sample(batch, Noise(seeds), sampling, callback)
+
+    def generate(
+        self, captions: Sequence[str], seeds: Sequence[int], condition: Condition = "prior", *, prior_sampling: Any = None,
+        sampling: SamplingConfig | None = None, callback: Callable[[str, int, int], Any] | None = None,
+    ) -> Tensor:
+        """Draw one image a caption; the decoder sees the caption in every case.
+
+        Args:
+            captions: B of them.
+            seeds: B of them; image k depends on caption and seed k alone.
+            condition: what the decoder has for an image embedding: "prior", one that the prior draws; "text", the caption's text embedding
+                in its place; "caption", none.
+            prior_sampling, sampling: other settings than the stages' own.
+            callback: called with ("prior" or "decoder", step, steps).
+
+        Returns:
+            float32 (B, 3, 64, 64) in [-1, 1].
+
+        Raises:
+            UserError: "prior" without one.
+        """
+        if condition not in CONDITIONS:
+            raise ValueError(f'There is no condition "{condition}": choose one of {", ".join(CONDITIONS)}.')
+
+        def told(stage: str) -> Callback | None:
+            return None if callback is None else lambda step, steps: callback(stage, step, steps)
+
+        embed = {"prior": lambda: self.sample_prior(captions, seeds, prior_sampling, told("prior")), "text": lambda: self.embed_text(captions)}
+        return self.decode(embed.get(condition, lambda: None)(), seeds, captions, sampling, told("decoder"))

@@ -44,6 +44,16 @@ class SamplingConfig:
     threshold: Literal["static", "dynamic"] | None = "static"
     """Keep x_0 in [-1, 1] at each step: clamp, Imagen's dynamic thresholding, or nothing."""
 
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f'There is no sampler "{self.sampler}" for the decoder: choose one of {", ".join(SAMPLERS)}.')
+        if self.steps < 1:
+            raise ValueError(f"The decoder cannot draw in {self.steps} steps: ask for 1 or more.")
+        if not self.guidance_scale >= 0:
+            raise ValueError(f"The decoder's guidance_scale is {self.guidance_scale}: give 1 (none) or more, or 0 for the null branch alone.")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta of the decoder's sampler is {self.eta}: give 0 (deterministic) to 1 (as much noise as DDPM).")
+
 
 class Decoder(Stage):
     """Trains on `image`, `image_embed` and `tokens` (or `text_states`, `text_embed`) of a batch; see `TextConfig` for the caption.
@@ -72,7 +82,8 @@ class Decoder(Stage):
         self.normalizer = EmbeddingNormalizer(self.net_config.embed_dim, normalizer)
         width = self.net_config.width
         self.text = TextContext(self.text_config, self.net_config.context_width, 4 * width, self.net_config.embed_dim)
-        self.net = UNet(self.net_config).to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs alike
+        self.net = UNet(self.net_config)
+        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it; faster convolutions on CPUs and GPUs alike
         if self.net_config.out_channels != self.process.out_channels(3):
             raise ValueError(
                 f"model.net.out_channels is {self.net_config.out_channels}, and diffusion.variance {self.process.config.variance} needs "
@@ -111,7 +122,8 @@ class Decoder(Stage):
         conditions = self.conditions(batch, size, keep[0] >= self.dropout.embed, keep[1] >= self.dropout.text)
         x_t = self.process.diffuse(image, t, noise)
         losses = hybrid(self.net(x_t, t, **conditions), image, x_t, t, noise, self.process)
-        return {"loss": losses.loss.mean(), "mse": losses.mse.mean(), "vb": losses.vb.mean(), "t": t, "per_sample": losses.mse}
+        scalars = {"loss": losses.loss, "mse": losses.mse} | ({} if losses.vb is None else {"vb": losses.vb})
+        return {name: value.mean() for name, value in scalars.items()} | {"t": t, "per_sample": losses.mse}
 
     @torch.no_grad()
     def sample(self, batch: dict, noise: Noise, sampling: SamplingConfig | None = None, callback: Any = None) -> Tensor:
@@ -138,13 +150,14 @@ class Decoder(Stage):
             predict = adapt(lambda x, t: self.net(x, t, encoded=encoded), schedule)
         else:
             null = self.conditions(batch, size, no, no)
-            doubled = {key: torch.cat([value, null[key]]) if value is not None else None for key, value in conditional.items()}
+            pairs = {key: (value, null[key]) for key, value in conditional.items()}
+            doubled = {key: None if given is None or dropped is None else torch.cat([given, dropped]) for key, (given, dropped) in pairs.items()}
             encoded = self.net.encode_context(**doubled)
             twice = adapt(lambda x, t: self.net(x, t, encoded=encoded), schedule)
 
             def both(x: Tensor, t: Tensor) -> tuple[Prediction, Prediction]:
-                halves = twice(torch.cat([x, x]), torch.cat([t, t]))
-                return tuple(Prediction(*half) for half in zip(*(value.chunk(2) for value in halves), strict=True))
+                first, second = zip(*(value.chunk(2) for value in twice(torch.cat([x, x]), torch.cat([t, t]))), strict=True)
+                return Prediction(*first), Prediction(*second)
 
             predict = guided(both, settings.guidance_scale)
         if settings.threshold:

@@ -1,0 +1,87 @@
+"""A training step of a stage, under our trainer and in a plain loop: the real module, optimiser, clipping and EMA in both."""
+
+import argparse
+import tempfile
+import time
+from typing import Any
+
+from _common import begin, flops_of, peak_mib, report, wait  # sets what must be set before torch
+
+# isort: split
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader
+
+from unclip_pl.stages.base import Stage
+from unclip_pl.training.ema import EMA
+from unclip_pl.training.progress import LossByTimestep, Progress
+
+
+class Clock(Callback):
+    """Seconds from the end of one step to the end of the next; the first ones belong to the warm-up."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.ends = device, []
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        wait(self.device)
+        self.ends.append(time.perf_counter())
+
+
+def trained(module: Stage, batch: dict[str, Any], given: Any) -> list[float]:
+    """Seconds a step under the trainer that `lightning fit` makes: EMA, progress bar, monitors, TensorBoard."""
+    clock, steps = Clock(given.device), given.warmup + given.repeats + 1
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            max_steps=steps, accelerator=given.device.split(":")[0], devices=1, precision="bf16-mixed" if given.dtype == "bf16" else "32-true",
+            callbacks=[EMA(0.9999), Progress(), LossByTimestep(), clock], logger=TensorBoardLogger(folder, name="", version=""),
+            enable_checkpointing=False, enable_model_summary=False, log_every_n_steps=25, default_root_dir=folder, use_distributed_sampler=False,
+        )
+        trainer.fit(module, DataLoader([batch] * steps, batch_size=None))
+    return [b - a for a, b in zip(clock.ends[given.warmup :], clock.ends[given.warmup + 1 :])]
+
+
+def bare(module: Stage, batch: dict[str, Any], given: Any) -> list[float]:
+    """Seconds a step of the same module, optimiser and EMA in a plain loop."""
+    module.to(given.device)
+    batch = {key: value.to(given.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+    averages = [p.detach().clone() for p in module.parameters()]
+    times = []
+    for _ in range(given.warmup + given.repeats):
+        start = time.perf_counter()
+        with torch.autocast(given.device.split(":")[0], torch.bfloat16, enabled=given.dtype == "bf16"):
+            loss = module.loss(batch)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(averages, [p.detach() for p in module.parameters()], 1e-4)
+        wait(given.device)
+        times.append(time.perf_counter() - start)
+    return times[given.warmup :]
+
+
+def measure(job: str, module: Stage, batch: dict[str, Any], given: argparse.Namespace, before: float) -> None:
+    """Time the steps, then count the operations of one, and print the line."""
+    times = {"trainer": trained, "bare": bare}[given.mode](module.train(), batch, given)
+    peak = peak_mib()  # counting the operations takes memory of its own
+    batch = {key: value.to(module.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+    def both_ways() -> None:
+        module.loss(batch)["loss"].backward()
+
+    report(
+        job, given, times, given.batch, before, f"unclip_pl/{given.mode}",
+        params=sum(p.numel() for p in module.parameters()), flops_per_step=flops_of(both_ways), peak_rss_mib=peak,
+    )
+
+
+def arguments_of(arguments: argparse.ArgumentParser) -> tuple[argparse.Namespace, float]:
+    """Parse, with `--mode`; seed, and return the memory of the imports as well."""
+    arguments.add_argument("--mode", choices=["trainer", "bare"], default="trainer", help="bare: a plain loop; what the trainer costs is the difference")
+    given = arguments.parse_args()
+    before = begin(given)
+    seed_everything(0, verbose=False)
+    return given, before
