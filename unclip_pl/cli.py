@@ -12,6 +12,7 @@ import sys
 import warnings
 from importlib.resources import files
 from pathlib import Path
+from typing import NoReturn
 
 from unclip_pl import __version__
 from unclip_pl.atomic import REASONS
@@ -56,10 +57,11 @@ def sentence(message: str) -> str:
     said = " ".join(line for line in errors if line and "NoneType" not in line and not line.startswith("Given value"))
     unrecognized = re.search(r"unrecognized arguments: --([\w.]+)", said)
     option = re.search(r"(?:option|Option|Key|key) '([\w.]+)'(?: is not (?:accepted|expected)|$)", said)
-    if not unrecognized and not option:
+    found = unrecognized or option
+    if not found:
         return said or message
     keys = known_keys()
-    path = (unrecognized or option)[1].split(".")
+    path = found[1].split(".")
     wrong = next((key for key in path if key not in keys), path[-1])
     near = difflib.get_close_matches(wrong, keys, 1, 0.6)
     return f"There is no option '{wrong}'" + (f": did you mean '{near[0]}'?" if near else "; `lightning fit --help` lists them all.")
@@ -79,15 +81,17 @@ def known_keys() -> set[str]:
     keys: set[str] = {"model", "data", "trainer", "ema", "newest", "best", "pictures", "seed_everything", "ckpt_path", "init_args", "class_path"}
 
     def add(kind: type) -> None:
-        names = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
-        parameters = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else list(inspect.signature(kind.__init__).parameters)
+        constructor = kind.__init__  # type: ignore[misc]  # only its signature is read
+        names = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else constructor)
+        parameters = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else list(inspect.signature(constructor).parameters)
         keys.update(parameters)
         for name in parameters:
             if dataclasses.is_dataclass(names.get(name)):
                 add(names[name])
 
     def subclasses(kind: type) -> set[type]:
-        return {kind} | {deep for child in kind.__subclasses__() for deep in subclasses(child)}
+        children: list[type] = kind.__subclasses__()
+        return {kind} | {deep for child in children for deep in subclasses(child)}
 
     for kind in {Trainer, ema.EMA, checkpoint.NewestCheckpoint, checkpoint.BestCheckpoint, pictures.Pictures}:
         add(kind)
@@ -124,7 +128,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     load_all()
 
     class Parser(LightningArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> None:
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise UserError(sentence(message)) from ex
 
     class UnclipCLI(LightningCLI):

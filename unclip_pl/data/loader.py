@@ -167,7 +167,7 @@ class SamplesInOrder(_Shards):
             last = self.ready(spare, 0, budget) if spare else None
             if last is None:
                 raise UserError(f"There is no usable sample in {self.shards[0]} ...: check data.val.")
-        while given < len(self) and (self.world > 1 or given == 0):
+        while last is not None and given < len(self) and (self.world > 1 or given == 0):
             given += 1
             yield last
 
@@ -275,7 +275,7 @@ class ValidationLoader(DataLoader):
         workers = min(1, config.num_workers)
         super().__init__(samples, config.batch_size, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available())
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch promises its own class of iterator
         return _plainly(super().__iter__())
 
 

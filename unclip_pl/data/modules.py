@@ -8,14 +8,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import unclip_pl._torchvision  # noqa: F401
 
 # isort: split
 import torch
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader, Dataset
 
 from unclip_pl.atomic import cache_dir
 from unclip_pl.clip import EMBEDDED, CLIPConfig, FrozenCLIP
@@ -90,13 +90,13 @@ class ShardData(LightningDataModule):
     def _place(self) -> dict[str, int]:
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer else {}
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> TrainLoader | RowLoader:
         samples = Samples(self.train_shards, self.image_size, self.config, self.preparation(train=True), **self._place())
         steps = self.config.steps_per_epoch or steps_of_epoch(self.config, self.count(self.train_shards), samples.world)
         self._training = TrainLoader(samples, steps)
         return self._training
 
-    def val_dataloader(self) -> DataLoader | list:
+    def val_dataloader(self) -> DataLoader | RowsInOrder | list:
         if not self.val_shards:
             return []
         total = self.count(self.val_shards)
@@ -166,7 +166,7 @@ class ImageEmbeddingData(ShardData):
     ) -> None:
         super().__init__(train, val, image_size, clip, loader)
         self.store_folder, self.text_states = store, text_states
-        self.store: EmbeddingStore | None = None
+        self.store: EmbeddingStore = None  # type: ignore[assignment]  # until `prepare_data` or `setup`
 
     def _resolve(self) -> None:
         super()._resolve()
@@ -199,11 +199,13 @@ class PriorData(ImageEmbeddingData):
     is that of OpenMoji's drawings, which are embedded if the store lacks them.
     """
 
+    config: RowsConfig  # type: ignore[assignment]  # in the place of LoaderConfig: what reads more than the two share is overridden here
+
     def __init__(
         self, train: Spec = "openmoji", val: Spec | None = "openmoji", image_size: int = 64, clip: CLIPConfig = CLIPConfig(),
         loader: RowsConfig = RowsConfig(), store: str | None = None, text_states: bool = False,
     ) -> None:
-        super().__init__(train, val, image_size, clip, loader, store, text_states)
+        super().__init__(train, val, image_size, clip, loader, store, text_states)  # type: ignore[arg-type]  # see `config`
 
     def statistics(self) -> Statistics:
         """Of the image embeddings to train on."""
@@ -245,7 +247,8 @@ class EmbeddingJobData(LightningDataModule):
         self.store = EmbeddingStore(self.folder or default_store(self.shards, self.clip_config))
 
     def predict_dataloader(self) -> DataLoader:
-        return DataLoader([self.shards[self.trainer.global_rank :: self.trainer.world_size]], batch_size=None)
+        trainer = cast(Trainer, self.trainer)
+        return DataLoader(cast(Dataset, [self.shards[trainer.global_rank :: trainer.world_size]]), batch_size=None)  # a list does for a Dataset
 
 
 def default_store(shards: Sequence[str], clip: CLIPConfig) -> Path:

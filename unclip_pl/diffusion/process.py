@@ -5,7 +5,7 @@ x_t = alpha x_0 + sigma eps with alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,14 @@ class Process(nn.Module):
     Samples have any trailing shape: images (B, C, H, W) in [-1, 1], embeddings (B, D).
     """
 
+    forward_weights: Tensor
+    target_weights: Tensor
+    x0_weights: Tensor
+    eps_weights: Tensor
+    eps_of_x0_weights: Tensor
+    posterior_weights: Tensor
+    log_variances: Tensor
+
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
         self.config = config
@@ -150,7 +158,7 @@ class Process(nn.Module):
         A fixed variance ((B, 1, ...) with `ndim` axes) is a constant v. `table` (T, 2): log btilde, log beta of a respaced schedule.
         """
         low, high = _at(self.log_variances if table is None else table, t, ndim)
-        bounded = VARIANCES[self.config.variance] if v is None else _Bound.apply(v)
+        bounded = cast(float, VARIANCES[self.config.variance]) if v is None else _Bound.apply(v)
         return low + (bounded + 1) / 2 * (high - low)
 
     def adapt(self, net: Network, steps: Schedule | None = None) -> Predict:

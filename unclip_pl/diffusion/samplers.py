@@ -49,7 +49,7 @@ def ddim(predict: Predict, x: Tensor, schedule: Schedule, *, noise: Noise | None
         prediction = predict(x, t)
         sigma = eta * math.sqrt((1 - abar_prev[i]) / (1 - abar[i]) * (1 - abar[i] / abar_prev[i]))
         x = math.sqrt(abar_prev[i]) * prediction.x0 + _root(1 - abar_prev[i] - sigma**2) * prediction.eps
-        if sigma > 0:
+        if noise is not None and sigma > 0:
             x = x + sigma * noise.like(x)
         _report(callback, len(schedule) - i, schedule)
     return x

@@ -23,6 +23,10 @@ class EmbeddingNormalizer(nn.Module):
         ValueError: unknown mode.
     """
 
+    norm: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, dim: int, mode: Literal["none", "unit", "standard"] = "unit") -> None:
         super().__init__()
         if mode not in ("none", "unit", "standard"):

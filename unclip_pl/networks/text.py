@@ -69,7 +69,7 @@ class StatesText(nn.Module):
         self.null_embed = nn.Parameter(torch.randn(embed_dim)) if pooled_width else None
 
     def forward(self, tokens: Tensor | None, mask: Tensor | None, text_embed: Tensor | None, states: Tensor | None, keep: Tensor) -> Context:
-        null = self.null_states
+        null: Tensor = self.null_states
         if states is None:
             states, mask, keep_states = null.new_zeros(len(keep), *null.shape), None, torch.zeros_like(keep)
         else:
@@ -81,7 +81,7 @@ class StatesText(nn.Module):
         mask = torch.where(keep_states[:, None], mask, first)
         null = F.pad(null, (0, 0, 0, length - len(null)))
         context = self.norm(self.project(torch.where(keep_states[:, None, None], states.to(null.dtype), null)))
-        if self.pool is None:
+        if self.pool is None or self.null_embed is None:
             return Context(context, mask, None)
         null = self.null_embed.expand(len(keep), -1)
         pooled = self.pool(null if text_embed is None else torch.where(keep[:, None], text_embed.to(null.dtype), null))

@@ -23,9 +23,10 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        widen, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(widen, nn.GELU(), narrow)
         branch = width**-0.5 * (2 * depth) ** -0.5
-        for layer, std in ((self.qkv, width**-0.5), (self.proj, branch), (self.mlp[0], (2 * width) ** -0.5), (self.mlp[2], branch)):
+        for layer, std in ((self.qkv, width**-0.5), (self.proj, branch), (widen, (2 * width) ** -0.5), (narrow, branch)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 

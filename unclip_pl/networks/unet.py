@@ -3,9 +3,9 @@
 Images NCHW, best in channels_last memory; context keys stand before the image's own; Karlo's decoder and ADM are configurations of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +130,7 @@ class Attention(nn.Module):
 
     def project(self, context: Tensor) -> Tensor:
         """(B, S, context_width) -> keys and values (B, S, 2, heads, head width)."""
-        return self.context(context).unflatten(-1, (2, self.heads, -1))
+        return cast(nn.Linear, self.context)(context).unflatten(-1, (2, self.heads, -1))
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, C, H, W); context (B, S, context_width), or projected; mask (B, S) bool -> (B, C, H, W)."""
@@ -162,6 +162,9 @@ class Layer(nn.Module):
 class UNet(nn.Module):
     """Predicts eps (or x0, v; and the variance) from a noised image, the timestep and conditions."""
 
+    down: Sequence[Layer]
+    up: Sequence[Layer]
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
@@ -191,7 +194,7 @@ class UNet(nn.Module):
                 resize = ResBlock(config, out, out, resize=2) if level and i == config.depth else None
                 up.append(Layer(ResBlock(config, now + skips.pop(), out), attention(level), resize))
                 now = out
-        self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
+        self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)  # type: ignore[assignment]  # ModuleList's types do not know what it holds
         self.middle = Layer(ResBlock(config, channels[-1], channels[-1]), middle, ResBlock(config, channels[-1], channels[-1]))
         self.norm = GroupNorm32(width)
         self.exit = zero_module(nn.Conv2d(width, config.out_channels * patch, 3, padding=1))
@@ -227,7 +230,7 @@ class UNet(nn.Module):
         `unet(x, t, encoded=unet.encode_context(...))` equals `unet(x, t, ...)` and projects the context once, not at each step.
         """
         found = self._conditions(embed, pooled, context, context_mask)
-        if found.keys_values is None:
+        if not isinstance(found.keys_values, Tensor):
             return found
         layers = (layer.attention for layer in self._layers())
         return found._replace(keys_values=tuple(layer.project(found.keys_values) for layer in layers if layer is not None))
@@ -274,7 +277,7 @@ class UNet(nn.Module):
             return run(layer, config.checkpointing and self.training, x, skip, time, context, encoded.mask)
 
         projected = isinstance(encoded.keys_values, tuple)
-        contexts = iter(encoded.keys_values) if projected else iter(())
+        contexts = iter(encoded.keys_values if isinstance(encoded.keys_values, tuple) else ())
 
         x = x if low_res is None else torch.cat([x, low_res.to(dtype)], dim=1)
         x = F.pixel_unshuffle(x, config.patch_size) if config.patch_size > 1 else x

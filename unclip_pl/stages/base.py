@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from unclip_pl.clip import require_same
@@ -60,6 +61,7 @@ class Stage(LightningModule):
 
     clip_fingerprint: dict | None = None
     """The CLIP whose embeddings this stage was trained on, as `Fingerprint` data; kept in checkpoints and releases."""
+    skipped_steps: Tensor
 
     def remember(self, optimizer: OptimizerConfig | dict, **arguments: Any) -> None:
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
@@ -78,7 +80,7 @@ class Stage(LightningModule):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if stage != "fit" or not hasattr(data, "fingerprint"):
             return
         self.check_data(data)
@@ -105,11 +107,11 @@ class Stage(LightningModule):
         scalars = {f"val/{name}": value for name, value in losses.items() if value.ndim == 0}
         self.log_dict(scalars, batch_size=len(batch["key"]), sync_dist=True)
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         config = self.optimizer_config
         decayed = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
         plain_ones = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [{"params": decayed}, {"params": plain_ones, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain_ones, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True,
@@ -134,7 +136,7 @@ class Stage(LightningModule):
         # A step whose gradients are not finite is skipped inside the fused kernel (`found_inf`): no value travels to the host.
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_config.clip_norm)
         bad = torch.logical_not(torch.isfinite(norm))
-        optimizer.found_inf = bad.float()
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # no part of the class: torch's GradScaler sets it so too
         self.skipped_steps += bad
         self.log_dict({"train/grad_norm": norm, "train/skipped_steps": self.skipped_steps.float()})
 

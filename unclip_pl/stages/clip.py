@@ -25,6 +25,10 @@ class CLIP(Stage):
         optimizer: CLIP's: betas 0.9 and 0.98, eps 1e-6, decay 0.2 on the weights that are no gains or biases.
     """
 
+    net: Any  # open_clip's CLIP, which has no types
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         architecture: str = "openmoji",
@@ -45,7 +49,7 @@ class CLIP(Stage):
     def check_data(self, data: Any) -> None:
         size = self.model_config["vision_cfg"]["image_size"]
         if data.image_size != size:
-            raise UserError(f"The CLIP {self.hparams.architecture} sees {size} px images and data.image_size is {data.image_size}: set it to {size}.")
+            raise UserError(f"The CLIP {self.hparams['architecture']} sees {size} px images and data.image_size is {data.image_size}: set it to {size}.")
 
     def embed(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] and (B, L) -> unit-norm image and text embeddings (B, D)."""

@@ -60,6 +60,8 @@ class DiffusionPrior(Stage):
             and std of the data; z_t as it is: Karlo) or "none".
     """
 
+    x0_error: Tensor
+
     def __init__(
         self,
         net: PriorTransformerConfig = PriorTransformerConfig(),
@@ -85,7 +87,7 @@ class DiffusionPrior(Stage):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and hasattr(data, "statistics"):
             statistics = data.statistics()
             self.normalizer.fit(statistics.mean, statistics.std)
@@ -169,7 +171,8 @@ class DiffusionPrior(Stage):
 
             def both(x: Tensor, t: Tensor) -> tuple[Prediction, Prediction]:
                 halves = adapted(torch.cat([x, x]), torch.cat([t, t]))
-                return tuple(Prediction(*half) for half in zip(*(value.chunk(2) for value in halves), strict=True))
+                conditional, null = (Prediction(*half) for half in zip(*(value.chunk(2) for value in halves), strict=True))
+                return conditional, null
 
             predict = guided(both, settings.guidance_scale)
         if settings.threshold is not None:
@@ -179,7 +182,7 @@ class DiffusionPrior(Stage):
         draw = SAMPLERS["ddpm" if settings.sampler == "analytic" else settings.sampler]
         x = noise((count, self.net_config.embed_dim), self.device)
         z = self.normalizer.denormalize(draw(predict, x, schedule, noise=noise, eta=settings.eta, callback=callback))
-        if count == 1:
+        if count == 1 or embed is None:
             return z[:, 0]
         best = (z * embed.float()[:, None]).sum(-1).argmax(1)
         return z[torch.arange(size, device=self.device), best]

@@ -20,18 +20,18 @@ class Embed(LightningModule):
         self._clip: list[FrozenCLIP] = []  # in a list, so that it is no part of the module
 
     def on_predict_start(self) -> None:
-        self._clip = [FrozenCLIP(self.trainer.datamodule.clip_config, self.device)]
+        self._clip = [FrozenCLIP(self.trainer.datamodule.clip_config, self.device)]  # type: ignore[attr-defined]  # Lightning sets it outside of the class
 
     def predict_step(self, shards: list[str], batch_idx: int) -> int:
         """Fill the store with this rank's shards; returns how many were missing."""
         budget = ErrorBudget(self.max_bad_rate, "model.max_bad_rate")
-        store, rank_zero = self.trainer.datamodule.store, self.trainer.is_global_zero
+        store, rank_zero = self.trainer.datamodule.store, self.trainer.is_global_zero  # type: ignore[attr-defined]
         count = store.embed(shards, self._clip[0], self.batch_size, progress=rank_zero, budget=budget)
         print(f"rank {self.trainer.global_rank}: {count} of {len(shards)} shards embedded now, {budget.bad} bad samples")
         return count
 
     def on_predict_end(self) -> None:
-        data = self.trainer.datamodule
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.trainer.strategy.barrier()
         if self.trainer.is_global_zero:
             data.store.finish(data.shards, self._clip[0])

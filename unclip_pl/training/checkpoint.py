@@ -114,7 +114,7 @@ class NewestCheckpoint(Checkpoint):
             self._handler = None
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.global_step == self._saved_step or trainer.fast_dev_run:
+        if trainer.global_step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it outside of the class
             return
         before, self.path = self.path, checkpoint_folder(trainer) / f"newest-step={trainer.global_step}.ckpt"
         self._saved_step = trainer.global_step

@@ -1,6 +1,7 @@
 """At every validation: what the stage draws for held-out samples, below the originals, as a PNG and in TensorBoard."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.images import grid, save_png
+from unclip_pl.training.needs import Draws
 
 
 class Pictures(Callback):
@@ -30,9 +32,10 @@ class Pictures(Callback):
             return
         batch = {key: value[: self.count] for key, value in batch.items()}
         noise = Noise(range(self.seed, self.seed + len(batch["key"])))
-        rows = {"held out": batch["image"], "drawn": pl_module.sample(batch, noise)}
+        rows = {"held out": batch["image"], "drawn": cast(Draws, pl_module).sample(batch, noise)}
         picture = grid(list(rows.values()), list(rows))
         save_png(picture, Path(trainer.default_root_dir) / "pictures" / f"step-{trainer.global_step:07d}.png")
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_image"):
-                logger.experiment.add_image("held out / drawn", np.asarray(picture), trainer.global_step, dataformats="HWC")
+            experiment = logger.experiment  # type: ignore[attr-defined]  # all of Lightning's loggers have it, their base class does not say so
+            if hasattr(experiment, "add_image"):
+                experiment.add_image("held out / drawn", np.asarray(picture), trainer.global_step, dataformats="HWC")

@@ -1,11 +1,14 @@
 """At every validation of a prior: how its embeddings for held-out captions stand to the true ones, to the captions, and to each other."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from unclip_pl.diffusion.noise import Noise
+from unclip_pl.training.needs import Draws
 
 
 def ranks(similarity: Tensor) -> Tensor:
@@ -83,13 +86,13 @@ class PriorMonitor(Callback):
         count = min(self.captions - start, len(batch["key"]))
         if count <= 0:
             return
-        noise = Noise(range(self.seed + start, self.seed + start + count))
-        self._drawn.append(pl_module.sample({key: value[:count] for key, value in batch.items()}, noise).cpu())
+        stage, noise = cast(Draws, pl_module), Noise(range(self.seed + start, self.seed + start + count))
+        self._drawn.append(stage.sample({key: value[:count] for key, value in batch.items()}, noise).cpu())
         if start == 0:
             few = torch.arange(max(1, count // 8)).repeat_interleave(self.draws)
             same = {key: value[few.to(value.device)] for key, value in batch.items() if torch.is_tensor(value)}
             first = self.seed + self.captions
-            self._several = pl_module.sample(same | {"key": [batch["key"][i] for i in few.tolist()]}, Noise(range(first, first + len(few)))).cpu()
+            self._several = stage.sample(same | {"key": [batch["key"][i] for i in few.tolist()]}, Noise(range(first, first + len(few)))).cpu()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._several is None:

@@ -1,12 +1,14 @@
 """What a run tells while it goes: images per second, time left and bad samples in the progress bar, and the loss by quarter of the schedule."""
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
+
+from unclip_pl.training.needs import Diffuses
 
 
 class Progress(TQDMProgressBar):
@@ -66,7 +68,7 @@ class LossByTimestep(Callback):
         t, loss = outputs["t"], outputs["per_sample"].detach()
         if self._sums is None:
             self._sums = torch.zeros(2, 4, device=loss.device)
-        quarter = t * 4 // pl_module.process.config.timesteps
+        quarter = t * 4 // cast(Diffuses, pl_module).process.config.timesteps
         self._sums.index_add_(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
         if trainer._logger_connector.should_update_logs:
             means = self._sums[0] / self._sums[1].clamp(min=1)

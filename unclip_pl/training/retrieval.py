@@ -1,8 +1,12 @@
 """How well a CLIP finds the caption of a held-out image among all of them, and the image of a caption (R@k, CLIP section 3.1)."""
 
+from typing import cast
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+
+from unclip_pl.training.needs import Embeds
 
 
 def recall_at(similarity: Tensor, k: int) -> Tensor:
@@ -25,7 +29,7 @@ class Retrieval(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: dict, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._pairs.append(pl_module.embed(batch["image"], batch["tokens"]))
+        self._pairs.append(cast(Embeds, pl_module).embed(batch["image"], batch["tokens"]))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         image, text = (torch.cat(side).float() for side in zip(*self._pairs, strict=True))

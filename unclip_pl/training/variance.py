@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,6 +12,7 @@ from torch import Tensor
 from unclip_pl.atomic import atomic_file
 from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint, read_checkpoint
 from unclip_pl.training.ema import EMA
+from unclip_pl.training.needs import Estimates
 
 
 class AnalyticVariance(Callback):
@@ -30,8 +32,9 @@ class AnalyticVariance(Callback):
 
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = trainer.datamodule
-        if data is None or trainer.fast_dev_run:
+        # Lightning sets these outside of the class, so that its types do not know them.
+        data, callbacks = trainer.datamodule, trainer.callbacks  # type: ignore[attr-defined]
+        if data is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         batches, missing = [], self.captions
         for batch in data.train_dataloader():
@@ -41,13 +44,14 @@ class AnalyticVariance(Callback):
             missing -= len(part["key"])
             if missing <= 0:
                 break
-        ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
+        watched = cast(Estimates, pl_module)
+        ema = next((callback for callback in callbacks if isinstance(callback, EMA)), None)
         with ema.applied(pl_module) if ema else nullcontext():
-            pl_module.estimate_variance(batches, self.draws)
-        pl_module.x0_error.copy_(trainer.strategy.reduce(pl_module.x0_error.clone(), reduce_op="mean"))
-        for callback in trainer.callbacks if trainer.is_global_zero else []:
+            watched.estimate_variance(batches, self.draws)
+        watched.x0_error.copy_(trainer.strategy.reduce(watched.x0_error.clone(), reduce_op="mean"))
+        for callback in callbacks if trainer.is_global_zero else []:
             if isinstance(callback, NewestCheckpoint) and callback.path and callback.path.stem.endswith(f"step={trainer.global_step}"):
-                _write(callback.path, read_checkpoint(callback.path), pl_module.x0_error)  # was written before training ended
+                _write(callback.path, read_checkpoint(callback.path), watched.x0_error)  # was written before training ended
             elif isinstance(callback, BestCheckpoint) and callback.best_model_path:
                 stage = type(pl_module)(**pl_module.hparams).to(pl_module.device)
                 add_variance(callback.best_model_path, stage, batches, self.draws)
@@ -64,8 +68,9 @@ def add_variance(path: str | os.PathLike, stage: LightningModule, batches: Seque
     """
     checkpoint = read_checkpoint(path)
     stage.load_state_dict(checkpoint["state_dict"])
-    stage.estimate_variance(batches, draws)
-    _write(path, checkpoint, stage.x0_error)
+    watched = cast(Estimates, stage)
+    watched.estimate_variance(batches, draws)
+    _write(path, checkpoint, watched.x0_error)
 
 
 def _write(path: str | os.PathLike, checkpoint: dict, x0_error: Tensor) -> None:
