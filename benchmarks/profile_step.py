@@ -1,0 +1,64 @@
+"""Where the time of one training step goes: forward, backward, optimiser and EMA of the decoder of `decoder_train.py`, by kind of operation.
+
+    python benchmarks/profile_step.py [--dtype bf16] [--device cuda]        prints a Markdown table
+"""
+
+import unclip_pl._torchvision  # noqa: F401
+
+# isort: split
+import torch
+from _common import begin, parser
+from decoder_train import batch_of, decoder
+from torch.profiler import ProfilerActivity, profile
+
+KINDS = {
+    "convolution, backward": ("convolution_backward",),
+    "convolution, forward": ("convolution", "conv2d"),
+    "attention": ("scaled_dot_product", "flash_attention"),
+    "linear layers": ("aten::mm", "addmm", "bmm"),
+    "GroupNorm, LayerNorm": ("group_norm", "layer_norm"),
+    "optimiser, EMA, clipping": ("adamw", "lerp", "foreach", "vector_norm"),
+    "copies, concatenation, casts": ("copy_", "aten::cat", "clone", "_to_copy"),
+}
+
+
+def kind_of(name: str) -> str:
+    """The kind of an operation by its name; the first that fits."""
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "element by element, and other")
+
+
+def main() -> None:
+    given = parser(__doc__, repeats=3, warmup=2, batch=4).parse_args()
+    begin(given)
+    module = decoder().to(given.device).train()
+    batch = {key: value.to(given.device) if isinstance(value, torch.Tensor) else value for key, value in batch_of(given.batch).items()}
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+    averages = [p.detach().clone() for p in module.parameters()]
+
+    def step() -> None:
+        with torch.autocast(given.device.split(":")[0], torch.bfloat16, enabled=given.dtype == "bf16"):
+            loss = module.loss(batch)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(averages, [p.detach() for p in module.parameters()], 1e-4)
+
+    for _ in range(given.warmup):
+        step()
+    cuda = given.device.startswith("cuda")
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
+        for _ in range(given.repeats):
+            step()
+    spent: dict[str, float] = {}
+    for event in found.key_averages():
+        took = event.self_device_time_total if cuda else event.self_cpu_time_total
+        spent[kind_of(event.key)] = spent.get(kind_of(event.key), 0.0) + took / given.repeats / 1e6
+    total = sum(spent.values())
+    print(f"{total:.2f} s a step of {given.batch} images, {given.dtype}, {given.device}\n\n| part | s | share |\n|---|---|---|")
+    for kind, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"| {kind} | {seconds:.3f} | {seconds / total:.0%} |")
+
+
+if __name__ == "__main__":
+    main()
