@@ -25,9 +25,61 @@ class GroupNorm32(nn.GroupNorm):
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
-def silu(x: Tensor) -> Tensor:
-    """SiLU of a tensor that nobody else holds: in place where no gradient is wanted."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """x without gaps, in the order (NCHW or channels last) of `like`, or its own: kernels that are called directly do not look."""
+    like = x if like is None else like
+    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+class _NormSiLU(torch.autograd.Function):
+    """silu((1 + scale) GN(x) + shift) in float32, which keeps of all its stages only x and the statistics for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float) -> Tensor:
+        size, channels, *sides = x.shape
+        y, mean, rstd = torch.native_group_norm(dense(x.float()), weight, bias, size, channels, math.prod(sides), groups, eps)
+        if scale is not None:
+            y = torch.addcmul(shift, y, 1 + scale)
+        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
+        ctx.groups = groups
+        return F.silu(y, inplace=True).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+        size, channels, *sides = x.shape
+        each = channels // ctx.groups
+        slope = rstd.repeat_interleave(each, 1) * weight  # GN(x) = slope x + offset, (B, C)
+        offset = bias - mean.repeat_interleave(each, 1) * slope
+        a, b = (slope[..., None, None], offset[..., None, None]) if scale is None else (slope[..., None, None] * (1 + scale),
+                                                                                       torch.addcmul(shift, offset[..., None, None], 1 + scale))
+        dtype, x = x.dtype, x.float()
+        grad = torch.ops.aten.silu_backward(grad.float(), torch.addcmul(b, x, a))
+        grad_scale = grad_shift = None
+        if scale is not None:
+            grad_shift = grad.sum((2, 3), keepdim=True)
+            grad_scale = slope[..., None, None] * (grad * x).sum((2, 3), keepdim=True) + offset[..., None, None] * grad_shift
+            grad = grad * (1 + scale)
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
+            dense(grad, x), dense(x), mean, rstd, weight, size, channels, math.prod(sides), ctx.groups, [True, True, True]
+        )
+        return grad_x.to(dtype), grad_weight, grad_bias, grad_scale, grad_shift, None, None
+
+
+def norm_silu(norm: GroupNorm32, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """silu((1 + scale) norm(x) + shift), the inside of a residual block: in training with half of the activations kept.
+
+    x (B, C, H, W); scale and shift (B, C, 1, 1), both or neither -> (B, C, H, W) in the type of x.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler finds its own way
+        parts = (None, None) if scale is None or shift is None else (scale.float(), shift.float())
+        with torch.autocast(x.device.type, enabled=False):
+            return _NormSiLU.apply(x, norm.weight.float(), norm.bias.float(), *parts, norm.num_groups, norm.eps)
+    y = norm(x)
+    if scale is not None and shift is not None:
+        y = torch.addcmul(shift, y, 1 + scale)
+    return F.silu(y, inplace=not torch.is_grad_enabled())
 
 
 def zero_module(module: Module) -> Module:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_pl.networks.layers import GroupNorm32, attend, run, silu, timestep_embedding, zero_module
+from unclip_pl.networks.layers import GroupNorm32, attend, norm_silu, run, timestep_embedding, zero_module
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, C, H, W), time (B, 4 width) after SiLU -> (B, out, H', W')."""
-        h = self.conv1(self._resized(silu(self.norm1(x))))
+        h = self.conv1(self._resized(norm_silu(self.norm1, x)))
         time = self.time(time).to(h.dtype)[..., None, None]
-        if self.scale_shift:
-            scale, shift = time.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        else:
-            h = self.norm2(h + time)
-        return self.shortcut(self._resized(x)) + self.conv2(self.dropout(silu(h)))
+        h = norm_silu(self.norm2, h, *time.chunk(2, dim=1)) if self.scale_shift else norm_silu(self.norm2, h + time)
+        return self.shortcut(self._resized(x)) + self.conv2(self.dropout(h))
 
 
 class Attention(nn.Module):
@@ -287,5 +283,5 @@ class UNet(nn.Module):
         x = apply(self.middle, x)
         for layer in self.up:
             x = apply(layer, x, skips.pop())
-        x = self.exit(silu(self.norm(x)))
+        x = self.exit(norm_silu(self.norm, x))
         return (F.pixel_shuffle(x, config.patch_size) if config.patch_size > 1 else x).to(dtype)

@@ -1,0 +1,54 @@
+"""GroupNorm, FiLM and SiLU in one: the same values and gradients as one after the other, with less kept for the backward pass."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unclip_pl.networks.layers import GroupNorm32, norm_silu
+
+
+def plain(norm: GroupNorm32, x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
+    """One after the other, in float64."""
+    y = F.group_norm(x.double(), norm.num_groups, norm.weight.double(), norm.bias.double(), norm.eps)
+    return F.silu(y if scale is None else shift.double() + y * (1 + scale.double()))
+
+
+def inputs(film: bool, dtype: torch.dtype = torch.float32) -> tuple[GroupNorm32, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    norm = GroupNorm32(64)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (torch.randn(3, 64, 4, 5) * 2 + 1).to(dtype).to(memory_format=torch.channels_last)
+    return norm, [tensor.requires_grad_() for tensor in (x, *(torch.randn(2, 3, 64, 1, 1).to(dtype).unbind() if film else ()))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("film", [False, True])
+def test_values_and_gradients_against_float64(film, dtype):
+    norm, given = inputs(film, dtype)
+    weigh = torch.randn(3, 64, 4, 5, dtype=torch.float64)
+    found = []
+    for function in (norm_silu, lambda norm, x, scale=None, shift=None: plain(norm, x, scale, shift)):
+        out = function(norm, *given)
+        gradients = torch.autograd.grad((out.double() * weigh).sum(), [*given, norm.weight, norm.bias])
+        found.append([out.double(), *(gradient.double() for gradient in gradients)])
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    for ours, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() < limit * exact.norm()
+    with torch.no_grad():
+        torch.testing.assert_close(norm_silu(norm, *given).double(), found[0][0], rtol=3 * limit, atol=3 * limit)  # rounds after each stage
+
+
+def test_only_the_input_is_kept_of_the_feature_maps():
+    norm, given = inputs(film=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        norm_silu(norm, *given)
+    assert kept.count(given[0].shape) == 1
+
+
+def test_parameters_without_gradients_are_left_alone():
+    norm, (x, *_) = inputs(film=False)
+    norm.requires_grad_(False)
+    norm_silu(norm, x).sum().backward()
+    assert x.grad is not None and norm.weight.grad is None
