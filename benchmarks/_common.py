@@ -4,6 +4,7 @@ import argparse
 import gc
 import json
 import os
+import resource
 import statistics
 import sys
 import time
@@ -41,9 +42,11 @@ def begin(arguments: argparse.Namespace) -> float:
 
 
 def peak_mib() -> float:
-    """Largest resident memory of this process so far, MiB (Linux's VmHWM: unlike ru_maxrss not inherited from the parent)."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    """Largest resident memory of this process so far, MiB (on Linux VmHWM: unlike ru_maxrss not inherited from the parent)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def wait(device: str) -> None:

@@ -30,7 +30,7 @@ class Clock(Callback):
 
 
 def trained(module: Stage, batch: dict[str, Any], given: Any) -> list[float]:
-    """Seconds a step under the trainer that `lightning fit` makes: EMA, progress bar, monitors, TensorBoard."""
+    """Seconds a step under a trainer with what `lightning fit` does at each step: EMA, progress bar, monitors, TensorBoard. No checkpoints, no validation."""
     clock, steps = Clock(given.device), given.warmup + given.repeats + 1
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -46,7 +46,7 @@ def bare(module: Stage, batch: dict[str, Any], given: Any) -> list[float]:
     """Seconds a step of the same module, optimiser and EMA in a plain loop."""
     module.to(given.device)
     batch = {key: value.to(given.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=module.optimizer_config.weight_decay, fused=True)
     averages = [p.detach().clone() for p in module.parameters()]
     times = []
     for _ in range(given.warmup + given.repeats):

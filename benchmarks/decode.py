@@ -18,7 +18,7 @@ def main() -> None:
     arguments = parser(__doc__, repeats=5, warmup=1, batch=64)
     arguments.add_argument("--shards", required=True, help="brace pattern of tars")
     arguments.add_argument("--image-size", type=int, default=64)
-    arguments.add_argument("--workers", type=int, default=0)
+    arguments.add_argument("--workers", type=int, choices=[0, 1], default=0, help="loader processes; for more see loader_rates.py")
     given = arguments.parse_args()
     before = begin(given)
     shards = expand(given.shards)

@@ -1,4 +1,7 @@
-"""Filling an embedding store from tar shards: read, decode, CLIP images and captions, write; a repeat is the whole job, the model loaded before."""
+"""Filling an embedding store from tar shards: read, decode, CLIP images and captions, write; a repeat is the whole job, the model loaded before.
+
+The operations are those of the image tower alone, as in the scripts of the systems that embed no captions.
+"""
 
 from _common import begin, flops_of, parser, peak_mib, report, timed
 
@@ -55,7 +58,8 @@ def main() -> None:
         times = timed(step, given)
         peak = peak_mib()
         with torch.enable_grad():  # without gradients attention takes a fused path that the counter does not see
-            flops = flops_of(lambda: clip.model.encode_image(torch.randn(1, 3, clip.image_size, clip.image_size, dtype=clip.model.visual.proj.dtype)))
+            picture = torch.randn(1, 3, clip.image_size, clip.image_size, dtype=clip.model.visual.proj.dtype, device=given.device)
+            flops = flops_of(lambda: clip.model.encode_image(picture))
         params = sum(p.numel() for p in clip.model.parameters())
         report("embed", given, times, rows, before, f"unclip_pl/{given.model}", params=params, flops_per_step=flops * rows, peak_rss_mib=peak)
 

@@ -1,4 +1,4 @@
-"""How fast training data come: images/s of the train loader by image size and number of workers, and rows/s of the embedding store. As Markdown.
+"""How fast training data come: images/s of the train loader by image size and number of workers, rows/s of the priors' loader and the store. Markdown.
 
     python benchmarks/loader_rates.py                                   OpenMoji at 64, 256 and 1024 px, drawn on the first use of a size
     python benchmarks/loader_rates.py --sizes 64 --workers 0 4 8        other sizes and workers
@@ -22,7 +22,8 @@ import torch
 from unclip_pl.clip import CLIPConfig, FrozenCLIP
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.loader import LoaderConfig
-from unclip_pl.data.modules import Embedded, ImageTextData, resolve
+from unclip_pl.data.modules import Embedded, ImageTextData, PriorData, resolve
+from unclip_pl.data.rows import RowsConfig
 from unclip_pl.data.shards import expand
 
 warnings.filterwarnings("ignore", module="torchdata")
@@ -63,6 +64,19 @@ def store_rates(shard, samples, seconds):
         return written, read / (time.monotonic() - start)
 
 
+def prior_rate(batch_size: int, seconds: float) -> float:
+    """Rows/s of the priors' loader over OpenMoji's store."""
+    data = PriorData(loader=RowsConfig(batch_size=batch_size, steps_per_epoch=1 << 40))
+    data.prepare_data()
+    data.setup("fit")
+    batches = iter(data.train_dataloader())
+    next(batches)
+    start, rows = time.monotonic(), 0
+    while time.monotonic() - start < seconds:
+        rows += len(next(batches)["key"])
+    return rows / (time.monotonic() - start)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024])
@@ -80,7 +94,8 @@ def main() -> None:
         rates = [loader_rate(shards, size, workers, given.batch_size, given.seconds) for workers in given.workers]
         print(f"| {size} | " + " | ".join(f"{rate:.0f}" for rate in rates) + " |", flush=True)
     written, read = store_rates(shards[0], given.rows, given.seconds)
-    print(f"\nEmbedding store: {written:.0f} rows/s written by the embedded CLIP, {read:.0f} rows/s read by key.")
+    print("\nPriors' loader: " + ", ".join(f"{prior_rate(size, given.seconds):,.0f} rows/s in batches of {size}" for size in (64, 512, 4096)) + ".")
+    print(f"Embedding store: {written:.0f} rows/s written by the embedded CLIP, {read:.0f} rows/s read by key.")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def read_column(path: Path, column: str) -> np.ndarray:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f"Reading {path} needs pyarrow, which is not installed: pip install 'unclip_pl[import]'.") from None
+        raise UserError(f"Reading {path} needs pyarrow, which is not installed: pip install pyarrow.") from None
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
