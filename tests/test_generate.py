@@ -107,6 +107,23 @@ def test_generate_writes_pictures_named_by_prompt_and_seed(folder, tmp_path, cap
     assert "grid.png" in capsys.readouterr().out
 
 
+def test_prompts_that_look_alike_have_files_of_their_own(folder, tmp_path):
+    assert app.main(["generate", "fox", "fox!", "fox", "--decoder", str(folder), "--num-images", "1", "--condition", "text", "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fox-0.png", "fox-2-0.png"]
+
+
+@pytest.mark.parametrize("seed", ["-1", "99999999999999999999999", "x"])
+def test_an_impossible_seed_is_refused(seed, capsys):
+    with pytest.raises(SystemExit):
+        app.main(["generate", "fox", f"--seed={seed}"])
+    assert "--seed" in capsys.readouterr().err
+
+
+def test_there_must_be_a_seed_for_each_caption(folder):
+    with pytest.raises(ValueError, match="one seed a caption"):
+        UnCLIP.load(folder).generate(PROMPTS, [0], "text")
+
+
 def test_a_prompt_that_is_too_long_is_drawn_and_what_was_cut_is_named(folder, tmp_path, capsys):
     long = "a red apple " * 40 + "and a pear"
     arguments = ["generate", long, "--decoder", str(folder), "--condition", "text", "--num-images", "1", "--out", str(tmp_path)]
@@ -133,6 +150,11 @@ def test_a_prompt_that_is_too_long_is_drawn_and_what_was_cut_is_named(folder, tm
         (["apple", "--prior-guidance-scale", "0"], "--prior-guidance-scale is 0.0"),
         (["apple", "--prior", "gone.ckpt"], "There is no checkpoint gone.ckpt"),
         (["apple", "--prior", "ar", "--prior-steps", "5"], "--prior-steps is no setting of this stage"),
+        (["apple", "--prior-guidance-scale", "inf"], "--prior-guidance-scale is inf"),
+        (["apple", "--condition", "text", "--prior-steps", "5"], "--condition text uses no prior"),
+        (["apple", "--sampler", "ddpm", "--eta", "1"], "--eta is for the sampler ddim"),
+        (["apple", "--device", "nothing"], "There is no device nothing"),
+        (["apple", "--condition", "text", "--num-images", "1", "--out", "latin.txt/out"], "cannot be used"),
         (["apple", "--prior", "DECODER"], "holds a Decoder, and a DiffusionPrior or ARPrior is needed"),
     ],
 )

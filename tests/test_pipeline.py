@@ -143,6 +143,15 @@ def test_bad_input_is_one_sentence(arguments, words, capsys, tmp_path, monkeypat
     assert len(error) == 1 and error[0].startswith("unclip: ") and words in error[0]
 
 
+def test_a_release_keeps_statistics_exact_and_refuses_what_float16_cannot_hold(tmp_path):
+    tensors = {"net.weight": torch.tensor([0.1]), "edges": torch.tensor([0.1])}
+    found = release.read(release.write(tmp_path / "a", Release("Decoder", {}, None, tensors), "", exact=["edges"])).tensors
+    assert found["edges"] == tensors["edges"] and found["net.weight"] != tensors["net.weight"]
+    with pytest.raises(UserError, match=r"not finite in float16 \(net.weight\)"):
+        release.write(tmp_path / "b", Release("Decoder", {}, None, {"net.weight": torch.tensor([1e6])}), "")
+    assert not (tmp_path / "b").exists()
+
+
 def test_export_makes_a_release_of_a_checkpoint(checkpoint, tmp_path):
     assert app.main(["export", str(checkpoint), "--out", str(tmp_path / "mine")]) == 0
     assert read_weights(tmp_path / "mine").stage == "Decoder"

@@ -9,6 +9,13 @@ from unclip_pl import __version__
 from unclip_pl.errors import UserError
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names defaults, except those that are None: their help says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default == [] else super()._get_help_string(action)
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line of `unclip`."""
     root = argparse.ArgumentParser(prog="unclip", description="Draw with unCLIP and look after its data. Training: see `lightning --help`.")
@@ -16,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: object, text: str, group: argparse._SubParsersAction = commands) -> argparse.ArgumentParser:
-        added = group.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        added = group.add_parser(name, help=text, description=text, formatter_class=Help)
         added.set_defaults(run=run)
         return added
 
@@ -25,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--file", type=Path, help="a UTF-8 text file with one more prompt a line")
     generate.add_argument("--condition", choices=["prior", "text", "caption"], default="prior",
                           help="what the decoder has for an image embedding: the prior's, CLIP's text embedding in its place, or none")
-    generate.add_argument("--prior", default="diffusion", help='"diffusion" or "ar", those in the package; or a checkpoint or release')
+    generate.add_argument("--prior", help='"diffusion" (the default) or "ar", those in the package; or a checkpoint or release')
     generate.add_argument("--prior-guidance-scale", type=float, help="1: no guidance; by default the prior's own")
     generate.add_argument("--prior-steps", type=int, help="sampling steps of a diffusion prior; by default its own")
     generate.add_argument("--prior-sampler", choices=["analytic", "ddpm", "ddim", "dpm_solver_pp"], help="of a diffusion prior; by default its own")
@@ -66,6 +73,14 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+def seed(text: str) -> int:
+    """A seed that torch's generators take, with room for some more after it."""
+    value = int(text)
+    if not 0 <= value < 1 << 62:
+        raise argparse.ArgumentTypeError(f"{value} is no seed: give an integer from 0 to 2^62 - 1")
+    return value
+
+
 def drawing(command: argparse.ArgumentParser, what: str) -> None:
     """The options of every command that draws with a decoder."""
     command.add_argument("--num-images", type=int, default=4, help=what)
@@ -74,23 +89,26 @@ def drawing(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--steps", type=int, help="sampling steps; by default the decoder's own")
     command.add_argument("--guidance-scale", type=float, help="1: no guidance; by default the decoder's own")
     command.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1")
-    command.add_argument("--seed", type=int, default=0, help="picture k of each uses seed + k")
+    command.add_argument("--seed", type=seed, default=0, help="picture k of each uses seed + k")
     command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
     command.add_argument("--out", type=Path, default=Path("out"), help="folder for the PNG files")
 
 
-def chosen(arguments: argparse.Namespace, own: Any, prefix: str = "") -> Any:
+def chosen(arguments: argparse.Namespace, stage: Any, prefix: str = "") -> Any:
     """A stage's sampling settings with what the options say otherwise; one sentence where a value is impossible or not this stage's."""
     from dataclasses import replace
 
+    own, timesteps = stage.sampling, stage.process.config.timesteps if hasattr(stage, "process") else 1000
     options = {name: getattr(arguments, prefix + name, None) for name in ("sampler", "steps", "guidance_scale", "eta")}
     given = {name: value for name, value in options.items() if value is not None}
     unknown = [f"--{(prefix + name).replace('_', '-')}" for name in given if not hasattr(own, name)]
     if unknown:
         raise UserError(f"{unknown[0]} is no setting of this stage: leave it out.")
-    if given.get("steps", 1) not in range(1, 1001):
-        raise UserError(f"--{prefix.replace('_', '-')}steps is {given['steps']}: give 1 to 1000, the timesteps that the stages are trained with.")
-    if not given.get("guidance_scale", 1) >= 1:
+    if not 1 <= given.get("steps", 1) <= timesteps:
+        raise UserError(f"--{prefix.replace('_', '-')}steps is {given['steps']}: give 1 to {timesteps}, the timesteps that the stage was trained with.")
+    if given.get("eta") and given.get("sampler", own.sampler) != "ddim":
+        raise UserError(f"--eta is for the sampler ddim, and the decoder's is {given.get('sampler', own.sampler)}: add --sampler ddim, or leave --eta out.")
+    if not 1 <= given.get("guidance_scale", 1) < float("inf"):
         raise UserError(f"--{prefix.replace('_', '-')}guidance-scale is {given['guidance_scale']}: give 1 (no guidance) or more.")
     try:
         return replace(own, **given)
@@ -112,7 +130,7 @@ def prompts_of(arguments: argparse.Namespace) -> list[str]:
             raise UserError(f"The file of prompts {arguments.file} is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
     if not prompts:
         raise UserError("There is no prompt: write one, or name a file with one a line (--file).")
-    return prompts
+    return list(dict.fromkeys(prompts))  # each once
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
@@ -125,19 +143,27 @@ def run_generate(arguments: argparse.Namespace) -> None:
     from unclip_pl.pipeline import DEFAULT_DECODER, UnCLIP
 
     prompts = prompts_of(arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for name in ("num_images", "batch_size"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: give 1 or more.")
-    prior = arguments.prior if arguments.condition == "prior" else None
+    priors = [name for name in ("prior", "prior_guidance_scale", "prior_steps", "prior_sampler") if getattr(arguments, name) is not None]
+    if priors and arguments.condition != "prior":
+        raise UserError(f"--{priors[0].replace('_', '-')} is given, and --condition {arguments.condition} uses no prior: leave one of them out.")
+    prior = (arguments.prior or "diffusion") if arguments.condition == "prior" else None
     unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, prior, device=pick_device(arguments.device))
-    sampling = chosen(arguments, unclip.decoder.sampling)
-    prior_sampling = chosen(arguments, unclip.prior.sampling, "prior_") if unclip.prior else None
+    sampling = chosen(arguments, unclip.decoder)
+    prior_sampling = chosen(arguments, unclip.prior, "prior_") if unclip.prior else None
     for prompt in prompts:
         if cut := unclip.clip.cut(prompt):
             print(f'unclip: "{prompt[:40]}..." is longer than CLIP reads ({unclip.clip.context_length} tokens), cut: "{cut}"', file=sys.stderr)
     todo = [(prompt, arguments.seed + k) for prompt in prompts for k in range(arguments.num_images)]
     settings = f"generate, condition {arguments.condition}, prior {prior} {prior_sampling}, decoder {arguments.decoder or 'of the package'} {sampling}"
-    drawn = []
+    names: dict[str, str] = {}
+    for prompt in prompts:
+        name = re.sub(r"\W+", "-", prompt).strip("-")[:60] or "picture"
+        names[prompt] = name if name not in names.values() else f"{name}-{len(names) + 1}"
+    drawn: list[torch.Tensor] = []
     with tqdm(total=len(todo), unit="picture", file=sys.stderr) as bar:
         for first in range(0, len(todo), arguments.batch_size):
             captions, seeds = zip(*todo[first : first + arguments.batch_size], strict=True)
@@ -146,8 +172,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
                 callback=lambda stage, step, steps: bar.set_postfix_str(f"{stage} step {step}/{steps}"),
             )
             for prompt, seed, image in zip(captions, seeds, images.cpu(), strict=True):
-                name = re.sub(r"\W+", "-", prompt).strip("-")[:60] or "picture"
-                print(save_png(image, arguments.out / f"{name}-{seed}.png", prompt=prompt, seed=str(seed), unclip=settings))
+                path = save_png(image, arguments.out / f"{names[prompt]}-{seed}.png", prompt=prompt, seed=str(seed), unclip=settings)
+                bar.write(str(path), file=sys.stdout)
                 drawn.append(image)
             bar.update(len(images))
     if arguments.grid:
@@ -164,8 +190,9 @@ def run_vary(arguments: argparse.Namespace) -> None:
     if arguments.num_images < 1:
         raise UserError(f"--num-images is {arguments.num_images}: give 1 or more.")
     originals = [load_image(path) for path in arguments.images]
+    arguments.out.mkdir(parents=True, exist_ok=True)
     unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, device=pick_device(arguments.device))
-    sampling = chosen(arguments, unclip.decoder.sampling)
+    sampling = chosen(arguments, unclip.decoder)
     seeds = [arguments.seed + k for k in range(arguments.num_images)]
     size = unclip.decoder.net_config.image_size
     rows, labels = [], []
@@ -185,7 +212,10 @@ def run_vary(arguments: argparse.Namespace) -> None:
 def run_export(arguments: argparse.Namespace) -> None:
     from unclip_pl import pipeline, release
     from unclip_pl.clip import save_clip
+    from unclip_pl.stages.ar_prior import ARPrior
     from unclip_pl.stages.clip import CLIP
+    from unclip_pl.stages.decoder import Decoder
+    from unclip_pl.stages.diffusion_prior import DiffusionPrior
 
     weights = pipeline.read_weights(arguments.checkpoint)
     card = arguments.card.read_text(encoding="utf-8") if arguments.card else f"# {weights.stage}, {weights.steps} steps\n\nMade by `unclip export`.\n"
@@ -194,7 +224,9 @@ def run_export(arguments: argparse.Namespace) -> None:
         save_clip(stage.net, arguments.out, stage.model_config, stage.preprocess_config)
         (arguments.out / "README.md").write_text(card, encoding="utf-8")
     else:
-        release.write(arguments.out, weights, card)
+        kinds = {kind.__name__: kind for kind in (Decoder, DiffusionPrior, ARPrior)}
+        stage = pipeline.load_stage(arguments.checkpoint, kinds[weights.stage])
+        release.write(arguments.out, weights, card, exact=[name for name, _ in stage.named_buffers()])
     size = sum(file.stat().st_size for file in arguments.out.iterdir()) / 1e6
     print(f"{arguments.out}: {weights.stage} after {weights.steps} steps, {size:.1f} MB")
 
@@ -239,10 +271,14 @@ def run_import(arguments: argparse.Namespace) -> None:
 
 
 def pick_device(name: str) -> str:
-    """"auto" is a GPU where there is one, else the CPU."""
+    """"auto" is a GPU where there is one, else the CPU; one sentence where the device that is named is not there."""
     import torch
 
     if name != "auto":
+        try:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"There is no device {name} here ({str(error).splitlines()[0]}): choose another with --device.") from None
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -254,5 +290,8 @@ def main(arguments: list[str] | None = None) -> int:
         parsed.run(parsed)
     except UserError as error:
         print(f"unclip: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"unclip: {error.filename or 'A file'} cannot be used ({error.strerror or error}): check the path and the rights to it.", file=sys.stderr)
         return 1
     return 0

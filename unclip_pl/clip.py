@@ -166,11 +166,10 @@ class FrozenCLIP:
         tokens = self.tokenize([caption])
         if not bool((self.tokenize([caption + " a"]) == tokens).all()):
             return ""
-        prefixes = self.tokenize([caption[:end] for end in range(len(caption))])
-        same = (prefixes == tokens).all(dim=1)
-        kept = len(caption)
-        while kept and bool(same[kept - 1]):
-            kept -= 1
+        few, kept = 0, len(caption)  # a prefix of `few` characters reads otherwise, one of `kept` as the whole
+        while kept - few > 1:
+            middle = (few + kept) // 2
+            few, kept = (few, middle) if bool((self.tokenize([caption[:middle]]) == tokens).all()) else (middle, kept)
         return caption[kept:]
 
     def similarity(self, image_embed: Tensor, text_embed: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from unclip_pl import cli
 from unclip_pl.errors import UserError
 
 ROOT = Path("runs/demo")
-STAGES = {"decoder": ROOT, "diffusion_prior": ROOT / "diffusion_prior", "ar_prior": ROOT / "ar_prior"}
+STAGES = {"decoder": ROOT / "decoder", "diffusion_prior": ROOT / "diffusion_prior", "ar_prior": ROOT / "ar_prior"}
 PROMPTS = ["woman firefighter, dark skin tone", "thumbs up, medium skin tone", "man cook", "red heart", "sun", "fox"]
 
 
@@ -32,7 +32,7 @@ def main() -> int:
 Data, embeddings and training took {trained - start:.0f} s, drawing {time.monotonic() - trained:.0f} s.
   {ROOT}/demo.png     held-out drawings, what the decoder in the package draws from their CLIP embeddings, and what yours does
   {ROOT}/prompts.png  captions through both priors: those in the package, and yours
-  {ROOT}/pictures/    what yours drew while it trained
+  {ROOT}/decoder/pictures/    what yours drew while it trained
 
 To go on (with `source .venv/bin/activate` first):
   unclip generate "man cook, dark skin tone" --grid            pictures of a caption of your own
@@ -60,7 +60,7 @@ def draw(count: int = 12) -> str:
     batch = next(iter(data.val_dataloader()))
     images, embeds = batch["image"][:count], batch["image_embed"][:count]
     rows, lines = {"held out": images}, []
-    for name, path in {"in the package": DEFAULT_DECODER, "yours": newest_checkpoint(ROOT)}.items():
+    for name, path in {"in the package": DEFAULT_DECODER, "yours": newest_checkpoint(STAGES["decoder"])}.items():
         if path is None or not Path(path).exists():
             continue
         unclip = UnCLIP.load(path)
@@ -82,7 +82,7 @@ def draw_prompts() -> str:
     from unclip_pl.training.checkpoint import newest_checkpoint
 
     rows, lines = {}, []
-    for name, decoder in {"in the package": DEFAULT_DECODER, "yours": newest_checkpoint(ROOT)}.items():
+    for name, decoder in {"in the package": DEFAULT_DECODER, "yours": newest_checkpoint(STAGES["decoder"])}.items():
         for kind in DEFAULT_PRIORS:
             prior = kind if name == "in the package" else newest_checkpoint(STAGES["diffusion_prior" if kind == "diffusion" else "ar_prior"])
             if decoder is None or prior is None:

@@ -64,6 +64,12 @@ def load_stage(path: str | os.PathLike, *kinds: type[Kind]) -> Kind:
     return stage.eval().requires_grad_(False)
 
 
+def paired(captions: Sequence[str], seeds: Sequence[int]) -> None:
+    """ValueError unless there is a seed for each caption."""
+    if len(captions) != len(seeds):
+        raise ValueError(f"{len(captions)} captions and {len(seeds)} seeds were given: give one seed a caption.")
+
+
 class UnCLIP:
     """A CLIP, a decoder that was trained on its embeddings and, to draw from captions, a prior.
 
@@ -83,7 +89,7 @@ class UnCLIP:
                 continue
             if stage.clip_fingerprint is None:
                 raise UserError(f"The {name} does not say with which CLIP it was trained: train it with `lightning fit`, which keeps that.")
-            clip = clip or FrozenCLIP(CLIPConfig.of_fingerprint(stage.clip_fingerprint), device)
+            clip = clip.to(device) if clip else FrozenCLIP(CLIPConfig.of_fingerprint(stage.clip_fingerprint), device)
             require_same(stage.clip_fingerprint, clip.fingerprint(), f"The {name}")
         self.clip: FrozenCLIP = clip  # type: ignore[assignment]  # there is a decoder
         self.decoder = decoder.to(device).eval()
@@ -119,12 +125,13 @@ class UnCLIP:
         Args:
             captions: B of them.
             seeds: B of them; embedding k depends on seed k alone, and is independent of what `decode` draws from the same seed.
-            sampling: other settings than the prior's own (`PriorSamplingConfig`, `ARSamplingConfig`).
+            sampling: other settings than the prior's own (the `sampling` of its stage).
             callback: called with (step, steps).
 
         Returns:
             float32 (B, D) as CLIP gives them.
         """
+        paired(captions, seeds)
         if self.prior is None:
             raise UserError('There is no prior to draw embeddings from captions: load one (prior="diffusion"), or condition on "text" or "caption".')
         return self.prior.sample(self._text(captions), Noise([seed + PRIOR_SEEDS for seed in seeds]), sampling, callback)
@@ -170,6 +177,7 @@ class UnCLIP:
         Raises:
             UserError: "prior" without one.
         """
+        paired(captions, seeds)
         if condition not in CONDITIONS:
             raise ValueError(f'There is no condition "{condition}": choose one of {", ".join(CONDITIONS)}.')
 

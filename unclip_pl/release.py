@@ -1,12 +1,13 @@
 """A release: a folder with what sampling needs and nothing that runs on loading. It knows folders, not stages.
 
     config.json           stage, hyperparameters, CLIP fingerprint, versions
-    model.safetensors     EMA weights and buffers, float16
+    model.safetensors     EMA weights in float16; statistics (`exact`) in float32
     README.md             the card: what it is, how it was made
 """
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,11 +38,14 @@ class Release:
     """Optimiser steps of training."""
 
 
-def write(folder: str | os.PathLike, release: Release, card: str) -> Path:
+def write(folder: str | os.PathLike, release: Release, card: str, exact: Collection[str] = ()) -> Path:
     """Write a release atomically. An existing folder is not overwritten.
 
+    Args:
+        exact: names of tensors that keep their precision, such as a stage's buffers (scales, bucket edges).
+
     Raises:
-        UserError: `folder` exists.
+        UserError: `folder` exists, or a weight is not finite in float16.
     """
     folder = Path(folder)
     if folder.exists():
@@ -51,7 +55,9 @@ def write(folder: str | os.PathLike, release: Release, card: str) -> Path:
         "hyper_parameters": release.hyper_parameters, "clip_fingerprint": release.clip_fingerprint,
     }
     with atomic_folder(folder) as temporary:
-        halved = {name: t.half() if t.is_floating_point() else t for name, t in release.tensors.items()}
+        halved = {name: t.half() if t.is_floating_point() and name not in exact else t for name, t in release.tensors.items()}
+        if broken := [name for name, t in halved.items() if name not in exact and t.is_floating_point() and not t.isfinite().all()]:
+            raise UserError(f"The {release.stage} has weights that are not finite in float16 ({', '.join(broken[:3])}): train it again with a lower rate.")
         save_file({name: t.contiguous().cpu() for name, t in halved.items()}, temporary / "model.safetensors")
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(card, encoding="utf-8")

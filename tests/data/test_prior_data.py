@@ -169,3 +169,21 @@ def test_bad_settings_are_sentences(shards):
     for wrong in ({"batch_size": 0}, {"steps_per_epoch": 0}, {"max_bad_rate": 2.0}, {"seed": -1}):
         with pytest.raises(ValueError, match=r"data\.loader"):
             RowsConfig(**wrong)
+
+
+def test_the_store_is_enough_where_the_tars_are_gone(tmp_path):
+    made = write_shards(tmp_path, [9, 4])
+    data = data_of(PriorData, made[:1], made[1:], tmp_path / "store")
+    data.config = RowsConfig(batch_size=4)
+    data.prepare_data()
+    data.setup("fit")
+    before = next(iter(data.train_dataloader()))
+    for tar in made:
+        Path(tar).unlink()
+    data.prepare_data()
+    data.setup("fit")
+    after = next(iter(data.train_dataloader()))
+    assert after["key"] == before["key"] and torch.equal(after["image_embed"], before["image_embed"])
+    other = data_of(PriorData, [*made[:1], str(tmp_path / "never.tar")], None, tmp_path / "store")
+    with pytest.raises(UserError, match="There is no shard"):
+        other.prepare_data()

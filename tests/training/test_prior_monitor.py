@@ -120,6 +120,23 @@ def test_real_images_of_one_caption_are_compared_where_there_are_several(tmp_pat
     torch.testing.assert_close(run.logged_metrics["val/prior/spread_data"], expected)
 
 
+def test_ranks_talk_equally_often_whatever_their_part_of_the_data(tmp_path):
+    """One collective of one shape, with and without several images of a caption: else two ranks would wait for each other for ever."""
+    shapes = []
+    for double in (False, True):
+        data = Data()
+        batches = data.val_dataloader()
+        if double:
+            batches.batches[1]["tokens"][0] = batches.batches[0]["tokens"][3]
+        data.val_dataloader = lambda batches=batches: batches
+        run, told = trainer(tmp_path, PriorMonitor(captions=8)), []
+        reduce = run.strategy.reduce
+        run.strategy.reduce = lambda tensor, *rest, told=told, reduce=reduce, **more: (told.append(tuple(tensor.shape)), reduce(tensor, *rest, **more))[1]
+        run.validate(prior(), datamodule=data, verbose=False)
+        shapes.append([shape for shape in told if len(shape) == 2])
+    assert shapes[0] == shapes[1] and len(shapes[0]) == 1
+
+
 def test_no_captions_is_no_draw(tmp_path):
     stage = prior()
     stage.sample = None

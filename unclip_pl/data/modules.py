@@ -14,11 +14,12 @@ import unclip_pl._torchvision  # noqa: F401
 
 # isort: split
 import torch
+from braceexpand import braceexpand
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from unclip_pl.atomic import cache_dir
-from unclip_pl.clip import EMBEDDED, CLIPConfig, FrozenCLIP
+from unclip_pl.clip import EMBEDDED, CLIPConfig, FrozenCLIP, require_same
 from unclip_pl.data.captions import augment_caption
 from unclip_pl.data.embeddings import EmbeddingStore, Statistics, describe
 from unclip_pl.data.loader import LoaderConfig, Prepare, Samples, SamplesInOrder, TrainLoader, ValidationLoader, steps_of_epoch
@@ -206,6 +207,27 @@ class PriorData(ImageEmbeddingData):
         loader: RowsConfig = RowsConfig(), store: str | None = None, text_states: bool = False,
     ) -> None:
         super().__init__(train, val, image_size, clip, loader, store, text_states)  # type: ignore[arg-type]  # see `config`
+
+    def prepare_data(self) -> None:
+        if not self._from_store():
+            super().prepare_data()
+
+    def _resolve(self) -> None:
+        if not self._from_store():
+            super()._resolve()
+
+    def _from_store(self) -> bool:
+        """Take the shards' names from the store where it has their rows and the tars themselves are gone."""
+        if not self.store_folder or not (Path(self.store_folder) / "manifest.json").is_file():
+            return False
+        store = EmbeddingStore(self.store_folder)
+        manifest = store.manifest
+        train, val = ([name for one in ([spec] if isinstance(spec, str) else spec or []) for name in braceexpand(one)] for spec in (self.train, self.val))
+        if not train or not set(train + val) <= manifest["shards"].keys() or all(is_url(name) or Path(name).is_file() for name in train + val):
+            return False
+        require_same(manifest["clip"], self.clip.fingerprint(), f"The embedding store {store.folder}")
+        self.train_shards, self.val_shards, self.store = train, val, store
+        return True
 
     def statistics(self) -> Statistics:
         """Of the image embeddings to train on."""

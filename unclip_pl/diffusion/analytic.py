@@ -15,7 +15,7 @@ from unclip_pl.diffusion.schedule import Schedule
 
 def analytic_variance(steps: Schedule, error: Tensor) -> Tensor:
     """sigma^2 of the steps of a (respaced) schedule, (K,) float64; error (T,): C_r at each original timestep."""
-    known = error.double().cpu()[steps.timesteps]
+    known = error.cpu().double()[steps.timesteps]
     return steps.posterior_variance + steps.posterior_x0_weight.square() * known
 
 
@@ -43,7 +43,7 @@ class ErrorByTimestep:
         if draws < 1:
             raise ValueError(f"The analytic variance needs at least 1 draw a timestep: got {draws}.")
         self.order = torch.randperm(timesteps, generator=torch.Generator().manual_seed(0)).to(device)
-        self.sums = torch.zeros(timesteps, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(timesteps, dtype=torch.float64)  # on the CPU: not every device has float64
         self.counts = torch.zeros_like(self.sums)
         self.next, self.total = 0, timesteps * draws  # rows so far, rows needed
 
@@ -55,8 +55,8 @@ class ErrorByTimestep:
 
     def add(self, t: Tensor, x0: Tensor, predicted: Tensor) -> None:
         """x_0 and what was predicted of it at timesteps t (B,), both (B, D)."""
-        self.sums.index_add_(0, t, (predicted.double() - x0.double()).square().mean(1))
-        self.counts.index_add_(0, t, torch.ones_like(t, dtype=torch.float64))
+        self.sums.index_add_(0, t.cpu(), (predicted.float() - x0.float()).square().mean(1).cpu().double())
+        self.counts.index_add_(0, t.cpu(), torch.ones(len(t), dtype=torch.float64))
 
     def mean(self) -> Tensor:
         """(T,) float32; NaN where a timestep had no draw."""

@@ -38,7 +38,7 @@ class SamplingConfig:
     """z_i . z_t is drawn from the data's distribution above this percentile (the paper tried 50, 70, 85, 95; 50 was best)."""
 
     def __post_init__(self) -> None:
-        if not self.guidance_scale >= 1:
+        if not 1 <= self.guidance_scale < float("inf"):
             raise ValueError(f"guidance_scale of the AR prior is {self.guidance_scale}: give 1 (no guidance) or more.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature of the AR prior is {self.temperature}: give 0 (the most probable code) or more.")

@@ -49,7 +49,7 @@ class SamplingConfig:
             raise ValueError(f'There is no sampler "{self.sampler}" for the decoder: choose one of {", ".join(SAMPLERS)}.')
         if self.steps < 1:
             raise ValueError(f"The decoder cannot draw in {self.steps} steps: ask for 1 or more.")
-        if not self.guidance_scale >= 0:
+        if not 0 <= self.guidance_scale < float("inf"):
             raise ValueError(f"The decoder's guidance_scale is {self.guidance_scale}: give 1 (none) or more, or 0 for the null branch alone.")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta of the decoder's sampler is {self.eta}: give 0 (deterministic) to 1 (as much noise as DDPM).")

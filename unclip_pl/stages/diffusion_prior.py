@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unclip_pl.diffusion.analytic import ErrorByTimestep, with_analytic_variance
@@ -20,6 +21,9 @@ from unclip_pl.errors import UserError
 from unclip_pl.networks.embedding import EmbeddingNormalizer
 from unclip_pl.networks.prior import Prefix, PriorTextConfig, PriorTransformer, PriorTransformerConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage, as_config
+
+ROWS = 16
+"""Captions that are held at a time while the analytic variance is estimated."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +40,19 @@ class PriorSamplingConfig:
     eta: float = 0.0
     """Noise of DDIM: 0 deterministic, 1 as DDPM. Other samplers do not use it."""
     threshold: float | None = None
-    """Keep the predicted z_i within +- this on the network's scale at each step (Karlo: 5); null: do not."""
+    """Keep the predicted z_i within +- this on the network's scale at each step (Karlo: 10); null: do not."""
 
     def __post_init__(self) -> None:
         if self.sampler != "analytic" and self.sampler not in SAMPLERS:
             raise ValueError(f'There is no sampler "{self.sampler}" for a prior: choose one of analytic, {", ".join(SAMPLERS)}.')
         if self.steps < 1:
             raise ValueError(f"The prior cannot draw in {self.steps} steps: ask for 1 or more.")
-        if not self.guidance_scale >= 1:
+        if not 1 <= self.guidance_scale < math.inf:
             raise ValueError(f"The prior's guidance_scale is {self.guidance_scale}: give 1 (none) or more.")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta of the prior's sampler is {self.eta}: give 0 (deterministic) to 1 (as much noise as DDPM).")
+        if self.threshold is not None and not self.threshold > 0:
+            raise ValueError(f"The prior's threshold is {self.threshold}: give a positive number, or null for none.")
         if self.num_candidates < 1:
             raise ValueError(f"The prior cannot choose among {self.num_candidates} candidates: ask for 1 or more.")
 
@@ -184,7 +192,8 @@ class DiffusionPrior(Stage):
         z = self.normalizer.denormalize(draw(predict, x, schedule, noise=noise, eta=settings.eta, callback=callback))
         if count == 1 or embed is None:
             return z[:, 0]
-        best = (z * embed.float()[:, None]).sum(-1).argmax(1)
+        better = F.normalize(z, dim=-1) if self.normalizer.mode == "unit" else z  # there a draw's length means nothing
+        best = (better * embed.float()[:, None]).sum(-1).argmax(1)
         return z[torch.arange(size, device=self.device), best]
 
     @torch.no_grad()
@@ -198,7 +207,8 @@ class DiffusionPrior(Stage):
         errors = ErrorByTimestep(self.process.config.timesteps, draws, self.device)
         generator = torch.Generator().manual_seed(0)
         passes = math.ceil(errors.total / sum(len(batch["image_embed"]) for batch in batches))
-        for batch in batches:
+        small = [{k: v[i : i + ROWS] for k, v in batch.items() if torch.is_tensor(v)} for batch in batches for i in range(0, len(batch["image_embed"]), ROWS)]
+        for batch in small:  # the keys and values of a caption take 100 MB at the paper's size
             z = self.normalizer.normalize(batch["image_embed"])
             prefix = self.encode_text(batch, len(z))
             for _ in range(passes):

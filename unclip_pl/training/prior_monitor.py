@@ -10,6 +10,8 @@ from torch import Tensor
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.training.needs import Draws
 
+MEASURED = ("cosine_image", "cosine_text", "cosine_text_data", "cosine_text_other", "rank", "r1", "r5")
+
 
 def ranks(similarity: Tensor) -> Tensor:
     """(N, M) with the right answer to row i in column i -> (N,) rank of it in its row, 1 the best; ties count against it."""
@@ -95,8 +97,18 @@ class PriorMonitor(Callback):
             self._several = stage.sample(same | {"key": [batch["key"][i] for i in few.tolist()]}, Noise(range(first, first + len(few)))).cpu()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._several is None:
+        if not self.captions or trainer.sanity_checking:
             return
+        values = self._values() if self._several is not None else {}
+        names = (*MEASURED, "spread", "spread_data", "spread_all")  # the same on every rank, whatever its part of the data has
+        sums = torch.stack([torch.stack([values[name].float().cpu(), torch.ones(())]) if name in values else torch.zeros(2) for name in names])
+        sums = trainer.strategy.reduce(sums.to(pl_module.device), reduce_op="sum")
+        known = {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count > 0}
+        pl_module.log_dict({f"val/prior/{name}": value for name, value in known.items()})
+
+    def _values(self) -> dict[str, Tensor]:
+        """What this rank's part of the data says."""
+        assert self._several is not None
         real = {name: torch.cat(kept) for name, kept in self._real.items()}
         values = measure(torch.cat(self._drawn), real["image_embed"], real["text_embed"])
         group = torch.arange(len(self._several)) // self.draws
@@ -105,5 +117,4 @@ class PriorMonitor(Callback):
             "spread": mean_pairwise(self._several, group), "spread_data": mean_pairwise(real["image_embed"], caption),
             "spread_all": mean_pairwise(real["image_embed"], torch.zeros_like(caption)),
         }
-        values |= {name: value for name, value in alike.items() if value is not None}
-        pl_module.log_dict({f"val/prior/{name}": value.to(pl_module.device) for name, value in values.items()}, sync_dist=True)
+        return values | {name: value for name, value in alike.items() if value is not None}
