@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from unclip_pl.atomic import atomic_file, file_lock, remove_leftovers
 from unclip_pl.clip import FrozenCLIP, require_same
-from unclip_pl.data.shards import BadSample, ErrorBudget, decode, expand, is_url, raw_samples
+from unclip_pl.data.shards import BadSample, ErrorBudget, Lost, decode, expand, is_url, raw_samples, read_shard
 from unclip_pl.errors import UserError
 
 FORMAT = 1
@@ -284,31 +284,31 @@ class EmbeddingStore:
 
 
 def decoded_batches(shard: str, image_size: int, batch_size: int, budget: ErrorBudget) -> Iterator[list[dict[str, Any]]]:
-    """Batches of decoded samples (with `bytes`, the image's size in the tar); the next two are decoded by threads while one is used."""
+    """Batches of decoded samples (with `bytes`, the image's size in the tar); the next two are decoded by threads while one is used.
 
-    def decoded(sample: dict[str, Any]) -> dict[str, Any] | BadSample:
+    What cannot be used is charged when the batch that it lay in has been, so that the caller has counted the good ones first.
+    """
+
+    def decoded(sample: dict[str, Any]) -> dict[str, Any] | Lost:
         try:
             return sample | {"image": decode(sample["image"], image_size), "bytes": len(sample["image"])}
         except BadSample as error:
-            return error
+            return Lost(f"sample {sample['key']} of {shard}", error)
 
-    stream = raw_samples(shard, budget)
+    stream = read_shard(shard, budget)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         coming: deque[list] = deque()
         while True:
             while len(coming) < 3 and (raw := list(islice(stream, batch_size))):
-                coming.append([(sample["key"], threads.submit(decoded, sample)) for sample in raw])
+                coming.append([sample if isinstance(sample, Lost) else threads.submit(decoded, sample) for sample in raw])
             if not coming:
                 return
-            batch = []
-            for key, future in coming.popleft():
-                result = future.result()
-                if isinstance(result, BadSample):
-                    budget.spend(f"sample {key} of {shard}", result)
-                else:
-                    batch.append(result)
-            if batch:
+            results = [place if isinstance(place, Lost) else place.result() for place in coming.popleft()]
+            if batch := [result for result in results if not isinstance(result, Lost)]:
                 yield batch
+            for result in results:
+                if isinstance(result, Lost):
+                    budget.charge(result)
 
 
 def describe(shard: str) -> dict[str, Any]:
