@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -47,7 +49,8 @@ def test_rows_are_what_clip_gives_for_each_key(tmp_path, shards):
     store, clip = fill(tmp_path / "store", shards), FakeCLIP()
     for shard in shards:
         rows = store.shard(shard)
-        assert isinstance(rows.image_embed, np.memmap) and rows.image_embed.dtype == np.float16 and rows.tokens.dtype == np.int32
+        assert not rows.image_embed.flags.owndata and not rows.image_embed.flags.writeable
+        assert rows.image_embed.dtype == np.float16 and rows.tokens.dtype == np.int32
         for sample in raw_samples(shard, ErrorBudget(0)):
             i = rows.row[sample["key"]]
             tokens = clip.tokenize([sample["caption"]])
@@ -299,3 +302,45 @@ def test_a_pipe_is_embedded_and_kept(tmp_path, shards):
     again = FakeCLIP()
     assert fill(tmp_path / "store", [url], again).rows([url]) == [9] and again.seen == 0
     shutil.rmtree(tmp_path / "store")
+
+
+FEW_FILES = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from tests.data.shardkit import FakeCLIP
+from unclip_pl.data.embeddings import EmbeddingStore, verify
+from unclip_pl.data.rows import Rows
+from unclip_pl.errors import UserError
+folder, shards = sys.argv[1], sys.argv[2:]
+store = EmbeddingStore(folder)
+store.ensure(shards[:1], FakeCLIP(), progress=False)
+spare = len(list(Path("/proc/self/fd").iterdir())) + 12
+resource.setrlimit(resource.RLIMIT_NOFILE, (spare, spare))
+store.ensure(shards, FakeCLIP(), progress=False)
+assert sum(store.rows(shards)) == store.statistics().count == 2 * len(shards) and all(map(store.done, shards))
+rows = Rows(store, shards)
+batch = rows[np.arange(len(rows))]
+assert len(batch["key"]) == len(set(batch["key"])) == 2 * len(shards) and batch["image_embed"].isfinite().all()
+assert verify(folder, shards) == []
+held = []
+for use in (store.done, lambda shard: EmbeddingStore(folder).shard(shard), lambda shard: store.ensure([shard], FakeCLIP(), progress=False)):
+    try:
+        while True:
+            held.append(open(shards[0], "rb"))
+    except OSError:
+        pass
+    try:
+        use(shards[0])
+    except UserError as error:
+        assert "raise the limit with `ulimit -n`" in str(error), error
+    else:
+        raise AssertionError("nothing was said")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files by /proc")
+def test_a_store_of_many_shards_needs_few_open_files(tmp_path):
+    shards = write_shards(tmp_path, [2] * 60)
+    done = subprocess.run([sys.executable, "-c", FEW_FILES, str(tmp_path / "store"), *shards], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

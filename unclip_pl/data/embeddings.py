@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from unclip_pl.atomic import atomic_file, file_lock, remove_leftovers
 from unclip_pl.clip import FrozenCLIP, require_same
-from unclip_pl.data.shards import BadSample, ErrorBudget, Lost, decode, expand, is_url, raw_samples, read_shard
+from unclip_pl.data.shards import BadSample, ErrorBudget, Lost, decode, expand, is_url, raw_samples, read_shard, too_many_files
 from unclip_pl.errors import UserError
 
 FORMAT = 1
@@ -40,7 +40,7 @@ DAY = 86400.0
 
 @dataclass(frozen=True)
 class ShardRows:
-    """The rows of one shard, read by mmap: `image_embed`, `text_embed` (N, D) float16, `tokens` (N, L) int32, and `keys`, N of them."""
+    """The rows of one shard by mmap, no file kept open: `image_embed`, `text_embed` (N, D) float16, `tokens` (N, L) int32, and `keys`, N of them."""
 
     path: Path
     image_embed: np.ndarray
@@ -57,19 +57,28 @@ class ShardRows:
     @classmethod
     def open(cls, path: Path) -> "ShardRows":
         """Map a file of the store; raises ValueError, KeyError or OSError where it is not whole."""
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError("it is shorter than its header says")
-            header = json.loads(file.read(length))
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                length = int.from_bytes(file.read(8), "little")
+                if length > size:
+                    raise ValueError("it is shorter than its header says")
+                header = json.loads(file.read(length))
+        except OSError as error:
+            raise too_many_files(error) or error from None
         meta = json.loads(header["__metadata__"]["rows"])
 
-        def rows(name: str, kind: str) -> np.ndarray:
-            return np.memmap(path, kind, "r", 8 + length + header[name]["data_offsets"][0], tuple(header[name]["shape"]))
-
         end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        if path.stat().st_size < end:
+        if size < end:
             raise ValueError("it is cut short")
+        # torch closes the file that it maps; np.memmap keeps one open for each array, and a thousand of them is the usual limit
+        content = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8).numpy()
+        content.flags.writeable = False
+
+        def rows(name: str, kind: str) -> np.ndarray:
+            first, last = (8 + length + offset for offset in header[name]["data_offsets"])
+            return content[first:last].view(kind).reshape(header[name]["shape"])
+
         return cls(path, rows("image_embed", "<f2"), rows("text_embed", "<f2"), rows("tokens", "<i4"), meta["keys"], meta["source"])
 
 
@@ -111,7 +120,10 @@ class EmbeddingStore:
             raise UserError(f"{self.folder} is no whole embedding store ({error}): {FILL}.") from None
 
     def _read_manifest(self) -> dict[str, Any]:
-        manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        except OSError as error:
+            raise too_many_files(error) or error from None
         if (version := manifest["format"]) != FORMAT:
             raise UserError(f"The store {self.folder} has format {version}, this version reads {FORMAT}: fill a new one.")
         return manifest
@@ -122,17 +134,20 @@ class EmbeddingStore:
         return self.folder / f"{stem}-{hashlib.sha256(shard.encode()).hexdigest()[:8]}.safetensors"
 
     def shard(self, shard: str) -> ShardRows:
-        """The rows of a shard, mapped once and kept open."""
+        """The rows of a shard, mapped once and kept."""
         if shard not in self._open:
-            try:
-                self._open[shard] = ShardRows.open(self.path(shard))
-            except (OSError, ValueError, KeyError) as error:
-                raise UserError(f"The store {self.folder} has no whole rows for {shard} ({error}): {FILL}.") from None
+            self._open[shard] = self._mapped(shard)
         return self._open[shard]
+
+    def _mapped(self, shard: str) -> ShardRows:
+        try:
+            return ShardRows.open(self.path(shard))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"The store {self.folder} has no whole rows for {shard} ({error}): {FILL}.") from None
 
     def rows(self, shards: Sequence[str]) -> list[int]:
         """How many rows each of `shards` has."""
-        return [len(self.shard(shard).keys) for shard in shards]
+        return [len(self._mapped(shard).keys) for shard in shards]
 
     def done(self, shard: str) -> bool:
         """Whether the shard's file is whole and made from the tar as it is now."""
@@ -192,7 +207,7 @@ class EmbeddingStore:
         old = self._old_manifest()
         entries = {shard: entry for shard, entry in old["shards"].items() if (self.folder / entry["file"]).is_file()}
         for shard in shards:
-            rows = self.shard(shard)
+            rows = self._mapped(shard)
             entries[shard] = {"file": rows.path.name, "rows": len(rows.keys), **rows.source}
         fingerprint = old.get("clip") or clip.fingerprint()
         return {"format": FORMAT, "clip": fingerprint, "rows": sum(entry["rows"] for entry in entries.values()), "shards": entries}
@@ -201,7 +216,7 @@ class EmbeddingStore:
         """Mean and covariance of the image embeddings of `shards` (None: all), merged from the files' own in float64 (Chan et al. 1979)."""
         count, mean, scatter = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for shard in self.manifest["shards"] if shards is None else shards:
-            n = len(self.shard(shard).keys)
+            n = len(self._mapped(shard).keys)
             try:
                 with safe_open(self.path(shard), "pt") as file:
                     m, s = file.get_tensor("mean"), file.get_tensor("scatter")
@@ -220,7 +235,7 @@ class EmbeddingStore:
             try:
                 theirs = json.loads(claim.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise UserError(f"{claim} cannot be read ({error}): fill a new store.") from None
+                raise too_many_files(error) or UserError(f"{claim} cannot be read ({error}): fill a new store.") from None
             require_same(theirs, clip.fingerprint(), f"The embedding store {self.folder}")
             return
         with file_lock(self.folder / ".clip.lock"):
@@ -327,6 +342,8 @@ def describe(shard: str) -> dict[str, Any]:
             file.seek(max(0, size - (1 << 20)))
             digest.update(file.read())
     except OSError as error:
+        if full := too_many_files(error):
+            raise full from None
         raise UserError(f"The shard {shard} cannot be read ({error.strerror}): put it back, or take it out of data.train and data.val.") from None
     return {"size": size, "digest": digest.hexdigest()}
 

@@ -5,6 +5,7 @@ up to a share of the samples (`ErrorBudget`). Among that are a second sample of 
 by key, and an image of more than 50 megapixels, for it would stall a worker and take a GB; a JPEG counts as large as it is decoded (`decode`).
 """
 
+import errno
 import glob
 import io
 import json
@@ -223,6 +224,8 @@ def read_shard(url: str, budget: ErrorBudget, members: Collection[str] = ()) -> 
     except UserError:
         raise
     except Exception as error:  # tarfile raises nearly anything on damaged files
+        if full := too_many_files(error):
+            raise full from None
         yield from double
         yield Lost(f"the rest of shard {url}, after {read} samples,", f"it is no whole tar ({_cause(error)})", budget.broken(read, rest))
     else:
@@ -235,6 +238,13 @@ def _rest(stream: IO[bytes], read: int) -> int:
     """How many samples the bytes behind the damage may hold, by how many those before it held; 0 where the file is cut there."""
     position = stream.tell()
     return round(read * (os.fstat(stream.fileno()).st_size / position - 1)) if position else 0
+
+
+def too_many_files(error: Exception) -> UserError | None:
+    """What to raise for an error that is none of the file that was to be opened, but of the limit on open files; else None."""
+    if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+        return None
+    return UserError(f"No more files can be opened ({error.strerror}): raise the limit with `ulimit -n` in the shell that starts the run.")
 
 
 def _cause(error: Exception) -> str:
