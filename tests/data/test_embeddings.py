@@ -344,3 +344,29 @@ def test_a_store_of_many_shards_needs_few_open_files(tmp_path):
     shards = write_shards(tmp_path, [2] * 60)
     done = subprocess.run([sys.executable, "-c", FEW_FILES, str(tmp_path / "store"), *shards], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_url_that_breaks_off_is_not_taken_for_done(tmp_path, shards):
+    source = tmp_path / "source.tar"
+    whole = Path(shards[2]).read_bytes()
+    source.write_bytes(whole[: len(whole) // 2])
+    url, file = f"pipe:cat {source}", f"pipe:cat {shards[0]}"
+    with pytest.raises(UserError, match=r"source\.tar broke off after \d samples .*: run again, finished shards are kept"):
+        fill(tmp_path / "store", [file, url], budget=ErrorBudget(1.0))
+    source.write_bytes(whole)
+    again = FakeCLIP()
+    assert fill(tmp_path / "store", [file, url], again).rows([file, url]) == [9, 12] and again.seen == 12
+    source.write_bytes(whole[: len(whole) // 2])
+    assert ["broke off" in line for line in verify(tmp_path / "store")] == [True]  # and no line on each row that lies behind
+
+
+def test_what_another_process_embedded_meanwhile_is_not_counted(tmp_path, shards):
+    class Meanwhile(FakeCLIP):
+        def embed_images(self, images):
+            if self.seen == 0:
+                fill(tmp_path / "store", shards[1:2])
+            return super().embed_images(images)
+
+    store = EmbeddingStore(tmp_path / "store")
+    assert store.ensure(shards, Meanwhile(), progress=False) == 2 and store.rows(shards) == [9, 4, 12]
+    assert store.ensure(shards, FakeCLIP(), progress=False) == 0

@@ -161,13 +161,13 @@ class EmbeddingStore:
         self, shards: Sequence[str], clip: FrozenCLIP, batch_size: int = 256, *, rank: int = 0, world: int = 1, progress: bool = True,
         budget: ErrorBudget | None = None,
     ) -> int:
-        """Embed what is missing of this rank's share of `shards`; returns how many shards that were.
+        """Embed what is missing of this rank's share of `shards`; returns how many shards it embedded.
 
         Alone (world 1) it ends with `finish`; of several ranks one calls `finish` when all are through. Other processes may fill the same
         store at the same time: a shard that one of them is at is left to it.
 
         Raises:
-            UserError: the store belongs to another CLIP; a tar is gone, or has no usable sample; too many bad samples.
+            UserError: the store belongs to another CLIP; a tar is gone, has no usable sample, or is a URL that breaks off; too many bad samples.
         """
         count = self.embed(shards[rank::world], clip, batch_size, progress=progress, budget=budget)
         if world == 1:
@@ -177,17 +177,16 @@ class EmbeddingStore:
     def embed(
         self, shards: Sequence[str], clip: FrozenCLIP, batch_size: int = 256, *, progress: bool = True, budget: ErrorBudget | None = None
     ) -> int:
-        """Embed those of `shards` that are not done; leaves the manifest alone. See `ensure`."""
+        """Embed those of `shards` that are not done; returns how many this process did, and leaves the manifest alone. See `ensure`."""
         self._own(clip)
         self._since, budget = time.monotonic(), budget or ErrorBudget()
         missing = [shard for shard in shards if not self.done(shard)]
         sizes = [describe(shard)["size"] for shard in missing]
         total = None if None in sizes else sum(sizes)
         with tqdm(desc="embedding", total=total, unit="B", unit_scale=True, file=sys.stderr, disable=not (progress and missing)) as bar:
-            others = [shard for shard in missing if not self._embed_locked(shard, clip, batch_size, budget, bar, wait=0.0)]
-            for shard in others:
-                self._embed_locked(shard, clip, batch_size, budget, bar, wait=DAY)
-        return len(missing)
+            first = {shard: self._embed_locked(shard, clip, batch_size, budget, bar, wait=0.0) for shard in dict.fromkeys(missing)}
+            others = [self._embed_locked(shard, clip, batch_size, budget, bar, wait=DAY) for shard, embedded in first.items() if embedded is None]
+        return sum(embedded is True for embedded in [*first.values(), *others])
 
     def finish(self, shards: Sequence[str], clip: FrozenCLIP) -> None:
         """Write the manifest over `shards`, all of them done, and over what it named before and is still there."""
@@ -249,21 +248,21 @@ class EmbeddingStore:
                 with atomic_file(claim, "w") as file:
                     json.dump(clip.fingerprint(), file)
 
-    def _embed_locked(self, shard: str, clip: FrozenCLIP, batch_size: int, budget: ErrorBudget, bar: tqdm, *, wait: float) -> bool:
-        """Embed a shard unless another process did so meanwhile; False where one is at it for longer than `wait` seconds."""
+    def _embed_locked(self, shard: str, clip: FrozenCLIP, batch_size: int, budget: ErrorBudget, bar: tqdm, *, wait: float) -> bool | None:
+        """Embed a shard unless another process did so meanwhile (False); None where one is at it for longer than `wait` seconds."""
         with ExitStack() as stack:
             try:
                 stack.enter_context(file_lock(self.folder / f".{self.path(shard).stem}.lock", timeout=wait))
             except UserError:
                 if wait:
                     raise
-                return False
-            before = bar.n
-            if not self.done(shard):
+                return None
+            before, embedded = bar.n, not self.done(shard)
+            if embedded:
                 remove_leftovers(self.folder, self.path(shard).name)
                 self._embed(shard, clip, batch_size, budget, bar)
             bar.update((describe(shard)["size"] or bar.n - before) - (bar.n - before))
-        return True
+        return embedded
 
     def _embed(self, shard: str, clip: FrozenCLIP, batch_size: int, budget: ErrorBudget, bar: tqdm) -> None:
         source = describe(shard)
@@ -310,7 +309,7 @@ def decoded_batches(shard: str, image_size: int, batch_size: int, budget: ErrorB
         except BadSample as error:
             return Lost(f"sample {sample['key']} of {shard}", error)
 
-    stream = read_shard(shard, budget)
+    stream = read_shard(shard, budget, whole=True)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         coming: deque[list] = deque()
         while True:
@@ -392,7 +391,7 @@ def _rows(rows: ShardRows) -> list[str]:
 def _pairs(rows: ShardRows, shard: str) -> list[str]:
     lines, present = [], set()
     try:
-        for sample in raw_samples(shard, ErrorBudget(1.0)):
+        for sample in raw_samples(shard, ErrorBudget(1.0), whole=True):
             present.add(sample["key"])
             if sample["key"] not in rows.row:
                 lines.append(f"key {sample['key']} is missing, it has no row" + _why(sample["image"]))

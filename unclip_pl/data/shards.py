@@ -169,20 +169,23 @@ def tar_files(stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
         pass
 
 
-def raw_samples(url: str, budget: ErrorBudget, members: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+def raw_samples(url: str, budget: ErrorBudget, members: Collection[str] = (), whole: bool = False) -> Iterator[dict[str, Any]]:
     """The samples of a shard, undecoded: `key`, `shard`, `image` (bytes), `caption` (str). In the tar's order; bad ones are charged at once.
 
     With `members`, further endings such as "img_emb.npy" in small letters, also `members`: the bytes of those that are there.
     """
-    for sample in read_shard(url, budget, members):
+    for sample in read_shard(url, budget, members, whole):
         if isinstance(sample, Lost):
             budget.charge(sample)
         else:
             yield sample
 
 
-def read_shard(url: str, budget: ErrorBudget, members: Collection[str] = ()) -> Iterator[dict[str, Any] | Lost]:
-    """As `raw_samples`, but what cannot be used is given too and not charged; `budget` only learns how large shards are."""
+def read_shard(url: str, budget: ErrorBudget, members: Collection[str] = (), whole: bool = False) -> Iterator[dict[str, Any] | Lost]:
+    """As `raw_samples`, but what cannot be used is given too and not charged; `budget` only learns how large shards are.
+
+    With `whole`, a URL that breaks off is a UserError: unlike a damaged file it may well be whole the next time, and nothing here would tell.
+    """
     from webdataset.gopen import gopen
     from webdataset.tariterators import group_by_keys
 
@@ -226,6 +229,10 @@ def read_shard(url: str, budget: ErrorBudget, members: Collection[str] = ()) -> 
     except Exception as error:  # tarfile raises nearly anything on damaged files
         if full := too_many_files(error):
             raise full from None
+        if whole and is_url(url):
+            raise UserError(
+                f"The shard {url} broke off after {read} samples ({_cause(error)}): run again, finished shards are kept; if it ends there each time, mend it."
+            ) from None
         yield from double
         yield Lost(f"the rest of shard {url}, after {read} samples,", f"it is no whole tar ({_cause(error)})", budget.broken(read, rest))
     else:
