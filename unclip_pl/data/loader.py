@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from unclip_pl.data.shards import BadSample, ErrorBudget, Lost, decode, read_shard
+from unclip_pl.data.shards import BadSample, ErrorBudget, Lost, decode, is_url, read_shard
 from unclip_pl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -234,6 +234,7 @@ class TrainLoader:
             pin_memory=torch.cuda.is_available(), multiprocessing_context=start_method if config.num_workers else None,
         )
         self._stream: Generator[dict[str, Any], None, None] | None = None
+        self._shards = _digest(samples.shards)
 
     def __len__(self) -> int:
         return self.steps
@@ -257,11 +258,10 @@ class TrainLoader:
 
     def shape(self) -> dict[str, Any]:
         """What a state depends on."""
-        names = "\n".join(Path(shard).name for shard in self.samples.shards)
         config = self.samples.config
         return {
             "ranks": self.samples.world, "workers": config.num_workers, "batch size": config.batch_size, "seed": config.seed,
-            "window": config.window, "shards": hashlib.sha256(names.encode()).hexdigest()[:8],
+            "window": config.window, "shards": self._shards,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -280,6 +280,13 @@ class TrainLoader:
             differs = ", ".join(f"{key} {theirs.get(key)} there and {value} here" for key, value in ours.items() if theirs.get(key) != value)
             log.warning("The checkpoint's place in the data does not fit this run (%s): the data go on at the start of the next epoch.", differs)
             self.samples.load_state_dict({"epoch": _latest_epoch(state) + 1, "window": 0, "offset": 0})
+
+
+def _digest(shards: Sequence[str]) -> str:
+    """Of names without their folders, which may move, and of the sizes of files, for another folder may well have the same names."""
+    sizes = [path.stat().st_size if not is_url(shard) and (path := Path(shard)).is_file() else None for shard in shards]
+    names = [f"{Path(shard).name} {size}" for shard, size in zip(shards, sizes, strict=True)]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
 
 
 def _latest_epoch(state: Any) -> int:
