@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.data.shardkit import FakeCLIP, picture, write_shards, write_tar
+from unclip_pl import app
 from unclip_pl.clip import ClipMismatch
 from unclip_pl.data.embeddings import EmbeddingStore, ShardRows, verify
 from unclip_pl.data.shards import ErrorBudget, decode, expand, raw_samples
@@ -225,7 +226,8 @@ def test_verify_names_missing_doubled_and_non_finite_rows(tmp_path, shards):
     problems = "\n".join(verify(store.folder, [*shards, extra]))
     for line in [
         "key 000000 is doubled, it has 2 rows", "key 000001 is missing", "key 000002 is missing", "the row of key stranger has no image",
-        "key 000003 has a text_embed that is not finite", "key 000004 has a image_embed that is not finite", "00001.tar: its rows in", "extra.tar: its rows in",
+        "key 000003 has a text_embed that is not finite", "key 000004 has a image_embed that is not finite",
+        f"{store.path(shards[1])}: the rows of", f"{store.path(extra)}: the rows of",
     ]:
         assert line in problems, line
     assert "00002.tar" not in problems and len(problems.splitlines()) == 8
@@ -234,7 +236,7 @@ def test_verify_names_missing_doubled_and_non_finite_rows(tmp_path, shards):
 def test_verify_names_rows_that_are_too_few(tmp_path, shards):
     store = fill(tmp_path / "store", shards)
     spoil(store, shards[0], lambda tensors, _: tensors.update(image_embed=tensors["image_embed"][:8].clone()))
-    assert verify(store.folder) == [f"{shards[0]}: 8 rows of image_embed for 9 keys"]
+    assert verify(store.folder) == [f"{store.path(shards[0])}: 8 rows of image_embed for 9 keys (of {shards[0]})"]
 
 
 def test_a_store_of_another_clip_is_refused_by_name(tmp_path, shards):
@@ -266,7 +268,8 @@ def test_bad_samples_have_no_row_and_are_counted(tmp_path, caplog):
         store = fill(tmp_path / "other", shards, budget=budget)
     assert (budget.bad, budget.seen) == (2, 120) and store.manifest["rows"] == 118
     assert any("sample 000070" in line for line in caplog.messages)
-    assert ["000007" in line and "cannot be decoded" in line for line in verify(store.folder)] == [True, False]
+    notes = []
+    assert verify(store.folder, notes=notes) == [] and ["000007" in line and "cannot be decoded" in line for line in notes] == [True, False]
 
 
 def test_an_embedding_that_is_not_finite_gets_no_row(tmp_path, shards, caplog):
@@ -370,3 +373,26 @@ def test_what_another_process_embedded_meanwhile_is_not_counted(tmp_path, shards
     store = EmbeddingStore(tmp_path / "store")
     assert store.ensure(shards, Meanwhile(), progress=False) == 2 and store.rows(shards) == [9, 4, 12]
     assert store.ensure(shards, FakeCLIP(), progress=False) == 0
+
+
+def test_verify_names_what_to_delete_and_never_a_tar(tmp_path, capsys):
+    (tmp_path / "tars").mkdir()
+    shards = write_shards(tmp_path / "tars", [9, 4, 12, 5], bad={3})
+    store = fill(tmp_path / "store", shards, budget=ErrorBudget(1.0))
+    assert app.main(["data", "verify", str(store.folder)]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"note: sample 000003 of {shards[0]} has no row: its image cannot be decoded") and "is whole, but for images" in told
+    write_tar(Path(shards[1]), {"new.png": picture(77), "new.txt": b"new"})
+    spoil(store, shards[2], lambda tensors, _: tensors["image_embed"].fill_(float("nan")))
+    Path(shards[3]).unlink()
+    lines = verify(store.folder)
+    named = {line.partition(": ")[0] for line in lines if ".safetensors: " in line}
+    assert named == {str(store.path(shard)) for shard in shards[1:3]}
+    assert [line for line in lines if ".safetensors: " not in line] == [line for line in lines if line.startswith(f"The shard {shards[3]} cannot be read")]
+    assert not any(line.startswith(shard) for line in lines for shard in shards)
+    assert app.main(["data", "verify", str(store.folder)]) == 1
+    assert "delete the .safetensors files that lines begin with, never a .tar" in capsys.readouterr().err
+    for name in named:
+        Path(name).unlink()
+    fill(tmp_path / "store", shards[:3], budget=ErrorBudget(1.0))
+    assert verify(store.folder, shards[:3]) == []

@@ -347,13 +347,16 @@ def describe(shard: str) -> dict[str, Any]:
     return {"size": size, "digest": digest.hexdigest()}
 
 
-def verify(folder: str | os.PathLike, shards: str | Sequence[str] | None = None, clip: FrozenCLIP | None = None) -> list[str]:
-    """One line for each thing that is wrong, none where all is well.
+def verify(
+    folder: str | os.PathLike, shards: str | Sequence[str] | None = None, clip: FrozenCLIP | None = None, notes: list[str] | None = None
+) -> list[str]:
+    """One line for each thing that is wrong, none where all is well; those that begin with a file of the store are cured by deleting it.
 
     Args:
         folder: the store.
         shards: the tars it must cover; None: those that its manifest names.
         clip: the CLIP that it must have been made with; None: any.
+        notes: a line is added for each image that has no row because it cannot be decoded, which is as it should be.
 
     Raises:
         UserError: it is no store, or one of another CLIP.
@@ -364,17 +367,26 @@ def verify(folder: str | os.PathLike, shards: str | Sequence[str] | None = None,
         require_same(manifest["clip"], clip.fingerprint(), f"The embedding store {store.folder}")
     problems: list[str] = []
     for shard in tqdm(expand(shards) if shards else list(manifest["shards"]), desc="verifying", unit=" shards", file=sys.stderr):
+        path = store.path(shard)
         try:
             source = describe(shard)
-            rows = ShardRows.open(store.path(shard))
-        except (OSError, ValueError, KeyError, UserError) as error:
-            problems.append(f"{shard}: its rows in {store.path(shard).name} cannot be checked ({error})")
+        except UserError as error:  # the tar is gone: no file of the store is at fault
+            problems.append(str(error))
+            continue
+        try:
+            rows = ShardRows.open(path)
+        except (OSError, ValueError, KeyError) as error:
+            problems.append(f"{path}: the rows of {shard} cannot be checked ({error})")
             continue
         if shard not in manifest["shards"]:
-            problems.append(f"{shard}: not in manifest.json")
+            problems.append(f"manifest.json does not name {shard}, whose rows are there: fill the store again")
         if rows.source != source:
-            problems.append(f"{shard}: stale, the tar has changed since {rows.path.name} was made")
-        problems += [f"{shard}: {line}" for line in [*_rows(rows), *_pairs(rows, shard)]]
+            problems.append(f"{path}: stale, {shard} has changed since it was made")
+        problems += [f"{path}: {line} (of {shard})" for line in _rows(rows)]
+        wrong, undecodable = _pairs(rows, path, shard)
+        problems += wrong
+        if notes is not None:
+            notes += undecodable
     return problems
 
 
@@ -388,21 +400,28 @@ def _rows(rows: ShardRows) -> list[str]:
     return lines
 
 
-def _pairs(rows: ShardRows, shard: str) -> list[str]:
-    lines, present = [], set()
+def _pairs(rows: ShardRows, path: Path, shard: str) -> tuple[list[str], list[str]]:
+    """Problems, and notes on images that cannot be decoded."""
+    lines: list[str] = []
+    notes: list[str] = []
+    present = set()
     try:
         for sample in raw_samples(shard, ErrorBudget(1.0), whole=True):
             present.add(sample["key"])
-            if sample["key"] not in rows.row:
-                lines.append(f"key {sample['key']} is missing, it has no row" + _why(sample["image"]))
+            if sample["key"] in rows.row:
+                continue
+            if why := _why(sample["image"]):
+                notes.append(f"sample {sample['key']} of {shard} has no row: {why}")
+            else:
+                lines.append(f"{path}: key {sample['key']} is missing, it has no row (of {shard})")
     except UserError as error:
-        return [str(error)]
-    return lines + [f"the row of key {key} has no image" for key in rows.keys if key not in present]
+        return [str(error)], []
+    return lines + [f"{path}: the row of key {key} has no image (in {shard})" for key in rows.keys if key not in present], notes
 
 
 def _why(image: bytes) -> str:
     try:
         decode(image, 64)
     except BadSample as error:
-        return f" ({error})"
+        return str(error)
     return ""
