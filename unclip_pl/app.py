@@ -241,12 +241,16 @@ def run_verify(arguments: argparse.Namespace) -> None:
     from unclip_pl.data.embeddings import verify
     from unclip_pl.data.shards import expand
 
-    problems = verify(arguments.store, expand(arguments.shards) if arguments.shards else None)
-    for problem in problems:
-        print(problem)
+    notes: list[str] = []
+    problems = verify(arguments.store, expand(arguments.shards) if arguments.shards else None, notes=notes)
+    for line in [*(f"note: {note}" for note in notes), *problems]:
+        print(line)
     if problems:
-        raise UserError(f"{len(problems)} problems in {arguments.store}: delete the files named, then fill the store again; whole shards are kept.")
-    print(f"{arguments.store} is whole.")
+        raise UserError(
+            f"{len(problems)} problems in {arguments.store}: delete the .safetensors files that lines begin with, never a .tar, "
+            "then fill the store again; whole shards are kept."
+        )
+    print(f"{arguments.store} is whole{', but for images that cannot be used' if notes else ''}.")
 
 
 def run_import(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.data.shardkit import FakeCLIP, picture, write_shards, write_tar
+from unclip_pl import app
 from unclip_pl.clip import ClipMismatch
 from unclip_pl.data.embeddings import EmbeddingStore, ShardRows, verify
 from unclip_pl.data.shards import ErrorBudget, decode, expand, raw_samples
@@ -47,7 +50,8 @@ def test_rows_are_what_clip_gives_for_each_key(tmp_path, shards):
     store, clip = fill(tmp_path / "store", shards), FakeCLIP()
     for shard in shards:
         rows = store.shard(shard)
-        assert isinstance(rows.image_embed, np.memmap) and rows.image_embed.dtype == np.float16 and rows.tokens.dtype == np.int32
+        assert not rows.image_embed.flags.owndata and not rows.image_embed.flags.writeable
+        assert rows.image_embed.dtype == np.float16 and rows.tokens.dtype == np.int32
         for sample in raw_samples(shard, ErrorBudget(0)):
             i = rows.row[sample["key"]]
             tokens = clip.tokenize([sample["caption"]])
@@ -222,7 +226,8 @@ def test_verify_names_missing_doubled_and_non_finite_rows(tmp_path, shards):
     problems = "\n".join(verify(store.folder, [*shards, extra]))
     for line in [
         "key 000000 is doubled, it has 2 rows", "key 000001 is missing", "key 000002 is missing", "the row of key stranger has no image",
-        "key 000003 has a text_embed that is not finite", "key 000004 has a image_embed that is not finite", "00001.tar: its rows in", "extra.tar: its rows in",
+        "key 000003 has a text_embed that is not finite", "key 000004 has a image_embed that is not finite",
+        f"{store.path(shards[1])}: the rows of", f"{store.path(extra)}: the rows of",
     ]:
         assert line in problems, line
     assert "00002.tar" not in problems and len(problems.splitlines()) == 8
@@ -231,7 +236,7 @@ def test_verify_names_missing_doubled_and_non_finite_rows(tmp_path, shards):
 def test_verify_names_rows_that_are_too_few(tmp_path, shards):
     store = fill(tmp_path / "store", shards)
     spoil(store, shards[0], lambda tensors, _: tensors.update(image_embed=tensors["image_embed"][:8].clone()))
-    assert verify(store.folder) == [f"{shards[0]}: 8 rows of image_embed for 9 keys"]
+    assert verify(store.folder) == [f"{store.path(shards[0])}: 8 rows of image_embed for 9 keys (of {shards[0]})"]
 
 
 def test_a_store_of_another_clip_is_refused_by_name(tmp_path, shards):
@@ -263,7 +268,8 @@ def test_bad_samples_have_no_row_and_are_counted(tmp_path, caplog):
         store = fill(tmp_path / "other", shards, budget=budget)
     assert (budget.bad, budget.seen) == (2, 120) and store.manifest["rows"] == 118
     assert any("sample 000070" in line for line in caplog.messages)
-    assert ["000007" in line and "cannot be decoded" in line for line in verify(store.folder)] == [True, False]
+    notes = []
+    assert verify(store.folder, notes=notes) == [] and ["000007" in line and "cannot be decoded" in line for line in notes] == [True, False]
 
 
 def test_an_embedding_that_is_not_finite_gets_no_row(tmp_path, shards, caplog):
@@ -299,3 +305,94 @@ def test_a_pipe_is_embedded_and_kept(tmp_path, shards):
     again = FakeCLIP()
     assert fill(tmp_path / "store", [url], again).rows([url]) == [9] and again.seen == 0
     shutil.rmtree(tmp_path / "store")
+
+
+FEW_FILES = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from tests.data.shardkit import FakeCLIP
+from unclip_pl.data.embeddings import EmbeddingStore, verify
+from unclip_pl.data.rows import Rows
+from unclip_pl.errors import UserError
+folder, shards = sys.argv[1], sys.argv[2:]
+store = EmbeddingStore(folder)
+store.ensure(shards[:1], FakeCLIP(), progress=False)
+spare = len(list(Path("/proc/self/fd").iterdir())) + 12
+resource.setrlimit(resource.RLIMIT_NOFILE, (spare, spare))
+store.ensure(shards, FakeCLIP(), progress=False)
+assert sum(store.rows(shards)) == store.statistics().count == 2 * len(shards) and all(map(store.done, shards))
+rows = Rows(store, shards)
+batch = rows[np.arange(len(rows))]
+assert len(batch["key"]) == len(set(batch["key"])) == 2 * len(shards) and batch["image_embed"].isfinite().all()
+assert verify(folder, shards) == []
+held = []
+for use in (store.done, lambda shard: EmbeddingStore(folder).shard(shard), lambda shard: store.ensure([shard], FakeCLIP(), progress=False)):
+    try:
+        while True:
+            held.append(open(shards[0], "rb"))
+    except OSError:
+        pass
+    try:
+        use(shards[0])
+    except UserError as error:
+        assert "raise the limit with `ulimit -n`" in str(error), error
+    else:
+        raise AssertionError("nothing was said")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files by /proc")
+def test_a_store_of_many_shards_needs_few_open_files(tmp_path):
+    shards = write_shards(tmp_path, [2] * 60)
+    done = subprocess.run([sys.executable, "-c", FEW_FILES, str(tmp_path / "store"), *shards], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_url_that_breaks_off_is_not_taken_for_done(tmp_path, shards):
+    source = tmp_path / "source.tar"
+    whole = Path(shards[2]).read_bytes()
+    source.write_bytes(whole[: len(whole) // 2])
+    url, file = f"pipe:cat {source}", f"pipe:cat {shards[0]}"
+    with pytest.raises(UserError, match=r"source\.tar broke off after \d samples .*: run again, finished shards are kept"):
+        fill(tmp_path / "store", [file, url], budget=ErrorBudget(1.0))
+    source.write_bytes(whole)
+    again = FakeCLIP()
+    assert fill(tmp_path / "store", [file, url], again).rows([file, url]) == [9, 12] and again.seen == 12
+    source.write_bytes(whole[: len(whole) // 2])
+    assert ["broke off" in line for line in verify(tmp_path / "store")] == [True]  # and no line on each row that lies behind
+
+
+def test_what_another_process_embedded_meanwhile_is_not_counted(tmp_path, shards):
+    class Meanwhile(FakeCLIP):
+        def embed_images(self, images):
+            if self.seen == 0:
+                fill(tmp_path / "store", shards[1:2])
+            return super().embed_images(images)
+
+    store = EmbeddingStore(tmp_path / "store")
+    assert store.ensure(shards, Meanwhile(), progress=False) == 2 and store.rows(shards) == [9, 4, 12]
+    assert store.ensure(shards, FakeCLIP(), progress=False) == 0
+
+
+def test_verify_names_what_to_delete_and_never_a_tar(tmp_path, capsys):
+    (tmp_path / "tars").mkdir()
+    shards = write_shards(tmp_path / "tars", [9, 4, 12, 5], bad={3})
+    store = fill(tmp_path / "store", shards, budget=ErrorBudget(1.0))
+    assert app.main(["data", "verify", str(store.folder)]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"note: sample 000003 of {shards[0]} has no row: its image cannot be decoded") and "is whole, but for images" in told
+    write_tar(Path(shards[1]), {"new.png": picture(77), "new.txt": b"new"})
+    spoil(store, shards[2], lambda tensors, _: tensors["image_embed"].fill_(float("nan")))
+    Path(shards[3]).unlink()
+    lines = verify(store.folder)
+    named = {line.partition(": ")[0] for line in lines if ".safetensors: " in line}
+    assert named == {str(store.path(shard)) for shard in shards[1:3]}
+    assert [line for line in lines if ".safetensors: " not in line] == [line for line in lines if line.startswith(f"The shard {shards[3]} cannot be read")]
+    assert not any(line.startswith(shard) for line in lines for shard in shards)
+    assert app.main(["data", "verify", str(store.folder)]) == 1
+    assert "delete the .safetensors files that lines begin with, never a .tar" in capsys.readouterr().err
+    for name in named:
+        Path(name).unlink()
+    fill(tmp_path / "store", shards[:3], budget=ErrorBudget(1.0))
+    assert verify(store.folder, shards[:3]) == []

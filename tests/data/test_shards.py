@@ -308,3 +308,13 @@ def test_steps_of_an_epoch():
     assert steps_of_epoch(LoaderConfig(batch_size=8, steps_per_epoch=9), 100, world=3) == 9
     with pytest.raises(UserError, match="lower data.loader.batch_size"):
         steps_of_epoch(LoaderConfig(batch_size=64), 100, world=2)
+
+
+def test_a_state_is_for_the_same_files_not_for_the_same_names(tmp_path, shards, caplog):
+    first = loader(shards)
+    take(first, 3)
+    for folder, counts in (("moved", [9, 4, 12, 7, 5, 11]), ("other", [9, 4, 12, 7, 50, 11])):
+        (tmp_path / folder).mkdir()
+        second = loader(write_shards(tmp_path / folder, counts))
+        second.load_state_dict(first.state_dict())
+        assert ("start of the next epoch" in caplog.text) == (folder == "other")

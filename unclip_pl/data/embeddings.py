@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from unclip_pl.atomic import atomic_file, file_lock, remove_leftovers
 from unclip_pl.clip import FrozenCLIP, require_same
-from unclip_pl.data.shards import BadSample, ErrorBudget, decode, expand, is_url, raw_samples
+from unclip_pl.data.shards import BadSample, ErrorBudget, Lost, decode, expand, is_url, raw_samples, read_shard, too_many_files
 from unclip_pl.errors import UserError
 
 FORMAT = 1
@@ -40,7 +40,7 @@ DAY = 86400.0
 
 @dataclass(frozen=True)
 class ShardRows:
-    """The rows of one shard, read by mmap: `image_embed`, `text_embed` (N, D) float16, `tokens` (N, L) int32, and `keys`, N of them."""
+    """The rows of one shard by mmap, no file kept open: `image_embed`, `text_embed` (N, D) float16, `tokens` (N, L) int32, and `keys`, N of them."""
 
     path: Path
     image_embed: np.ndarray
@@ -57,19 +57,28 @@ class ShardRows:
     @classmethod
     def open(cls, path: Path) -> "ShardRows":
         """Map a file of the store; raises ValueError, KeyError or OSError where it is not whole."""
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError("it is shorter than its header says")
-            header = json.loads(file.read(length))
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                length = int.from_bytes(file.read(8), "little")
+                if length > size:
+                    raise ValueError("it is shorter than its header says")
+                header = json.loads(file.read(length))
+        except OSError as error:
+            raise too_many_files(error) or error from None
         meta = json.loads(header["__metadata__"]["rows"])
 
-        def rows(name: str, kind: str) -> np.ndarray:
-            return np.memmap(path, kind, "r", 8 + length + header[name]["data_offsets"][0], tuple(header[name]["shape"]))
-
         end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        if path.stat().st_size < end:
+        if size < end:
             raise ValueError("it is cut short")
+        # torch closes the file that it maps; np.memmap keeps one open for each array, and a thousand of them is the usual limit
+        content = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8).numpy()
+        content.flags.writeable = False
+
+        def rows(name: str, kind: str) -> np.ndarray:
+            first, last = (8 + length + offset for offset in header[name]["data_offsets"])
+            return content[first:last].view(kind).reshape(header[name]["shape"])
+
         return cls(path, rows("image_embed", "<f2"), rows("text_embed", "<f2"), rows("tokens", "<i4"), meta["keys"], meta["source"])
 
 
@@ -111,7 +120,10 @@ class EmbeddingStore:
             raise UserError(f"{self.folder} is no whole embedding store ({error}): {FILL}.") from None
 
     def _read_manifest(self) -> dict[str, Any]:
-        manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        except OSError as error:
+            raise too_many_files(error) or error from None
         if (version := manifest["format"]) != FORMAT:
             raise UserError(f"The store {self.folder} has format {version}, this version reads {FORMAT}: fill a new one.")
         return manifest
@@ -122,17 +134,20 @@ class EmbeddingStore:
         return self.folder / f"{stem}-{hashlib.sha256(shard.encode()).hexdigest()[:8]}.safetensors"
 
     def shard(self, shard: str) -> ShardRows:
-        """The rows of a shard, mapped once and kept open."""
+        """The rows of a shard, mapped once and kept."""
         if shard not in self._open:
-            try:
-                self._open[shard] = ShardRows.open(self.path(shard))
-            except (OSError, ValueError, KeyError) as error:
-                raise UserError(f"The store {self.folder} has no whole rows for {shard} ({error}): {FILL}.") from None
+            self._open[shard] = self._mapped(shard)
         return self._open[shard]
+
+    def _mapped(self, shard: str) -> ShardRows:
+        try:
+            return ShardRows.open(self.path(shard))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"The store {self.folder} has no whole rows for {shard} ({error}): {FILL}.") from None
 
     def rows(self, shards: Sequence[str]) -> list[int]:
         """How many rows each of `shards` has."""
-        return [len(self.shard(shard).keys) for shard in shards]
+        return [len(self._mapped(shard).keys) for shard in shards]
 
     def done(self, shard: str) -> bool:
         """Whether the shard's file is whole and made from the tar as it is now."""
@@ -146,13 +161,13 @@ class EmbeddingStore:
         self, shards: Sequence[str], clip: FrozenCLIP, batch_size: int = 256, *, rank: int = 0, world: int = 1, progress: bool = True,
         budget: ErrorBudget | None = None,
     ) -> int:
-        """Embed what is missing of this rank's share of `shards`; returns how many shards that were.
+        """Embed what is missing of this rank's share of `shards`; returns how many shards it embedded.
 
         Alone (world 1) it ends with `finish`; of several ranks one calls `finish` when all are through. Other processes may fill the same
         store at the same time: a shard that one of them is at is left to it.
 
         Raises:
-            UserError: the store belongs to another CLIP; a tar is gone, or has no usable sample; too many bad samples.
+            UserError: the store belongs to another CLIP; a tar is gone, has no usable sample, or is a URL that breaks off; too many bad samples.
         """
         count = self.embed(shards[rank::world], clip, batch_size, progress=progress, budget=budget)
         if world == 1:
@@ -162,17 +177,16 @@ class EmbeddingStore:
     def embed(
         self, shards: Sequence[str], clip: FrozenCLIP, batch_size: int = 256, *, progress: bool = True, budget: ErrorBudget | None = None
     ) -> int:
-        """Embed those of `shards` that are not done; leaves the manifest alone. See `ensure`."""
+        """Embed those of `shards` that are not done; returns how many this process did, and leaves the manifest alone. See `ensure`."""
         self._own(clip)
         self._since, budget = time.monotonic(), budget or ErrorBudget()
         missing = [shard for shard in shards if not self.done(shard)]
         sizes = [describe(shard)["size"] for shard in missing]
         total = None if None in sizes else sum(sizes)
         with tqdm(desc="embedding", total=total, unit="B", unit_scale=True, file=sys.stderr, disable=not (progress and missing)) as bar:
-            others = [shard for shard in missing if not self._embed_locked(shard, clip, batch_size, budget, bar, wait=0.0)]
-            for shard in others:
-                self._embed_locked(shard, clip, batch_size, budget, bar, wait=DAY)
-        return len(missing)
+            first = {shard: self._embed_locked(shard, clip, batch_size, budget, bar, wait=0.0) for shard in dict.fromkeys(missing)}
+            others = [self._embed_locked(shard, clip, batch_size, budget, bar, wait=DAY) for shard, embedded in first.items() if embedded is None]
+        return sum(embedded is True for embedded in [*first.values(), *others])
 
     def finish(self, shards: Sequence[str], clip: FrozenCLIP) -> None:
         """Write the manifest over `shards`, all of them done, and over what it named before and is still there."""
@@ -192,7 +206,7 @@ class EmbeddingStore:
         old = self._old_manifest()
         entries = {shard: entry for shard, entry in old["shards"].items() if (self.folder / entry["file"]).is_file()}
         for shard in shards:
-            rows = self.shard(shard)
+            rows = self._mapped(shard)
             entries[shard] = {"file": rows.path.name, "rows": len(rows.keys), **rows.source}
         fingerprint = old.get("clip") or clip.fingerprint()
         return {"format": FORMAT, "clip": fingerprint, "rows": sum(entry["rows"] for entry in entries.values()), "shards": entries}
@@ -201,7 +215,7 @@ class EmbeddingStore:
         """Mean and covariance of the image embeddings of `shards` (None: all), merged from the files' own in float64 (Chan et al. 1979)."""
         count, mean, scatter = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for shard in self.manifest["shards"] if shards is None else shards:
-            n = len(self.shard(shard).keys)
+            n = len(self._mapped(shard).keys)
             try:
                 with safe_open(self.path(shard), "pt") as file:
                     m, s = file.get_tensor("mean"), file.get_tensor("scatter")
@@ -220,7 +234,7 @@ class EmbeddingStore:
             try:
                 theirs = json.loads(claim.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise UserError(f"{claim} cannot be read ({error}): fill a new store.") from None
+                raise too_many_files(error) or UserError(f"{claim} cannot be read ({error}): fill a new store.") from None
             require_same(theirs, clip.fingerprint(), f"The embedding store {self.folder}")
             return
         with file_lock(self.folder / ".clip.lock"):
@@ -234,21 +248,21 @@ class EmbeddingStore:
                 with atomic_file(claim, "w") as file:
                     json.dump(clip.fingerprint(), file)
 
-    def _embed_locked(self, shard: str, clip: FrozenCLIP, batch_size: int, budget: ErrorBudget, bar: tqdm, *, wait: float) -> bool:
-        """Embed a shard unless another process did so meanwhile; False where one is at it for longer than `wait` seconds."""
+    def _embed_locked(self, shard: str, clip: FrozenCLIP, batch_size: int, budget: ErrorBudget, bar: tqdm, *, wait: float) -> bool | None:
+        """Embed a shard unless another process did so meanwhile (False); None where one is at it for longer than `wait` seconds."""
         with ExitStack() as stack:
             try:
                 stack.enter_context(file_lock(self.folder / f".{self.path(shard).stem}.lock", timeout=wait))
             except UserError:
                 if wait:
                     raise
-                return False
-            before = bar.n
-            if not self.done(shard):
+                return None
+            before, embedded = bar.n, not self.done(shard)
+            if embedded:
                 remove_leftovers(self.folder, self.path(shard).name)
                 self._embed(shard, clip, batch_size, budget, bar)
             bar.update((describe(shard)["size"] or bar.n - before) - (bar.n - before))
-        return True
+        return embedded
 
     def _embed(self, shard: str, clip: FrozenCLIP, batch_size: int, budget: ErrorBudget, bar: tqdm) -> None:
         source = describe(shard)
@@ -284,31 +298,31 @@ class EmbeddingStore:
 
 
 def decoded_batches(shard: str, image_size: int, batch_size: int, budget: ErrorBudget) -> Iterator[list[dict[str, Any]]]:
-    """Batches of decoded samples (with `bytes`, the image's size in the tar); the next two are decoded by threads while one is used."""
+    """Batches of decoded samples (with `bytes`, the image's size in the tar); the next two are decoded by threads while one is used.
 
-    def decoded(sample: dict[str, Any]) -> dict[str, Any] | BadSample:
+    What cannot be used is charged when the batch that it lay in has been, so that the caller has counted the good ones first.
+    """
+
+    def decoded(sample: dict[str, Any]) -> dict[str, Any] | Lost:
         try:
             return sample | {"image": decode(sample["image"], image_size), "bytes": len(sample["image"])}
         except BadSample as error:
-            return error
+            return Lost(f"sample {sample['key']} of {shard}", error)
 
-    stream = raw_samples(shard, budget)
+    stream = read_shard(shard, budget, whole=True)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         coming: deque[list] = deque()
         while True:
             while len(coming) < 3 and (raw := list(islice(stream, batch_size))):
-                coming.append([(sample["key"], threads.submit(decoded, sample)) for sample in raw])
+                coming.append([sample if isinstance(sample, Lost) else threads.submit(decoded, sample) for sample in raw])
             if not coming:
                 return
-            batch = []
-            for key, future in coming.popleft():
-                result = future.result()
-                if isinstance(result, BadSample):
-                    budget.spend(f"sample {key} of {shard}", result)
-                else:
-                    batch.append(result)
-            if batch:
+            results = [place if isinstance(place, Lost) else place.result() for place in coming.popleft()]
+            if batch := [result for result in results if not isinstance(result, Lost)]:
                 yield batch
+            for result in results:
+                if isinstance(result, Lost):
+                    budget.charge(result)
 
 
 def describe(shard: str) -> dict[str, Any]:
@@ -327,17 +341,22 @@ def describe(shard: str) -> dict[str, Any]:
             file.seek(max(0, size - (1 << 20)))
             digest.update(file.read())
     except OSError as error:
+        if full := too_many_files(error):
+            raise full from None
         raise UserError(f"The shard {shard} cannot be read ({error.strerror}): put it back, or take it out of data.train and data.val.") from None
     return {"size": size, "digest": digest.hexdigest()}
 
 
-def verify(folder: str | os.PathLike, shards: str | Sequence[str] | None = None, clip: FrozenCLIP | None = None) -> list[str]:
-    """One line for each thing that is wrong, none where all is well.
+def verify(
+    folder: str | os.PathLike, shards: str | Sequence[str] | None = None, clip: FrozenCLIP | None = None, notes: list[str] | None = None
+) -> list[str]:
+    """One line for each thing that is wrong, none where all is well; those that begin with a file of the store are cured by deleting it.
 
     Args:
         folder: the store.
         shards: the tars it must cover; None: those that its manifest names.
         clip: the CLIP that it must have been made with; None: any.
+        notes: a line is added for each image that has no row because it cannot be decoded, which is as it should be.
 
     Raises:
         UserError: it is no store, or one of another CLIP.
@@ -348,17 +367,26 @@ def verify(folder: str | os.PathLike, shards: str | Sequence[str] | None = None,
         require_same(manifest["clip"], clip.fingerprint(), f"The embedding store {store.folder}")
     problems: list[str] = []
     for shard in tqdm(expand(shards) if shards else list(manifest["shards"]), desc="verifying", unit=" shards", file=sys.stderr):
+        path = store.path(shard)
         try:
             source = describe(shard)
-            rows = ShardRows.open(store.path(shard))
-        except (OSError, ValueError, KeyError, UserError) as error:
-            problems.append(f"{shard}: its rows in {store.path(shard).name} cannot be checked ({error})")
+        except UserError as error:  # the tar is gone: no file of the store is at fault
+            problems.append(str(error))
+            continue
+        try:
+            rows = ShardRows.open(path)
+        except (OSError, ValueError, KeyError) as error:
+            problems.append(f"{path}: the rows of {shard} cannot be checked ({error})")
             continue
         if shard not in manifest["shards"]:
-            problems.append(f"{shard}: not in manifest.json")
+            problems.append(f"manifest.json does not name {shard}, whose rows are there: fill the store again")
         if rows.source != source:
-            problems.append(f"{shard}: stale, the tar has changed since {rows.path.name} was made")
-        problems += [f"{shard}: {line}" for line in [*_rows(rows), *_pairs(rows, shard)]]
+            problems.append(f"{path}: stale, {shard} has changed since it was made")
+        problems += [f"{path}: {line} (of {shard})" for line in _rows(rows)]
+        wrong, undecodable = _pairs(rows, path, shard)
+        problems += wrong
+        if notes is not None:
+            notes += undecodable
     return problems
 
 
@@ -372,21 +400,28 @@ def _rows(rows: ShardRows) -> list[str]:
     return lines
 
 
-def _pairs(rows: ShardRows, shard: str) -> list[str]:
-    lines, present = [], set()
+def _pairs(rows: ShardRows, path: Path, shard: str) -> tuple[list[str], list[str]]:
+    """Problems, and notes on images that cannot be decoded."""
+    lines: list[str] = []
+    notes: list[str] = []
+    present = set()
     try:
-        for sample in raw_samples(shard, ErrorBudget(1.0)):
+        for sample in raw_samples(shard, ErrorBudget(1.0), whole=True):
             present.add(sample["key"])
-            if sample["key"] not in rows.row:
-                lines.append(f"key {sample['key']} is missing, it has no row" + _why(sample["image"]))
+            if sample["key"] in rows.row:
+                continue
+            if why := _why(sample["image"]):
+                notes.append(f"sample {sample['key']} of {shard} has no row: {why}")
+            else:
+                lines.append(f"{path}: key {sample['key']} is missing, it has no row (of {shard})")
     except UserError as error:
-        return [str(error)]
-    return lines + [f"the row of key {key} has no image" for key in rows.keys if key not in present]
+        return [str(error)], []
+    return lines + [f"{path}: the row of key {key} has no image (in {shard})" for key in rows.keys if key not in present], notes
 
 
 def _why(image: bytes) -> str:
     try:
         decode(image, 64)
     except BadSample as error:
-        return f" ({error})"
+        return str(error)
     return ""

@@ -230,7 +230,7 @@ class Importer(EmbeddingStore):
         texts: list[np.ndarray] = []
         spots: list[tuple[int, Tensor]] = []  # row and image of the samples to compare
         draw = random.Random(shard)
-        for sample in raw_samples(shard, budget, self.source.members):
+        for sample in raw_samples(shard, budget, self.source.members, whole=True):
             key = sample["key"]
             if key in keys:
                 raise UserError(f"The key {key} is doubled in {shard}: give every sample a key of its own.")

@@ -7,8 +7,9 @@ from numbers, so the state of a reader is three: epoch, window, offset. The stat
 import hashlib
 import logging
 import random
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from unclip_pl.data.shards import BadSample, ErrorBudget, decode, raw_samples
+from unclip_pl.data.shards import BadSample, ErrorBudget, Lost, decode, is_url, read_shard
 from unclip_pl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -103,8 +104,12 @@ class Samples(_Shards):
             whole, usable = self.window == self.offset == 0, 0
             windows = self._windows(reader, readers)
             while self.window < len(windows):
-                samples = self._read(windows[self.window], reader, readers, budget)
-                while self.offset < len(samples):
+                samples, lost = self._read(windows[self.window], reader, readers, budget)
+                while True:
+                    for one in lost.get(self.offset, ()):
+                        budget.charge(one)
+                    if self.offset >= len(samples):
+                        break
                     ready = self.ready(samples[self.offset], self.epoch, budget)
                     self.offset += 1
                     if ready is not None:
@@ -127,13 +132,27 @@ class Samples(_Shards):
         """Few shards are shared out sample by sample, so that readers have equally much; many are shared out whole, and read once."""
         return len(self.shards) < 8 * readers
 
-    def _read(self, window: list[str], reader: int, readers: int, budget: ErrorBudget) -> list[dict[str, Any]]:
-        stream = (sample for shard in window for sample in raw_samples(shard, budget))
-        if self._share_samples(readers):
-            stream = (sample for i, sample in enumerate(stream) if i % readers == reader)
-        samples = list(stream)
+    def _read(self, window: list[str], reader: int, readers: int, budget: ErrorBudget) -> tuple[list[dict[str, Any]], dict[int, list[Lost]]]:
+        """This reader's samples of a window, and what it has to charge when so many of them are consumed.
+
+        What is lost is shared out among readers as the samples are, and spread evenly over them: so the share of bad samples is at no time larger
+        than that of the window. The offset counts samples alone, for how many are lost is but estimated where a shard is broken.
+        """
+        parts = readers if self._share_samples(readers) else 1
+        mine, samples, bad, met, units = reader % parts, [], [], count(), 0
+        for sample in (sample for shard in window for sample in read_shard(shard, budget)):
+            if isinstance(sample, Lost):
+                if own := len(range((mine - units) % parts, sample.count, parts)):
+                    bad.append(replace(sample, count=own))
+                units += sample.count
+            elif next(met) % parts == mine:
+                samples.append(sample)
         random.Random(f"{self.config.seed} {self.epoch} {self.window} {reader}").shuffle(samples)
-        return samples
+        total, so_far, due = sum(lost.count for lost in bad), 0, defaultdict(list)
+        for lost in bad:
+            so_far += lost.count
+            due[-(-so_far * len(samples) // total)].append(lost)
+        return samples, due
 
 
 class SamplesInOrder(_Shards):
@@ -153,9 +172,14 @@ class SamplesInOrder(_Shards):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         reader, readers = self.reader()
         budget = ErrorBudget(self.config.max_bad_rate)
-        places, given, last, spare = count(), 0, None, None
+        places, units, given, last, spare = count(), 0, 0, None, None
         for shard in self.shards:
-            for sample in raw_samples(shard, budget):
+            for sample in read_shard(shard, budget):
+                if isinstance(sample, Lost):  # shared out as in training
+                    if own := len(range((reader - units) % readers, sample.count, readers)):
+                        budget.charge(replace(sample, count=own))
+                    units += sample.count
+                    continue
                 spare = sample if spare is None else spare
                 if next(places) % readers != reader:
                     continue
@@ -210,6 +234,7 @@ class TrainLoader:
             pin_memory=torch.cuda.is_available(), multiprocessing_context=start_method if config.num_workers else None,
         )
         self._stream: Generator[dict[str, Any], None, None] | None = None
+        self._shards = _digest(samples.shards)
 
     def __len__(self) -> int:
         return self.steps
@@ -233,11 +258,10 @@ class TrainLoader:
 
     def shape(self) -> dict[str, Any]:
         """What a state depends on."""
-        names = "\n".join(Path(shard).name for shard in self.samples.shards)
         config = self.samples.config
         return {
             "ranks": self.samples.world, "workers": config.num_workers, "batch size": config.batch_size, "seed": config.seed,
-            "window": config.window, "shards": hashlib.sha256(names.encode()).hexdigest()[:8],
+            "window": config.window, "shards": self._shards,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -256,6 +280,13 @@ class TrainLoader:
             differs = ", ".join(f"{key} {theirs.get(key)} there and {value} here" for key, value in ours.items() if theirs.get(key) != value)
             log.warning("The checkpoint's place in the data does not fit this run (%s): the data go on at the start of the next epoch.", differs)
             self.samples.load_state_dict({"epoch": _latest_epoch(state) + 1, "window": 0, "offset": 0})
+
+
+def _digest(shards: Sequence[str]) -> str:
+    """Of names without their folders, which may move, and of the sizes of files, for another folder may well have the same names."""
+    sizes = [path.stat().st_size if not is_url(shard) and (path := Path(shard)).is_file() else None for shard in shards]
+    names = [f"{Path(shard).name} {size}" for shard, size in zip(shards, sizes, strict=True)]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
 
 
 def _latest_epoch(state: Any) -> int:

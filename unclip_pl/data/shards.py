@@ -5,14 +5,17 @@ up to a share of the samples (`ErrorBudget`). Among that are a second sample of 
 by key, and an image of more than 50 megapixels, for it would stall a worker and take a GB; a JPEG counts as large as it is decoded (`decode`).
 """
 
+import errno
 import glob
 import io
 import json
 import logging
+import os
 import re
 import tarfile
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,6 +82,15 @@ def _known(url: str) -> str:
     return url
 
 
+@dataclass(frozen=True)
+class Lost:
+    """What `read_shard` gives in the place of samples that cannot be used; whoever comes to it has `ErrorBudget.charge` count it."""
+
+    where: str
+    reason: object
+    count: int = 1
+
+
 class ErrorBudget:
     """Counts the samples that could not be used and stops the run when they are too many.
 
@@ -91,6 +103,7 @@ class ErrorBudget:
         self.max_rate, self.option = max_rate, option
         self.seen = self.bad = self.largest = 0
         self._last = ""
+        self._broken: list[tuple[int, int]] = []  # of each broken shard: samples read, and taken for lost
 
     def good(self) -> None:
         self.seen += 1
@@ -113,9 +126,22 @@ class ErrorBudget:
                 f"mend the data or raise {self.option} ({self.max_rate:g})."
             )
 
-    def broken(self, shard: str, read: int, reason: object) -> None:
-        """A shard that ends after `read` samples: counts for as many as the largest shard so far would have had more."""
-        self.spend(f"the rest of shard {shard}, after {read} samples,", reason, max(1, self.largest - read))
+    def charge(self, lost: Lost) -> None:
+        self.spend(lost.where, lost.reason, lost.count)
+
+    def broken(self, read: int, rest: int) -> int:
+        """How many samples a shard lost that ends after `read`: `rest`, or as many as the largest shard so far has more, and one at least."""
+        lost = max(1, rest, self.largest - read)
+        self._broken.append((read, lost))
+        return lost
+
+    def larger(self, read: int) -> int:
+        """Take note of a shard of `read` samples; returns how many more than was thought the broken shards before it lost, if it is the largest."""
+        if read <= self.largest:
+            return 0
+        self.largest, before = read, sum(lost for _, lost in self._broken)
+        self._broken = [(had, max(lost, read - had)) for had, lost in self._broken]
+        return sum(lost for _, lost in self._broken) - before
 
 
 class _Member(tarfile.TarInfo):
@@ -143,46 +169,89 @@ def tar_files(stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
         pass
 
 
-def raw_samples(url: str, budget: ErrorBudget, members: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-    """The samples of a shard, undecoded: `key`, `shard`, `image` (bytes), `caption` (str). In the tar's order.
+def raw_samples(url: str, budget: ErrorBudget, members: Collection[str] = (), whole: bool = False) -> Iterator[dict[str, Any]]:
+    """The samples of a shard, undecoded: `key`, `shard`, `image` (bytes), `caption` (str). In the tar's order; bad ones are charged at once.
 
     With `members`, further endings such as "img_emb.npy" in small letters, also `members`: the bytes of those that are there.
+    """
+    for sample in read_shard(url, budget, members, whole):
+        if isinstance(sample, Lost):
+            budget.charge(sample)
+        else:
+            yield sample
+
+
+def read_shard(url: str, budget: ErrorBudget, members: Collection[str] = (), whole: bool = False) -> Iterator[dict[str, Any] | Lost]:
+    """As `raw_samples`, but what cannot be used is given too and not charged; `budget` only learns how large shards are.
+
+    With `whole`, a URL that breaks off is a UserError: unlike a damaged file it may well be whole the next time, and nothing here would tell.
     """
     from webdataset.gopen import gopen
     from webdataset.tariterators import group_by_keys
 
-    def counted(error: Exception) -> bool:
-        name, double, _ = _cause(error).partition(": duplicate file name")
-        budget.spend(f"a file of {url}", f"it is the second of the name {name}" if double else _cause(error))
+    double: list[Lost] = []
+
+    def noted(error: Exception) -> bool:
+        name, twice, _ = _cause(error).partition(": duplicate file name")
+        double.append(Lost(f"a file of {url}", f"it is the second of the name {name}" if twice else _cause(error)))
         return True
 
-    read, keys = 0, set()
+    read, keys, rest = 0, set(), 0
     try:
         with gopen(url) as stream:
             files = ({"fname": name, "data": data, "__url__": url} for name, data in tar_files(stream))
-            for sample in group_by_keys(files, suffixes={*IMAGES, "txt", "json", *members}, handler=counted):
-                image = next((sample[extension] for extension in IMAGES if extension in sample), None)
-                read += 1
-                try:
-                    if sample["__key__"] in keys:
-                        raise BadSample("an earlier sample of the shard has the same key")
-                    if image is None:
-                        raise BadSample(f"it has no image ({', '.join(IMAGES)})")
-                    ready = {"key": sample["__key__"], "shard": url, "image": image, "caption": caption_of(sample)}
-                except BadSample as error:
-                    budget.spend(f"sample {sample['__key__']} of {url}", error)
-                    continue
-                if members:
-                    ready["members"] = {name: sample[name] for name in members if name in sample}
-                keys.add(ready["key"])
-                yield ready
-        budget.largest = max(budget.largest, read)
+            try:
+                for sample in group_by_keys(files, suffixes={*IMAGES, "txt", "json", *members}, handler=noted):
+                    yield from double
+                    double.clear()
+                    image = next((sample[extension] for extension in IMAGES if extension in sample), None)
+                    read += 1
+                    try:
+                        if sample["__key__"] in keys:
+                            raise BadSample("an earlier sample of the shard has the same key")
+                        if image is None:
+                            raise BadSample(f"it has no image ({', '.join(IMAGES)})")
+                        ready = {"key": sample["__key__"], "shard": url, "image": image, "caption": caption_of(sample)}
+                    except BadSample as error:
+                        yield Lost(f"sample {sample['__key__']} of {url}", error)
+                        continue
+                    if members:
+                        ready["members"] = {name: sample[name] for name in members if name in sample}
+                    keys.add(ready["key"])
+                    yield ready
+            except Exception:
+                rest = 0 if is_url(url) else _rest(stream, read)
+                raise
     except FileNotFoundError:
         raise UserError(f"The shard {url} is gone: put it back, or take it out of data.train and data.val.") from None
     except UserError:
         raise
     except Exception as error:  # tarfile raises nearly anything on damaged files
-        budget.broken(url, read, f"it is no whole tar ({_cause(error)})")
+        if full := too_many_files(error):
+            raise full from None
+        if whole and is_url(url):
+            raise UserError(
+                f"The shard {url} broke off after {read} samples ({_cause(error)}): run again, finished shards are kept; if it ends there each time, mend it."
+            ) from None
+        yield from double
+        yield Lost(f"the rest of shard {url}, after {read} samples,", f"it is no whole tar ({_cause(error)})", budget.broken(read, rest))
+    else:
+        yield from double
+    if more := budget.larger(read):
+        yield Lost("the rest of broken shards before", f"{url} shows that they had at least {read} samples", more)
+
+
+def _rest(stream: IO[bytes], read: int) -> int:
+    """How many samples the bytes behind the damage may hold, by how many those before it held; 0 where the file is cut there."""
+    position = stream.tell()
+    return round(read * (os.fstat(stream.fileno()).st_size / position - 1)) if position else 0
+
+
+def too_many_files(error: Exception) -> UserError | None:
+    """What to raise for an error that is none of the file that was to be opened, but of the limit on open files; else None."""
+    if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+        return None
+    return UserError(f"No more files can be opened ({error.strerror}): raise the limit with `ulimit -n` in the shell that starts the run.")
 
 
 def _cause(error: Exception) -> str:

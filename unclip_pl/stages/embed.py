@@ -23,7 +23,7 @@ class Embed(LightningModule):
         self._clip = [FrozenCLIP(self.trainer.datamodule.clip_config, self.device)]  # type: ignore[attr-defined]  # Lightning sets it outside of the class
 
     def predict_step(self, shards: list[str], batch_idx: int) -> int:
-        """Fill the store with this rank's shards; returns how many were missing."""
+        """Fill the store with this rank's shards; returns how many it embedded."""
         budget = ErrorBudget(self.max_bad_rate, "model.max_bad_rate")
         store, rank_zero = self.trainer.datamodule.store, self.trainer.is_global_zero  # type: ignore[attr-defined]
         count = store.embed(shards, self._clip[0], self.batch_size, progress=rank_zero, budget=budget)
