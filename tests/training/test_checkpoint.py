@@ -22,6 +22,23 @@ def test_newest_replaces_the_one_before_and_best_stays(tmp_path):
     assert any(name in ("best-step=3.ckpt", "best-step=6.ckpt") for name in names) and len(names) == 2
 
 
+def test_a_run_resumed_from_another_folder_leaves_that_folder_as_it_is(tmp_path):
+    trainer(tmp_path / "source", NewestCheckpoint(2), steps=2).fit(Toy(), loader())
+    source = newest_checkpoint(tmp_path / "source")
+    for _ in range(2):  # the second time there is a checkpoint of its own to replace
+        trainer(tmp_path / "mine", NewestCheckpoint(2), steps=5).fit(Toy(), loader(), ckpt_path=source)
+        assert source.is_file() and [path.name for path in (tmp_path / "mine").rglob("*.ckpt")] == ["newest-step=5.ckpt"]
+
+
+def test_a_checkpoint_that_a_kill_orphaned_goes_with_the_next_save(tmp_path):
+    trainer(tmp_path, NewestCheckpoint(2), steps=2).fit(Toy(), loader())
+    folder = tmp_path / "checkpoints"
+    for name in ("newest-step=1.ckpt", "newest-step=90.ckpt", "best-step=1.ckpt", "newest-mine.ckpt"):  # 1: a run was killed before it removed it
+        shutil.copy(folder / "newest-step=2.ckpt", folder / name)
+    trainer(tmp_path, NewestCheckpoint(2), steps=4).fit(Toy(), loader(), ckpt_path=folder / "newest-step=2.ckpt")
+    assert sorted(path.name for path in folder.iterdir()) == ["best-step=1.ckpt", "newest-mine.ckpt", "newest-step=4.ckpt", "newest-step=90.ckpt"]
+
+
 def test_a_direct_construction_loads_with_weights_only_and_rebuilds(tmp_path):
     trainer(tmp_path, NewestCheckpoint(4), steps=4).fit(Toy(width=4), loader())
     path = newest_checkpoint(tmp_path)

@@ -72,7 +72,7 @@ def _step(path: Path) -> int:
 
 
 class NewestCheckpoint(Checkpoint):
-    """Every so many steps, and when training ends: the file to resume from, `newest-step=N.ckpt`. The one before it is then removed.
+    """Every so many steps, and when training ends: the file to resume from, `newest-step=N.ckpt`. Those before it in this run's folder are then removed.
 
     The first Ctrl-C ends training after the step under way, with such a file; the second ends it at once.
 
@@ -84,7 +84,6 @@ class NewestCheckpoint(Checkpoint):
         if every_n_train_steps < 1:
             raise ValueError(f"newest.every_n_train_steps is {every_n_train_steps}: give 1 or more.")
         self.every_n_train_steps = every_n_train_steps
-        self.path: Path | None = None
         self._saved_step = -1
         self._handler: Any = None
 
@@ -116,17 +115,15 @@ class NewestCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it outside of the class
             return
-        before, self.path = self.path, checkpoint_folder(trainer) / f"newest-step={trainer.global_step}.ckpt"
         self._saved_step = trainer.global_step
-        trainer.save_checkpoint(self.path)
-        if before is not None and before != self.path and trainer.is_global_zero:
-            before.unlink(missing_ok=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"path": str(self.path) if self.path else None}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.path = Path(state_dict["path"]) if state_dict["path"] else None
+        folder = checkpoint_folder(trainer)
+        trainer.save_checkpoint(folder / f"newest-step={trainer.global_step}.ckpt")
+        if trainer.is_global_zero:
+            # What lies in this folder and nothing else: a run resumed from another folder leaves that one as it is.
+            # What a kill left between the new file and the removal of the old one goes too.
+            for path in folder.glob("newest-step=*.ckpt"):
+                if 0 <= _step(path) < trainer.global_step:
+                    path.unlink(missing_ok=True)
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:
