@@ -138,7 +138,8 @@ def test_start_of_a_key_is_no_key(capsys):
     ("given", "value"),
     [
         (["--resume"], "auto"), (["--resume", "auto"], "auto"), (["--resume", "a.ckpt"], "a.ckpt"), (["--resume=a=b.ckpt"], "a=b.ckpt"),
-        (["--resume="], "auto"), (["--resume", "--trainer.max_steps", "3"], "auto"), (["--resume", "-c", "x.yaml"], "auto"), (["--resume=auto", "--ema.decay", "0"], "auto"),
+        (["--resume="], "auto"), (["--resume", "--trainer.max_steps", "3"], "auto"), (["--resume", "-c", "x.yaml"], "auto"),
+        (["--resume=auto", "--ema.decay", "0"], "auto"),
     ],
 )  # fmt: skip
 def test_resume_takes_a_file_or_auto_and_no_flag(given, value):
