@@ -90,7 +90,10 @@ def test_other_errors_stay_what_they_are(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "something else is gone")
 
 
-def test_a_full_disk_keeps_the_old_file_and_folder(tmp_path):
+@pytest.mark.parametrize("may_mount", [True, False])
+def test_a_full_disk_keeps_the_old_file_and_folder(tmp_path, monkeypatch, may_mount):
+    if not may_mount:
+        monkeypatch.setattr("tests.disk.mount", lambda *_: False)
     with small_disk(tmp_path / "disk", "64k") as disk:
         with atomic_file(disk / "file") as file:
             file.write(b"old")

@@ -3,12 +3,12 @@
 import pickle
 import shutil
 import signal
-import subprocess
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
+from tests.disk import small_disk
 from tests.training.toy import Toy, loader, trainer
 from unclip_pl.errors import UserError
 from unclip_pl.stages.base import Stage
@@ -65,21 +65,17 @@ def test_write_that_fails_leaves_the_previous_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["newest-step=1.ckpt"]
 
 
-def test_full_disk_gives_a_sentence_and_keeps_the_previous_file(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("a small tmpfs cannot be mounted here")
-    try:
+@pytest.mark.parametrize("may_mount", [True, False])
+def test_full_disk_gives_a_sentence_and_keeps_the_previous_file(tmp_path, monkeypatch, may_mount):
+    if not may_mount:
+        monkeypatch.setattr("tests.disk.mount", lambda *_: False)
+    with small_disk(tmp_path / "disk", "1m") as disk:
         path = disk / "newest-step=1.ckpt"
         AtomicCheckpointIO().save_checkpoint({"a": torch.ones(1000)}, path)
         with pytest.raises(UserError, match="the disk is full"):
             AtomicCheckpointIO().save_checkpoint({"a": torch.ones(1_000_000)}, path)
         assert torch.equal(read_checkpoint(path)["a"], torch.ones(1000))
         assert [p.name for p in disk.iterdir()] == ["newest-step=1.ckpt"]
-    finally:
-        subprocess.run(["umount", str(disk)], check=False)
 
 
 class Evil:
