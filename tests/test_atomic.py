@@ -1,7 +1,10 @@
 """Files and folders are whole or not there, whoever fails in between."""
 
+import contextlib
 import errno
+import fcntl
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -87,7 +90,10 @@ def test_other_errors_stay_what_they_are(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "something else is gone")
 
 
-def test_a_full_disk_keeps_the_old_file_and_folder(tmp_path):
+@pytest.mark.parametrize("may_mount", [True, False])
+def test_a_full_disk_keeps_the_old_file_and_folder(tmp_path, monkeypatch, may_mount):
+    if not may_mount:
+        monkeypatch.setattr("tests.disk.mount", lambda *_: False)
     with small_disk(tmp_path / "disk", "64k") as disk:
         with atomic_file(disk / "file") as file:
             file.write(b"old")
@@ -108,16 +114,80 @@ def test_a_read_only_folder_is_a_sentence(tmp_path):
 
 
 def test_leftovers_of_a_killed_writer_go_and_what_is_being_written_stays(tmp_path):
-    code = f"""
-import os, signal
-from unclip_pl.atomic import atomic_file
-with atomic_file({str(tmp_path / "a.ckpt")!r}) as file:
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    subprocess.run([sys.executable, "-c", code], check=False)
+    leave(tmp_path, "a.ckpt")
     assert len(list(tmp_path.iterdir())) == 1
     with atomic_file(tmp_path / "b.ckpt", "w") as file:
         remove_leftovers(tmp_path, "*.ckpt")
         assert [path.name[:7] for path in tmp_path.iterdir()] == [".b.ckpt"]
         file.write("whole")
     assert (tmp_path / "b.ckpt").read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_of_once_and_used(tmp_path, monkeypatch, caplog, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    leftover = leave(tmp_path, "b")
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for _ in range(2):
+        with file_lock(tmp_path / "lock"), atomic_file(tmp_path / "a", "w") as file:
+            remove_leftovers(tmp_path, "*")
+            assert len(list(tmp_path.glob(".a.*.tmp"))) == 1  # its process runs
+            file.write("whole")
+    assert (tmp_path / "a").read_text() == "whole" and not leftover.exists()
+    assert len(caplog.messages) == 1 and "has no locks" in caplog.messages[0]
+
+
+def test_a_lock_that_fails_otherwise_says_why(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), file_lock(tmp_path / "lock"):
+        pass
+
+
+def leave(folder, name):
+    """The file that a killed writer of `name` leaves."""
+    code = f"""
+import os, signal
+from unclip_pl.atomic import atomic_file
+with atomic_file({str(folder / name)!r}) as file:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    (path,) = folder.glob(f".{name}.*.tmp")
+    return path
+
+
+def test_leftovers_of_another_host_stay(tmp_path, monkeypatch):
+    path = leave(tmp_path, "a")  # its lock, if it still runs there, is not seen from here
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    remove_leftovers(tmp_path, "a")
+    assert path.exists()
+    monkeypatch.undo()
+    remove_leftovers(tmp_path, "a")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("moment", ["before the lock", "under the lock"])
+def test_a_file_removed_between_its_making_and_its_lock_is_made_again(tmp_path, monkeypatch, moment):
+    lock, took, held = fcntl.flock, [], contextlib.ExitStack()
+
+    def meanwhile(file, operation):
+        if not took:
+            (path,) = tmp_path.glob(".a.*.tmp")
+            took.append(path)
+            if moment == "before the lock":
+                remove_leftovers(tmp_path, "a")
+                assert not path.exists()
+            else:
+                lock(held.enter_context(path.open("r+b")), fcntl.LOCK_EX)
+        return lock(file, operation)
+
+    monkeypatch.setattr("fcntl.flock", meanwhile)
+    with held, atomic_file(tmp_path / "a", "w") as file:
+        assert [path != took[0] for path in tmp_path.iterdir()] == [True]
+        file.write("whole")
+    assert (tmp_path / "a").read_text() == "whole" and len(list(tmp_path.iterdir())) == 1

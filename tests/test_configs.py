@@ -1,11 +1,13 @@
 """Every YAML that is shipped builds, alone and with the overlays that it names; the paper's have the paper's size."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from unclip_pl.cli import build_cli, find_config, main, sentence
+from unclip_pl.cli import build_cli, find_config, find_configs, main, resume, sentence
 from unclip_pl.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,12 +120,45 @@ def test_files_merge_and_flags_win():
 
 @pytest.mark.parametrize(
     ("flag", "near"),
-    [("--model.net.widht=64", "width"), ("--trainer.max_stesp=3", "max_steps"), ("--data.loader.bach_size=3", "batch_size"), ("--emma.decay=0.9", "ema")],
+    [("--model.net.widht=64", "width"), ("--trainer.max_stesp=3", "max_steps"), ("--data.loader.bach_size=3", "batch_size"), ("--emma.decay=0.9", "ema"),
+     ("--trainer.max_step=3", "max_steps"), ("--trainer.accel=cpu", "accelerator"), ("--seed_everythin=3", "seed_everything")],
 )
 def test_typo_names_the_nearest_key(flag, near, capsys):
     assert main(["fit", "-c", "stages/decoder.yaml", flag]) == 1
     error = capsys.readouterr().err.strip()
     assert f"did you mean '{near}'" in error and "\n" not in error
+
+
+def test_start_of_a_key_is_no_key(capsys):
+    assert main(["fit", "-c", "stages/decoder.yaml", "--trainer.max_step", "3"]) == 1
+    assert "did you mean 'max_steps'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        (["--resume"], "auto"), (["--resume", "auto"], "auto"), (["--resume", "a.ckpt"], "a.ckpt"), (["--resume=a=b.ckpt"], "a=b.ckpt"),
+        (["--resume="], "auto"), (["--resume", "--trainer.max_steps", "3"], "auto"), (["--resume", "-c", "x.yaml"], "auto"),
+        (["--resume=auto", "--ema.decay", "0"], "auto"),
+    ],
+)  # fmt: skip
+def test_resume_takes_a_file_or_auto_and_no_flag(given, value):
+    flags = [word for word in given if not word.startswith("--resume") and word != value]
+    assert resume(["fit", *given]) == ["fit", *flags, "--ckpt_path", f"resume:{value}"]
+
+
+@pytest.mark.parametrize("given", [["-c", "stages/decoder.yaml"], ["--config", "stages/decoder.yaml"], ["--config=stages/decoder.yaml"]])
+def test_every_way_to_name_a_configuration_finds_the_shipped(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = find_configs(["fit", *given, "--ema.decay=0.5", "-c"])
+    assert found[0] == "fit" and found[-2:] == ["--ema.decay=0.5", "-c"] and found[1].partition("=")[0] == given[0].partition("=")[0]
+    assert Path(found[-3].rpartition("=")[2]).is_file()
+
+
+def test_a_command_says_nothing_of_lightnings_ways(tmp_path):
+    command = [sys.executable, "-W", "default", "-m", "unclip_pl", "fit", "-c", "stages/decoder.yaml", "--model.optimizer.lr=fast"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
+    assert "lr" in said and "args parameter" not in said
 
 
 def test_typo_in_a_yaml_names_the_nearest_key(tmp_path, capsys):

@@ -3,8 +3,12 @@
 import contextlib
 import errno
 import fcntl
+import functools
+import logging
 import os
+import re
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,6 +17,8 @@ from typing import IO, Any
 
 from unclip_pl.errors import UserError
 
+log = logging.getLogger(__name__)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # Lustre and some NFS, as they are mounted
 REASONS = {
     errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the file system is read-only",
     errno.EACCES: "no permission", errno.EPERM: "no permission",
@@ -50,12 +56,51 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
+def _host() -> str:
+    """This machine's name, as a part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
+
+
 def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove the temporary files that killed writers of files called `name` (a pattern) left in `folder`, and none that is being written."""
-    for path in folder.glob(f".{name}.*.tmp"):
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Remove the temporary files that killed writers of files called `name` (a pattern) left in `folder`, and none that is being written.
+
+    Only files of this host: a lock may be seen on one machine alone, and a process has its number there. Where there are no locks, the number decides.
+    """
+    for path in folder.glob(f".{name}.{_host()}.*.tmp"):
+        with contextlib.suppress(OSError), path.open("r+b") as file:  # some file systems lock only what is open for writing
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in NO_LOCKS or _runs(path.name.split(".")[-3]):
+                    continue
             path.unlink()
+
+
+def _runs(pid: str) -> bool:
+    """Whether a process of this number may be running on this host."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):
+        pass
+    return True
+
+
+def _temporary_file(path: Path) -> tuple[int, str]:
+    """A new locked file beside `path`: (descriptor, name). The name says whose it is, for `remove_leftovers`."""
+    while True:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.{_host()}.{os.getpid()}.", suffix=".tmp", dir=path.parent)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_nlink:
+                return handle, temporary
+        except BlockingIOError:
+            pass  # it is just being removed as a leftover, because it had no lock yet
+        except OSError:
+            return handle, temporary  # not every file system has locks
+        os.close(handle)
+        Path(temporary).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -67,10 +112,8 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, temporary = _temporary_file(path)
         try:
-            with contextlib.suppress(OSError):  # not every file system has locks
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for `remove_leftovers`
             os.fchmod(handle, 0o644)
             with os.fdopen(handle, mode) as file:
                 yield file
@@ -114,7 +157,8 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 def file_lock(path: str | os.PathLike, timeout: float = 3600.0) -> Iterator[None]:
     """Hold an exclusive lock on the file `path` (made if missing); wait up to `timeout` seconds for another holder.
 
-    The lock belongs to the open file: it is free again when its holder dies, however it dies.
+    The lock belongs to the open file: it is free again when its holder dies, however it dies. Where the file system has no locks, a warning says so
+    once and nobody waits: renames keep files whole there too, and at worst a thing is made twice.
     """
     path = Path(path)
     deadline = time.monotonic() + timeout
@@ -130,7 +174,17 @@ def file_lock(path: str | os.PathLike, timeout: float = 3600.0) -> Iterator[None
                 if time.monotonic() > deadline:
                     raise UserError(f"Another process has held {path} for {timeout:.0f} s: end it, or delete the file if none runs.") from None
                 time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                _warn_of_no_locks(str(path.parent))
+                break
         yield
+
+
+@functools.cache
+def _warn_of_no_locks(folder: str) -> None:
+    log.warning("The file system of %s has no locks: start one job at a time there, or several may do the same work.", folder)
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 import warnings
 from importlib.resources import files
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from unclip_pl import __version__
 from unclip_pl.atomic import REASONS
@@ -102,13 +102,26 @@ def known_keys() -> set[str]:
 
 
 def resume(arguments: list[str]) -> list[str]:
-    """Replace `--resume auto|FILE` by `--ckpt_path FILE`; `auto` is the newest whole checkpoint of the run's folder, or none."""
+    """Replace `--resume [auto|FILE]` by `--ckpt_path FILE`; `auto`, or nothing, is the newest whole checkpoint of the run's folder, or none."""
     for i, argument in enumerate(arguments):
         if argument == "--resume" or argument.startswith("--resume="):
-            value = argument.partition("=")[2] or "".join(arguments[i + 1 : i + 2])
-            rest = arguments[:i] + arguments[i + (1 if "=" in argument else 2) :]
-            return [*rest, "--ckpt_path", f"resume:{value}"]
+            given = [value for value in arguments[i + 1 : i + 2] if argument == "--resume" and not value.startswith("-")]
+            value = argument.partition("=")[2] or "".join(given) or "auto"
+            return [*arguments[:i], *arguments[i + 1 + len(given) :], "--ckpt_path", f"resume:{value}"]
     return arguments
+
+
+def find_configs(arguments: list[str]) -> list[str]:
+    """The command line with `find_config` of each `-c FILE`, `--config FILE` and `--config=FILE`."""
+    found = list(arguments)
+    for i, argument in enumerate(arguments):
+        option, equals, path = argument.partition("=")
+        if option in ("-c", "--config"):
+            if equals:
+                found[i] = f"{option}={find_config(path)}"
+            elif i + 1 < len(arguments):
+                found[i + 1] = find_config(arguments[i + 1])
+    return found
 
 
 def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
@@ -128,6 +141,9 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     load_all()
 
     class Parser(LightningArgumentParser):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs, allow_abbrev=False)  # else a typo that is the start of an option is taken for it
+
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise UserError(sentence(message)) from ex
 
@@ -185,14 +201,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unclip_pl {__version__}")
         return 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*has `__len__` defined.*", ".*set_vital.*", ".*`weights_only` was not set.*"):
+    for message in (
+        ".*LeafSpec.*", ".*does not have many workers.*", ".*has `__len__` defined.*", ".*set_vital.*", ".*`weights_only` was not set.*",
+        "LightningCLI's args parameter is intended to run from within Python.*",
+    ):  # fmt: skip
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
     try:
-        for i, argument in enumerate(arguments[:-1]):
-            if argument in ("-c", "--config"):
-                arguments[i + 1] = find_config(arguments[i + 1])
-        build_cli(resume(arguments))
+        build_cli(resume(find_configs(arguments)))
     except UserError as error:
         # from a loader's worker the sentence comes wrapped in that process's traceback
         print(f"lightning: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)

@@ -2,11 +2,13 @@
 
 import pickle
 import shutil
-import subprocess
+import signal
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
+from tests.disk import small_disk
 from tests.training.toy import Toy, loader, trainer
 from unclip_pl.errors import UserError
 from unclip_pl.stages.base import Stage
@@ -20,6 +22,23 @@ def test_newest_replaces_the_one_before_and_best_stays(tmp_path):
     names = sorted(path.name for path in tmp_path.rglob("*.ckpt"))
     assert [name for name in names if name.startswith("newest")] == ["newest-step=7.ckpt"]  # also the step at which training ended
     assert any(name in ("best-step=3.ckpt", "best-step=6.ckpt") for name in names) and len(names) == 2
+
+
+def test_a_run_resumed_from_another_folder_leaves_that_folder_as_it_is(tmp_path):
+    trainer(tmp_path / "source", NewestCheckpoint(2), steps=2).fit(Toy(), loader())
+    source = newest_checkpoint(tmp_path / "source")
+    for _ in range(2):  # the second time there is a checkpoint of its own to replace
+        trainer(tmp_path / "mine", NewestCheckpoint(2), steps=5).fit(Toy(), loader(), ckpt_path=source)
+        assert source.is_file() and [path.name for path in (tmp_path / "mine").rglob("*.ckpt")] == ["newest-step=5.ckpt"]
+
+
+def test_a_checkpoint_that_a_kill_orphaned_goes_with_the_next_save(tmp_path):
+    trainer(tmp_path, NewestCheckpoint(2), steps=2).fit(Toy(), loader())
+    folder = tmp_path / "checkpoints"
+    for name in ("newest-step=1.ckpt", "newest-step=90.ckpt", "best-step=1.ckpt", "newest-mine.ckpt"):  # 1: a run was killed before it removed it
+        shutil.copy(folder / "newest-step=2.ckpt", folder / name)
+    trainer(tmp_path, NewestCheckpoint(2), steps=4).fit(Toy(), loader(), ckpt_path=folder / "newest-step=2.ckpt")
+    assert sorted(path.name for path in folder.iterdir()) == ["best-step=1.ckpt", "newest-mine.ckpt", "newest-step=4.ckpt", "newest-step=90.ckpt"]
 
 
 def test_a_direct_construction_loads_with_weights_only_and_rebuilds(tmp_path):
@@ -46,21 +65,17 @@ def test_write_that_fails_leaves_the_previous_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["newest-step=1.ckpt"]
 
 
-def test_full_disk_gives_a_sentence_and_keeps_the_previous_file(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("a small tmpfs cannot be mounted here")
-    try:
+@pytest.mark.parametrize("may_mount", [True, False])
+def test_full_disk_gives_a_sentence_and_keeps_the_previous_file(tmp_path, monkeypatch, may_mount):
+    if not may_mount:
+        monkeypatch.setattr("tests.disk.mount", lambda *_: False)
+    with small_disk(tmp_path / "disk", "1m") as disk:
         path = disk / "newest-step=1.ckpt"
         AtomicCheckpointIO().save_checkpoint({"a": torch.ones(1000)}, path)
         with pytest.raises(UserError, match="the disk is full"):
             AtomicCheckpointIO().save_checkpoint({"a": torch.ones(1_000_000)}, path)
         assert torch.equal(read_checkpoint(path)["a"], torch.ones(1000))
         assert [p.name for p in disk.iterdir()] == ["newest-step=1.ckpt"]
-    finally:
-        subprocess.run(["umount", str(disk)], check=False)
 
 
 class Evil:
@@ -106,6 +121,51 @@ def test_checkpoint_of_another_stage_is_refused(tmp_path):
     trainer(tmp_path, NewestCheckpoint(4), steps=4).fit(Toy(), loader())
     with pytest.raises(UserError, match="holds a Toy, and this run trains a Other"):
         trainer(tmp_path, steps=8).fit(Other(), loader(), ckpt_path=newest_checkpoint(tmp_path))
+
+
+def test_ctrl_c_ends_training_after_the_step_with_a_checkpoint(tmp_path):
+    class Interrupt(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    trainer(tmp_path, NewestCheckpoint(50), Interrupt()).fit(Toy(), loader())
+    assert newest_checkpoint(tmp_path).name == "newest-step=3.ckpt" and signal.getsignal(signal.SIGINT) is before
+
+
+def test_ranks_that_are_interrupted_at_different_steps_end_at_the_same(tmp_path):
+    class Rank:
+        """A trainer of one rank of two: what each rank said last is shared when both have come to the same step."""
+
+        world_size, is_global_zero, default_root_dir = 2, False, str(tmp_path)
+
+        def __init__(self, said):
+            self.global_step, self.should_stop, self.strategy, self.said = 0, False, self, said
+            self.newest = NewestCheckpoint(10**6)
+
+        def reduce_boolean_decision(self, decision, all=True):
+            assert not all
+            self.said[self.global_step] = self.said.get(self.global_step, False) or decision
+            return self.said[self.global_step]
+
+        def run(self, interrupted_at=None):
+            self.newest.on_train_start(self, None)
+            try:
+                while not self.should_stop and self.global_step < 40:
+                    self.global_step += 1
+                    if self.global_step == interrupted_at:
+                        signal.raise_signal(signal.SIGINT)
+                    self.newest.on_train_batch_end(self)
+            finally:
+                self.newest.teardown(self, None, "fit")
+            return self.global_step
+
+    said = {}
+    assert Rank(said).run(interrupted_at=13) == 20
+    assert Rank(said).run() == 20  # nobody pressed Ctrl-C here
+    assert Rank(said).run(interrupted_at=17) == 20
+    assert set(said) == {10, 20}
 
 
 def test_stage_is_abstract():

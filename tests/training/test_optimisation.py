@@ -80,3 +80,12 @@ def test_gains_and_biases_are_not_decayed():
 def test_configs_survive_the_way_through_plain_values():
     config = OptimizerConfig(betas=(0.8, 0.9))
     assert as_config(OptimizerConfig, plain(config)) == config
+
+
+@pytest.mark.parametrize(("seed", "torchs"), [(0, 65_537), (280_000_000, 280_000_000 * 1_000_003 * 65_537 + 65_537), (2**32 - 1, None)])
+def test_every_seed_that_lightning_takes_gives_numbers_of_its_own(seed, torchs, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+    stage = Toy()
+    monkeypatch.setattr(Toy, "global_step", 1)
+    stage.on_train_batch_start({}, 0)
+    assert torch.initial_seed() == torchs if torchs else torch.initial_seed() > 0

@@ -95,7 +95,7 @@ class Stage(LightningModule):
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         # Noise, timesteps and dropout of a step depend on the seed, the step and the rank alone: a resumed run draws the same.
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        torch.manual_seed((seed * 1_000_003 + self.global_step) * 65_537 + batch_idx * 8_191 + self.global_rank)
+        torch.manual_seed(((seed * 1_000_003 + self.global_step) * 65_537 + batch_idx * 8_191 + self.global_rank) % 2**64)  # torch takes no larger one
 
     def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
         losses = self.loss(batch)

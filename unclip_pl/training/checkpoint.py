@@ -71,10 +71,13 @@ def _step(path: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
-class NewestCheckpoint(Checkpoint):
-    """Every so many steps, and when training ends: the file to resume from, `newest-step=N.ckpt`. The one before it is then removed.
+AGREE_EVERY = 10  # steps between two questions to all ranks whether one was interrupted: each makes them wait for each other
 
-    The first Ctrl-C ends training after the step under way, with such a file; the second ends it at once.
+
+class NewestCheckpoint(Checkpoint):
+    """Every so many steps, and when training ends: the file to resume from, `newest-step=N.ckpt`. Those before it in this run's folder are then removed.
+
+    The first Ctrl-C ends training after the step under way, with such a file; the second ends it at once. Several ranks agree on the step, every 10.
 
     Args:
         every_n_train_steps: steps between two files.
@@ -84,8 +87,8 @@ class NewestCheckpoint(Checkpoint):
         if every_n_train_steps < 1:
             raise ValueError(f"newest.every_n_train_steps is {every_n_train_steps}: give 1 or more.")
         self.every_n_train_steps = every_n_train_steps
-        self.path: Path | None = None
         self._saved_step = -1
+        self._interrupted = False
         self._handler: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,15 +96,21 @@ class NewestCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             remove_leftovers(checkpoint_folder(trainer), "*.ckpt")  # of a run that was killed while it wrote
 
+        self._interrupted = False
+
         def stop(signum: int, frame: Any) -> None:
-            rank_zero_info("Stopping after this step (Ctrl-C again: at once).")
-            trainer.should_stop = True
+            alone = trainer.world_size == 1
+            rank_zero_info(f"Stopping after {'this step' if alone else f'at most {AGREE_EVERY} steps'} (Ctrl-C again: at once).")
+            self._interrupted = True
+            trainer.should_stop = trainer.should_stop or alone  # one rank that stops by itself would leave the others waiting for it
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGINT, stop)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if trainer.world_size > 1 and trainer.global_step % AGREE_EVERY == 0:
+            trainer.should_stop |= trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
         if trainer.global_step % self.every_n_train_steps == 0:
             self._save(trainer)
 
@@ -116,17 +125,15 @@ class NewestCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it outside of the class
             return
-        before, self.path = self.path, checkpoint_folder(trainer) / f"newest-step={trainer.global_step}.ckpt"
         self._saved_step = trainer.global_step
-        trainer.save_checkpoint(self.path)
-        if before is not None and before != self.path and trainer.is_global_zero:
-            before.unlink(missing_ok=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"path": str(self.path) if self.path else None}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.path = Path(state_dict["path"]) if state_dict["path"] else None
+        folder = checkpoint_folder(trainer)
+        trainer.save_checkpoint(folder / f"newest-step={trainer.global_step}.ckpt")
+        if trainer.is_global_zero:
+            # What lies in this folder and nothing else: a run resumed from another folder leaves that one as it is.
+            # What a kill left between the new file and the removal of the old one goes too.
+            for path in folder.glob("newest-step=*.ckpt"):
+                if 0 <= _step(path) < trainer.global_step:
+                    path.unlink(missing_ok=True)
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:
