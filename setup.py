@@ -41,7 +41,6 @@ setup(
     package_data={"unclip_pl": ["assets/**/*"], **{name: ["**/*.yaml"] for name in CONFIGS}},
     install_requires=REQUIREMENTS,
     extras_require={
-        "import": ["pyarrow>=14"],  # the parquet files of clip-retrieval
         "test": ["pytest>=8", "pytest-timeout", "diffusers>=0.33", "transformers", "pyarrow>=14"],  # diffusers: the second opinion in the tests
         "dev": ["ruff", "mypy"],
     },

@@ -150,6 +150,8 @@ def test_a_prompt_that_is_too_long_is_drawn_and_what_was_cut_is_named(folder, tm
         (["apple", "--prior-guidance-scale", "0"], "--prior-guidance-scale is 0.0"),
         (["apple", "--prior", "gone.ckpt"], "There is no checkpoint gone.ckpt"),
         (["apple", "--prior", "ar", "--prior-steps", "5"], "--prior-steps is no setting of this stage"),
+        (["apple", "--prior", "ar", "--prior-top-p", "0"], "top_p of the AR prior is 0.0"),
+        (["apple", "--prior-temperature", "0.5"], "--prior-temperature is no setting of this stage"),
         (["apple", "--prior-guidance-scale", "inf"], "--prior-guidance-scale is inf"),
         (["apple", "--condition", "text", "--prior-steps", "5"], "--condition text uses no prior"),
         (["apple", "--sampler", "ddpm", "--eta", "1"], "--eta is for the sampler ddim"),

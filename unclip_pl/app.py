@@ -36,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--prior-guidance-scale", type=float, help="1: no guidance; by default the prior's own")
     generate.add_argument("--prior-steps", type=int, help="sampling steps of a diffusion prior; by default its own")
     generate.add_argument("--prior-sampler", choices=["analytic", "ddpm", "ddim", "dpm_solver_pp"], help="of a diffusion prior; by default its own")
+    generate.add_argument("--prior-temperature", type=float, help="of an autoregressive prior: divides its logits; by default its own")
+    generate.add_argument("--prior-top-p", type=float, help="of an autoregressive prior: share of the likeliest codes drawn from; by default its own")
     drawing(generate, "pictures of each prompt")
     generate.add_argument("--batch-size", type=int, default=16, help="pictures drawn at a time")
     generate.add_argument("--grid", action="store_true", help="also write grid.png, a row for each prompt")
@@ -99,7 +101,7 @@ def chosen(arguments: argparse.Namespace, stage: Any, prefix: str = "") -> Any:
     from dataclasses import replace
 
     own, timesteps = stage.sampling, stage.process.config.timesteps if hasattr(stage, "process") else 1000
-    options = {name: getattr(arguments, prefix + name, None) for name in ("sampler", "steps", "guidance_scale", "eta")}
+    options = {name: getattr(arguments, prefix + name, None) for name in ("sampler", "steps", "guidance_scale", "eta", "temperature", "top_p")}
     given = {name: value for name, value in options.items() if value is not None}
     unknown = [f"--{(prefix + name).replace('_', '-')}" for name in given if not hasattr(own, name)]
     if unknown:
@@ -147,7 +149,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     for name in ("num_images", "batch_size"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: give 1 or more.")
-    priors = [name for name in ("prior", "prior_guidance_scale", "prior_steps", "prior_sampler") if getattr(arguments, name) is not None]
+    of_prior = ("prior", "prior_guidance_scale", "prior_steps", "prior_sampler", "prior_temperature", "prior_top_p")
+    priors = [name for name in of_prior if getattr(arguments, name) is not None]
     if priors and arguments.condition != "prior":
         raise UserError(f"--{priors[0].replace('_', '-')} is given, and --condition {arguments.condition} uses no prior: leave one of them out.")
     prior = (arguments.prior or "diffusion") if arguments.condition == "prior" else None
@@ -220,8 +223,8 @@ def run_export(arguments: argparse.Namespace) -> None:
     weights = pipeline.read_weights(arguments.checkpoint)
     card = arguments.card.read_text(encoding="utf-8") if arguments.card else f"# {weights.stage}, {weights.steps} steps\n\nMade by `unclip export`.\n"
     if weights.stage == "CLIP":
-        stage = pipeline.load_stage(arguments.checkpoint, CLIP)
-        save_clip(stage.net, arguments.out, stage.model_config, stage.preprocess_config)
+        clip = pipeline.load_stage(arguments.checkpoint, CLIP)
+        save_clip(clip.net, arguments.out, clip.model_config, clip.preprocess_config)
         (arguments.out / "README.md").write_text(card, encoding="utf-8")
     else:
         kinds = {kind.__name__: kind for kind in (Decoder, DiffusionPrior, ARPrior)}

@@ -124,9 +124,8 @@ class FrozenCLIP:
 
         Tokens that lie on the CPU are cut after the longest caption of the batch first, which a causal text tower does not notice.
         """
-        kind, eos = pooling(self.model)
-        end_B = (tokens if kind == "argmax" else (tokens == eos).int()).argmax(dim=-1)
-        mask = torch.arange(tokens.shape[1], device=tokens.device) <= end_B[:, None]
+        mask = self.caption_mask(tokens)
+        end_B = mask.sum(1) - 1
         length = int(end_B.max()) + 1 if tokens.device.type == "cpu" and self._causal else tokens.shape[1]  # elsewhere the host would have to wait
         tokens, end_B, mask = (value.to(self.device) for value in (tokens, end_B, mask))
         with torch.autocast(self.device.type, enabled=False):
@@ -139,6 +138,12 @@ class FrozenCLIP:
                 embed = project(pooled_BW) if isinstance(project, nn.Linear) else pooled_BW @ project
         states_BLW = states_BLW.float().masked_fill(~mask[:, :length, None], 0.0)
         return TextFeatures(embed.float(), F.pad(states_BLW, (0, 0, 0, tokens.shape[1] - length)), mask)
+
+    def caption_mask(self, tokens: Tensor) -> Tensor:
+        """(B, L) of `tokenize` -> (B, L) bool, True up to and including the token at which the text tower is read."""
+        kind, eos = pooling(self.model)
+        end_B = (tokens if kind == "argmax" else (tokens == eos).int()).argmax(dim=-1)
+        return torch.arange(tokens.shape[1], device=tokens.device) <= end_B[:, None]
 
     @property
     def _causal(self) -> bool:

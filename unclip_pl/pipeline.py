@@ -1,5 +1,6 @@
 """The stages put together: text or image -> CLIP embedding -> image. Reads releases and Lightning checkpoints through the same door."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from unclip_pl.stages.decoder import Decoder, SamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.training.checkpoint import read_checkpoint
 
+log = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_DECODER = ASSETS / "decoder-openmoji"
 DEFAULT_PRIORS = {"diffusion": ASSETS / "diffusion-prior-openmoji", "ar": ASSETS / "ar-prior-openmoji"}
@@ -92,6 +94,8 @@ class UnCLIP:
             clip = clip.to(device) if clip else FrozenCLIP(CLIPConfig.of_fingerprint(stage.clip_fingerprint), device)
             require_same(stage.clip_fingerprint, clip.fingerprint(), f"The {name}")
         self.clip: FrozenCLIP = clip  # type: ignore[assignment]  # there is a decoder
+        if isinstance(prior, DiffusionPrior) and prior.sampling.sampler == "analytic" and bool(prior.x0_error.isnan().any()):
+            log.warning("The prior has no analytic variance, which is estimated when training ends: it draws with the variance of plain DDPM.")
         self.decoder = decoder.to(device).eval()
         self.prior = None if prior is None else prior.to(device).eval()
         self.device = torch.device(device)

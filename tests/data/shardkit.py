@@ -63,7 +63,10 @@ class FakeCLIP:
 
     def embed_text(self, tokens: torch.Tensor) -> TextFeatures:
         embed = torch.stack([tokens.float().sin().mean(1) * k for k in range(1, 7)], 1)
-        return TextFeatures(embed, tokens.float()[..., None].expand(-1, -1, 5).clone(), tokens > 0)
+        return TextFeatures(embed, tokens.float()[..., None].expand(-1, -1, 5).clone(), self.caption_mask(tokens))
+
+    def caption_mask(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens > 0
 
     def tokenize(self, captions: list[str]) -> torch.Tensor:
         return torch.tensor([[*caption.encode()[-12:], *[0] * 12][:12] for caption in captions])

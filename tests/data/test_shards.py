@@ -136,10 +136,15 @@ def test_the_short_side_is_resized_antialiased_and_the_centre_cut():
     assert strip.shape == (3, 64, 64) and strip[0].min() > 0.99
 
 
-def test_a_large_jpeg_decoded_small_is_the_same_picture(noto):
+def test_a_large_jpeg_decoded_small_is_the_same_picture(tmp_path, noto):
     picture = decode(next(raw_samples(expand(str(noto))[0], ErrorBudget(0)))["image"], 256)
     large = Image.fromarray(((picture.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype("uint8")).resize((1024, 1024), Image.Resampling.BICUBIC)
-    assert (decode(saved(large, "JPEG", quality=95), 64) - decode(saved(large), 64)).abs().mean() < 0.02
+    jpeg, whole = saved(large, "JPEG", quality=95), decode(saved(Image.open(io.BytesIO(saved(large, "JPEG", quality=95)))), 64)
+    assert 0 < (decode(jpeg, 64) - whole).abs().mean() < 0.02
+    assert torch.equal(decode(jpeg, 64, exact_jpeg=True), whole)
+    shard = write_tar(tmp_path / "a.tar", {"a.jpg": jpeg, "a.txt": b"a"})
+    exact, fast = (next(iter(Samples([shard], 64, LoaderConfig(exact_jpeg=exact), keep)))["image"] for exact in (True, False))
+    assert torch.equal(exact, whole) and not torch.equal(fast, whole)
 
 
 def test_bad_samples_are_named_and_counted(tmp_path, caplog):

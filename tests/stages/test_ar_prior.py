@@ -262,15 +262,18 @@ def test_bad_stores_and_data_are_sentences(tmp_path):
     folder.mkdir()
     with pytest.raises(UserError, match="no statistics"):
         stage.fit_quantizer(fake_store(folder, {"a": 5}, without="scatter"), ["a"])
-    clip = SimpleNamespace(embed_dim=12, context_length=6)
-    stage.check_data(SimpleNamespace(clip=clip, text_states=True))
-    for data, message in (
-        (SimpleNamespace(clip=SimpleNamespace(embed_dim=16, context_length=6), text_states=True), r"model\.net\.embed_dim is 12: set it to 16"),
-        (SimpleNamespace(clip=clip, text_states=False), r"set data\.text_states to true"),
-        (SimpleNamespace(clip=SimpleNamespace(embed_dim=12, context_length=77), text_states=True), r"model\.text\.context_length is 6: set it to 77"),
+    def data(text_states=True, **changed):
+        return SimpleNamespace(clip=SimpleNamespace(**{"embed_dim": 12, "context_length": 6, "states_width": 10} | changed), text_states=text_states)
+
+    stage.check_data(data())
+    for given, message in (
+        (data(embed_dim=16), r"model\.net\.embed_dim is 12: set it to 16"),
+        (data(text_states=False), r"set data\.text_states to true"),
+        (data(states_width=8), r"model\.text\.states_width is 10: set it to 8"),
+        (data(context_length=77), r"model\.text\.context_length is 6: set it to 77"),
     ):
         with pytest.raises(UserError, match=message):
-            stage.check_data(data)
+            stage.check_data(given)
 
 
 def test_unfitted_quantiser_or_half_a_text_is_a_sentence():

@@ -176,4 +176,9 @@ def test_variance_can_be_added_to_a_checkpoint(tmp_path):
     add_variance(path, prior(), Batches(32, 8, 0).batches, draws=1)
     checkpoint = read_checkpoint(path)
     assert checkpoint["state_dict"]["x0_error"].isfinite().all() and checkpoint["global_step"] == 2
-    trainer(tmp_path, EMA(0.9), steps=3).fit(prior(), datamodule=Data(), ckpt_path=path)
+    stage = prior()
+    trainer(tmp_path, EMA(0.9), AnalyticVariance(captions=16, draws=1), NewestCheckpoint(3), steps=4).fit(stage, datamodule=Data(), ckpt_path=path)
+    # what was estimated of the weights of step 2 is not taken for that of later ones
+    assert read_checkpoint(newest_checkpoint(tmp_path))["state_dict"]["x0_error"].isfinite().all()
+    AnalyticVariance().on_train_start(None, stage)
+    assert stage.x0_error.isnan().all()

@@ -232,8 +232,6 @@ class Importer(EmbeddingStore):
         draw = random.Random(shard)
         for sample in raw_samples(shard, budget, self.source.members, whole=True):
             key = sample["key"]
-            if key in keys:
-                raise UserError(f"The key {key} is doubled in {shard}: give every sample a key of its own.")
             try:
                 image, text = self._rows(sample, clip)
                 # a uniform draw of those seen so far, and what is drawn must decode

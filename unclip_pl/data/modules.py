@@ -234,10 +234,10 @@ class PriorData(ImageEmbeddingData):
         return self.store.statistics(self.train_shards)
 
     def train_dataloader(self) -> RowLoader:
-        return RowLoader(Rows(self.store, self.train_shards), self.config, **self._place())
+        return RowLoader(Rows(self.store, self.train_shards, self.clip.caption_mask), self.config, **self._place())
 
     def val_dataloader(self) -> RowsInOrder | list:
-        return RowsInOrder(Rows(self.store, self.val_shards), self.config.batch_size, **self._place()) if self.val_shards else []
+        return RowsInOrder(Rows(self.store, self.val_shards, self.clip.caption_mask), self.config.batch_size, **self._place()) if self.val_shards else []
 
 
 class EmbeddingJobData(LightningDataModule):

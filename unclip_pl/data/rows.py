@@ -6,7 +6,7 @@ one number, the batches given so far, the same on every rank.
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,9 +74,11 @@ class Rows:
     Args:
         store: holds all of `shards`.
         shards: their names, in the order in which their rows are numbered.
+        mask: tokens (B, L) -> (B, L) bool, where the caption is; as the CLIP of the store reads them.
     """
 
-    def __init__(self, store: EmbeddingStore, shards: Sequence[str]) -> None:
+    def __init__(self, store: EmbeddingStore, shards: Sequence[str], mask: Callable[[torch.Tensor], torch.Tensor] = caption_mask) -> None:
+        self.mask = mask
         self.parts = [store.shard(shard) for shard in shards]
         self.tables = {name: [np.asarray(getattr(part, name)) for part in self.parts] for name in ("tokens", "text_embed", "image_embed")}
         self.starts = np.cumsum([0, *(len(part.keys) for part in self.parts)])
@@ -95,7 +97,7 @@ class Rows:
             for group in groups:
                 rows[group] = tables[part[group[0]]][local[group]]
             batch[name] = torch.from_numpy(rows).long() if name == "tokens" else torch.from_numpy(rows).float()
-        return batch | {"text_mask": caption_mask(batch["tokens"])}
+        return batch | {"text_mask": self.mask(batch["tokens"])}
 
 
 class RowLoader:

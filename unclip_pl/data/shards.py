@@ -271,10 +271,10 @@ def caption_of(sample: dict[str, Any]) -> str:
     return caption.strip() if isinstance(caption, str) else ""
 
 
-def decode(data: bytes, image_size: int) -> Tensor:
+def decode(data: bytes, image_size: int, exact_jpeg: bool = False) -> Tensor:
     """The bytes of a picture -> float32 (3, S, S) in [-1, 1]: short side to S, antialiased, and the centre cut out.
 
-    A JPEG is decoded at a half, quarter or eighth where that is still twice as large as S; no more than `MAX_PIXELS` are decoded.
+    A JPEG is decoded at a half, quarter or eighth where that is still twice as large as S (not with `exact_jpeg`); no more than `MAX_PIXELS` are decoded.
 
     Raises:
         BadSample: they are no picture, or too large a one.
@@ -283,7 +283,8 @@ def decode(data: bytes, image_size: int) -> Tensor:
         raise BadSample("its image is empty, a file of 0 bytes")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.draft(None, (2 * image_size, 2 * image_size))
+            if not exact_jpeg:
+                image.draft(None, (2 * image_size, 2 * image_size))
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             return from_pil(_less_long(image), image_size)

@@ -39,7 +39,7 @@ class _NormSiLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float) -> Tensor:
         size, channels, *sides = x.shape
         y, mean, rstd = torch.native_group_norm(dense(x.float()), weight, bias, size, channels, math.prod(sides), groups, eps)
-        if scale is not None:
+        if scale is not None and shift is not None:
             y = torch.addcmul(shift, y, 1 + scale)
         ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
         ctx.groups = groups

@@ -42,7 +42,7 @@ def pca(covariance: Tensor, max_error: float, max_dims: int) -> tuple[Tensor, in
 
     Args:
         covariance: (D, D), computed in float64.
-        max_error: from 0 (never reached: `max_dims`) to 1.
+        max_error: from 0 (asks for `max_dims`) to 1.
         max_dims: how many are given at most.
 
     Returns:
@@ -58,7 +58,7 @@ def pca(covariance: Tensor, max_error: float, max_dims: int) -> tuple[Tensor, in
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1).T
     lost = 1 - values.cumsum(0) / values.sum()
     rank = int((values > 1e-12 * values[0]).sum())
-    needed = min(int((lost >= max_error).sum()) + 1, rank)
+    needed = min(int((lost >= max_error).sum()) + 1 if max_error else max_dims, rank)
     vectors = vectors[: min(needed, max_dims)]
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
     return vectors * largest.sign(), needed

@@ -83,6 +83,11 @@ class ARPrior(Stage):
             )
         if self.text_config.kind == "states" and not data.text_states:
             raise UserError('model.text.kind is "states", for which the data must give CLIP\'s token states: set data.text_states to true.')
+        if self.text_config.kind == "states" and data.clip.states_width != self.text_config.states_width:
+            raise UserError(
+                f"The CLIP of the data has token states of {data.clip.states_width} numbers and model.text.states_width is "
+                f"{self.text_config.states_width}: set it to {data.clip.states_width}."
+            )
         if self.text_config.kind != "none" and self.text_config.context_length < data.clip.context_length:
             raise UserError(
                 f"The CLIP of the data cuts captions into {data.clip.context_length} tokens and model.text.context_length is "

@@ -79,6 +79,7 @@ class Decoder(Stage):
         self.net_config, self.text_config = as_config(UNetConfig, net), as_config(TextConfig, text)
         self.dropout, self.sampling = as_config(DropoutConfig, dropout), as_config(SamplingConfig, sampling)
         self.process = Process(as_config(DiffusionConfig, diffusion))
+        self.process.schedule.respaced(self.sampling.steps)  # refuses what cannot be drawn before training rather than after
         self.normalizer = EmbeddingNormalizer(self.net_config.embed_dim, normalizer)
         width = self.net_config.width
         self.text = TextContext(self.text_config, self.net_config.context_width, 4 * width, self.net_config.embed_dim)

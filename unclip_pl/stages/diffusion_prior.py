@@ -85,6 +85,7 @@ class DiffusionPrior(Stage):
         self.net_config, self.text_config = as_config(PriorTransformerConfig, net), as_config(PriorTextConfig, text)
         self.text_dropout, self.sampling = text_dropout, as_config(PriorSamplingConfig, sampling)
         self.process = Process(as_config(DiffusionConfig, diffusion))
+        self.process.schedule.respaced(self.sampling.steps)  # refuses what cannot be drawn before training rather than after
         if self.process.config.variance == "learned_range":
             raise ValueError("The diffusion prior has no learned variance: set model.diffusion.variance to fixed_small or fixed_large.")
         if not 0 <= text_dropout < 1:

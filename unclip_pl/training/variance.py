@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from unclip_pl.atomic import atomic_file
-from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint, read_checkpoint
+from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint, checkpoint_folder, read_checkpoint
 from unclip_pl.training.ema import EMA
 from unclip_pl.training.needs import Estimates
 
@@ -29,6 +29,9 @@ class AnalyticVariance(Callback):
         if captions < 1 or draws < 1:
             raise ValueError(f"AnalyticVariance was given captions {captions} and draws {draws}: give 1 or more of both.")
         self.captions, self.draws = captions, draws
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        cast(Estimates, pl_module).x0_error.fill_(torch.nan)  # of the weights with which an earlier run ended
 
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,8 +53,9 @@ class AnalyticVariance(Callback):
             watched.estimate_variance(batches, self.draws)
         watched.x0_error.copy_(trainer.strategy.reduce(watched.x0_error.clone(), reduce_op="mean"))
         for callback in callbacks if trainer.is_global_zero else []:
-            if isinstance(callback, NewestCheckpoint) and callback.path and callback.path.stem.endswith(f"step={trainer.global_step}"):
-                _write(callback.path, read_checkpoint(callback.path), watched.x0_error)  # was written before training ended
+            newest = checkpoint_folder(trainer) / f"newest-step={trainer.global_step}.ckpt"
+            if isinstance(callback, NewestCheckpoint) and newest.exists():
+                _write(newest, read_checkpoint(newest), watched.x0_error)  # was written before training ended
             elif isinstance(callback, BestCheckpoint) and callback.best_model_path:
                 stage = type(pl_module)(**pl_module.hparams).to(pl_module.device)
                 add_variance(callback.best_model_path, stage, batches, self.draws)
