@@ -75,7 +75,7 @@ def refusal(config: CLIPConfig, *words: str) -> str:
     with pytest.raises(UserError) as caught:
         FrozenCLIP(config).model
     message = str(caught.value)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60  # no waiting for a network
     assert message.endswith(".") and "\n" not in message and len(message) < 700, message
     for word in words:
         assert word in message, message

@@ -241,8 +241,8 @@ def run_openmoji(arguments: argparse.Namespace) -> None:
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
-    from unclip_pl.data.embeddings import verify
     from unclip_pl.data.shards import expand
+    from unclip_pl.data.verify import verify
 
     notes: list[str] = []
     problems = verify(arguments.store, expand(arguments.shards) if arguments.shards else None, notes=notes)

@@ -26,11 +26,12 @@ from tests.data.test_modules import fit as fit_data
 from tests.data.test_shards import keep, loader, saved, take
 from tests.disk import enlarge, read_only, small_disk
 from tests.training import toy
-from unclip_pl.data.embeddings import EmbeddingStore, verify
+from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.loader import LoaderConfig, Samples
 from unclip_pl.data.modules import ImageEmbeddingData, ImageTextData
 from unclip_pl.data.openmoji import openmoji_shards
 from unclip_pl.data.shards import BadSample, ErrorBudget, count_samples, decode, expand, raw_samples
+from unclip_pl.data.verify import verify
 from unclip_pl.errors import UserError
 from unclip_pl.training.checkpoint import NewestCheckpoint, newest_checkpoint
 from unclip_pl.training.progress import Progress

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from tests.data.shardkit import FakeCLIP, picture, write_shards, write_tar
 from unclip_pl import app
 from unclip_pl.clip import ClipMismatch
-from unclip_pl.data.embeddings import EmbeddingStore, ShardRows, verify
+from unclip_pl.data.embeddings import EmbeddingStore, ShardRows
 from unclip_pl.data.shards import ErrorBudget, decode, expand, raw_samples
+from unclip_pl.data.verify import verify
 from unclip_pl.errors import UserError
 
 

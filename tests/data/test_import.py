@@ -15,10 +15,11 @@ from PIL import Image
 from tests.data.shardkit import FakeCLIP, write_tar
 from unclip_pl import app
 from unclip_pl.clip import ClipMismatch, FrozenCLIP
-from unclip_pl.data.embeddings import EmbeddingStore, verify
+from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.import_embeddings import RetrievalFolder, TarMembers, import_embeddings
 from unclip_pl.data.modules import ImageEmbeddingData
 from unclip_pl.data.shards import ErrorBudget, decode, raw_samples
+from unclip_pl.data.verify import verify
 from unclip_pl.errors import UserError
 
 COUNTS = [9, 4, 30]

@@ -14,9 +14,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.data.shardkit import FakeCLIP, write_shards
 from unclip_pl.clip import CLIPConfig, save_clip
-from unclip_pl.data.embeddings import EmbeddingStore, verify
+from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.loader import LoaderConfig
 from unclip_pl.data.modules import Captioned, EmbeddingJobData, ImageEmbeddingData, ImageTextData, default_store, resolve
+from unclip_pl.data.verify import verify
 from unclip_pl.errors import UserError
 from unclip_pl.stages.embed import Embed
 from unclip_pl.training.checkpoint import AtomicCheckpointIO
