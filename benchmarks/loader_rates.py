@@ -93,8 +93,9 @@ def main() -> None:
         shards = expand(given.data) if given.data else resolve("openmoji", "train", size)
         rates = [loader_rate(shards, size, workers, given.batch_size, given.seconds) for workers in given.workers]
         print(f"| {size} | " + " | ".join(f"{rate:.0f}" for rate in rates) + " |", flush=True)
+    shards = expand(given.data) if given.data else resolve("openmoji", "train", given.sizes[0])
     written, read = store_rates(shards[0], given.rows, given.seconds)
-    print("\nPriors' loader: " + ", ".join(f"{prior_rate(size, given.seconds):,.0f} rows/s in batches of {size}" for size in (64, 512, 4096)) + ".")
+    print("\nPriors' loader: " + ", ".join(f"{prior_rate(size, given.seconds):,.0f} rows/s in batches of {size}" for size in (64, 512, 2048)) + ".")
     print(f"Embedding store: {written:.0f} rows/s written by the embedded CLIP, {read:.0f} rows/s read by key.")
 
 
