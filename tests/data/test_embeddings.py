@@ -313,8 +313,9 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from tests.data.shardkit import FakeCLIP
-from unclip_pl.data.embeddings import EmbeddingStore, verify
+from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.rows import Rows
+from unclip_pl.data.verify import verify
 from unclip_pl.errors import UserError
 folder, shards = sys.argv[1], sys.argv[2:]
 store = EmbeddingStore(folder)

@@ -87,8 +87,8 @@ def test_no_image_is_opened(shards, monkeypatch):
     def never(*_, **__):
         raise AssertionError("a tar was read")
 
-    monkeypatch.setattr(shard_files, "raw_samples", never)
-    monkeypatch.setattr("unclip_pl.data.embeddings.raw_samples", never)
+    monkeypatch.setattr(shard_files, "read_shard", never)
+    monkeypatch.setattr("unclip_pl.data.embeddings.read_shard", never)
     data.prepare_data()
     data.setup("fit")
     assert len(keys(data.train_dataloader())) == 24 and len(keys(data.val_dataloader())) == 7
