@@ -3,9 +3,10 @@
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
-from _common import begin, flops_of, peak_mib, report, wait  # sets what must be set before torch
+from _common import begin, flops_of, peak_mib, report, timed, wait  # sets what must be set before torch
 
 # isort: split
 import torch
@@ -42,15 +43,14 @@ def trained(module: Stage, batch: dict[str, Any], given: Any) -> list[float]:
     return [b - a for a, b in zip(clock.ends[given.warmup :], clock.ends[given.warmup + 1 :])]
 
 
-def bare(module: Stage, batch: dict[str, Any], given: Any) -> list[float]:
-    """Seconds a step of the same module, optimiser and EMA in a plain loop."""
+def plain_step(module: Stage, batch: dict[str, Any], given: Any) -> Callable[[], None]:
+    """A training step of the module with its optimiser and EMA, without a trainer."""
     module.to(given.device)
     batch = {key: value.to(given.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=module.optimizer_config.weight_decay, fused=True)
     averages = [p.detach().clone() for p in module.parameters()]
-    times = []
-    for _ in range(given.warmup + given.repeats):
-        start = time.perf_counter()
+
+    def step() -> None:
         with torch.autocast(given.device.split(":")[0], torch.bfloat16, enabled=given.dtype == "bf16"):
             loss = module.loss(batch)["loss"]
         loss.backward()
@@ -58,9 +58,13 @@ def bare(module: Stage, batch: dict[str, Any], given: Any) -> list[float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch._foreach_lerp_(averages, [p.detach() for p in module.parameters()], 1e-4)
-        wait(given.device)
-        times.append(time.perf_counter() - start)
-    return times[given.warmup :]
+
+    return step
+
+
+def bare(module: Stage, batch: dict[str, Any], given: Any) -> list[float]:
+    """Seconds a step of the same module, optimiser and EMA in a plain loop."""
+    return timed(plain_step(module, batch, given), given)
 
 
 def measure(job: str, module: Stage, batch: dict[str, Any], given: argparse.Namespace, before: float) -> None:

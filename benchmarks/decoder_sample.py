@@ -1,36 +1,19 @@
 """Drawing two 64x64 pictures in 5 steps with guidance by the decoder of `decoder_train.py` (random weights): `Decoder.sample` as the pipeline calls it."""
 
-from _common import begin, flops_of, parser, peak_mib, report, timed
+from _common import begin, parser  # sets what must be set before torch
 
 # isort: split
-import dataclasses
-
-import torch
+from _sampling import measure, options
 from decoder_train import batch_of, decoder
-
-from unclip_pl.diffusion.noise import Noise
 
 
 def main() -> None:
     arguments = parser(__doc__, repeats=5, warmup=1, batch=2)
-    arguments.add_argument("--steps", type=int, default=5)
-    arguments.add_argument("--guidance-scale", type=float, default=2.0)
+    options(arguments, steps=5)
     given = arguments.parse_args()
     before = begin(given)
-    stage = decoder().to(given.device).eval()
-    batch = {key: value.to(given.device) for key, value in batch_of(given.batch).items() if key not in ("key", "image")}
-    sampling = dataclasses.replace(stage.sampling, steps=given.steps, guidance_scale=given.guidance_scale)
-
-    def step() -> None:
-        with torch.autocast(given.device.split(":")[0], torch.bfloat16, enabled=given.dtype == "bf16"):
-            stage.sample(batch, Noise(range(given.batch)), sampling)
-
-    times = timed(step, given)
-    peak = peak_mib()
-    report(
-        "decoder_sample", given, times, given.batch, before, params=sum(p.numel() for p in stage.parameters()), flops_per_step=flops_of(step),
-        peak_rss_mib=peak, nfe=given.steps,
-    )
+    batch = {key: value for key, value in batch_of(given.batch).items() if key not in ("key", "image")}
+    measure("decoder_sample", decoder(), batch, given, before)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
     python benchmarks/profile_step.py [--dtype bf16] [--device cuda]        prints a Markdown table
 """
 
-import unclip_pl._torchvision  # noqa: F401
+from _training import plain_step  # sets what must be set before torch
 
 # isort: split
-import torch
 from _common import begin, parser
 from decoder_train import batch_of, decoder
 from torch.profiler import ProfilerActivity, profile
@@ -30,20 +29,7 @@ def kind_of(name: str) -> str:
 def main() -> None:
     given = parser(__doc__, repeats=3, warmup=2, batch=4).parse_args()
     begin(given)
-    module = decoder().to(given.device).train()
-    batch = {key: value.to(given.device) if isinstance(value, torch.Tensor) else value for key, value in batch_of(given.batch).items()}
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-    averages = [p.detach().clone() for p in module.parameters()]
-
-    def step() -> None:
-        with torch.autocast(given.device.split(":")[0], torch.bfloat16, enabled=given.dtype == "bf16"):
-            loss = module.loss(batch)["loss"]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(averages, [p.detach() for p in module.parameters()], 1e-4)
-
+    step = plain_step(decoder().train(), batch_of(given.batch), given)
     for _ in range(given.warmup):
         step()
     cuda = given.device.startswith("cuda")

@@ -100,13 +100,13 @@ def chosen(arguments: argparse.Namespace, stage: Any, prefix: str = "") -> Any:
     """A stage's sampling settings with what the options say otherwise; one sentence where a value is impossible or not this stage's."""
     from dataclasses import replace
 
-    own, timesteps = stage.sampling, stage.process.config.timesteps if hasattr(stage, "process") else 1000
+    own = stage.sampling
     options = {name: getattr(arguments, prefix + name, None) for name in ("sampler", "steps", "guidance_scale", "eta", "temperature", "top_p")}
     given = {name: value for name, value in options.items() if value is not None}
     unknown = [f"--{(prefix + name).replace('_', '-')}" for name in given if not hasattr(own, name)]
     if unknown:
         raise UserError(f"{unknown[0]} is no setting of this stage: leave it out.")
-    if not 1 <= given.get("steps", 1) <= timesteps:
+    if "steps" in given and not 1 <= given["steps"] <= (timesteps := stage.process.config.timesteps):
         raise UserError(f"--{prefix.replace('_', '-')}steps is {given['steps']}: give 1 to {timesteps}, the timesteps that the stage was trained with.")
     if given.get("eta") and given.get("sampler", own.sampler) != "ddim":
         raise UserError(f"--eta is for the sampler ddim, and the decoder's is {given.get('sampler', own.sampler)}: add --sampler ddim, or leave --eta out.")

@@ -23,6 +23,16 @@ def guided(both: Both, scale: float) -> Predict:
     return predict
 
 
+def halves(predict: Predict) -> Both:
+    """`predict` whose conditions are a doubled batch, (conditional, null), as a pair for the x_t of a single one."""
+
+    def both(x: Tensor, t: Tensor) -> tuple[Prediction, Prediction]:
+        conditional, null = zip(*(value.chunk(2) for value in predict(torch.cat([x, x]), torch.cat([t, t]))), strict=True)
+        return Prediction(*conditional), Prediction(*null)
+
+    return both
+
+
 def static_threshold(x0: Tensor, limit: float = 1.0) -> Tensor:
     """x0 clamped to [-limit, limit]."""
     return x0.clamp(-limit, limit)

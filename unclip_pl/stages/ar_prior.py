@@ -18,7 +18,7 @@ from unclip_pl.errors import UserError
 from unclip_pl.networks.ar_prior import ARPriorConfig, ARPriorNet
 from unclip_pl.networks.quantizer import EmbeddingQuantizer
 from unclip_pl.networks.text import TextConfig
-from unclip_pl.stages.base import OptimizerConfig, Stage, as_config
+from unclip_pl.stages.base import OptimizerConfig, Stage, as_config, check_clip, check_length
 
 ROWS = 131072
 """Embeddings that the buckets are cut from: 128 for each of 1,024. Mean and covariance are of all."""
@@ -76,23 +76,9 @@ class ARPrior(Stage):
         self.needs = ("text_embed", *{"states": ("text_states",), "transformer": ("tokens",), "none": ()}[self.text_config.kind])
 
     def check_data(self, data: Any) -> None:
-        if data.clip.embed_dim != self.net_config.embed_dim:
-            raise UserError(
-                f"The CLIP of the data gives embeddings of {data.clip.embed_dim} numbers and model.net.embed_dim is "
-                f"{self.net_config.embed_dim}: set it to {data.clip.embed_dim}."
-            )
-        if self.text_config.kind == "states" and not data.text_states:
-            raise UserError('model.text.kind is "states", for which the data must give CLIP\'s token states: set data.text_states to true.')
-        if self.text_config.kind == "states" and data.clip.states_width != self.text_config.states_width:
-            raise UserError(
-                f"The CLIP of the data has token states of {data.clip.states_width} numbers and model.text.states_width is "
-                f"{self.text_config.states_width}: set it to {data.clip.states_width}."
-            )
-        if self.text_config.kind != "none" and self.text_config.context_length < data.clip.context_length:
-            raise UserError(
-                f"The CLIP of the data cuts captions into {data.clip.context_length} tokens and model.text.context_length is "
-                f"{self.text_config.context_length}: set it to {data.clip.context_length}."
-            )
+        check_clip(data, self.net_config.embed_dim, self.text_config)
+        if self.text_config.kind != "none":
+            check_length(data, self.text_config)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

@@ -53,6 +53,27 @@ def as_config(kind: type[Config], value: Config | dict) -> Config:
     return kind(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
 
 
+def check_clip(data: Any, embed_dim: int, text: Any) -> None:
+    """UserError where the CLIP of a DataModule has embeddings or token states of another width than the stage's `embed_dim` and `text` config."""
+    clip = data.clip
+    if clip.embed_dim != embed_dim:
+        given = clip.embed_dim
+        raise UserError(f"The CLIP of the data gives embeddings of {given} numbers and model.net.embed_dim is {embed_dim}: set it to {given}.")
+    if text.kind == "states" and not data.text_states:
+        raise UserError('model.text.kind is "states", for which the data must give CLIP\'s token states: set data.text_states to true.')
+    if text.kind == "states" and clip.states_width != text.states_width:
+        raise UserError(
+            f"The CLIP of the data has token states of {clip.states_width} numbers and model.text.states_width is {text.states_width}: set it to "
+            f"{clip.states_width}."
+        )
+
+
+def check_length(data: Any, text: Any) -> None:
+    """UserError where the CLIP of a DataModule has longer captions than the `text` config has positions."""
+    if (length := data.clip.context_length) > text.context_length:
+        raise UserError(f"The CLIP of the data has captions of {length} tokens and model.text.context_length is {text.context_length}: set it to {length}.")
+
+
 class Stage(LightningModule):
     """One stage of unCLIP. Subclasses give `loss` and `sample`, and call `remember` with their arguments.
 

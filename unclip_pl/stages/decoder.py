@@ -9,16 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from unclip_pl.diffusion.guidance import guided, thresholded
+from unclip_pl.diffusion.guidance import guided, halves, thresholded
 from unclip_pl.diffusion.losses import hybrid
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.diffusion.process import DiffusionConfig, Prediction, Process
+from unclip_pl.diffusion.process import DiffusionConfig, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.errors import UserError
 from unclip_pl.networks.embedding import EmbeddingNormalizer
 from unclip_pl.networks.text import TextConfig, TextContext
 from unclip_pl.networks.unet import UNet, UNetConfig
-from unclip_pl.stages.base import OptimizerConfig, Stage, as_config
+from unclip_pl.stages.base import OptimizerConfig, Stage, as_config, check_clip
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,7 @@ class Decoder(Stage):
         self.null_embed = nn.Parameter(null) if learned else nn.Buffer(null)
 
     def check_data(self, data: Any) -> None:
-        if data.clip.embed_dim != self.net_config.embed_dim:
-            raise UserError(
-                f"The CLIP of the data gives embeddings of {data.clip.embed_dim} numbers and model.net.embed_dim is "
-                f"{self.net_config.embed_dim}: set it to {data.clip.embed_dim}."
-            )
-        if self.text_config.kind == "states" and not data.text_states:
-            raise UserError('model.text.kind is "states", for which the data must give CLIP\'s token states: set data.text_states to true.')
+        check_clip(data, self.net_config.embed_dim, self.text_config)
         if data.image_size != self.net_config.image_size:
             raise UserError(f"data.image_size is {data.image_size} and model.net.image_size {self.net_config.image_size}: make them equal.")
 
@@ -154,13 +148,7 @@ class Decoder(Stage):
             pairs = {key: (value, null[key]) for key, value in conditional.items()}
             doubled = {key: None if given is None or dropped is None else torch.cat([given, dropped]) for key, (given, dropped) in pairs.items()}
             encoded = self.net.encode_context(**doubled)
-            twice = adapt(lambda x, t: self.net(x, t, encoded=encoded), schedule)
-
-            def both(x: Tensor, t: Tensor) -> tuple[Prediction, Prediction]:
-                first, second = zip(*(value.chunk(2) for value in twice(torch.cat([x, x]), torch.cat([t, t]))), strict=True)
-                return Prediction(*first), Prediction(*second)
-
-            predict = guided(both, settings.guidance_scale)
+            predict = guided(halves(adapt(lambda x, t: self.net(x, t, encoded=encoded), schedule)), settings.guidance_scale)
         if settings.threshold:
             predict = thresholded(predict, self.process, settings.threshold)
         shape = (3, self.net_config.image_size, self.net_config.image_size)

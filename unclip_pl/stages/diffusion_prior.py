@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip_pl.diffusion.analytic import ErrorByTimestep, with_analytic_variance
-from unclip_pl.diffusion.guidance import guided, thresholded
+from unclip_pl.diffusion.guidance import guided, halves, thresholded
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.diffusion.process import DiffusionConfig, Prediction, Process
+from unclip_pl.diffusion.process import DiffusionConfig, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
-from unclip_pl.errors import UserError
 from unclip_pl.networks.embedding import EmbeddingNormalizer
 from unclip_pl.networks.prior import Prefix, PriorTextConfig, PriorTransformer, PriorTransformerConfig
-from unclip_pl.stages.base import OptimizerConfig, Stage, as_config
+from unclip_pl.stages.base import OptimizerConfig, Stage, as_config, check_clip, check_length
 
 ROWS = 16
 """Captions that are held at a time while the analytic variance is estimated."""
@@ -102,24 +101,8 @@ class DiffusionPrior(Stage):
             self.normalizer.fit(statistics.mean, statistics.std)
 
     def check_data(self, data: Any) -> None:
-        clip = data.clip
-        if clip.embed_dim != self.net_config.embed_dim:
-            raise UserError(
-                f"The CLIP of the data gives embeddings of {clip.embed_dim} numbers and model.net.embed_dim is {self.net_config.embed_dim}: "
-                f"set it to {clip.embed_dim}."
-            )
-        if clip.context_length > self.text_config.context_length:
-            raise UserError(
-                f"The CLIP of the data has captions of {clip.context_length} tokens and model.text.context_length is {self.text_config.context_length}: "
-                f"set it to {clip.context_length}."
-            )
-        if self.text_config.kind == "states" and not data.text_states:
-            raise UserError('model.text.kind is "states", for which the data must give CLIP\'s token states: set data.text_states to true.')
-        if self.text_config.kind == "states" and clip.states_width != self.text_config.states_width:
-            raise UserError(
-                f"The CLIP of the data has token states of {clip.states_width} numbers and model.text.states_width is {self.text_config.states_width}: "
-                f"set it to {clip.states_width}."
-            )
+        check_clip(data, self.net_config.embed_dim, self.text_config)
+        check_length(data, self.text_config)
 
     def conditions(self, batch: dict) -> dict[str, Tensor | None]:
         """The caption's part of the network's arguments; what the batch lacks is None and counts as dropped."""
@@ -175,15 +158,9 @@ class DiffusionPrior(Stage):
         def denoise(x: Tensor, t: Tensor) -> Tensor:  # candidates are further rows of the Transformer: (N, C, D)
             return self.net.denoise(x.flatten(0, 1), t.repeat_interleave(count), prefix).unflatten(0, x.shape[:2])
 
-        predict = adapted = self.process.adapt(denoise, schedule)
+        predict = self.process.adapt(denoise, schedule)
         if guide:
-
-            def both(x: Tensor, t: Tensor) -> tuple[Prediction, Prediction]:
-                halves = adapted(torch.cat([x, x]), torch.cat([t, t]))
-                conditional, null = (Prediction(*half) for half in zip(*(value.chunk(2) for value in halves), strict=True))
-                return conditional, null
-
-            predict = guided(both, settings.guidance_scale)
+            predict = guided(halves(predict), settings.guidance_scale)
         if settings.threshold is not None:
             predict = thresholded(predict, self.process, "static", limit=settings.threshold)
         if settings.sampler == "analytic" and not bool(self.x0_error.isnan().any()):

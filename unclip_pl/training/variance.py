@@ -9,8 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from unclip_pl.atomic import atomic_file
-from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint, checkpoint_folder, read_checkpoint
+from unclip_pl.training.checkpoint import AtomicCheckpointIO, BestCheckpoint, NewestCheckpoint, checkpoint_folder, read_checkpoint
 from unclip_pl.training.ema import EMA
 from unclip_pl.training.needs import Estimates
 
@@ -81,5 +80,4 @@ def _write(path: str | os.PathLike, checkpoint: dict, x0_error: Tensor) -> None:
     for part in ("state_dict", "current_model_state"):
         if part in checkpoint:
             checkpoint[part]["x0_error"] = x0_error.cpu().clone()
-    with atomic_file(path) as file:
-        torch.save(checkpoint, file)
+    AtomicCheckpointIO().save_checkpoint(checkpoint, path)
