@@ -1,0 +1,87 @@
+"""What the commands of `unclip` share: how one is added, the options of drawing and of devices. No torch until a command runs."""
+
+import argparse
+from pathlib import Path
+from typing import Any, Protocol
+
+from unclip_pl.errors import UserError
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names defaults, except those that are None: their help says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default == [] else super()._get_help_string(action)
+
+
+class Command(Protocol):
+    """Adds a command: its name, what it runs with the parsed arguments, its help."""
+
+    def __call__(self, name: str, run: object, text: str) -> argparse.ArgumentParser: ...
+
+
+def command_of(group: argparse._SubParsersAction) -> Command:
+    """`command(name, run, text)` for a group of subcommands."""
+
+    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        added = group.add_parser(name, help=text, description=text, formatter_class=Help)
+        added.set_defaults(run=run)
+        return added
+
+    return command
+
+
+def seed(text: str) -> int:
+    """A seed that torch's generators take, with room for some more after it."""
+    value = int(text)
+    if not 0 <= value < 1 << 62:
+        raise argparse.ArgumentTypeError(f"{value} is no seed: give an integer from 0 to 2^62 - 1")
+    return value
+
+
+def drawing(command: argparse.ArgumentParser, what: str) -> None:
+    """The options of every command that draws with a decoder."""
+    command.add_argument("--num-images", type=int, default=4, help=what)
+    command.add_argument("--decoder", type=Path, help="a checkpoint or release; by default the one in the package")
+    command.add_argument("--sampler", choices=["ddpm", "ddim", "dpm_solver_pp"], help="by default the decoder's own")
+    command.add_argument("--steps", type=int, help="sampling steps; by default the decoder's own")
+    command.add_argument("--guidance-scale", type=float, help="1: no guidance; by default the decoder's own")
+    command.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1")
+    command.add_argument("--seed", type=seed, default=0, help="picture k of each uses seed + k")
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
+    command.add_argument("--out", type=Path, default=Path("out"), help="folder for the PNG files")
+
+
+def chosen(arguments: argparse.Namespace, stage: Any, prefix: str = "") -> Any:
+    """A stage's sampling settings with what the options say otherwise; one sentence where a value is impossible or not this stage's."""
+    from dataclasses import replace
+
+    own = stage.sampling
+    options = {name: getattr(arguments, prefix + name, None) for name in ("sampler", "steps", "guidance_scale", "eta", "temperature", "top_p")}
+    given = {name: value for name, value in options.items() if value is not None}
+    unknown = [f"--{(prefix + name).replace('_', '-')}" for name in given if not hasattr(own, name)]
+    if unknown:
+        raise UserError(f"{unknown[0]} is no setting of this stage: leave it out.")
+    if "steps" in given and not 1 <= given["steps"] <= (timesteps := stage.process.config.timesteps):
+        raise UserError(f"--{prefix.replace('_', '-')}steps is {given['steps']}: give 1 to {timesteps}, the timesteps that the stage was trained with.")
+    if given.get("eta") and given.get("sampler", own.sampler) != "ddim":
+        raise UserError(f"--eta is for the sampler ddim, and the decoder's is {given.get('sampler', own.sampler)}: add --sampler ddim, or leave --eta out.")
+    if not 1 <= given.get("guidance_scale", 1) < float("inf"):
+        raise UserError(f"--{prefix.replace('_', '-')}guidance-scale is {given['guidance_scale']}: give 1 (no guidance) or more.")
+    try:
+        return replace(own, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def pick_device(name: str) -> str:
+    """"auto" is a GPU where there is one, else the CPU; one sentence where the device that is named is not there."""
+    import torch
+
+    if name != "auto":
+        try:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"There is no device {name} here ({str(error).splitlines()[0]}): choose another with --device.") from None
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
