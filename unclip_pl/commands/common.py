@@ -62,7 +62,8 @@ def chosen(arguments: argparse.Namespace, stage: Any, prefix: str = "") -> Any:
     unknown = [f"--{(prefix + name).replace('_', '-')}" for name in given if not hasattr(own, name)]
     if unknown:
         raise UserError(f"{unknown[0]} is no setting of this stage: leave it out.")
-    if "steps" in given and not 1 <= given["steps"] <= (timesteps := stage.process.config.timesteps):
+    if "steps" in given and not 1 <= given["steps"] <= stage.process.config.timesteps:
+        timesteps = stage.process.config.timesteps
         raise UserError(f"--{prefix.replace('_', '-')}steps is {given['steps']}: give 1 to {timesteps}, the timesteps that the stage was trained with.")
     if given.get("eta") and given.get("sampler", own.sampler) != "ddim":
         raise UserError(f"--eta is for the sampler ddim, and the decoder's is {given.get('sampler', own.sampler)}: add --sampler ddim, or leave --eta out.")
