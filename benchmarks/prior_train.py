@@ -18,14 +18,14 @@ DIM, LENGTH = 512, 77
 
 
 def prior() -> DiffusionPrior:
-    """The prior of the comparison, with random weights: padding is learned, so that attention needs no mask."""
+    """The prior of the comparison, with random weights; what stands behind a caption's end is masked, as it is in diffusers'."""
     net = PriorTransformerConfig(embed_dim=DIM, width=512, depth=6, heads=8)
-    return DiffusionPrior(net, PriorTextConfig(states_width=DIM, context_length=LENGTH), sampling=PriorSamplingConfig("ddpm", 16, 2.0))
+    return DiffusionPrior(net, PriorTextConfig(states_width=DIM, context_length=LENGTH, padding="masked"), sampling=PriorSamplingConfig("ddpm", 16, 2.0))
 
 
-def batch_of(size: int) -> dict[str, Any]:
-    """Random embeddings and captions of 39 to 77 tokens, as the DataModule gives them."""
-    ends = torch.randint(LENGTH // 2, LENGTH, (size, 1))
+def batch_of(size: int, longest: int = LENGTH) -> dict[str, Any]:
+    """Random embeddings and captions of 38 to `longest` tokens, as the DataModule gives them."""
+    ends = torch.randint(LENGTH // 2 - 1, longest, (size, 1))
     return {
         "key": [str(i) for i in range(size)], "image_embed": torch.randn(size, DIM), "text_embed": torch.randn(size, DIM),
         "tokens": torch.zeros(size, LENGTH, dtype=torch.int64), "text_states": torch.randn(size, LENGTH, DIM), "text_mask": torch.arange(LENGTH) <= ends,

@@ -104,7 +104,7 @@ def test_no_position_sees_what_comes_after_it(padding):
     net.transformer.register_forward_pre_hook(lambda module, args: sequence.append(args[0].requires_grad_()))
     outputs = []
     for block in net.transformer.blocks[:-1]:
-        block.register_forward_hook(lambda module, args, result: outputs.append(result[0]))
+        block.register_forward_hook(lambda module, args, result: outputs.append(result[0] if args[4] is None else args[4].unpack(result[0], args[5])))
     net(x, t, **given)
     length = sequence[0].shape[1]
     assert length == (7 if padding == "learned" else 5) + 4 and len(outputs) == 2

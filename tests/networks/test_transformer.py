@@ -60,8 +60,32 @@ def test_last_outputs_alone_are_the_same(model):
     x = torch.randn(2, 6, 32, dtype=torch.float64)
     mask = torch.tensor([[True] * 6, [True, False, False, True, True, True]])
     for last in (1, 3, 6):
-        torch.testing.assert_close(model(x, mask, last=last), model(x, mask)[:, -last:])
+        some = mask[:, -last:]
+        torch.testing.assert_close(model(x, mask, last=last)[some], model(x, mask)[:, -last:][some])
         torch.testing.assert_close(model(x, last=last), model(x)[:, -last:])
+    (none, past), (_, expected) = model.extend(x, None, mask, last=0), model.extend(x, None, mask)
+    assert none.shape == (2, 0, 32)
+    for kept, whole in zip(past, expected, strict=True):
+        torch.testing.assert_close(kept, whole)
+
+
+@pytest.mark.parametrize("last", [None, 1])
+def test_hidden_tokens_change_nothing_and_are_not_computed(model, last):
+    """Each row equals that of its visible tokens alone, gradients too, and the MLPs see no other tokens."""
+    x = torch.randn(3, 6, 32, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True] * 6, [True, False, False, True, False, True], [False, False, True, True, True, True]])
+    rows = []
+    model.blocks[0].mlp.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[:-1].numel()))
+    out = model(x, mask, last=last)
+    assert rows == [mask.sum()]
+    weight = torch.randn(32, dtype=torch.float64)
+    (grad,) = torch.autograd.grad((out[mask] if last is None else out).square().mul(weight).sum(), x)
+    for b in range(3):
+        alone = x.detach()[b, mask[b]].requires_grad_()
+        expected = model(alone[None], last=last)[0]
+        torch.testing.assert_close(out[b][mask[b]] if last is None else out[b], expected)
+        torch.testing.assert_close(grad[b][mask[b]], torch.autograd.grad(expected.square().mul(weight).sum(), alone)[0])
+    assert not grad[~mask].any()
 
 
 def test_one_that_is_not_causal_cannot_go_on():

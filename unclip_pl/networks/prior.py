@@ -49,7 +49,8 @@ class PriorTextConfig:
     context_length: int = 77
     """Number L of positions; shorter captions are padded."""
     padding: Literal["learned", "masked"] = "learned"
-    """Behind a caption's end: an embedding learned for each position (GLIDE; there is no mask, so the fastest kernels serve), or nothing visible (Karlo)."""
+    """Behind a caption's end: an embedding learned for each position (GLIDE; no mask, so that a GPU's fastest kernels serve), or nothing visible (Karlo;
+    on a CPU what is hidden costs nothing)."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("states", "tokens"):
@@ -124,7 +125,7 @@ class PriorTransformer(nn.Module):
             ValueError: more tokens than `context_length`.
         """
         before, visible = _seen(*self._before(keep, tokens, mask, text_embed, states))
-        return Prefix(self.transformer.extend(before, None, visible)[1], visible)
+        return Prefix(self.transformer.extend(before, None, visible, last=0)[1], visible)
 
     def denoise(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
         """`forward` for captions that `encode_text` has read: x (B, D), t (B,) and B rows of `prefix`. Returns (B, D)."""
