@@ -200,7 +200,7 @@ def test_choices_have_the_odds_and_ranges_of_the_recipe(monkeypatch):
 def test_the_share_of_spoiled_conditions_is_the_probability(kind, probability, share):
     image, generator = noise(3, 16, 16) * 2 - 1, rng(5)
     clean, config = downscale(image), DegradationConfig(kind, probability)
-    spoiled = np.mean([not torch.equal(degrade(image, config, generator), clean) for _ in range(250)])
+    spoiled = np.mean([not torch.equal(degrade(image, config, generator), clean) for _ in range(400)])
     assert spoiled == pytest.approx(share, abs=0.08 if 0 < share < 1 else 0)
 
 
