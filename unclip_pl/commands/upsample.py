@@ -13,7 +13,7 @@ def add(command: Command) -> None:
     upsample = command("upsample", run_upsample, "Draw pictures larger, whole and in their own shape: 4 times by one upsampler, 16 times by both.")
     upsample.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files of any size; transparency becomes white")
     how = upsample.add_mutually_exclusive_group()
-    how.add_argument("--times", type=int, choices=[4, 16], default=4, help="4: by the upsampler made for the nearest size (64 or 256 pixels)")
+    how.add_argument("--times", type=int, choices=[4, 16], help="4 (the default): by the upsampler made for the nearest size, 64 or 256 pixels")
     how.add_argument("--size", type=int, help="pixels of the longer side instead: drawn 4 or 16 times as large, then reduced to this")
     upsampling(upsample, "--steps")
     upsample.add_argument("--seed", type=seed, default=0, help="the same for every picture")
@@ -39,7 +39,7 @@ def run_upsample(arguments: argparse.Namespace) -> None:
 
     pictures = [load_image(path)[None] for path in arguments.images]
     sides = [max(picture.shape[-2:]) for picture in pictures]
-    times = [arguments.times if arguments.size is None else times_for(path, side, arguments.size) for path, side in zip(arguments.images, sides)]
+    times = [arguments.times or 4 if arguments.size is None else times_for(path, side, arguments.size) for path, side in zip(arguments.images, sides)]
     check_offload(arguments, device := pick_device(arguments.device))
     paths = [arguments.upsampler_256 or "256", arguments.upsampler_1024 or "1024"]
     cascade = Cascade(load_upsamplers(paths), device, arguments.offload)
