@@ -186,7 +186,7 @@ def test_too_little_memory_is_a_sentence_before_anything_is_drawn(three, monkeyp
     cascade_of_two = Cascade(three[1:])
     monkeypatch.setattr(three[1], "sample", lambda *_: pytest.fail("drawn"))
     monkeypatch.setattr(cascade, "free_bytes", lambda device: 200_000_000)
-    with pytest.raises(UserError, match=r"A picture of 8000x1600 pixels takes \d\.\d GB on cpu and 0.2 GB are free"):
+    with pytest.raises(UserError, match=r"1 picture of 8000x1600 pixels at a time takes \d\.\d GB on cpu, and 0.2 GB are free"):
         cascade_of_two.upsample(torch.zeros(1, 3, 100, 500), [0], 16)
 
     def full(*_):

@@ -113,7 +113,7 @@ class Cascade:
         route, (height, width) = self.route(max(images.shape[-2:]), times), images.shape[-2:]
         for stage in route:  # before any is drawn
             height, width = height * stage.factor, width * stage.factor
-            self._check_memory(stage, height, width)
+            self._check_memory(stage, height, width, min(len(images), self._at_once(height, width)))
         for stage in route:
             images = self._enlarged(stage, images, seeds, (sampling or {}).get(stage.net_config.image_size), callback)
         return images
@@ -121,7 +121,7 @@ class Cascade:
     def _enlarged(self, stage: Upsampler, images: Tensor, seeds: Sequence[int], sampling: UpsamplingConfig | None, callback: Callback | None) -> Tensor:
         """All pictures through one stage, as many at a time as `batch_pixels` allows."""
         height, width = (stage.factor * side for side in images.shape[-2:])
-        size = max(1, self.batch_pixels // (height * width))
+        size = self._at_once(height, width)
         parts = range(0, len(images), size)
         steps = (sampling or stage.sampling).steps * len(parts)
         offset = SEEDS * (3 if isinstance(stage, Upsampler1024) else 1)
@@ -146,23 +146,25 @@ class Cascade:
                     ) from None
         return torch.cat(drawn)
 
-    def _check_memory(self, stage: Upsampler, height: int, width: int) -> None:
-        """UserError where a picture larger than those that the stage was made for certainly needs more memory than is free."""
-        if height * width <= stage.net_config.image_size**2 or (free := free_bytes(self.device)) is None:
-            return
+    def _at_once(self, height: int, width: int) -> int:
+        """How many pictures of this size are drawn together."""
+        return max(1, self.batch_pixels // (height * width))
+
+    def _check_memory(self, stage: Upsampler, height: int, width: int, count: int) -> None:
+        """UserError where `count` pictures certainly need more memory than is free: their activations alone, which grow with the pixels."""
         side = stage.net_config.image_size
-        needed = forward_bytes(stage.net_config, side, side) * height * width / side**2  # activations grow with the pixels
-        if needed > free:
+        needed = forward_bytes(stage.net_config, side, side) * count * height * width / side**2
+        if (free := free_bytes(self.device)) is not None and needed > free:
             raise UserError(
-                f"A picture of {width}x{height} pixels takes {needed / 1e9:.1f} GB on {self.device} and {free / 1e9:.1f} GB are free: "
-                "give a smaller one or cut it into parts."
+                f"{count} picture{'s' * (count > 1)} of {width}x{height} pixels at a time take{'s' * (count == 1)} {needed / 1e9:.1f} GB on {self.device}, "
+                f"and {free / 1e9:.1f} GB are free: give smaller ones, or cut them into parts."
             )
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device; None where it cannot be asked."""
+    """Memory that is free on a device, torch's own reserve included; None where it cannot be asked."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     table = Path("/proc/meminfo")
     if device.type != "cpu" or not os.access(table, os.R_OK):
         return None
