@@ -66,6 +66,26 @@ def load_stage(path: str | os.PathLike, *kinds: type[Kind]) -> Kind:
     return stage.eval().requires_grad_(False)
 
 
+def start_from(stage: Stage, path: str | os.PathLike) -> None:
+    """Give `stage` the weights of a release or checkpoint of the same stage, to train on from there; optimiser, step and skipped steps start anew.
+
+    Raises:
+        UserError: it is another stage, of another diffusion process or scale of embeddings, or names and shapes do not fit.
+    """
+    weights = read_weights(path)
+    if weights.stage != type(stage).__name__:
+        raise UserError(f"{path} holds a {weights.stage}, and this run trains a {type(stage).__name__}: give --init a release or checkpoint of one.")
+    for name in ("diffusion", "normalizer"):  # the weights fit any of them, and mean something in their own alone
+        theirs, ours = weights.hyper_parameters.get(name), stage.hparams.get(name)
+        if theirs != ours:
+            raise UserError(f"{path} was trained with model.{name} {theirs}, and this run has {ours}: make them equal, or leave --init out.")
+    try:
+        stage.load_state_dict(weights.tensors | {"skipped_steps": torch.zeros_like(stage.skipped_steps)})
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit this run's model ({str(error).splitlines()[1].strip()}): give the model that configuration.") from None
+    stage.clip_fingerprint = weights.clip_fingerprint
+
+
 def paired(captions: Sequence[str], seeds: Sequence[int]) -> None:
     """ValueError unless there is a seed for each caption."""
     if len(captions) != len(seeds):
@@ -82,10 +102,12 @@ class UnCLIP:
         device: where all of it runs.
 
     Raises:
-        UserError: a stage does not say of which CLIP it is, or is of another one.
+        UserError: a stage does not say of which CLIP it is, or is of another one; a prior for a decoder that was trained on text embeddings.
     """
 
     def __init__(self, decoder: Decoder, prior: Prior | None = None, clip: FrozenCLIP | None = None, device: str = "cpu") -> None:
+        if prior is not None and decoder.condition == "text":
+            raise UserError('The decoder was trained on text embeddings and has no use for a prior: leave the prior out and condition on "text".')
         for name, stage in {"decoder": decoder, "prior": prior}.items():
             if stage is None:
                 continue
@@ -147,7 +169,8 @@ class UnCLIP:
         """Draw one image a seed.
 
         Args:
-            image_embed: (B, D) as CLIP gives it; None for the null embedding (caption alone).
+            image_embed: (B, D) as CLIP gives it; None for the null embedding (caption alone). A decoder that was trained on text embeddings takes
+                what is given here for one of those.
             seeds: B of them; image k depends on seed k alone, whatever the batch.
             captions: B of them; None drops the caption.
             sampling: other settings than the decoder's own.
@@ -156,7 +179,7 @@ class UnCLIP:
         Returns:
             float32 (B, 3, 64, 64) in [-1, 1] on the pipeline's device.
         """
-        batch: dict = {} if image_embed is None else {"image_embed": image_embed.to(self.device)}
+        batch: dict = {"embed": None if image_embed is None else image_embed.to(self.device)}
         if captions is not None:
             batch |= self._text(captions)
         return self.decoder.sample(batch, Noise(seeds), sampling, callback)
@@ -171,7 +194,7 @@ class UnCLIP:
             captions: B of them.
             seeds: B of them; image k depends on caption and seed k alone.
             condition: what the decoder has for an image embedding: "prior", one that the prior draws; "text", the caption's text embedding
-                in its place; "caption", none.
+                in its place (for a decoder that was trained on those, the only one that it knows); "caption", none.
             prior_sampling, sampling: other settings than the stages' own.
             callback: called with ("prior" or "decoder", step, steps).
 
