@@ -28,11 +28,11 @@ from eval.captions import Caption, read_captions
 from eval.common import positive, rank, world_size
 from eval.folders import Batch, Pictures, Source
 from unclip_pl import __version__
-from unclip_pl.atomic import atomic_file, cache_dir
+from unclip_pl.atomic import atomic_file, cache_dir, remove_leftovers
 from unclip_pl.commands.common import chosen
 from unclip_pl.errors import UserError
 from unclip_pl.images import to_pil
-from unclip_pl.pipeline import CONDITIONS, DEFAULT_DECODER, DEFAULT_PRIORS, UnCLIP
+from unclip_pl.pipeline import CONDITIONS, DEFAULT_DECODER, DEFAULT_PRIORS, DEFAULT_UPSAMPLERS, UnCLIP, read_weights
 
 Draw = Callable[[Sequence[int]], Tensor]
 """Indices of captions -> float (B, 3, H, W) in [-1, 1]."""
@@ -102,6 +102,7 @@ class Drawn:
         from tqdm import tqdm
 
         self.check()
+        remove_leftovers(self.folder, "*.tar")
         missing = [shard for shard in self.mine if not shard.exists()]
         total = sum(len(self.indices(shard)) for shard in missing)
         with tqdm(total=total, desc=f"drawing {self.name}", unit="image", disable=not missing or self.rank != 0, mininterval=1.0, file=sys.stderr) as bar:
@@ -152,9 +153,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", help='judge what this decoder draws: a checkpoint or release, or "openmoji", the one in the package')
     parser.add_argument("--samples", type=Path, help="folder for the pictures that are drawn; by default one in the cache for these settings")
     add_drawing(parser)
-    parser.add_argument("--condition", choices=CONDITIONS, help="of the decoder: prior (the default with --prior), text, or caption")
-    parser.add_argument("--prior", help='"diffusion" or "ar", those in the package; or a checkpoint or release')
+    parser.add_argument("--condition", choices=CONDITIONS, help="what the decoder has for an image embedding; by default the prior's")
+    parser.add_argument("--prior", help='"diffusion" (the default) or "ar", those in the package; or a checkpoint or release')
     parser.add_argument("--guidance-scale", type=float, help="1: no guidance; by default the decoder's own")
+    parser.add_argument("--upsamplers", nargs="+", metavar="UPSAMPLER", help='"256", "1024", those in the package; or checkpoints or releases, in order')
 
 
 def add_drawing(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +172,7 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
 
 
 MODEL_OPTIONS = (
-    "samples", "num_captions", "condition", "prior", "guidance_scale", "sampler", "steps", "eta", "prior_guidance_scale", "prior_steps", "prior_sampler",
+    "samples", "num_captions", "condition", "prior", "guidance_scale", "upsamplers", "sampler", "steps", "eta", "prior_guidance_scale", "prior_steps", "prior_sampler",
 )
 
 
@@ -187,15 +189,12 @@ def open_source(arguments: argparse.Namespace) -> Source:
         if useless:
             raise UserError(f"--{useless[0].replace('_', '-')} is for pictures that a model draws, and --images names some that are there: leave one out.")
         return Pictures(arguments.images, rank(), world_size())
-    condition = arguments.condition or ("prior" if arguments.prior else None)
-    if condition is None:
-        raise UserError("Say what the decoder has for an image embedding: --prior diffusion (or ar), --condition text, or --condition caption.")
+    decoder = str(DEFAULT_DECODER) if arguments.ckpt == "openmoji" else arguments.ckpt
+    condition = arguments.condition or ("text" if read_weights(decoder).hyper_parameters.get("condition") == "text" else "prior")
     if condition != "prior" and arguments.prior:
         raise UserError(f"--prior is given, and --condition {condition} uses none: leave one of them out.")
-    model = Model(
-        str(DEFAULT_DECODER) if arguments.ckpt == "openmoji" else arguments.ckpt,
-        (arguments.prior or "diffusion") if condition == "prior" else None, arguments.device, arguments.precision,
-    )  # fmt: skip
+    prior = (arguments.prior or "diffusion") if condition == "prior" else None
+    model = Model(decoder, prior, arguments.device, arguments.precision, arguments.upsamplers or ())
     captions = read_captions(arguments.captions, arguments.num_captions, model.size)
     sampling = chosen(arguments, model.unclip.decoder)
     prior_sampling = chosen(arguments, model.unclip.prior, "prior_") if model.unclip.prior else None
@@ -226,6 +225,7 @@ class Model:
     Args:
         decoder: a checkpoint or release.
         prior: "diffusion", "ar", a checkpoint or release, or None.
+        upsamplers: "256", "1024", checkpoints or releases, in order; pictures are then of the last one's size.
         precision: "fp32" or "bf16" (autocast).
     """
 
@@ -233,21 +233,23 @@ class Model:
     prior: str | None = None
     device: str = "cpu"
     precision: str = "fp32"
+    upsamplers: Sequence[str] = ()
 
     @cached_property
     def unclip(self) -> UnCLIP:
-        return UnCLIP.load(self.decoder, self.prior, device=self.device)
+        return UnCLIP.load(self.decoder, self.prior, device=self.device, upsamplers=self.upsamplers)
 
     @property
     def size(self) -> int:
-        """Side of its pictures in pixels."""
+        """Side of the decoder's pictures in pixels."""
         return self.unclip.decoder.net_config.image_size
 
     @property
     def settings(self) -> dict[str, Any]:
         """The weights and the precision, as plain values."""
         prior = None if self.prior is None else weights_of(DEFAULT_PRIORS.get(self.prior, Path(self.prior)))
-        return {"decoder": weights_of(self.decoder), "prior": prior, "precision": self.precision}
+        upsamplers = [weights_of(DEFAULT_UPSAMPLERS.get(name, Path(name))) for name in self.upsamplers]
+        return {"decoder": weights_of(self.decoder), "prior": prior, "upsamplers": upsamplers, "precision": self.precision}
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 where it was asked for."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
@@ -16,6 +17,11 @@ from unclip_pl.errors import UserError
 def to_uint8(images: Tensor) -> Tensor:
     """(..., C, H, W) in [-1, 1] -> uint8 (..., C, H, W), rounded and clamped."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def psnr(images: Tensor, targets: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each image (B, C, H, W) in [-1, 1] against its target: (B,)."""
+    return 10 * (4 / (images.float() - targets.float()).square().flatten(1).mean(1)).log10()
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -37,6 +43,15 @@ def from_pil(image: Image.Image, size: int | None = None) -> Tensor:
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(127.5).sub(1)
+
+
+def reduced(images: Tensor, side: int) -> Tensor:
+    """(B, 3, H, W) in [-1, 1], brought (antialiased bicubic) to `side` pixels at the longer side; smaller ones come back as they are."""
+    longer = max(images.shape[-2:])
+    if longer <= side:
+        return images
+    shape = [max(1, round(pixels * side / longer)) for pixels in images.shape[-2:]]
+    return F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def flatten(image: Image.Image) -> Image.Image:

@@ -4,8 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from unclip_pl.commands.common import Command, chosen, drawing, pick_device
+from unclip_pl.commands.common import Command, check_offload, chosen, drawing, pick_device, upsampling
 from unclip_pl.errors import UserError
+
+GRID = 2048
 
 
 def add(command: Command) -> None:
@@ -22,8 +24,10 @@ def add(command: Command) -> None:
     generate.add_argument("--prior-temperature", type=float, help="of an autoregressive prior: divides its logits; by default its own")
     generate.add_argument("--prior-top-p", type=float, help="of an autoregressive prior: share of the likeliest codes drawn from; by default its own")
     drawing(generate, "pictures of each prompt")
+    generate.add_argument("--size", type=int, choices=[64, 256, 1024], default=64, help="pixels a side; upsamplers draw the decoder's 64 larger")
+    upsampling(generate, "--upsampler-steps")
     generate.add_argument("--batch-size", type=int, default=16, help="pictures drawn at a time")
-    generate.add_argument("--grid", action="store_true", help="also write grid.png, a row for each prompt")
+    generate.add_argument("--grid", action="store_true", help=f"also write grid.png, a row for each prompt, at most {GRID} pixels of pictures wide")
 
     vary = command("vary", run_vary, "Draw variations of pictures: encode each with CLIP and decode its embedding.")
     vary.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files of any size (centre-cropped to a square)")
@@ -48,13 +52,24 @@ def prompts_of(arguments: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(prompts))  # each once
 
 
+def upsamplers_of(arguments: argparse.Namespace) -> list[str | Path]:
+    """What `UnCLIP.load` takes for the upsamplers that `--size` needs; one sentence where an option is of one that it does not."""
+    options = {"256": arguments.upsampler_256, "1024": arguments.upsampler_1024}
+    needed = [name for name in options if arguments.size >= int(name)]
+    of_others = {f"upsampler-{name}": path for name, path in options.items() if name not in needed}
+    of_all = {} if needed else {"upsampler-steps": arguments.upsampler_steps}
+    if idle := [name for name, value in (of_others | of_all).items() if value is not None]:
+        raise UserError(f"--{idle[0]} is given, and pictures of {arguments.size} pixels need no such upsampler: leave it out, or ask for a larger --size.")
+    return [options[name] or name for name in needed]
+
+
 def run_generate(arguments: argparse.Namespace) -> None:
     import re
 
     import torch
     from tqdm import tqdm
 
-    from unclip_pl.images import grid, save_png
+    from unclip_pl.images import grid, reduced, save_png
     from unclip_pl.pipeline import DEFAULT_DECODER, UnCLIP
 
     prompts = prompts_of(arguments)
@@ -67,14 +82,18 @@ def run_generate(arguments: argparse.Namespace) -> None:
     if priors and arguments.condition != "prior":
         raise UserError(f"--{priors[0].replace('_', '-')} is given, and --condition {arguments.condition} uses no prior: leave one of them out.")
     prior = (arguments.prior or "diffusion") if arguments.condition == "prior" else None
-    unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, prior, device=pick_device(arguments.device))
+    upsamplers = upsamplers_of(arguments)
+    check_offload(arguments, device := pick_device(arguments.device))
+    unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, prior, device=device, upsamplers=upsamplers, offload=arguments.offload)
     sampling = chosen(arguments, unclip.decoder)
+    by_size = {size: chosen(arguments, stage, "upsampler_") for size, stage in zip(unclip.cascade.sizes, unclip.cascade.stages)}
     prior_sampling = chosen(arguments, unclip.prior, "prior_") if unclip.prior else None
     for prompt in prompts:
         if cut := unclip.clip.cut(prompt):
             print(f'unclip: "{prompt[:40]}..." is longer than CLIP reads ({unclip.clip.context_length} tokens), cut: "{cut}"', file=sys.stderr)
     todo = [(prompt, arguments.seed + k) for prompt in prompts for k in range(arguments.num_images)]
     settings = f"generate, condition {arguments.condition}, prior {prior} {prior_sampling}, decoder {arguments.decoder or 'of the package'} {sampling}"
+    settings += "".join(f", upsampler {path} {used}" for path, used in zip(upsamplers, by_size.values()))
     names: dict[str, str] = {}
     for prompt in prompts:
         name = re.sub(r"\W+", "-", prompt).strip("-")[:60] or "picture"
@@ -84,16 +103,17 @@ def run_generate(arguments: argparse.Namespace) -> None:
         for first in range(0, len(todo), arguments.batch_size):
             captions, seeds = zip(*todo[first : first + arguments.batch_size], strict=True)
             images = unclip.generate(
-                captions, seeds, arguments.condition, prior_sampling=prior_sampling, sampling=sampling,
+                captions, seeds, arguments.condition, size=unclip.sizes[-1], prior_sampling=prior_sampling, sampling=sampling, upsampling=by_size,
                 callback=lambda stage, step, steps: bar.set_postfix_str(f"{stage} step {step}/{steps}"),
             )
             for prompt, seed, image in zip(captions, seeds, images.cpu(), strict=True):
                 path = save_png(image, arguments.out / f"{names[prompt]}-{seed}.png", prompt=prompt, seed=str(seed), unclip=settings)
                 bar.write(str(path), file=sys.stdout)
-                drawn.append(image)
+                if arguments.grid:
+                    drawn.append(reduced(image[None], max(unclip.sizes[0], GRID // arguments.num_images)))
             bar.update(len(images))
     if arguments.grid:
-        rows = list(torch.stack(drawn).split(arguments.num_images))
+        rows = list(torch.cat(drawn).split(arguments.num_images))
         print(save_png(grid(rows, prompts), arguments.out / "grid.png", prompt="; ".join(prompts), seed=str(arguments.seed), unclip=settings))
 
 
