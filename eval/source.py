@@ -172,7 +172,8 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
 
 
 MODEL_OPTIONS = (
-    "samples", "num_captions", "condition", "prior", "guidance_scale", "upsamplers", "sampler", "steps", "eta", "prior_guidance_scale", "prior_steps", "prior_sampler",
+    "samples", "num_captions", "condition", "prior", "guidance_scale", "upsamplers",
+    "sampler", "steps", "eta", "prior_guidance_scale", "prior_steps", "prior_sampler",
 )
 
 

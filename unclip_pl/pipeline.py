@@ -237,17 +237,11 @@ class UnCLIP:
             captions: B of them.
             seeds: B of them; image k depends on caption and seed k alone.
             condition: what the decoder has for an image embedding: "prior", one that the prior draws; "text", the caption's text embedding
-        UserError: a stage does not say of which CLIP it is, or is of another one; a prior for a decoder that was trained on text embeddings; an
-            upsampler is not for the size before it.
-    """
-
-    def __init__(
-        self, decoder: Decoder, prior: Prior | None = None, clip: FrozenCLIP | None = None, device: str = "cpu", upsamplers: Sequence[Upsampler] = (),
-        offload: bool = False,
-    ) -> None:
-        if prior is not None and decoder.condition == "text":
-            raise UserError('The decoder was trained on text embeddings and has no use for a prior: leave the prior out and condition on "text".')
-        home = "cpu" if offload else device
+                in its place (for a decoder that was trained on those, the only one that it knows); "caption", none.
+            size: one of `sizes`, such as 64, 256, 1024; None: the largest.
+            prior_sampling, sampling: other settings than those of the prior and the decoder.
+            upsampling: by target side, other settings than the upsamplers' own: {256: ...}.
+            callback: called with ("prior", "decoder", "upsampler 256" ..., step, steps).
 
         Returns:
             float32 (B, 3, size, size) in [-1, 1].
