@@ -1,6 +1,7 @@
 """Captions to draw from: a text file, MS-COCO's annotations, or image shards, "openmoji" (its held-out drawings) among them."""
 
 import json
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from unclip_pl.data.shards import ErrorBudget, raw_samples
 from unclip_pl.errors import UserError
 
 MAX_BAD_RATE = 0.01
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,10 @@ class Caption:
 def read_captions(spec: str, count: int | None = None, image_size: int = 64) -> list[Caption]:
     """The captions of FILE.txt (one a line), FILE.json (MS-COCO's annotations), or shards ("openmoji": `image_size` is that of the drawings).
 
-    With `count` that many: the first ones; of MS-COCO's, which stand in groups of five, a fixed random choice.
+    With `count` that many: the first ones; of MS-COCO's, which has five of each picture, a fixed random choice. Blank ones are named and passed over.
 
     Raises:
-        UserError: there are none, fewer than `count`, or blank ones.
+        UserError: there are none, or fewer than `count`.
     """
     if spec.endswith(".txt"):
         found = _lines(Path(spec).expanduser())
@@ -36,12 +38,12 @@ def read_captions(spec: str, count: int | None = None, image_size: int = 64) -> 
         found = _coco(Path(spec).expanduser())
     else:
         found = _shards(resolve(spec, "val", image_size))
-    if not found:
-        raise UserError(f"There are no captions in {spec}: give a .txt file with one a line, MS-COCO's annotations (.json), or image shards with captions.")
     blank = [caption.key for caption in found if not caption.text]
     if blank:
-        more = f" and {len(blank) - 3} more" if len(blank) > 3 else ""
-        raise UserError(f"{spec} has {len(blank)} blank captions ({', '.join(blank[:3])}{more}): write them, or take them out.")
+        log.warning("%s has %d blank captions (%s%s), which were passed over.", spec, len(blank), ", ".join(blank[:3]), ", ..." if len(blank) > 3 else "")
+        found = [caption for caption in found if caption.text]
+    if not found:
+        raise UserError(f"There are no captions in {spec}: give a .txt file with one a line, MS-COCO's annotations (.json), or image shards with captions.")
     if count is None:
         return found
     if not 1 <= count <= len(found):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from eval.captions import Caption, read_captions
@@ -31,7 +32,7 @@ from unclip_pl import __version__
 from unclip_pl.atomic import atomic_file, cache_dir, remove_leftovers
 from unclip_pl.commands.common import chosen
 from unclip_pl.errors import UserError
-from unclip_pl.images import to_pil
+from unclip_pl.images import from_pil, to_pil
 from unclip_pl.pipeline import CONDITIONS, DEFAULT_DECODER, DEFAULT_PRIORS, DEFAULT_UPSAMPLERS, UnCLIP, read_weights
 
 Draw = Callable[[Sequence[int]], Tensor]
@@ -48,6 +49,7 @@ class Drawn:
         captions: caption k is picture k.
         draw: is given the indices of a batch.
         settings: plain values that decide what the pictures are.
+        first: only so many of the captions for now; the rest may follow into the same folder.
         shard: pictures a shard.
         rank, world_size: this process among all.
     """
@@ -57,13 +59,14 @@ class Drawn:
     draw: Draw
     settings: dict[str, Any]
     name: str = "drawn"
+    first: int | None = None
     shard: int = SHARD
     rank: int = 0
     world_size: int = 1
     bad: int = 0
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return len(self.captions[: self.first])
 
     @property
     def mine(self) -> list[Path]:
@@ -73,11 +76,11 @@ class Drawn:
     def indices(self, shard: Path) -> range:
         """Of the pictures in a shard."""
         first = int(shard.stem) * self.shard
-        return range(first, min(first + self.shard, len(self)))
+        return range(first, min(first + self.shard, len(self.captions)))
 
     def check(self) -> None:
         """Write the manifest; UserError where the folder holds pictures of other settings."""
-        ours = json.loads(json.dumps(self.settings | {"captions_sha256": digest_of(self.captions), "count": len(self), "shard": self.shard}))
+        ours = json.loads(json.dumps(self.settings | {"captions_sha256": digest_of(self.captions), "count": len(self.captions), "shard": self.shard}))
         manifest = self.folder / MANIFEST
         try:
             theirs = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
@@ -128,7 +131,18 @@ class Drawn:
         """This rank's pictures, drawn first where they are missing; `keys` are "0000000", "0000001" and so on."""
         self.complete(batch_size)
         for shard in self.mine:
-            yield from Pictures(str(shard), max_bad_rate=0.0).batches(batch_size)
+            for batch in Pictures(str(shard), max_bad_rate=0.0).batches(batch_size):
+                kept = sum(int(key) < len(self) for key in batch["keys"])  # of the last shard
+                yield {name: values[:kept] for name, values in batch.items()}
+
+
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        """Some that are drawn, by any rank: (N, 3, H, W) in [-1, 1]."""
+        found = []
+        for k in indices:
+            with tarfile.open(self.folder / f"{k // self.shard:05d}.tar") as tar, Image.open(tar.extractfile(f"{k:07d}.png")) as image:  # type: ignore[arg-type]
+                found.append(from_pil(image))
+        return torch.stack(found)
 
 
 def digest_of(captions: Sequence[Caption]) -> str:
