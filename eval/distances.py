@@ -64,13 +64,13 @@ def factor(covariance: Tensor) -> Tensor:
 
 
 def frechet_of(a: Gaussian, b: Gaussian) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (FID: Heusel et al. 2017); the last trace is the nuclear norm of F_a^T F_b, so all stays symmetric."""
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (FID: Heusel et al. 2017); the last trace is the nuclear norm of F_a^T F_b."""
     spread = a.factor.square().sum() + b.factor.square().sum()
     return ((a.mean - b.mean).square().sum() + spread - 2 * _nuclear(a.factor.T @ b.factor)).item()
 
 
 def _nuclear(matrix: Tensor) -> Tensor:
-    """The sum of the singular values; of a large matrix from the eigenvalues of its square, which is three times as fast and loses half the digits of the least."""
+    """The sum of the singular values; of a large matrix from the eigenvalues of its square: quicker, and only the least lose digits."""
     if min(matrix.shape) <= BLOCK:
         return torch.linalg.svdvals(matrix).sum()
     square = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
@@ -136,7 +136,10 @@ def _row_sums(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) 
 
 
 def cmmd(a: Tensor, b: Tensor) -> float:
-    """CMMD: 1000 times the squared MMD with the kernel exp(-|x - y|^2 / (2 10^2)) on CLIP embeddings of length 1, all pairs, the biased form that its authors' code has (Jayasumana et al. 2024)."""
+    """CMMD (Jayasumana et al. 2024): 1000 times the squared MMD with the kernel exp(-|x - y|^2 / (2 10^2)) on CLIP embeddings of length 1.
+
+    All pairs, a row with itself too, which is the biased form of its authors' code.
+    """
     a, b = (torch.nn.functional.normalize(x.double(), dim=1) for x in (a, b))
 
     def gauss(x: Tensor, y: Tensor) -> Tensor:

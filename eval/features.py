@@ -30,6 +30,7 @@ class Features(Protocol):
     dim: int
     key: str | None
     """Tells this network, its weights and its resizing from others in the cache of reference features; None: its features are not cached."""
+    is_clip: bool
 
     def __call__(self, images: Tensor) -> Tensor: ...
 
@@ -42,6 +43,7 @@ class Network:
     dim: int
     function: Callable[[Tensor], Tensor]
     key: str | None = None
+    is_clip: bool = False
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -72,7 +74,11 @@ def clip_config(name: str, precision: str = "fp32") -> CLIPConfig:
 def clip_features(clip: FrozenCLIP) -> Features:
     """The image embeddings of a CLIP, with its own resizing."""
     digest = hashlib.sha256(json.dumps(clip.fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
-    return Network(f"CLIP {clip.config}", clip.embed_dim, lambda images: clip.embed_images(images.to(clip.device).float() / 127.5 - 1), f"clip-{digest}")
+
+    def features(images: Tensor) -> Tensor:
+        return clip.embed_images(images.to(clip.device).float() / 127.5 - 1)
+
+    return Network(f"CLIP {clip.config}", clip.embed_dim, features, f"clip-{digest}", is_clip=True)
 
 
 def of_callable(name: str, function: Callable[[Tensor], Tensor], dim: int) -> Features:
@@ -110,7 +116,7 @@ def inception_file() -> Path:
                         raise OSError(f"{target.tell()} of {expected} bytes came")
             except OSError as error:
                 raise UserError(
-                    f"Inception's weights cannot be had ({error}): fetch {INCEPTION_URL} on a machine with a network and put it at {file}, or use --features clip."
+                    f"Inception's weights cannot be had ({error}): fetch {INCEPTION_URL} elsewhere and put it at {file}, or use --features clip."
                 ) from error
     return file
 

@@ -1,7 +1,7 @@
 """Images from a folder of files or from tar shards, as uint8 batches of one size each; what cannot be read is named, counted, and refused above a rate."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,10 +23,9 @@ Batch = dict[str, Any]
 
 
 class Source(Protocol):
-    """Images to be judged; `bad` were passed over so far."""
+    """Images to be judged; `len` counts those of all ranks, `batches` gives this rank's."""
 
     name: str
-    bad: int
 
     def __len__(self) -> int: ...
 
@@ -44,11 +43,16 @@ class Pictures:
     rank: int = 0
     world_size: int = 1
     max_bad_rate: float = MAX_BAD_RATE
-    bad: int = 0
+    captions: Sequence[str] | None = None
+    """Of a folder: one for each of `files`, in place of the .txt files."""
 
     def __post_init__(self) -> None:
         if not self.files and not self.shards:
             raise UserError(f"There are no images in {self.where}: give a folder with {', '.join(FILES)} files or with .tar shards, or a pattern of shards.")
+        if self.captions is not None and self.shards:
+            raise UserError(f"{self.where} are shards, which have captions of their own: leave --captions out.")
+        if self.captions is not None and len(self.captions) != len(self.files):
+            raise UserError(f"There are {len(self.captions)} captions and {len(self.files)} images in {self.where}: give one a line, in order of the names.")
 
     @property
     def name(self) -> str:
@@ -93,7 +97,6 @@ class Pictures:
             rows.append((image, key, caption))
             if len(rows) == batch_size:
                 yield _batch(waiting.pop(tuple(image.shape)))
-        self.bad = budget.bad
         budget.end()
         for rows in waiting.values():
             yield _batch(rows)
@@ -112,9 +115,13 @@ class Pictures:
 
     def _raw(self, budget: ErrorBudget) -> Iterator[tuple[str, str, bytes, str]]:
         """This rank's (key, where, bytes, caption)."""
-        for path in self.files[self.rank :: self.world_size]:
+        for n in range(self.rank, len(self.files), self.world_size):
+            path = self.files[n]
             text = path.with_suffix(".txt")
-            caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else ""
+            if self.captions is not None:
+                caption = self.captions[n]
+            else:
+                caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else ""
             yield path.relative_to(Path(self.where).expanduser()).with_suffix("").as_posix(), f"image {path}", path.read_bytes(), caption
         number = 0
         for shard in self.shards:

@@ -32,39 +32,53 @@ def checked(features: Tensor, dim: int, what: str = "The features") -> Tensor:
     return features
 
 
-class _TwoSets(Metric):
-    """Two sets of features, (N, D) and (M, D); a subclass computes its figures from both."""
+class _Rows(Metric):
+    """Keeps two lists of rows (B, D), called as the subclass says in `lists`, gathered over ranks; a rank may have none."""
 
     full_state_update = False
     higher_is_better: bool | None = None
     is_differentiable = False
-    real: list[Tensor]
-    fake: list[Tensor]
+    lists: tuple[str, str]
     least = 2
-    """Rows that each set must have."""
+    """Rows that each must have."""
 
     def __init__(self, dim: int, **metric: Any) -> None:
         super().__init__(**metric)
         self.dim = dim
         self.set_dtype(torch.float64)
-        self.add_state("real", [], dist_reduce_fx="cat")
-        self.add_state("fake", [], dist_reduce_fx="cat")
+        for name in self.lists:
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def sync(self, *arguments: Any, **options: Any) -> None:
+        for rows in (getattr(self, name) for name in self.lists):
+            if isinstance(rows, list) and not rows:  # torchmetrics gathers tensors of as many dimensions on each rank
+                rows.append(torch.zeros(0, self.dim, dtype=torch.float64, device=self.device))
+        super().sync(*arguments, **options)
+
+    def rows(self, name: str) -> Tensor:
+        """(N, D), of all ranks when called from `compute`."""
+        rows = getattr(self, name)
+        if isinstance(rows, Tensor):
+            return rows
+        return torch.cat(rows) if rows else torch.zeros(0, self.dim, dtype=torch.float64, device=self.device)
+
+
+class TwoSets(_Rows):
+    """Two sets of features, (N, D) and (M, D); a subclass computes its figures from both."""
+
+    lists = ("real", "fake")
+    real: list[Tensor]
+    fake: list[Tensor]
 
     def update(self, features: Tensor, real: bool) -> None:
         """Add (B, D) to the reference set (`real`) or to the generated one."""
         (self.real if real else self.fake).append(checked(features, self.dim).to(self.device))
 
-    def sync(self, *arguments: Any, **options: Any) -> None:
-        for rows in (self.real, self.fake):
-            if isinstance(rows, list) and not rows:  # a rank without images takes part with a set of its width
-                rows.append(torch.zeros(0, self.dim, dtype=torch.float64, device=self.device))
-        super().sync(*arguments, **options)
-
     def sets(self) -> tuple[Tensor, Tensor]:
         """The reference set and the generated one, over all ranks when called from `compute`."""
-        sets = tuple(torch.cat(rows) if isinstance(rows, list) and rows else rows for rows in (self.real, self.fake))
-        require_rows(self, self.least, *(len(rows) for rows in sets))
-        return sets[0], sets[1]  # type: ignore[return-value]
+        real, fake = self.rows("real"), self.rows("fake")
+        require_rows(self, self.least, len(real), len(fake))
+        return real, fake
 
 
 def require_rows(metric: Metric, least: int, *counts: int) -> None:
@@ -73,7 +87,7 @@ def require_rows(metric: Metric, least: int, *counts: int) -> None:
         raise UserError(f"{type(metric).__name__} needs at least {least} images in each set, and they have {' and '.join(map(str, counts))}: add images.")
 
 
-class FrechetDistance(_TwoSets):
+class FrechetDistance(TwoSets):
     """`fid` (FID, where the features are Inception's), from running sums: memory is of 2 D^2 numbers and at most D rows of each set, of any N."""
 
     higher_is_better = False
@@ -101,12 +115,12 @@ class FrechetDistance(_TwoSets):
         """`fid`, `n_real`, `n_fake`; warns where there are fewer images than features, or sets of two sizes."""
         gaussians, counts = zip(*(self._gaussian(name) for name in ("real", "fake")), strict=True)
         require_rows(self, self.least, *counts)
-        warn_of_sizes(self.dim, *counts)
+        for text in of_sizes(self.dim, *counts):
+            log.warning(text)
         return {"fid": distances.frechet_of(*gaussians), "n_real": counts[0], "n_fake": counts[1]}
 
     def _gaussian(self, name: str) -> tuple[distances.Gaussian | None, int]:
-        rows, count = getattr(self, name), int(getattr(self, f"{name}_count"))
-        rest = torch.cat(rows) if isinstance(rows, list) and rows else rows
+        rest, count = self.rows(name), int(getattr(self, f"{name}_count"))
         total = count + len(rest)
         if total < self.least:
             return None, total
@@ -117,25 +131,23 @@ class FrechetDistance(_TwoSets):
         return distances.of_sums(total, getattr(self, f"{name}_sum") + rest.sum(0), getattr(self, f"{name}_product").addmm(rest.T, rest)), total
 
 
-def warn_of_sizes(dim: int, n_real: int, n_fake: int) -> list[str]:
-    """Say in the log what the sizes of the sets do to the figures; returns what was said."""
+def of_sizes(dim: int, n_real: int, n_fake: int) -> list[str]:
+    """What the sizes of the sets do to the figures, in sentences."""
     said = []
     if min(n_real, n_fake) <= dim:
         said.append(
-            f"A set has {min(n_real, n_fake)} images and the features have {dim} numbers: a covariance of rank {min(n_real, n_fake) - 1} stands for one of {dim}, "
-            "and the Frechet distance comes out far too large; compare it only with sets of the same sizes, or use more images."
+            f"A set has {min(n_real, n_fake)} images and the features have {dim} numbers: its covariance has no more than rank {min(n_real, n_fake) - 1}, "
+            "and the Frechet distance comes out far too large; compare it only with figures of the same two sizes, or use more images."
         )
     if n_real != n_fake:
         said.append(
             f"The sets have {n_real} and {n_fake} images: the Frechet distance is biased upwards by about c (1/{n_real} + 1/{n_fake}), "
             "recall falls with fewer generated images: compare only with figures of the same two sizes."
         )
-    for text in said:
-        log.warning(text)
     return said
 
 
-class FrechetSpread(_TwoSets):
+class FrechetSpread(TwoSets):
     """How sure FID is: `fid_se`, `fid_low`, `fid_high` (95 %) by the bootstrap, and `fid_infinity`, without the bias of finite sets (None: too few images)."""
 
     def __init__(self, dim: int, resamples: int = 100, seed: int = 0, **metric: Any) -> None:
@@ -150,7 +162,7 @@ class FrechetSpread(_TwoSets):
         return {"fid_se": spread.error, "fid_low": spread.interval[0], "fid_high": spread.interval[1], "fid_infinity": infinity}
 
 
-class KernelDistance(_TwoSets):
+class KernelDistance(TwoSets):
     """`kid`, unbiased over all pairs, and its standard error `kid_se`."""
 
     higher_is_better = False
@@ -161,7 +173,7 @@ class KernelDistance(_TwoSets):
         return {"kid": found.value, "kid_se": found.error}
 
 
-class CMMD(_TwoSets):
+class CMMD(TwoSets):
     """`cmmd`; meant for CLIP's embeddings."""
 
     higher_is_better = False
@@ -170,7 +182,7 @@ class CMMD(_TwoSets):
         return {"cmmd": distances.cmmd(*self.sets())}
 
 
-class PrecisionRecall(_TwoSets):
+class PrecisionRecall(TwoSets):
     """`precision` and `recall` by the k-th nearest neighbour."""
 
     higher_is_better = True
@@ -230,19 +242,13 @@ def _pairs(image_embed: Tensor, text_embed: Tensor) -> tuple[Tensor, Tensor]:
     return F.normalize(image, dim=1), F.normalize(text, dim=1)
 
 
-class RetrievalRank(Metric):
+class RetrievalRank(_Rows):
     """How far up an image's own caption stands among all captions: `rank_mean`, `rank_median` (1 the best), `r1`, `r5`; equal captions are one."""
 
-    full_state_update = False
-    is_differentiable = False
+    lists = ("image", "text")
     image: list[Tensor]
     text: list[Tensor]
-
-    def __init__(self, **metric: Any) -> None:
-        super().__init__(**metric)
-        self.set_dtype(torch.float64)
-        self.add_state("image", [], dist_reduce_fx="cat")
-        self.add_state("text", [], dist_reduce_fx="cat")
+    least = 1
 
     def update(self, image_embed: Tensor, text_embed: Tensor) -> None:
         """Add images (B, D) with their captions (B, D)."""
@@ -251,7 +257,9 @@ class RetrievalRank(Metric):
         self.text.append(text.to(self.device))
 
     def compute(self) -> dict[str, float]:
-        ranks = retrieval_ranks(*(torch.cat(rows) if isinstance(rows, list) else rows for rows in (self.image, self.text))).double()
+        image, text = self.rows("image"), self.rows("text")
+        require_rows(self, self.least, len(image))
+        ranks = retrieval_ranks(image, text).double()
         shares = {f"r{k}": (ranks <= k).double().mean().item() for k in (1, 5)}
         return {"rank_mean": ranks.mean().item(), "rank_median": ranks.median().item(), **shares, "captions": len(ranks)}
 
