@@ -11,7 +11,7 @@ from unclip_pl.cli import build_cli, find_config, find_configs, main, resume, se
 from unclip_pl.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-JOBS = {"embed": "predict"}
+CLASSES = {"decoder_text": "Decoder"}  # files that have no class of their own
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("*.yaml"))
 OVERLAYS = sorted(str(path.relative_to(ROOT)) for folder in ("", "data/") for path in (ROOT / "lightning_config" / folder).glob("*.yaml"))
 PAPER = sorted(path.stem for path in (ROOT / "stages" / "paper").glob("*.yaml"))
@@ -25,7 +25,7 @@ def build(*arguments: str):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_builds(stage):
     cli = build("-c", f"stages/{stage}.yaml")
-    assert type(cli.model).__name__.lower() == stage.replace("_", "")
+    assert type(cli.model).__name__.lower() == CLASSES.get(stage, stage).lower().replace("_", "")
     assert cli.trainer.default_root_dir.endswith(f"runs/{stage}")
 
 
@@ -109,6 +109,12 @@ def test_clip_overlays_go_over_the_diffusion_prior(clip):
 
     config = open_clip.get_model_config(cli.datamodule.clip.config.model)
     assert cli.model.net_config.embed_dim == config["embed_dim"] and cli.model.text_config.states_width == config["text_cfg"]["width"]
+
+
+def test_decoder_on_text_embeddings_differs_from_the_decoder_in_its_condition_alone():
+    image, text = (build("-c", f"stages/{name}.yaml") for name in ("decoder", "decoder_text"))
+    assert dict(image.model.hparams) | {"condition": "text"} == dict(text.model.hparams)
+    assert image.trainer.max_steps == text.trainer.max_steps and image.datamodule.config == text.datamodule.config
 
 
 def test_files_merge_and_flags_win():

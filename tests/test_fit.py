@@ -126,6 +126,19 @@ def test_saved_configuration_runs_again(whole, shards, tmp_path):
     assert cli.trainer.global_step == 1
 
 
+@pytest.mark.timeout(1200)
+def test_fine_tuning_starts_from_the_averaged_weights_with_a_new_optimiser_and_goes_on_where_it_stopped(whole, shards, tmp_path):
+    given = newest_checkpoint(whole[0])
+    flags = ["--init", str(given), "--model.condition", "text", "--model.optimizer.lr", "0", "--trainer.max_steps", "1"]
+    build_cli(arguments(tmp_path, shards, *flags))
+    ours, theirs = read_checkpoint(newest_checkpoint(tmp_path)), read_checkpoint(given)
+    assert ours["global_step"] == 1 and ours["optimizer_states"][0]["state"][0]["step"] == 1
+    for name in theirs["state_dict"]:  # at a learning rate of 0 a step leaves what it began with
+        assert torch.equal(ours["state_dict"][name], theirs["state_dict"][name]), name
+    build_cli(resume(arguments(tmp_path, shards, "--init", "gone.ckpt", *flags[2:-1], "2", "--resume", "auto")))  # now the weights come from the run
+    assert read_checkpoint(newest_checkpoint(tmp_path))["global_step"] == 2
+
+
 def test_width_that_does_not_fit_the_clip_is_a_sentence(shards, tmp_path, capsys):
     given = ["fit", "-c", "stages/decoder.yaml", *TINY, "--data.train", str(shards / "train-*.tar"), "--data.val", "null",
                  "--data.store", str(shards / "store"), "--trainer.default_root_dir", str(tmp_path), "--model.net.embed_dim", "512"]  # fmt: skip
@@ -139,6 +152,7 @@ def test_width_that_does_not_fit_the_clip_is_a_sentence(shards, tmp_path, capsys
         (["--data.train", "nowhere/*.tar"], "There is no shard nowhere"),
         (["--data.clip.model", "ViT-L-14-quickgelu"], "needs weights"),
         (["--resume", "gone.ckpt"], "There is no checkpoint gone.ckpt"),
+        (["--init", "gone.ckpt"], "There is no checkpoint gone.ckpt"),
         (["--data.text_states", "false"], "set data.text_states to true"),
         (["--trainer.max_steps", "-1"], r"give --trainer.max_steps"),
     ],

@@ -1,6 +1,7 @@
 """Releases and checkpoints through one door: what is written comes back, what does not fit is refused by name, commands give pictures."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.errors import UserError
 from unclip_pl.networks.unet import UNetConfig
-from unclip_pl.pipeline import DEFAULT_DECODER, UnCLIP, load_stage, read_weights
+from unclip_pl.pipeline import DEFAULT_DECODER, UnCLIP, load_stage, read_weights, start_from
 from unclip_pl.release import Release
+from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.clip import CLIP
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.stages.diffusion_prior import DiffusionPrior
 
 NET = UNetConfig(image_size=16, width=32, mults=(1,), depth=1, attention=(), middle_attention=False, head_width=32, embed_dim=256)
 QUICK = SamplingConfig(sampler="ddim", steps=2)
@@ -112,6 +115,40 @@ def test_three_ways_to_condition(decoder):
     assert drawn.shape == (2, 3, 16, 16) and drawn.abs().max() <= 1
     torch.testing.assert_close(unclip.decode(embed[1:], [4])[0], drawn[1], rtol=1e-4, atol=1e-4)
     assert not torch.equal(unclip.decode(None, [3, 4]), drawn)
+
+
+def test_decoder_on_text_embeddings_gets_those_of_the_captions_and_wants_no_prior(decoder, fingerprint):
+    text = Decoder(net=NET, sampling=QUICK, diffusion=DiffusionConfig(parametrization="v"), condition="text")
+    text.load_state_dict(decoder.state_dict())
+    text.clip_fingerprint = fingerprint
+    unclip, captions = UnCLIP(text), ["dog", "cat"]
+    drawn = unclip.generate(captions, [3, 4], "text")
+    assert torch.equal(drawn, UnCLIP(decoder).decode(unclip.embed_text(captions), [3, 4], captions))
+    assert not torch.equal(drawn, unclip.generate(captions, [3, 4], "caption"))
+    with pytest.raises(UserError, match="There is no prior"):
+        unclip.generate(captions, [3, 4])
+    with pytest.raises(UserError, match="trained on text embeddings and has no use for a prior"):
+        UnCLIP(text, DiffusionPrior.__new__(DiffusionPrior))
+
+
+def test_training_starts_from_the_weights_of_a_release_or_checkpoint_and_from_nothing_else(folder, checkpoint, decoder, tmp_path):
+    fresh = lambda **changes: Decoder(**(dict(decoder.hparams) | changes))
+    for path, tolerance in ((checkpoint, 0), (folder, 1e-3)):
+        stage = fresh(condition="text", optimizer=OptimizerConfig(lr=3e-4))
+        stage.skipped_steps += 3
+        start_from(stage, path)
+        torch.testing.assert_close(dict(stage.named_parameters()), dict(decoder.named_parameters()), rtol=tolerance, atol=tolerance)
+        assert stage.skipped_steps == 0 and stage.clip_fingerprint == decoder.clip_fingerprint
+        assert stage.optimizer_config.lr == 3e-4 and stage.condition == "text" and stage.training
+    for changes, words in (
+        ({"net": replace(NET, width=64)}, r"does not fit this run's model \(size mismatch"),
+        ({"diffusion": DiffusionConfig(parametrization="eps")}, "was trained with model.diffusion"),
+        ({"normalizer": "none"}, "was trained with model.normalizer unit, and this run has none"),
+    ):
+        with pytest.raises(UserError, match=words):
+            start_from(fresh(**changes), checkpoint)
+    with pytest.raises(UserError, match="holds a DiffusionPrior, and this run trains a Decoder"):
+        start_from(decoder, pipeline.DEFAULT_PRIORS["diffusion"])
 
 
 def test_vary_writes_pictures_with_their_settings(folder, tmp_path, capsys):

@@ -24,6 +24,7 @@ USAGE = f"""unclip_pl {__version__}: train the stages of unCLIP
   lightning validate -c stages/decoder.yaml --ckpt_path FILE                           validate it
   lightning predict  -c stages/embed.yaml                                              fill an embedding store
   lightning fit      -c stages/decoder.yaml --resume auto                              go on from the newest checkpoint
+  lightning fit      -c stages/decoder.yaml --init PATH                                fine-tune the weights of a release or checkpoint
   lightning fit --help                                                                 every option
 
 Stages: {{stages}}. Flags come after the files: what comes later wins.
@@ -78,7 +79,7 @@ def known_keys() -> set[str]:
     from unclip_pl.stages.base import Stage
     from unclip_pl.training import checkpoint, ema, pictures
 
-    keys: set[str] = {"model", "data", "trainer", "ema", "newest", "best", "pictures", "seed_everything", "ckpt_path", "init_args", "class_path"}
+    keys: set[str] = {"model", "data", "trainer", "ema", "newest", "best", "pictures", "seed_everything", "ckpt_path", "init", "init_args", "class_path"}
 
     def add(kind: type) -> None:
         constructor = kind.__init__  # type: ignore[misc]  # only its signature is read
@@ -133,6 +134,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from unclip_pl.data import crops, modules  # noqa: F401  short names of the DataModules
+    from unclip_pl.pipeline import start_from
     from unclip_pl.stages import load_all
     from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint, newest_checkpoint
     from unclip_pl.training.ema import EMA
@@ -151,6 +153,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             for key, callback in {"ema": EMA, "newest": NewestCheckpoint, "best": BestCheckpoint, "pictures": Pictures}.items():
                 parser.add_lightning_class_args(callback, key)
+            parser.add_argument("--init", type=str | None, help="a release or checkpoint of the same stage whose weights training starts from")
 
         def _parse_ckpt_path(self) -> None:
             """Files and flags win over what a checkpoint remembers of its own run (Lightning's default is the other way round)."""
@@ -170,6 +173,9 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
                 super().instantiate_classes()
             except ValueError as error:
                 raise UserError(sentence(str(error))) from error
+            config = self.config[self.subcommand] if self.subcommand else self.config
+            if config.get("init") and not config.get("ckpt_path"):  # else a run that is resumed has its weights from there
+                start_from(self.model, config["init"])
 
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand] if self.subcommand else self.config

@@ -69,6 +69,26 @@ def load_stage(path: str | os.PathLike, *kinds: type[Kind]) -> Kind:
     return stage.eval().requires_grad_(False)
 
 
+def start_from(stage: Stage, path: str | os.PathLike) -> None:
+    """Give `stage` the weights of a release or checkpoint of the same stage, to train on from there; optimiser, step and skipped steps start anew.
+
+    Raises:
+        UserError: it is another stage, of another diffusion process or scale of embeddings, or names and shapes do not fit.
+    """
+    weights = read_weights(path)
+    if weights.stage != type(stage).__name__:
+        raise UserError(f"{path} holds a {weights.stage}, and this run trains a {type(stage).__name__}: give --init a release or checkpoint of one.")
+    for name in ("diffusion", "normalizer"):  # the weights fit any of them, and mean something in their own alone
+        theirs, ours = weights.hyper_parameters.get(name), stage.hparams.get(name)
+        if theirs != ours:
+            raise UserError(f"{path} was trained with model.{name} {theirs}, and this run has {ours}: make them equal, or leave --init out.")
+    try:
+        stage.load_state_dict(weights.tensors | {"skipped_steps": torch.zeros_like(stage.skipped_steps)})
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit this run's model ({str(error).splitlines()[1].strip()}): give the model that configuration.") from None
+    stage.clip_fingerprint = weights.clip_fingerprint
+
+
 def load_upsamplers(entries: Sequence[str | os.PathLike]) -> list[Upsampler]:
     """The upsamplers in release folders or checkpoints; "256" and "1024" are those in the package."""
     stages: list[Upsampler] = []
@@ -98,13 +118,16 @@ class UnCLIP:
         offload: keep on the device only the stage that works; the others wait in the CPU's memory.
 
     Raises:
-        UserError: a stage does not say of which CLIP it is, or is of another one; an upsampler is not for the size before it.
+        UserError: a stage does not say of which CLIP it is, or is of another one; a prior for a decoder that was trained on text embeddings; an
+            upsampler is not for the size before it.
     """
 
     def __init__(
         self, decoder: Decoder, prior: Prior | None = None, clip: FrozenCLIP | None = None, device: str = "cpu", upsamplers: Sequence[Upsampler] = (),
         offload: bool = False,
     ) -> None:
+        if prior is not None and decoder.condition == "text":
+            raise UserError('The decoder was trained on text embeddings and has no use for a prior: leave the prior out and condition on "text".')
         home = "cpu" if offload else device
         for name, stage in {"decoder": decoder, "prior": prior}.items():
             if stage is None:
@@ -180,7 +203,8 @@ class UnCLIP:
         """Draw one image a seed.
 
         Args:
-            image_embed: (B, D) as CLIP gives it; None for the null embedding (caption alone).
+            image_embed: (B, D) as CLIP gives it; None for the null embedding (caption alone). A decoder that was trained on text embeddings takes
+                what is given here for one of those.
             seeds: B of them; image k depends on seed k alone, whatever the batch.
             captions: B of them; None drops the caption.
             sampling: other settings than the decoder's own.
@@ -189,7 +213,7 @@ class UnCLIP:
         Returns:
             float32 (B, 3, 64, 64) in [-1, 1] on the pipeline's device.
         """
-        batch: dict = {} if image_embed is None else {"image_embed": image_embed.to(self.device)}
+        batch: dict = {"embed": None if image_embed is None else image_embed.to(self.device)}
         if captions is not None:
             batch |= self._text(captions)
         with at_work(self.decoder, self.device, self.offload):
@@ -213,7 +237,7 @@ class UnCLIP:
             captions: B of them.
             seeds: B of them; image k depends on caption and seed k alone.
             condition: what the decoder has for an image embedding: "prior", one that the prior draws; "text", the caption's text embedding
-                in its place; "caption", none.
+                in its place (for a decoder that was trained on those, the only one that it knows); "caption", none.
             size: one of `sizes`, such as 64, 256, 1024; None: the largest.
             prior_sampling, sampling: other settings than those of the prior and the decoder.
             upsampling: by target side, other settings than the upsamplers' own: {256: ...}.

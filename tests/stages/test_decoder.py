@@ -147,3 +147,28 @@ def test_it_overfits_eight_pictures():
         optimizer.step()
     drawn = stage.eval().sample(data, Noise(range(8)), SamplingConfig(sampler="ddim", steps=20, guidance_scale=1.0))
     assert (drawn.mean((2, 3)) - colours).abs().max() < 0.25
+
+
+def test_decoder_on_text_embeddings_trains_and_draws_as_one_on_image_embeddings_that_gets_those():
+    """Swapping the two entries of the batch must be all that the flag does."""
+    text = Decoder(net=NET, text=TextConfig(kind="none"), condition="text")
+    image = Decoder(net=NET, text=TextConfig(kind="none"))
+    text.load_state_dict(image.state_dict())
+    given = batch()
+    swapped = given | {"image_embed": given["text_embed"], "text_embed": given["image_embed"]}
+    losses = [stage.loss(entries, torch.Generator().manual_seed(3))["loss"] for stage, entries in ((text, given), (image, swapped), (image, given))]
+    assert losses[0] == losses[1]
+    for stage in (image, text):
+        for parameter in stage.net.parameters():
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(4))
+    draw = lambda stage, entries: stage.eval().sample(entries, Noise(range(4)), SamplingConfig(sampler="ddim", steps=2))
+    assert torch.equal(draw(text, given), draw(image, swapped)) and not torch.equal(draw(text, given), draw(image, given))
+    assert torch.equal(draw(text, given | {"embed": given["image_embed"]}), draw(image, given))
+    assert torch.equal(draw(image, given | {"embed": None}), draw(image, {}))
+
+
+def test_condition_that_is_none_of_the_two_is_refused_and_older_releases_have_the_first():
+    with pytest.raises(ValueError, match='knows no condition "caption"'):
+        decoder(condition="caption")
+    older = {name: value for name, value in decoder().hparams.items() if name != "condition"}
+    assert Decoder(**older).condition == "image" and Decoder(**decoder(condition="text").hparams).condition == "text"

@@ -127,6 +127,10 @@ class ErrorBudget:
                 f"mend the data or raise {self.option} ({self.max_rate:g})."
             )
 
+    def end(self) -> None:
+        """All was read: judge a set of fewer than 100 samples, too."""
+        self._judge()
+
     def charge(self, lost: Lost) -> None:
         self.spend(lost.where, lost.reason, lost.count)
 
@@ -272,15 +276,15 @@ def caption_of(sample: dict[str, Any]) -> str:
     return caption.strip() if isinstance(caption, str) else ""
 
 
-def decode(data: bytes, image_size: int, exact_jpeg: bool = False) -> Tensor:
-    """The bytes of a picture -> float32 (3, S, S) in [-1, 1]: short side to S, antialiased, and the centre cut out.
+def decode(data: bytes, image_size: int | None, exact_jpeg: bool = False) -> Tensor:
+    """The bytes of a picture -> float32 (3, S, S) in [-1, 1]: short side to S, antialiased, and the centre cut out. With None: whole, at its own size.
 
     A JPEG is decoded at a half, quarter or eighth where that is still twice as large as S (not with `exact_jpeg`); no more than `MAX_PIXELS` are decoded.
 
     Raises:
         BadSample: they are no picture, or too large a one.
     """
-    return _opened(data, image_size, exact_jpeg, lambda image: from_pil(_less_long(image), image_size))
+    return _opened(data, image_size, exact_jpeg, lambda image: from_pil(image if image_size is None else _less_long(image), image_size))
 
 
 def decode_uncut(data: bytes, image_size: int, exact_jpeg: bool = False) -> Image.Image:
@@ -299,13 +303,13 @@ def decode_uncut(data: bytes, image_size: int, exact_jpeg: bool = False) -> Imag
     return _opened(data, image_size, exact_jpeg, reduced)
 
 
-def _opened(data: bytes, image_size: int, exact_jpeg: bool, use: Callable[[Image.Image], Decoded]) -> Decoded:
+def _opened(data: bytes, image_size: int | None, exact_jpeg: bool, use: Callable[[Image.Image], Decoded]) -> Decoded:
     """What `use` makes of the picture in `data`; raises BadSample, see `decode`."""
     if not data:
         raise BadSample("its image is empty, a file of 0 bytes")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if not exact_jpeg:
+            if image_size is not None and not exact_jpeg:
                 image.draft(None, (2 * image_size, 2 * image_size))
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError

@@ -58,10 +58,14 @@ class SamplingConfig:
 class Decoder(Stage):
     """Trains on `image`, `image_embed` and `tokens` (or `text_states`, `text_embed`) of a batch; see `TextConfig` for the caption.
 
+    With `condition: text` the caption's CLIP embedding, `text_embed`, trains and conditions it in the place of `image_embed`: the paper's baseline
+    without a prior (section 5.1).
+
     Args:
         net: the U-Net; `embed_dim` must be the CLIP's, `out_channels` follows from `diffusion`.
         text: how the caption becomes context; `kind: none` leaves it out.
         normalizer: scale of the embedding as the network sees it: "unit" (norm 0.5375 sqrt(D), the paper's 17.2 at D = 1024), "none".
+        condition: of which embedding of CLIP it draws: "image" or "text".
     """
 
     def __init__(
@@ -73,9 +77,15 @@ class Decoder(Stage):
         sampling: SamplingConfig = SamplingConfig(),
         normalizer: Literal["unit", "none"] = "unit",
         optimizer: OptimizerConfig = OptimizerConfig(lr=1.2e-4),
+        condition: Literal["image", "text"] = "image",
     ) -> None:
         super().__init__()
-        self.remember(optimizer, net=net, text=text, diffusion=diffusion, dropout=dropout, sampling=sampling, normalizer=normalizer)
+        if condition not in ("image", "text"):
+            raise ValueError(f'The decoder knows no condition "{condition}": choose "image" or "text".')
+        self.condition = condition
+        self.remember(
+            optimizer, net=net, text=text, diffusion=diffusion, dropout=dropout, sampling=sampling, normalizer=normalizer, condition=condition
+        )
         self.net_config, self.text_config = as_config(UNetConfig, net), as_config(TextConfig, text)
         self.dropout, self.sampling = as_config(DropoutConfig, dropout), as_config(SamplingConfig, sampling)
         self.process = Process(as_config(DiffusionConfig, diffusion))
@@ -101,7 +111,7 @@ class Decoder(Stage):
 
     def conditions(self, batch: dict, size: int, keep_embed: Tensor, keep_text: Tensor) -> dict[str, Tensor | None]:
         """The U-Net's conditions for `size` samples; where `keep_*` (B,) is False, or the batch has no such entry, the null stands."""
-        embed = batch.get("image_embed")
+        embed = batch["embed"] if "embed" in batch else batch.get(f"{self.condition}_embed")
         null = self.null_embed.expand(size, -1)
         embed = null if embed is None else torch.where(keep_embed[:, None], self.normalizer.normalize(embed), null)
         context = self.text(batch.get("tokens"), batch.get("text_mask"), batch.get("text_embed"), batch.get("text_states"), keep=keep_text)
@@ -126,7 +136,7 @@ class Decoder(Stage):
 
         Args:
             batch: any of `image_embed` (B, D) and the caption's entries (`tokens`, `text_mask`, `text_embed`, `text_states`); what is
-                missing is taken as dropped.
+                missing is taken as dropped. An entry `embed` (B, D), or None for the null, stands before the embedding of its `condition`.
             noise: one generator an image; their number is B.
             sampling: settings other than the stage's own.
             callback: called with (step, steps) after each step.

@@ -1,0 +1,129 @@
+"""What the commands of `eval` share: the options, ranks, a progress bar with the time left, figures as a table and as one JSON line at the end."""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from unclip_pl.atomic import atomic_file
+from unclip_pl.commands.common import Help, pick_device, seed
+from unclip_pl.errors import UserError
+
+Figures = dict[str, Any]
+
+
+def parser(doc: str | None, prog: str, batch_size: int = 64) -> argparse.ArgumentParser:
+    """A command's parser with the options that all have: --device, --precision, --batch-size, --out, --seed."""
+    made = argparse.ArgumentParser(prog=f"python -m {prog}", description=doc, formatter_class=Help)
+    made.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; with several ranks each takes its own GPU")
+    made.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks; distances are always float64")
+    made.add_argument("--batch-size", type=positive, default=batch_size, help="images a batch, on each rank")
+    made.add_argument("--seed", type=seed, default=0, help="image k is drawn with seed + k; also of the bootstrap")
+    made.add_argument("--out", type=Path, help="a folder for the figures as a file; by default they are only printed")
+    return made
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too small: give 1 or more")
+    return value
+
+
+def command(made: argparse.ArgumentParser, run: Callable[[argparse.Namespace], Figures], arguments: list[str] | None = None) -> int:
+    """Parse, run over all ranks, and print what `run` returns as one JSON line, the last of the output; a UserError is a sentence and exit code 1.
+
+    With --out the same is written to OUT/NAME.json, NAME being the command's.
+    """
+    given = made.parse_args(arguments)
+    name = made.prog.rpartition(".")[2]
+    try:
+        with ranks(given.device) as given.device:
+            figures = run(given)
+            if rank() == 0:
+                line = json.dumps({"command": name, **finite(figures)}, allow_nan=False)
+                if given.out:
+                    with atomic_file(given.out / f"{name}.json", "w") as file:
+                        file.write(line + "\n")
+                sys.stdout.flush()
+                print(line, flush=True)
+    except UserError as error:
+        print(f"{made.prog}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{made.prog}: {error.filename or 'A file'} cannot be used ({error.strerror or error}): check the path and the rights to it.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def finite(figures: Any) -> Any:
+    """The same with None for what is not finite: JSON has no NaN."""
+    if isinstance(figures, dict):
+        return {key: finite(value) for key, value in figures.items()}
+    if isinstance(figures, list | tuple):
+        return [finite(value) for value in figures]
+    return None if isinstance(figures, float) and not math.isfinite(figures) else figures
+
+
+def rank() -> int:
+    """This process's number among all, as torchrun or srun says; 0 where it is alone."""
+    return int(os.environ.get("RANK") or _slurm("SLURM_PROCID", 0))
+
+
+def world_size() -> int:
+    """The number of processes, as torchrun or srun says."""
+    return int(os.environ.get("WORLD_SIZE") or _slurm("SLURM_NTASKS", 1))
+
+
+def _slurm(name: str, otherwise: int) -> int:
+    """A number of srun's; a shell inside an allocation has them too, but no step of several tasks."""
+    return int(os.environ.get(name, otherwise)) if os.environ.get("SLURM_STEP_ID") else otherwise
+
+
+@contextlib.contextmanager
+def ranks(device: str) -> Iterator[str]:
+    """Join the process group where there are several ranks; yields this rank's device."""
+    import torch
+    from torch import distributed
+
+    picked = pick_device(device)
+    size = world_size()
+    if size == 1 or distributed.is_initialized():
+        yield picked
+        return
+    local = int(os.environ.get("LOCAL_RANK") or _slurm("SLURM_LOCALID", 0))
+    if picked == "cuda":
+        picked = f"cuda:{local % torch.cuda.device_count()}"
+        torch.cuda.set_device(picked)
+    if "MASTER_ADDR" not in os.environ:
+        from lightning.fabric.plugins.environments import SLURMEnvironment
+
+        slurm = SLURMEnvironment(auto_requeue=False)
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)
+    distributed.init_process_group("nccl" if picked.startswith("cuda") else "gloo", rank=rank(), world_size=size)
+    try:
+        yield picked
+    finally:
+        distributed.destroy_process_group()
+
+
+def progress(batches: Iterable[Any], total: int | None, what: str) -> Iterator[Any]:
+    """The batches (dicts with `images`), with a bar on stderr of images done and the time left; on rank 0 alone."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit="image", disable=rank() != 0 or None if sys.stderr.isatty() else rank() != 0, mininterval=1.0) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch["images"]))
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Names and values, one a line, aligned."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,127 @@
+"""Networks that turn images into features: uint8 (B, 3, H, W) -> float (B, D). CLIP by default, which needs no network; clean-fid's Inception; any callable."""
+
+import functools
+import hashlib
+import json
+import shutil
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from eval.resize import clean_resize
+from unclip_pl.atomic import atomic_file, cache_dir, file_lock
+from unclip_pl.clip import CLIPConfig, FrozenCLIP
+from unclip_pl.errors import UserError
+
+INCEPTION = "inception-2015-12-05.pt"
+INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION}"
+NAMES = ("clip", "inception")
+
+
+class Features(Protocol):
+    """What the metrics need of a network."""
+
+    name: str
+    dim: int
+    key: str | None
+    """Tells this network, its weights and its resizing from others in the cache of reference features; None: its features are not cached."""
+    is_clip: bool
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Network:
+    """A function with a name and a width."""
+
+    name: str
+    dim: int
+    function: Callable[[Tensor], Tensor]
+    key: str | None = None
+    is_clip: bool = False
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> float (B, D)."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"{self.name} was given images {tuple(images.shape)} of {images.dtype}: give uint8 (B, 3, H, W).")
+        features = self.function(images)
+        if features.shape != (len(images), self.dim):
+            raise UserError(f"{self.name} gave features {tuple(features.shape)} for {len(images)} images, and {(len(images), self.dim)} were expected.")
+        return features
+
+
+def named(name: str, device: str | torch.device = "cpu", precision: str = "fp32") -> Features:
+    """"clip" (the embedded one), "inception", or a CLIP as `CLIPConfig` has it: "ViT-L-14-quickgelu/openai", "local-dir:/folder"."""
+    if name == "inception":
+        return inception(device)
+    return clip_features(FrozenCLIP(CLIPConfig("openmoji", precision=precision) if name == "clip" else clip_config(name, precision), device))
+
+
+def clip_config(name: str, precision: str = "fp32") -> CLIPConfig:
+    """"NAME", "NAME/TAG" (open_clip's), "local-dir:/folder" or "openmoji" -> its configuration."""
+    if name.startswith("local-dir:"):
+        return CLIPConfig(name, precision=precision)
+    model, _, tag = name.partition("/")
+    return CLIPConfig(model, tag or None, precision)
+
+
+def clip_features(clip: FrozenCLIP) -> Features:
+    """The image embeddings of a CLIP, with its own resizing."""
+    digest = hashlib.sha256(json.dumps(clip.fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def features(images: Tensor) -> Tensor:
+        return clip.embed_images(images.to(clip.device).float() / 127.5 - 1)
+
+    return Network(f"CLIP {clip.config}", clip.embed_dim, features, f"clip-{digest}", is_clip=True)
+
+
+def of_callable(name: str, function: Callable[[Tensor], Tensor], dim: int) -> Features:
+    """Any torch function of uint8 (B, 3, H, W)."""
+    return Network(name, dim, function)
+
+
+def inception(device: str | torch.device = "cpu") -> Features:
+    """The 2048 features of clean-fid's Inception (a TorchScript of the weights of 2015), after clean-fid's resizing."""
+    file = inception_file()
+    try:
+        layers = torch.jit.load(str(file), map_location=device).eval().layers
+    except (RuntimeError, AttributeError, ValueError) as error:
+        raise UserError(f"{file} is not clean-fid's Inception ({str(error).splitlines()[0]}): delete it, or put the right file there.") from error
+
+    def features(images: Tensor) -> Tensor:
+        pixels = clean_resize(images.to(device), 299)
+        return layers((pixels - 128) / 128).reshape(len(images), -1)
+
+    return Network("Inception", 2048, features, f"inception-{_digest(file)}")
+
+
+def inception_file() -> Path:
+    """Where clean-fid's Inception lies in our cache folder; fetched once, by one process, whole or not at all."""
+    file = cache_dir() / INCEPTION
+    if file.exists():
+        return file
+    with file_lock(file.with_suffix(".lock")):
+        if not file.exists():
+            try:
+                with urllib.request.urlopen(INCEPTION_URL, timeout=30) as answer, atomic_file(file) as target:
+                    shutil.copyfileobj(answer, target)
+                    expected = answer.headers.get("Content-Length")
+                    if expected and target.tell() != int(expected):
+                        raise OSError(f"{target.tell()} of {expected} bytes came")
+            except OSError as error:
+                raise UserError(
+                    f"Inception's weights cannot be had ({error}): fetch {INCEPTION_URL} elsewhere and put it at {file}, or use --features clip."
+                ) from error
+    return file
+
+
+@functools.cache
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]

@@ -1,0 +1,148 @@
+"""The metrics give what the distances give, in any batches and over any ranks, and say in one sentence what is wrong with their input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval import distances, metrics
+from tests.eval.sets import features
+from unclip_pl.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def filled(metric, a, b, batch):
+    for x, real in ((a, True), (b, False)):
+        for rows in x.split(batch):
+            metric.update(rows, real=real)
+    return metric.compute()
+
+
+@pytest.mark.parametrize(("n", "m", "batch"), [(1500, 1300, 100), (1500, 20, 70), (2048, 1024, 1024), (30, 20, 7)])
+def test_frechet_from_running_sums_equals_that_of_all_features(n, m, batch):
+    a, b = features(n, 32, 1), features(m, 32, 2, 0.02)
+    assert filled(metrics.FrechetDistance(32), a, b, batch)["fid"] == pytest.approx(distances.frechet(a, b), rel=1e-8)
+
+
+def test_running_sums_stay_small():
+    metric = metrics.FrechetDistance(8)
+    for rows in features(5000, 8).split(50):
+        metric.update(rows, real=True)
+        assert sum(map(len, metric.real)) <= 1024
+
+
+def test_every_metric_gives_the_figures_of_its_distance():
+    a, b = features(120, 16, 1), features(90, 16, 2, 0.1)
+    precision, recall = distances.precision_recall(a, b, 5)
+    assert filled(metrics.PrecisionRecall(16, k=5), a, b, 32) == {"precision": precision, "recall": recall}
+    assert filled(metrics.CMMD(16), a, b, 32) == {"cmmd": distances.cmmd(a, b)}
+    kid = distances.kernel(a, b)
+    assert filled(metrics.KernelDistance(16), a, b, 32) == {"kid": kid.value, "kid_se": kid.error}
+    spread = filled(metrics.FrechetSpread(16, resamples=20), a, b, 32)
+    fid = distances.frechet(a, b)
+    assert spread["fid_low"] < fid < spread["fid_high"] and spread["fid_infinity"] < fid
+    assert filled(metrics.FrechetSpread(60, resamples=5), features(120, 60, 1), features(120, 60, 2), 32)["fid_infinity"] is None
+
+
+def test_clip_score_equals_torchmetrics_and_its_interval_that_of_a_mean():
+    from torchmetrics.functional.multimodal import clip_score as module  # noqa: F401  (needs transformers only for its own models)
+
+    image, text = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
+    metric = metrics.CLIPScore()
+    for i in range(0, 50, 15):
+        metric.update(image[i : i + 15], text[i : i + 15])
+    each = 100 * torch.cosine_similarity(image.double(), text.double()).clamp(min=0)
+    found = metric.compute()
+    assert found["clip_score"] == pytest.approx(each.mean().item(), rel=1e-9)
+    assert found["clip_score_se"] == pytest.approx((each.std() / 50**0.5).item(), rel=1e-9)
+    assert found["clip_score_high"] - found["clip_score_low"] == pytest.approx(2 * 1.96 * found["clip_score_se"], rel=1e-9)
+
+
+def test_retrieval_rank_is_by_hand_what_it_should_be_and_equal_captions_are_one():
+    text = torch.eye(4)[[0, 1, 2, 2]]
+    image = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.5, 0, 0], [0.5, 0.4, 0.3, 0], [0, 0, 1, 0]])
+    metric = metrics.RetrievalRank(4)
+    metric.update(image[:3], text[:3])
+    metric.update(image[3:], text[3:])
+    assert metric.compute() == {"rank_mean": 1.75, "rank_median": 1.0, "r1": 0.5, "r5": 1.0, "captions": 4}
+    same = metrics.RetrievalRank(4)
+    same.update(torch.ones(3, 4), torch.eye(4)[:3])
+    assert same.compute()["rank_mean"] == 3  # a CLIP that tells nothing apart earns nothing
+
+
+WORKER = """
+import json, sys, torch
+from torch import distributed
+from eval import metrics
+from tests.eval.sets import features
+distributed.init_process_group("gloo")
+rank, size = distributed.get_rank(), distributed.get_world_size()
+torch.set_num_threads(1)
+a, b = features(1301, 12, 1), features(1101, 12, 2, 0.1)
+found = {}
+share = (lambda x: x[rank::size]) if sys.argv[1] == "shared" else (lambda x: x if rank == size - 1 else x[:0])
+sets = [metrics.FrechetDistance(12), metrics.KernelDistance(12), metrics.CMMD(12), metrics.PrecisionRecall(12), metrics.FrechetSpread(12, 3)]
+for metric in sets:
+    for x, real in ((a, True), (b, False)):
+        for rows in share(x).split(100):
+            if len(rows):
+                metric.update(rows, real=real)
+    found |= metric.compute()
+for metric in (metrics.CLIPScore(), metrics.RetrievalRank(12)):
+    if len(share(b)):
+        metric.update(share(b), share(a[:1101]))
+    found |= metric.compute()
+if rank == 0:
+    print(json.dumps(found))
+"""
+
+
+def test_two_ranks_give_the_figures_of_one_also_where_one_has_no_images():
+    found = []
+    for ranks, how in ((1, "shared"), (2, "shared"), (2, "alone")):
+        launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python"]
+        done = subprocess.run([*launch, sys.executable, "-W", "ignore", "-c", WORKER, how], cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    spread = {"fid_se", "fid_low", "fid_high", "fid_infinity"}  # drawn by row number, so of another draw where rows lie otherwise
+    for several in found[1:]:
+        assert several.keys() == found[0].keys()
+        assert {k: v for k, v in several.items() if k not in spread} == pytest.approx({k: v for k, v in found[0].items() if k not in spread}, rel=1e-9)
+    assert found[2] == pytest.approx(found[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("metric", [metrics.FrechetDistance, metrics.KernelDistance, metrics.CMMD, metrics.PrecisionRecall])
+def test_bad_features_are_a_sentence(metric):
+    rows = features(20, 8)
+    rows[3, 2], rows[5, 1] = torch.nan, torch.inf
+    with pytest.raises(UserError, match="2 of 20 images are not finite"):
+        metric(8).update(rows, real=True)
+    with pytest.raises(UserError, match=r"are \(20, 8\), and the metric is for \(B, 9\)"):
+        metric(9).update(features(20, 8), real=True)
+    few = metric(8)
+    few.update(features(20, 8), real=True)
+    few.update(features(1, 8), real=False)
+    with pytest.raises(UserError, match="needs at least .* 20 and 1"):
+        few.compute()
+
+
+def test_a_set_smaller_than_the_features_and_unequal_sets_are_named(caplog):
+    filled(metrics.FrechetDistance(64), features(40, 64), features(30, 64), 10)
+    assert "30 images and the features have 64 numbers" in caplog.text and "rank 29" in caplog.text
+    assert "The sets have 40 and 30 images" in caplog.text and "biased" in caplog.text
+    caplog.clear()
+    filled(metrics.FrechetDistance(4), features(40, 4), features(40, 4, 1), 10)
+    assert not caplog.text
+
+
+def test_embeddings_that_are_no_pairs_are_a_sentence():
+    with pytest.raises(UserError, match="one caption an image"):
+        metrics.CLIPScore().update(torch.ones(3, 4), torch.ones(2, 4))
+    with pytest.raises(UserError, match="caption embeddings of 1 of 2"):
+        metrics.RetrievalRank(4).update(torch.ones(2, 4), torch.tensor([[1.0] * 4, [torch.nan] * 4]))
+    with pytest.raises(UserError, match="no image"):
+        metrics.CLIPScore().compute()
