@@ -45,7 +45,6 @@ SAME_CLIP = (
 def arguments() -> argparse.ArgumentParser:
     made = parser(__doc__, "eval.compare", batch_size=32)
     made.set_defaults(out=Path("out/compare"))
-
     made.add_argument("--decoder", default="openmoji", help='a checkpoint or release; "openmoji" is the one in the package')
     made.add_argument("--text-decoder", help="the decoder that was trained on text embeddings (stages/decoder_text.yaml); without it that arm is left out")
     made.add_argument("--diffusion-prior", default="diffusion", help='a checkpoint or release; "none" leaves it out')
@@ -231,8 +230,8 @@ HEADERS = ("", "guidance", "FID", "KID x 1000", "CLIP score", "precision", "reca
 def row(arm: str, figures: Figures) -> list[str]:
     """One arm's line of a table."""
     return [
-        TITLES[arm], f"{figures['guidance_scale']:g}", f"{figures['fid']:.4f} [{figures['fid_low']:.4f}, {figures['fid_high']:.4f}]",
-        f"{1000 * figures['kid']:.3f} ± {1000 * figures['kid_se']:.3f}",
+        TITLES[arm], f"{figures['guidance_scale']:g}", f"{figures['fid']:.4g} [{figures['fid_low']:.4g}, {figures['fid_high']:.4g}]",
+        f"{1000 * figures['kid']:.4g} ± {1000 * figures['kid_se']:.2g}",
         f"{figures['clip_score']:.2f} [{figures['clip_score_low']:.2f}, {figures['clip_score_high']:.2f}]",
         f"{figures['precision']:.3f}", f"{figures['recall']:.3f}", f"{figures['r1']:.1%}",
     ]  # fmt: skip
@@ -248,7 +247,7 @@ def difference_row(arm: str, differences: dict[str, Difference]) -> list[str]:
         text = f"{one.value * factor:+.{digits}f} [{one.low * factor:+.{digits}f}, {one.high * factor:+.{digits}f}]"
         return text if one.sure else f"({text})"
 
-    return [TITLES[arm], cell("fid", 4), cell("clip_score", 2), cell("r1", 1, 100)]
+    return [TITLES[arm], cell("fid", 2), cell("clip_score", 2), cell("r1", 1, 100)]
 
 
 def write(

@@ -1,0 +1,89 @@
+"""Figures while a stage trains: what it draws for held-out samples against what is really there. The callback owns the metrics, never the stage.
+
+In YAML: trainer.callbacks+: [{class_path: eval.callback.Evaluate, init_args: {every_n_train_steps: 5000}}]
+"""
+
+from typing import cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import Metric
+
+from eval.features import Features, named
+from eval.metrics import CLIPScore, FrechetDistance, KernelDistance, PrecisionRecall
+from unclip_pl.diffusion.noise import Noise
+from unclip_pl.images import to_uint8
+from unclip_pl.training.needs import Draws
+
+
+class Evaluate(Callback):
+    """At a validation, with the weights that it uses (the EMA): `eval/fid`, `eval/kid`, `eval/precision`, `eval/recall` of the drawn pictures.
+
+    Of a prior, which draws embeddings, the same of these, and `eval/clip_score` of each with its caption. The samples are those of the validation, always
+    with the same noise; torchmetrics reduces over ranks.
+
+    Args:
+        every_n_train_steps: steps from one evaluation to the next at least; the first validation after that many evaluates.
+        count: samples of each rank, as far as the validation has them.
+        features: of pictures, as `eval.features.named` has them.
+        seed: the noise of sample k is drawn from `seed + k`, the same whatever the batch.
+    """
+
+    def __init__(self, every_n_train_steps: int = 5000, count: int = 256, features: str = "clip", seed: int = 0) -> None:
+        if every_n_train_steps < 1 or count < 4:
+            raise ValueError("eval.callback.Evaluate needs every_n_train_steps of at least 1 and count of at least 4.")
+        self.every_n_train_steps, self.count, self.features, self.seed = every_n_train_steps, count, features, seed
+        self._network: Features | None = None
+        self._metrics: list[Metric] = []
+        self._clip_score: CLIPScore | None = None
+        self._last = 0
+        self._seen = 0
+        self._due = False
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._due = not trainer.sanity_checking and trainer.global_step - self._last >= self.every_n_train_steps
+        self._seen, self._metrics, self._clip_score = 0, [], None
+
+    @torch.no_grad()
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: dict, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if not self._due or self._seen >= self.count:
+            return
+        batch = {key: value[: self.count - self._seen] for key, value in batch.items()}
+        first = self.seed + trainer.global_rank * self.count + self._seen
+        size = len(batch["key"])
+        drawn = cast(Draws, pl_module).sample(batch, Noise(range(first, first + size)))
+        self._seen += size
+        if drawn.ndim == 2:
+            real, fake = batch["image_embed"], drawn
+            self._clip_score = self._clip_score or CLIPScore().to(pl_module.device)
+            self._clip_score.update(drawn, batch["text_embed"])
+        else:
+            self._network = self._network or named(self.features, pl_module.device)
+            real, fake = (self._network(to_uint8(images)) for images in (batch["image"], drawn))
+        for metric in self._of_width(real):
+            metric.update(real, real=True)
+            metric.update(fake, real=False)
+
+    def _of_width(self, features: Tensor) -> list[Metric]:
+        """The metrics of this evaluation, made when the width of the features is known."""
+        if not self._metrics:
+            self._metrics = [kind(features.shape[1]).to(features.device) for kind in (FrechetDistance, KernelDistance, PrecisionRecall)]
+        return self._metrics
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._due or not self._metrics:
+            return
+        self._last = trainer.global_step
+        metrics = [*self._metrics, *([self._clip_score] if self._clip_score else [])]
+        figures = {name: value for metric in metrics for name, value in metric.compute().items() if isinstance(value, float)}
+        pl_module.log_dict({f"eval/{name}": torch.tensor(value, dtype=torch.float32) for name, value in figures.items()})
+        self._metrics, self._clip_score = [], None
+
+    def state_dict(self) -> dict:
+        return {"last": self._last}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self._last = state_dict["last"]

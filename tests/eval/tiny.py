@@ -1,0 +1,36 @@
+"""Small random stages and a few drawings, for the tests of what draws and judges."""
+
+import random
+from pathlib import Path
+
+import torch
+
+from unclip_pl import release
+from unclip_pl.clip import FrozenCLIP
+from unclip_pl.data import openmoji
+from unclip_pl.diffusion.process import DiffusionConfig
+from unclip_pl.networks.text import TextConfig
+from unclip_pl.networks.unet import UNetConfig
+from unclip_pl.release import Release
+from unclip_pl.stages.decoder import Decoder, SamplingConfig
+
+NET = UNetConfig(image_size=16, width=32, mults=(1,), depth=1, attention=(8,), middle_attention=True, head_width=32, embed_dim=256, context_width=32)
+
+
+def decoder(folder: Path, condition: str = "image", seed: int = 0) -> Path:
+    """A release of a decoder with random weights that heeds embedding and caption."""
+    torch.manual_seed(seed)
+    sampling, diffusion = SamplingConfig(sampler="ddim", steps=2), DiffusionConfig(parametrization="v")
+    stage = Decoder(net=NET, text=TextConfig("states", states_width=80), sampling=sampling, diffusion=diffusion, condition=condition)
+    for parameter in stage.net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    weights = Release("Decoder", dict(stage.hparams), FrozenCLIP().fingerprint(), stage.state_dict(), 1)
+    return release.write(folder, weights, "# a card\n")
+
+
+def shards(folder: Path, count: int = 20) -> Path:
+    """Held-out drawings at 16 pixels, as one shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    openmoji.write_shards(folder, [], random.Random(0).sample(openmoji.composition_split(openmoji.records())[1], count), 16, progress=False)
+    return folder / "val-00000.tar"
