@@ -129,7 +129,7 @@ def test_ranks_ask_each_other_every_two_seconds_and_stop_together(monkeypatch, p
 
 def fit(folder, *flags, ranks=1):
     """A running `lightning fit` of the toy, its output in `folder`/said.txt."""
-    command = [sys.executable] + (["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"] if ranks > 1 else [])
+    command = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [])
     command += [
         "-m", "unclip_pl", "fit", "--model", "tests.training.toy.Toy", "--data", "tests.training.toy.ToyRows", "--trainer.default_root_dir", str(folder),
         "--trainer.max_steps", "400", "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",

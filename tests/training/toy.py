@@ -15,15 +15,16 @@ from unclip_pl.training.checkpoint import AtomicCheckpointIO
 
 
 class Toy(Stage):
-    def __init__(self, width: int = 4, optimizer: OptimizerConfig = OptimizerConfig(lr=0.1, warmup_steps=2)) -> None:
+    def __init__(self, width: int = 4, optimizer: OptimizerConfig = OptimizerConfig(lr=0.1, warmup_steps=2), noise: float = 0.01) -> None:
         super().__init__()
-        self.remember(optimizer, width=width)
+        self.remember(optimizer, width=width, noise=noise)
+        self.noise = noise
         self.net = nn.Linear(width, 1)
         self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
 
     def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         self.counter += 1
-        error = self.net(batch["x"]).squeeze(1) - batch["y"] + 0.01 * torch.randn(len(batch["x"]))
+        error = self.net(batch["x"]).squeeze(1) - batch["y"] + self.noise * torch.randn(len(batch["x"]))
         return {"loss": error.square().mean() * batch["scale"].mean()}
 
     def sample(self, batch: dict, noise: object) -> Tensor:
