@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from tests.training.ranks import Ranks
 from tests.training.toy import Toy, loader, trainer
 from unclip_pl import signals
 from unclip_pl.signals import Asked, notes
@@ -19,7 +20,6 @@ from unclip_pl.training.checkpoint import NewestCheckpoint, newest_checkpoint, r
 from unclip_pl.training.preemption import Preemption
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SLOW = json.dumps({"class_path": "tests.training.toy.Slow", "init_args": {"seconds": 0.1}})
 
 
 class Signal(Callback):
@@ -127,57 +127,53 @@ def test_ranks_ask_each_other_every_two_seconds_and_stop_together(monkeypatch, p
     assert other.run(4 * every) == first and other.should_stop  # nobody signalled this one
 
 
-def fit(folder, *flags, ranks=1):
-    """A running `lightning fit` of the toy, its output in `folder`/said.txt."""
-    command = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [])
-    command += [
-        "-m", "unclip_pl", "fit", "--model", "tests.training.toy.Toy", "--data", "tests.training.toy.ToyRows", "--trainer.default_root_dir", str(folder),
-        "--trainer.max_steps", "400", "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",
-        "--trainer.callbacks+", json.dumps({"class_path": "tests.training.diary.Diary", "init_args": {"path": str(folder / "diary.jsonl")}}),
-        "--trainer.callbacks+", SLOW, *(["--trainer.devices", str(ranks), "--trainer.strategy", "ddp"] if ranks > 1 else []), *flags,
+def arguments(folder, *flags):
+    """Of a toy run that keeps a diary."""
+    callbacks = {"tests.training.diary.Diary": {"path": str(folder / "diary.jsonl")}, "tests.training.toy.Slow": {"seconds": 0.05}}
+    return [
+        "fit", "--model", "tests.training.toy.Toy", "--data", "tests.training.toy.ToyRows", "--trainer.default_root_dir", str(folder),
+        "--trainer.max_steps", "60", "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",
+        *(flag for name, given in callbacks.items() for flag in ("--trainer.callbacks+", json.dumps({"class_path": name, "init_args": given}))), *flags,
     ]  # fmt: skip
-    folder.mkdir(exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "UNCLIP_ENDED": str(folder / "ended")}
-    with (folder / "said.txt").open("a") as said:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
-
-
-def wait_for(condition, process, folder, seconds=200):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, (folder / "said.txt").read_text()[-3000:]
-        time.sleep(0.1)
 
 
 def lines(folder):
     path = folder / "diary.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def test_a_signal_during_the_import_of_torch_is_kept_until_the_first_step(tmp_path):
-    process = fit(tmp_path)
-    caught = f"/proc/{process.pid}/status"
-    bit = 1 << (signal.SIGUSR1 - 1)
-    wait_for(lambda: int(next(line for line in Path(caught).read_text().splitlines() if line.startswith("SigCgt")).split()[1], 16) & bit, process, tmp_path)
-    assert b"libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_bytes()  # it listens before torch is there
+    with (tmp_path / "said.txt").open("w") as said:
+        process = subprocess.Popen([sys.executable, "-m", "unclip_pl", *arguments(tmp_path)], cwd=ROOT, stdout=said, stderr=said)
+    status, caught = Path(f"/proc/{process.pid}/status"), 1 << (signal.SIGUSR1 - 1)
+    while not int(status.read_text().partition("SigCgt:")[2].split()[0], 16) & caught:
+        assert process.poll() is None, (tmp_path / "said.txt").read_text()
     process.send_signal(signal.SIGUSR1)
+    assert b"libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_bytes()  # it listened before torch was there
     assert process.wait(200) == 75, (tmp_path / "said.txt").read_text()[-3000:]
     assert newest_checkpoint(tmp_path).name == "newest-step=1.ckpt" and (tmp_path / "ended").read_text() == "requeue\n"
 
 
 def test_two_ranks_of_which_one_is_signalled_stop_together_and_go_on_exactly(tmp_path):
-    process = fit(tmp_path, "--trainer.max_steps", "60", ranks=2)
-    wait_for(lambda: len(lines(tmp_path)) > 5, process, tmp_path)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGUSR1)
-    process.wait(200)  # torchrun's own code says only that a rank did not end with 0
-    stopped = newest_checkpoint(tmp_path)
-    step = int(stopped.stem.partition("=")[2])
-    assert 5 < step < 60 and (tmp_path / "ended").read_text() == "requeue\n", (tmp_path / "said.txt").read_text()[-3000:]
+    run = Ranks(tmp_path, arguments(tmp_path), 2)
+    run.until(lambda: len(lines(tmp_path)) > 5)
+    os.kill(run.pids[1], signal.SIGUSR1)
+    assert run.wait() == [75, 75], run.said()[-3000:]
+    step = int(newest_checkpoint(tmp_path).stem.partition("=")[2])
+    assert 3 <= step < 60 and (tmp_path / "ended").read_text() == "requeue\n"
     (tmp_path / "ended").unlink()
-    assert fit(tmp_path, "--trainer.max_steps", "60", "--resume", "auto", ranks=2).wait(200) == 0, (tmp_path / "said.txt").read_text()[-3000:]
-    given = [json.loads(line) for line in lines(tmp_path)]
-    seen = [(line["step"], key) for line in given for key in line["keys"]]
-    assert sorted({step for step, _ in seen}) == list(range(1, 61)) and len(given) == 120  # each step once on each rank
-    assert all(len({key for at, key in seen if 25 * n < at <= 25 * n + 25}) == 200 for n in range(2))  # two whole epochs of 200 samples
+    assert Ranks(tmp_path, arguments(tmp_path, "--resume", "auto"), 2).wait() == [0, 0], run.said()[-3000:]
+    given = lines(tmp_path)
+    assert sorted((line["step"], line["rank"]) for line in given) == [(step, rank) for step in range(1, 61) for rank in range(2)]  # none twice
+    for epoch in range(2):  # of 25 steps
+        keys = [key for line in given if 25 * epoch < line["step"] <= 25 * epoch + 25 for key in line["keys"]]
+        assert len(keys) == len(set(keys)) == 200
     assert not (tmp_path / "ended").exists()
+
+
+def test_a_rank_that_is_terminated_ends_all_with_a_checkpoint_and_no_requeue(tmp_path):
+    run = Ranks(tmp_path, arguments(tmp_path), 2)
+    run.until(lambda: len(lines(tmp_path)) > 5)
+    os.kill(run.pids[0], signal.SIGTERM)
+    assert run.wait() == [143, 143], run.said()[-3000:]
+    assert newest_checkpoint(tmp_path) is not None and (tmp_path / "ended").read_text() == "stop\n"

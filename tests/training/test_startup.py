@@ -3,22 +3,18 @@
 import copy
 import errno
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.disk import read_only
+from tests.training.ranks import Ranks
 from tests.training.toy import Toy, ToyRows, trainer
 from unclip_pl.errors import UserError
 from unclip_pl.training import startup
 from unclip_pl.training.checkpoint import NewestCheckpoint
 from unclip_pl.training.startup import StartupCheck, checkpoint_bytes, disk, faults
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 CLIP = {
     "config": {"model": "openmoji", "pretrained": None, "precision": "fp32"}, "embed_dim": 2, "states_width": 2, "context_length": 3, "image_size": 4,
     "activation": "GELU", "preprocessing": {"mean": [0.5]}, "image": "ADwAPA==", "text": "ADwAPA==",
@@ -100,32 +96,38 @@ def test_a_run_whose_checkpoints_have_no_room_ends_before_the_first_step(tmp_pat
     assert run.global_step == 0
 
 
-def fit(folder, *flags, ranks=1):
-    command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [])]
-    command += [
-        "-m", "unclip_pl", "fit", "--model", "tests.training.toy.Toy", "--data", "tests.training.toy.ToyRows", "--trainer.default_root_dir", str(folder),
-        "--trainer.max_steps", "20", "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false", *flags,
-        *(["--trainer.devices", str(ranks), "--trainer.strategy", "ddp"] if ranks > 1 else []),
+def fit(folder, callback, *flags, ranks=1):
+    """Exit codes and the ranks of a toy run with a callback of tests/training/toy.py."""
+    name, given = callback
+    arguments = [
+        "fit", "--model", "tests.training.toy.Toy", "--data", "tests.training.toy.ToyRows", "--trainer.default_root_dir", str(folder),
+        "--trainer.max_steps", "20", "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",
+        "--trainer.callbacks+", json.dumps({"class_path": f"tests.training.toy.{name}", "init_args": given}), *flags,
     ]  # fmt: skip
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=250)
+    run = Ranks(folder, arguments, ranks)
+    return run.wait(), run
 
 
 def test_a_rank_with_another_version_ends_the_run_with_one_sentence(tmp_path):
-    done = fit(tmp_path, "--trainer.callbacks+", json.dumps({"class_path": "tests.training.toy.OtherVersion", "init_args": {"rank": 1}}), ranks=2)
-    said = [line for line in done.stderr.splitlines() if "The run cannot start" in line]
-    assert done.returncode == 1 and len(said) == 1, done.stderr[-3000:]
-    assert said[0].startswith("lightning (rank 0 on ") and "rank 1 on " in said[0] and "has torch 0.0.1 and not" in said[0]
+    codes, run = fit(tmp_path, ("OtherVersion", {"rank": 1}), ranks=2)
+    assert codes == [1, 1] and "cannot start" not in run.said(1)
+    said = run.said(0).strip().splitlines()[-1]
+    assert said.startswith("lightning (rank 0 on ") and "The run cannot start: rank 1 on " in said and "has torch 0.0.1 and not" in said
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_a_rank_that_hangs_says_where_and_ends(tmp_path):
-    flags = ["--watchdog.minutes", "0.05", "--trainer.callbacks+", json.dumps({"class_path": "tests.training.toy.Hang", "init_args": {"step": 5}})]
-    done = fit(tmp_path, *flags)
-    assert done.returncode == 70, done.stderr[-3000:]
-    assert "has made no progress for 0.05 minutes since step 5 and ends" in done.stderr
-    assert "toy.py" in done.stderr and "in hang_here" in done.stderr and done.stderr.count("Thread 0x") >= 1
+    codes, run = fit(tmp_path, ("Hang", {"step": 5}), "--watchdog.minutes", "0.03")
+    assert codes == [70] and "has made no progress for 0.03 minutes since step 5 and ends" in run.said()
+    assert "toy.py" in run.said() and "in hang_here" in run.said() and run.said().count("hread 0x") >= 2
+
+
+def test_ranks_that_wait_for_one_that_hangs_end_as_well(tmp_path):
+    codes, run = fit(tmp_path, ("Hang", {"step": 5, "rank": 1}), "--watchdog.minutes", "0.1", ranks=2)
+    assert codes[1] == 70 and codes[0] != 0
+    assert "rank 1 on" in run.said(1) and "in hang_here" in run.said(1) and "in hang_here" not in run.said(0)
 
 
 def test_a_run_in_which_every_step_is_slow_goes_on(tmp_path):
-    flags = ["--watchdog.minutes", "0.1", "--trainer.callbacks+", json.dumps({"class_path": "tests.training.toy.Slow", "init_args": {"seconds": 0.4}})]
-    done = fit(tmp_path, *flags)
-    assert done.returncode == 0 and "no progress" not in done.stderr, done.stderr[-3000:]
+    codes, run = fit(tmp_path, ("Slow", {"seconds": 0.3}), "--watchdog.minutes", "0.08")  # the run takes longer than that, no step does
+    assert codes == [0] and "no progress" not in run.said()

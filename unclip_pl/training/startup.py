@@ -22,6 +22,7 @@ from unclip_pl.training.checkpoint import checkpoint_folder
 
 PACKAGES = ("torch", "lightning", "torchdata", "numpy", "open_clip_torch")
 FILES = 3  # checkpoints that lie there at once: the newest, the one being written, the best
+PLACE = {"rank", "world", "ranks", "missing"}  # in `share()` of a loader: what is this rank's own
 Report = dict[str, Any]
 
 
@@ -128,7 +129,7 @@ def data_faults(shares: list[tuple[str, dict[str, Any] | None]]) -> list[str]:
         elif share is not None and first is not None:
             if share["missing"]:
                 found.append(f"{name} cannot see {len(share['missing'])} of the shards to train on, the first being {share['missing'][0]}.")
-            elif other := [f"{key} {share[key]} and not {first[key]}" for key in share if key not in ("rank", "missing") and share[key] != first[key]]:
+            elif other := [f"{key} {share[key]} and not {first[key]}" for key in share.keys() - PLACE if share[key] != first[key]]:
                 found.append(f"{name} would read other data than {leader} ({', '.join(other)}): all nodes must see the same files.")
     places = Counter(share["rank"] for _, share in shares if share is not None)
     found += [f"{count} ranks would read the same part {place} of the data." for place, count in places.items() if count > 1]
