@@ -93,5 +93,5 @@ def rank() -> int:
 
 def rank_and_host() -> str:
     """" (rank 3 on node7)" in a job of several processes, else "", for error messages."""
-    count = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
-    return f" (rank {rank()} on {socket.gethostname()})" if count != "1" else ""
+    several = os.environ.get("SLURM_NTASKS", "1") != "1" or "LOCAL_RANK" in os.environ  # Lightning removes its WORLD_SIZE at a run's end
+    return f" (rank {rank()} on {socket.gethostname()})" if several else ""

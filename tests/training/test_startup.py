@@ -44,7 +44,7 @@ def test_ranks_that_fit_together_have_no_fault():
         ({"data": {"shards": "0a1b", "seed": 0, "world": 2, "missing": [], "rank": 0}}, "2 ranks would read the same part 0 of the data"),
         ({"data": {"shards": "ffff", "seed": 0, "world": 2, "missing": [], "rank": 1}}, "rank 1 on n2 would read other data than rank 0 on n1 (shards"),
         ({"data": {"shards": "ffff", "seed": 0, "world": 2, "missing": ["/a/7.tar"], "rank": 1}}, "rank 1 on n2 cannot see 1 of the shards"),
-        ({"data": {"shards": "0a1b", "seed": 0, "world": 4, "missing": [], "rank": 1}}, "shared out among [2, 4] ranks and 2 run"),
+        ({"data": {"shards": "0a1b", "seed": 0, "world": 4, "missing": [], "rank": 1}}, "The data are shared out among [2, 4] ranks and 2 run"),
         ({"failed": "OSError: no such device"}, "rank 1 on n2 failed to look at what it has (OSError: no such device)"),
     ],
 )
