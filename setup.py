@@ -38,7 +38,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["unclip_pl", "unclip_pl.*"]), "unclip_pl._configs", *CONFIGS],
     package_dir={"unclip_pl._configs": "lightning_config", **CONFIGS},
-    package_data={"unclip_pl": ["assets/**/*"], **{name: ["**/*.yaml"] for name in CONFIGS}},
+    package_data={"unclip_pl": ["assets/**/*"], **{name: ["**/*.yaml", "**/*.sbatch"] for name in CONFIGS}},
     install_requires=REQUIREMENTS,
     extras_require={
         "test": ["pytest>=8", "pytest-timeout", "diffusers>=0.33", "transformers", "pyarrow>=14"],  # diffusers: the second opinion in the tests

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from unclip_pl import __version__
-from unclip_pl.commands import data, export, generate, upsample
+from unclip_pl.commands import data, export, generate, submit, upsample
 from unclip_pl.commands.common import command_of
 from unclip_pl.errors import UserError
 
@@ -14,7 +14,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="unclip", description="Draw with unCLIP and look after its data. Training: see `lightning --help`.")
     root.add_argument("--version", action="version", version=f"unclip_pl {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for family in (generate, upsample, export):
+    for family in (generate, upsample, export, submit):
         family.add(command_of(commands))
     of_data = commands.add_parser("data", help="Draw, check and inspect data.")
     data.add(command_of(of_data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")))
@@ -23,7 +23,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `unclip`; returns the exit code."""
-    parsed = parser().parse_args(arguments)
+    root = parser()
+    parsed, flags = root.parse_known_args(arguments)
+    if flags and not hasattr(parsed, "flags"):  # a command that passes flags on has this default
+        root.error(f"unrecognized arguments: {' '.join(flags)}")
+    parsed.flags = flags
     try:
         parsed.run(parsed)
     except UserError as error:

@@ -14,9 +14,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
-from unclip_pl import __version__
+from unclip_pl import __version__, signals
 from unclip_pl.atomic import REASONS
-from unclip_pl.errors import UserError
+from unclip_pl.errors import SharedError, UserError
 
 USAGE = f"""unclip_pl {__version__}: train the stages of unCLIP
 
@@ -77,9 +77,10 @@ def known_keys() -> set[str]:
     from lightning.pytorch import LightningDataModule, Trainer
 
     from unclip_pl.stages.base import Stage
-    from unclip_pl.training import checkpoint, ema, pictures
+    from unclip_pl.training import checkpoint, ema, pictures, preemption, startup, watchdog
 
-    keys: set[str] = {"model", "data", "trainer", "ema", "newest", "best", "pictures", "seed_everything", "ckpt_path", "init", "init_args", "class_path"}
+    keys: set[str] = {"model", "data", "trainer", "seed_everything", "ckpt_path", "init", "init_args", "class_path"}
+    keys |= {"ema", "newest", "best", "pictures", "preemption", "startup", "watchdog"}
 
     def add(kind: type) -> None:
         constructor = kind.__init__  # type: ignore[misc]  # only its signature is read
@@ -94,7 +95,8 @@ def known_keys() -> set[str]:
         children: list[type] = kind.__subclasses__()
         return {kind} | {deep for child in children for deep in subclasses(child)}
 
-    for kind in {Trainer, ema.EMA, checkpoint.NewestCheckpoint, checkpoint.BestCheckpoint, pictures.Pictures}:
+    callbacks = {ema.EMA, checkpoint.NewestCheckpoint, checkpoint.BestCheckpoint, pictures.Pictures}
+    for kind in {Trainer, preemption.Preemption, startup.StartupCheck, watchdog.Watchdog} | callbacks:
         add(kind)
     for kind in subclasses(Stage) | subclasses(LightningDataModule):
         if kind.__module__.startswith("unclip_pl"):
@@ -132,6 +134,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     from unclip_pl.data import crops, modules  # noqa: F401  short names of the DataModules
     from unclip_pl.pipeline import start_from
@@ -139,8 +142,15 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint, newest_checkpoint
     from unclip_pl.training.ema import EMA
     from unclip_pl.training.pictures import Pictures
+    from unclip_pl.training.preemption import Preemption
+    from unclip_pl.training.startup import StartupCheck
+    from unclip_pl.training.watchdog import Watchdog
 
     load_all()
+    always = {
+        "preemption": Preemption, "startup": StartupCheck, "watchdog": Watchdog, "ema": EMA, "newest": NewestCheckpoint, "best": BestCheckpoint,
+        "pictures": Pictures,
+    }  # fmt: skip
 
     class Parser(LightningArgumentParser):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -151,7 +161,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
 
     class UnclipCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            for key, callback in {"ema": EMA, "newest": NewestCheckpoint, "best": BestCheckpoint, "pictures": Pictures}.items():
+            for key, callback in always.items():
                 parser.add_lightning_class_args(callback, key)
             parser.add_argument("--init", type=str | None, help="a release or checkpoint of the same stage whose weights training starts from")
 
@@ -159,12 +169,17 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
             """Files and flags win over what a checkpoint remembers of its own run (Lightning's default is the other way round)."""
 
         def instantiate_trainer(self, **kwargs: object) -> Trainer:
-            """TensorBoard writes into the run's folder itself, so that a run is one folder; `--trainer.logger false` turns it off."""
+            """TensorBoard writes into the run's folder itself, so that a run is one folder; `--trainer.logger false` turns it off.
+
+            Under Slurm the job script requeues: Lightning saves inside its signal handler, where ranks wait for each other for ever.
+            """
             trainer = self._get(self.config_init, "trainer")
             if trainer.get("logger") is None:
                 kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir or ".", name="", version="")
             if trainer.get("enable_progress_bar") is False:
                 trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, ProgressBar)]
+            if SLURMEnvironment.detect():
+                trainer.plugins = [*(trainer.plugins or []), SLURMEnvironment(auto_requeue=False)]
             return super().instantiate_trainer(**kwargs)
 
         def instantiate_classes(self) -> None:
@@ -206,6 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"unclip_pl {__version__}")
         return 0
+    signals.listen(training=arguments[0] == "fit")  # before torch is imported, which takes its time
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for message in (
         ".*LeafSpec.*", ".*does not have many workers.*", ".*has `__len__` defined.*", ".*set_vital.*", ".*`weights_only` was not set.*",
@@ -217,12 +233,13 @@ def main(arguments: list[str] | None = None) -> int:
         build_cli(resume(find_configs(arguments)))
     except UserError as error:
         # from a loader's worker the sentence comes wrapped in that process's traceback
-        print(f"lightning: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
+        if not isinstance(error, SharedError) or signals.rank() == 0:
+            print(f"lightning{signals.rank_and_host()}: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
         return 1
     except OSError as error:  # what others write: logs, the saved configuration
         if error.errno not in REASONS:
             raise
         what = f"{error.filename or 'A file of this run'} cannot be opened or written ({REASONS[error.errno]})"
-        print(f"lightning: {what}: free space or choose another --trainer.default_root_dir.", file=sys.stderr)
+        print(f"lightning{signals.rank_and_host()}: {what}: free space or choose another --trainer.default_root_dir.", file=sys.stderr)
         return 1
-    return 0
+    return signals.EXIT_CODES[signals.notes.agreed]

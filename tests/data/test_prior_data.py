@@ -117,17 +117,38 @@ def test_a_resumed_run_goes_on_at_the_next_batch(shards, tmp_path):
     assert resumed.keys == straight.keys[8:] and straight.keys[:6] != straight.keys[6:12]
 
 
-def test_a_state_of_another_run_goes_on_at_the_next_epoch(shards, caplog):
+def test_a_state_of_other_rows_goes_on_at_the_next_epoch(shards, caplog):
     rows = ready(shards).train_dataloader().rows
     theirs = RowLoader(rows, RowsConfig(batch_size=2))
     for _ in zip(range(15), theirs):  # 12 fill an epoch
         pass
-    ours = RowLoader(rows, RowsConfig(batch_size=4))
-    ours.load_state_dict(theirs.state_dict())
-    assert "batch size 2 there and 4 here" in caplog.text
-    fresh = RowLoader(rows, RowsConfig(batch_size=4))
-    epochs = [keys(fresh) for _ in range(4)]
-    assert keys(ours) in epochs
+    for ours, said in ((RowLoader(rows, RowsConfig(batch_size=4, seed=5)), "seed 0 there and 5 here"), (RowLoader(rows, RowsConfig(batch_size=4)), "")):
+        state = theirs.state_dict()
+        if not said:  # what versions before this one wrote
+            state = {"shape": state["shape"] | {"ranks": 1, "batch size": 2}, "given": 15, "done": 3, "epoch": 1}
+        ours.load_state_dict(state)
+        assert (said or "of an earlier form") in caplog.text
+        assert (ours.epoch, ours.row) == (theirs.epoch + 1 if said else 2, 0)
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 2), (1, 4)), ((1, 3), (2, 2)), ((3, 1), (2, 1))])
+def test_another_number_of_ranks_goes_on_at_the_next_row(shards, before, after, caplog):
+    rows = ready(shards).train_dataloader().rows
+    order = list(range(len(rows)))
+
+    def given(world, batch, steps, state=None):
+        loaders = [RowLoader(rows, RowsConfig(batch_size=batch, steps_per_epoch=steps), rank=rank, world=world) for rank in range(world)]
+        for loader in loaders:
+            if state:
+                loader.load_state_dict(state | {"done": 0})
+        found = [[batch["key"] for batch in loader] for loader in loaders]
+        return [key for step in zip(*found, strict=True) for part in step for key in part], loaders[0].state_dict()
+
+    straight, _ = given(1, 1, len(order))
+    first, state = given(*before, 3)
+    second, _ = given(*after, (len(order) - len(first)) // (after[0] * after[1]), state)
+    assert first + second == straight[: len(first) + len(second)] and len(order) - len(first) - len(second) < after[0] * after[1]
+    assert not caplog.messages
 
 
 def test_epochs_of_the_trainer_can_be_shorter_or_longer(shards):

@@ -2,11 +2,9 @@
 
 import pickle
 import shutil
-import signal
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 
 from tests.disk import small_disk
 from tests.training.toy import Toy, loader, trainer
@@ -121,51 +119,6 @@ def test_checkpoint_of_another_stage_is_refused(tmp_path):
     trainer(tmp_path, NewestCheckpoint(4), steps=4).fit(Toy(), loader())
     with pytest.raises(UserError, match="holds a Toy, and this run trains a Other"):
         trainer(tmp_path, steps=8).fit(Other(), loader(), ckpt_path=newest_checkpoint(tmp_path))
-
-
-def test_ctrl_c_ends_training_after_the_step_with_a_checkpoint(tmp_path):
-    class Interrupt(Callback):
-        def on_train_batch_start(self, trainer, *_):
-            if trainer.global_step == 2:
-                signal.raise_signal(signal.SIGINT)
-
-    before = signal.getsignal(signal.SIGINT)
-    trainer(tmp_path, NewestCheckpoint(50), Interrupt()).fit(Toy(), loader())
-    assert newest_checkpoint(tmp_path).name == "newest-step=3.ckpt" and signal.getsignal(signal.SIGINT) is before
-
-
-def test_ranks_that_are_interrupted_at_different_steps_end_at_the_same(tmp_path):
-    class Rank:
-        """A trainer of one rank of two: what each rank said last is shared when both have come to the same step."""
-
-        world_size, is_global_zero, default_root_dir = 2, False, str(tmp_path)
-
-        def __init__(self, said):
-            self.global_step, self.should_stop, self.strategy, self.said = 0, False, self, said
-            self.newest = NewestCheckpoint(10**6)
-
-        def reduce_boolean_decision(self, decision, all=True):
-            assert not all
-            self.said[self.global_step] = self.said.get(self.global_step, False) or decision
-            return self.said[self.global_step]
-
-        def run(self, interrupted_at=None):
-            self.newest.on_train_start(self, None)
-            try:
-                while not self.should_stop and self.global_step < 40:
-                    self.global_step += 1
-                    if self.global_step == interrupted_at:
-                        signal.raise_signal(signal.SIGINT)
-                    self.newest.on_train_batch_end(self)
-            finally:
-                self.newest.teardown(self, None, "fit")
-            return self.global_step
-
-    said = {}
-    assert Rank(said).run(interrupted_at=13) == 20
-    assert Rank(said).run() == 20  # nobody pressed Ctrl-C here
-    assert Rank(said).run(interrupted_at=17) == 20
-    assert set(said) == {10, 20}
 
 
 def test_stage_is_abstract():

@@ -1,23 +1,30 @@
 """The smallest stage there is: a line fitted to noise-free data; for tests of the machinery around stages."""
 
+import time
+from importlib.metadata import version
+
+import numpy as np
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor, nn
 
+from unclip_pl.data.rows import RowLoader, RowsConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage
+from unclip_pl.training import startup
 from unclip_pl.training.checkpoint import AtomicCheckpointIO
 
 
 class Toy(Stage):
-    def __init__(self, width: int = 4, optimizer: OptimizerConfig = OptimizerConfig(lr=0.1, warmup_steps=2)) -> None:
+    def __init__(self, width: int = 4, optimizer: OptimizerConfig = OptimizerConfig(lr=0.1, warmup_steps=2), noise: float = 0.01) -> None:
         super().__init__()
-        self.remember(optimizer, width=width)
+        self.remember(optimizer, width=width, noise=noise)
+        self.noise = noise
         self.net = nn.Linear(width, 1)
         self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
 
     def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         self.counter += 1
-        error = self.net(batch["x"]).squeeze(1) - batch["y"] + 0.01 * torch.randn(len(batch["x"]))
+        error = self.net(batch["x"]).squeeze(1) - batch["y"] + self.noise * torch.randn(len(batch["x"]))
         return {"loss": error.square().mean() * batch["scale"].mean()}
 
     def sample(self, batch: dict, noise: object) -> Tensor:
@@ -49,3 +56,57 @@ def trainer(folder, *callbacks, steps: int = 8, **kwargs) -> Trainer:
 
 def loader(bad: int | None = None, batch: int = 4, size: int = 64) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(ToyData(size, bad), batch_size=batch)
+
+
+class ToyRows(LightningDataModule):
+    """The same samples through the priors' loader, which is shared out among ranks and resumable."""
+
+    def __init__(self, size: int = 200, batch_size: int = 4) -> None:
+        super().__init__()
+        self.samples, self.batch_size = ToyData(size), batch_size
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: np.ndarray) -> dict:
+        return {"key": [str(i) for i in index], "x": self.samples.x[index], "y": self.samples.x[index].sum(1), "scale": torch.ones(len(index))}
+
+    def train_dataloader(self) -> RowLoader:
+        return RowLoader(self, RowsConfig(self.batch_size), rank=self.trainer.global_rank, world=self.trainer.world_size)
+
+
+class Slow(Callback):
+    """Makes each step last, so that a test can meet a run at its work."""
+
+    def __init__(self, seconds: float = 0.1) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, *_, **__) -> None:
+        time.sleep(self.seconds)
+
+
+class Hang(Callback):
+    """One step never ends, on one rank."""
+
+    def __init__(self, step: int, rank: int = 0) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_batch_start(self, trainer: Trainer, *_, **__) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            hang_here()
+
+
+def hang_here() -> None:
+    while True:
+        time.sleep(1)
+
+
+class OtherVersion(Callback):
+    """One rank has another torch, as far as it says."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def setup(self, trainer: Trainer, pl_module: Stage, stage: str) -> None:
+        if trainer.global_rank == self.rank:
+            startup.version = lambda name: "0.0.1" if name == "torch" else version(name)

@@ -1,7 +1,8 @@
 """Batches from shards, for ever in training and once in validation; a run that stops goes on at the very next sample.
 
 Order: shards are shuffled by (seed, epoch), readers (rank x worker) share them out, windows of shards are read and permuted. All of it follows
-from numbers, so the state of a reader is three: epoch, window, offset. The state belongs to its number of ranks and workers.
+from numbers, so the state of a reader is a place: which reader of how many, epoch, window, offset. Where a run goes on with another number of readers,
+they first bring the places of those before them to the end of their epoch: no sample comes twice in it and none is left out.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from unclip_pl.data.shards import BadSample, ErrorBudget, Lost, decode, is_url, read_shard
 from unclip_pl.errors import UserError
+from unclip_pl.signals import spare_worker
 
 log = logging.getLogger(__name__)
+FORM = 2  # of a loader's state
 PASSED_OVER = "passed_over"  # in a sample: how many its reader could not use since the one before; so counts come from the workers with the batches
 Prepare = Callable[[dict[str, Any], int], dict[str, Any]]
 
@@ -87,62 +90,90 @@ class _Shards(IterableDataset):
         return ready
 
 
+@dataclass
+class Place:
+    """Where a reader is in its share: the next sample is number `offset` of `window` in `epoch`; after the epoch `last` it is done, None: never."""
+
+    reader: int
+    readers: int
+    epoch: int = 0
+    window: int = 0
+    offset: int = 0
+    last: int | None = None
+
+
 class Samples(_Shards):
-    """Endless, shuffled, resumable: `state_dict` is the place of the next sample."""
+    """Endless, shuffled, resumable: `state_dict` is the place of the next sample.
+
+    `inherited`, the same on every rank, are places of readers of another number: shared out among these readers and finished before their own.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.epoch = self.window = self.offset = 0
+        self.places: list[Place] = []  # to be read one after the other; the last one is this reader's own
+        self.inherited: list[Place] = []
+        self.first_epoch = 0
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "window": self.window, "offset": self.offset}
+    def state_dict(self) -> dict[str, list[dict[str, int | None]]]:
+        return {"places": [asdict(place) for place in self._begun()]}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.window, self.offset = state["epoch"], state["window"], state["offset"]
+    def load_state_dict(self, state: dict[str, list[dict[str, Any]]]) -> None:
+        self.places = [Place(**place) for place in state["places"]]
+
+    def _begun(self) -> list[Place]:
+        if not self.places:
+            reader, readers = self.reader()
+            self.places = [*(replace(place) for place in self.inherited[reader::readers]), Place(reader, readers, self.first_epoch)]
+        return self.places
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        reader, readers = self.reader()
+        places = self._begun()
         budget, told = ErrorBudget(self.config.max_bad_rate), 0
         while True:
-            whole, usable = self.window == self.offset == 0, 0
-            windows = self._windows(reader, readers)
-            while self.window < len(windows):
-                samples, lost = self._read(windows[self.window], reader, readers, budget)
+            place = places[0]
+            if place.last is not None and place.epoch > place.last:
+                places.pop(0)
+                continue
+            whole, usable = place.window == place.offset == 0 and place.last is None, 0
+            windows = self._windows(place)
+            while place.window < len(windows):
+                samples, lost = self._read(windows[place.window], place, budget)
                 while True:
-                    for one in lost.get(self.offset, ()):
+                    for one in lost.get(place.offset, ()):
                         budget.charge(one)
-                    if self.offset >= len(samples):
+                    if place.offset >= len(samples):
                         break
-                    ready = self.ready(samples[self.offset], self.epoch, budget)
-                    self.offset += 1
+                    ready = self.ready(samples[place.offset], place.epoch, budget)
+                    place.offset += 1
                     if ready is not None:
                         usable += 1
                         passed, told = budget.bad - told, budget.bad
                         yield ready | {PASSED_OVER: passed}
-                self.window, self.offset = self.window + 1, 0
+                place.window, place.offset = place.window + 1, 0
             if whole and not usable:
-                raise UserError(f"Reader {reader + 1} of {readers} found no usable sample in its part of {self.shards[0]} ...: check data.train.")
-            self.epoch, self.window = self.epoch + 1, 0
+                at = f"Reader {place.reader + 1} of {place.readers}"
+                raise UserError(f"{at} found no usable sample in its part of {self.shards[0]} ...: check data.train.")
+            place.epoch, place.window = place.epoch + 1, 0
 
-    def _windows(self, reader: int, readers: int) -> list[list[str]]:
+    def _windows(self, place: Place) -> list[list[str]]:
         order = list(self.shards)
-        random.Random(f"{self.config.seed} {self.epoch}").shuffle(order)
-        if not self._share_samples(readers):
-            order = order[reader::readers]
+        random.Random(f"{self.config.seed} {place.epoch}").shuffle(order)
+        if not self._share_samples(place.readers):
+            order = order[place.reader :: place.readers]
         return [order[i : i + self.config.window] for i in range(0, len(order), self.config.window)]
 
     def _share_samples(self, readers: int) -> bool:
         """Few shards are shared out sample by sample, so that readers have equally much; many are shared out whole, and read once."""
         return len(self.shards) < 8 * readers
 
-    def _read(self, window: list[str], reader: int, readers: int, budget: ErrorBudget) -> tuple[list[dict[str, Any]], dict[int, list[Lost]]]:
+    def _read(self, window: list[str], place: Place, budget: ErrorBudget) -> tuple[list[dict[str, Any]], dict[int, list[Lost]]]:
         """This reader's samples of a window, and what it has to charge when so many of them are consumed.
 
         What is lost is shared out among readers as the samples are, and spread evenly over them: so the share of bad samples is at no time larger
         than that of the window. The offset counts samples alone, for how many are lost is but estimated where a shard is broken.
         """
-        parts = readers if self._share_samples(readers) else 1
-        mine, samples, bad, met, units = reader % parts, [], [], count(), 0
+        parts = place.readers if self._share_samples(place.readers) else 1
+        mine, samples, bad, met, units = place.reader % parts, [], [], count(), 0
         for sample in (sample for shard in window for sample in read_shard(shard, budget)):
             if isinstance(sample, Lost):
                 if own := len(range((mine - units) % parts, sample.count, parts)):
@@ -150,7 +181,7 @@ class Samples(_Shards):
                 units += sample.count
             elif next(met) % parts == mine:
                 samples.append(sample)
-        random.Random(f"{self.config.seed} {self.epoch} {self.window} {reader}").shuffle(samples)
+        random.Random(f"{self.config.seed} {place.epoch} {place.window} {place.reader}").shuffle(samples)
         total, so_far, due = sum(lost.count for lost in bad), 0, defaultdict(list)
         for lost in bad:
             so_far += lost.count
@@ -219,8 +250,9 @@ def _plainly(batches: Iterator[dict[str, Any]]) -> Generator[dict[str, Any], Non
 class TrainLoader:
     """`steps` batches an epoch from an endless stream; its state is exact to the sample, on every rank.
 
-    A state is good for the same shards, number of ranks and workers, batch size, seed and window; with others the data go on at the start of
-    the next epoch, with a warning. On several ranks `state_dict` gathers from all of them, so all must call it, as Lightning does.
+    A state is good for the same shards, seed and window, and exact for the same number of ranks and workers and batch size. With another number of
+    them the rest of the epoch is shared out anew; with other shards, seed or window the data go on at the start of the next epoch, with a warning.
+    On several ranks `state_dict` gathers from all of them, so all must call it, as Lightning does.
     `bad` counts the samples that this rank's readers passed over on the way to the batches given so far in this run.
 
     Args:
@@ -234,10 +266,10 @@ class TrainLoader:
         self.samples, self.steps, self.done, self.bad = samples, steps, 0, 0
         self.loader = StatefulDataLoader(
             samples, batch_size=config.batch_size, num_workers=config.num_workers, collate_fn=collate, drop_last=True,
-            pin_memory=torch.cuda.is_available(), multiprocessing_context=start_method if config.num_workers else None,
+            pin_memory=torch.cuda.is_available(), multiprocessing_context=start_method if config.num_workers else None, worker_init_fn=spare_worker,
         )
         self._stream: Generator[dict[str, Any], None, None] | None = None
-        self._shards = _digest(samples.shards)
+        self._shards, self._missing = _digest(samples.shards)
 
     def __len__(self) -> int:
         return self.steps
@@ -264,8 +296,12 @@ class TrainLoader:
         config = self.samples.config
         return {
             "ranks": self.samples.world, "workers": config.num_workers, "batch size": config.batch_size, "seed": config.seed,
-            "window": config.window, "shards": self._shards,
+            "window": config.window, "shards": self._shards, "form": FORM,
         }
+
+    def share(self) -> dict[str, Any]:
+        """Which part of which data this rank reads, and which shards it cannot see; for a comparison of ranks."""
+        return self.shape() | {"rank": self.samples.rank, "world": self.samples.world, "missing": self._missing}
 
     def state_dict(self) -> dict[str, Any]:
         own, world = self.loader.state_dict(), self.samples.world
@@ -277,28 +313,40 @@ class TrainLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._stream, self.done = None, min(state["done"], self.steps)
         theirs, ours = state["shape"], self.shape()
-        if theirs == ours:
+        differs = [key for key, value in ours.items() if theirs.get(key) != value]
+        if not differs:
             self.loader.load_state_dict(state["ranks"][self.samples.rank])
+        elif set(differs) <= {"ranks", "workers", "batch size"}:
+            self.samples.inherited = _to_the_end_of_their_epoch(_places(state["ranks"]))
+            self.samples.first_epoch = max(place.last for place in self.samples.inherited) + 1
         else:
-            differs = ", ".join(f"{key} {theirs.get(key)} there and {value} here" for key, value in ours.items() if theirs.get(key) != value)
-            log.warning("The checkpoint's place in the data does not fit this run (%s): the data go on at the start of the next epoch.", differs)
-            self.samples.load_state_dict({"epoch": _latest_epoch(state) + 1, "window": 0, "offset": 0})
+            said = ", ".join(f"{key} {theirs.get(key)} there and {ours[key]} here" for key in differs)
+            log.warning("The checkpoint's place in the data does not fit this run (%s): the data go on at the start of the next epoch.", said)
+            self.samples.first_epoch = max((place["epoch"] for place in _places(state)), default=0) + 1
 
 
-def _digest(shards: Sequence[str]) -> str:
-    """Of names without their folders, which may move, and of the sizes of files, for another folder may well have the same names."""
+def _digest(shards: Sequence[str]) -> tuple[str, list[str]]:
+    """Of names without their folders, which may move, and of the sizes of files, for another folder may well have the same names; what is not there."""
     sizes = [path.stat().st_size if not is_url(shard) and (path := Path(shard)).is_file() else None for shard in shards]
     names = [f"{Path(shard).name} {size}" for shard, size in zip(shards, sizes, strict=True)]
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+    missing = [shard for shard, size in zip(shards, sizes, strict=True) if size is None and not is_url(shard)]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8], missing
 
 
-def _latest_epoch(state: Any) -> int:
-    """The highest epoch in a nested loader state."""
+def _places(state: Any) -> list[dict[str, Any]]:
+    """The readers' places in a nested loader state, also one of an earlier form."""
     if isinstance(state, dict):
         if {"epoch", "window", "offset"} <= state.keys():
-            return state["epoch"]
+            return [state]
         state = list(state.values())
-    return max(map(_latest_epoch, state), default=0) if isinstance(state, list) else 0
+    return [place for part in state for place in _places(part)] if isinstance(state, list) else []
+
+
+def _to_the_end_of_their_epoch(places: list[dict[str, Any]]) -> list[Place]:
+    """Places that stop where the foremost of their readers, of one number, has its epoch's end; so after them an epoch of any number of readers begins."""
+    found = [Place(**place) for place in places]
+    last = max(place.epoch for place in found if place.last is None)
+    return [replace(place, last=last) if place.last is None else place for place in found]
 
 
 class ValidationLoader(DataLoader):
@@ -307,7 +355,7 @@ class ValidationLoader(DataLoader):
     def __init__(self, samples: SamplesInOrder) -> None:
         config = samples.config
         workers = min(1, config.num_workers)
-        super().__init__(samples, config.batch_size, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available())
+        super().__init__(samples, config.batch_size, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(), worker_init_fn=spare_worker)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch promises its own class of iterator
         return _plainly(super().__iter__())

@@ -1,7 +1,7 @@
 """Batches from the embedding store alone, for the priors: no image is opened, whole batches are gathered by mmap.
 
 The order of an epoch is a permutation of all rows that follows from (seed, epoch) and is never written down, so that the state of a loader is
-one number, the batches given so far, the same on every rank.
+two numbers, the epoch and how many of its rows all ranks have given; the same on every rank, and good for any number of ranks.
 """
 
 import logging
@@ -103,8 +103,8 @@ class Rows:
 class RowLoader:
     """Training batches: `steps` an epoch of the trainer, from one permutation of all rows after the other; ranks take disjoint ones.
 
-    A state is good for the same rows, number of ranks, batch size and seed; with others the data go on at the start of the next permutation, with
-    a warning.
+    A state is good for the same rows and seed, whatever the number of ranks and the batch size; with others the data go on at the start of the next
+    permutation, with a warning.
 
     Raises:
         UserError: the rows do not fill one batch on each rank.
@@ -112,11 +112,12 @@ class RowLoader:
 
     def __init__(self, rows: Rows, config: RowsConfig, *, rank: int = 0, world: int = 1) -> None:
         self.rows, self.config, self.rank, self.world = rows, config, rank, world
-        self.whole = len(rows) // (config.batch_size * world)  # batches of a permutation; the rows left over are others each time
-        if self.whole < 1:
+        self.together = config.batch_size * world
+        whole = len(rows) // self.together  # batches of a permutation; the rows left over are others each time
+        if whole < 1:
             raise UserError(f"{len(rows)} rows do not fill a batch of {config.batch_size} on each of {world} ranks: lower data.loader.batch_size.")
-        self.steps = config.steps_per_epoch or self.whole
-        self.given = self.done = 0
+        self.steps = config.steps_per_epoch or whole
+        self.epoch = self.row = self.done = 0
 
     def __len__(self) -> int:
         return self.steps
@@ -124,26 +125,32 @@ class RowLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.done = 0 if self.done >= self.steps else self.done
         while self.done < self.steps:
-            epoch, step = divmod(self.given, self.whole)
-            first = (step * self.world + self.rank) * self.config.batch_size
+            if self.row + self.together > len(self.rows):
+                self.epoch, self.row = self.epoch + 1, 0
+            first = self.row + self.rank * self.config.batch_size
             index = np.arange(first, first + self.config.batch_size)
-            self.given, self.done = self.given + 1, self.done + 1
-            yield self.rows[shuffled(index, len(self.rows), self.config.seed, epoch)]
+            self.row, self.done = self.row + self.together, self.done + 1
+            yield self.rows[shuffled(index, len(self.rows), self.config.seed, self.epoch)]
 
     def shape(self) -> dict[str, int]:
         """What a state depends on."""
-        return {"rows": len(self.rows), "ranks": self.world, "batch size": self.config.batch_size, "seed": self.config.seed}
+        return {"rows": len(self.rows), "seed": self.config.seed}
+
+    def share(self) -> dict[str, Any]:
+        """Which part of which data this rank reads; for a comparison of ranks. The rows are mapped, so none is missing."""
+        return self.shape() | {"batch size": self.config.batch_size, "rank": self.rank, "world": self.world, "missing": []}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"shape": self.shape(), "given": self.given, "done": self.done, "epoch": self.given // self.whole}
+        return {"shape": self.shape(), "epoch": self.epoch, "row": self.row, "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         theirs, ours = state["shape"], self.shape()
-        self.given, self.done = state["given"], min(state["done"], self.steps)
-        if theirs != ours:
-            differs = ", ".join(f"{key} {theirs.get(key)} there and {value} here" for key, value in ours.items() if theirs.get(key) != value)
-            log.warning("The checkpoint's place in the data does not fit this run (%s): the data go on at the start of the next epoch.", differs)
-            self.given = (state["epoch"] + 1) * self.whole
+        self.epoch, self.row, self.done = state["epoch"], state.get("row", 0), min(state["done"], self.steps)
+        differs = [f"{key} {theirs.get(key)} there and {value} here" for key, value in ours.items() if theirs.get(key) != value]
+        if differs or "row" not in state:  # a state of an earlier form has no row
+            said = ", ".join(differs) or "it is of an earlier form"
+            log.warning("The checkpoint's place in the data does not fit this run (%s): the data go on at the start of the next epoch.", said)
+            self.epoch, self.row = self.epoch + 1, 0
 
 
 class RowsInOrder:

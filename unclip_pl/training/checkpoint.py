@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import signal
-import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
 
 from unclip_pl.atomic import REASONS, atomic_file, cause, remove_leftovers
 from unclip_pl.errors import UserError
@@ -71,13 +68,10 @@ def _step(path: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
-AGREE_EVERY = 10  # steps between two questions to all ranks whether one was interrupted: each makes them wait for each other
-
-
 class NewestCheckpoint(Checkpoint):
     """Every so many steps, and when training ends: the file to resume from, `newest-step=N.ckpt`. Those before it in this run's folder are then removed.
 
-    The first Ctrl-C ends training after the step under way, with such a file; the second ends it at once. Several ranks agree on the step, every 10.
+    A run that is told to stop saves at that very step, where the place in the data is exact.
 
     Args:
         every_n_train_steps: steps between two files.
@@ -88,39 +82,18 @@ class NewestCheckpoint(Checkpoint):
             raise ValueError(f"newest.every_n_train_steps is {every_n_train_steps}: give 1 or more.")
         self.every_n_train_steps = every_n_train_steps
         self._saved_step = -1
-        self._interrupted = False
-        self._handler: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             remove_leftovers(checkpoint_folder(trainer), "*.ckpt")  # of a run that was killed while it wrote
 
-        self._interrupted = False
-
-        def stop(signum: int, frame: Any) -> None:
-            alone = trainer.world_size == 1
-            rank_zero_info(f"Stopping after {'this step' if alone else f'at most {AGREE_EVERY} steps'} (Ctrl-C again: at once).")
-            self._interrupted = True
-            trainer.should_stop = trainer.should_stop or alone  # one rank that stops by itself would leave the others waiting for it
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, stop)
-
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        if trainer.world_size > 1 and trainer.global_step % AGREE_EVERY == 0:
-            trainer.should_stop |= trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
-        if trainer.global_step % self.every_n_train_steps == 0:
+        if trainer.global_step % self.every_n_train_steps == 0 or trainer.should_stop:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            self._handler = None
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it outside of the class

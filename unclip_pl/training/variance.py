@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from unclip_pl.signals import Asked, notes
 from unclip_pl.training.checkpoint import AtomicCheckpointIO, BestCheckpoint, NewestCheckpoint, checkpoint_folder, read_checkpoint
 from unclip_pl.training.ema import EMA
 from unclip_pl.training.needs import Estimates
@@ -36,7 +37,7 @@ class AnalyticVariance(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning sets these outside of the class, so that its types do not know them.
         data, callbacks = trainer.datamodule, trainer.callbacks  # type: ignore[attr-defined]
-        if data is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if data is None or trainer.fast_dev_run or notes.agreed > Asked.INTERRUPT:  # type: ignore[attr-defined]  # a batch system waits for us to end
             return
         batches, missing = [], self.captions
         for batch in data.train_dataloader():

@@ -1,0 +1,107 @@
+"""What each fault costs a run on a real Slurm of two nodes: steps done twice, samples lost, time to resume. Markdown, then whether all ended alike.
+
+    PYTHONPATH=. python benchmarks/faults.py --local-slurm PATH/local-slurm --out /tmp/faults        from the checkout's root
+
+One run of a small decoder, 2 nodes x `--ranks`, each with a loader's worker, goes through every fault one after the other; another is left in peace.
+`local-slurm` runs two nodes on one machine and can crash one. Slurm lets a requeued job wait two minutes; that wait is cut short and not counted.
+"""
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tests.slurmkit import Job, Slurm, shell
+from unclip_pl.training.checkpoint import newest_checkpoint, read_checkpoint
+
+NET = '{"width": 32, "mults": [1, 2], "depth": 1, "patch_size": 8, "attention": [4], "head_width": 16}'
+EVERY = 10  # steps between two checkpoints
+START = "0: Resuming from"
+
+
+class Run:
+    """A job whose steps are watched; `faults` are rows of the table."""
+
+    def __init__(self, slurm: Slurm, again: Callable[[], Job]) -> None:
+        self.slurm, self.again, self.rows = slurm, again, []
+        self.job = again()
+
+    def fault(self, name: str, after: int, strike: Callable[[], object], queued: bool = True) -> None:
+        """Strike at step `after` or soon after it, see the job through the queue where it goes there, and wait for the first step of the new start."""
+        job = self.job
+        job.until(lambda: job.step() >= after, 900)
+        starts, struck, waited, at = job.said().count(START), time.monotonic(), 0.0, job.step()
+        strike()
+        if queued:
+            job.until(lambda: job.state() in ("PENDING", "", "CANCELLED"), 300)
+            pending = time.monotonic()
+            if "crash" in name:
+                self.slurm("boot", "n2")
+                job.until(lambda: shell("sinfo -h -n n2 -p test -o %T").strip() == "idle", 200)
+                time.sleep(10)  # late kills of the old run can hit the new one
+            if "scancel" in name:
+                self.job = job = self.again()
+            job.until(lambda: self.slurm("hurry") == "" and job.state() == "RUNNING", 300)
+            waited = time.monotonic() - pending
+        job.until(lambda: job.said().count(START) > starts, 900)
+        reached, count = job.step(), len(job.lines())
+        job.until(lambda: len(job.lines()) > count, 900)
+        again = job.lines()[count]["step"]
+        self.rows.append((name, at, reached, again - 1, reached - again + 1, time.monotonic() - struck - waited, waited))
+        print(*self.rows[-1], flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--local-slurm", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--ranks", type=int, default=1, help="of a node")
+    parser.add_argument("--steps", type=int, default=140)
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    out.mkdir(parents=True)
+    options = [
+        "--ranks", str(arguments.ranks), "--trainer.max_steps", str(arguments.steps), "--newest.every_n_train_steps", str(EVERY), "--model.net", NET,
+        "--data.loader.batch_size", "4", "--data.loader.num_workers", "1", "--data.val", "null", "--preemption.ask_every", "1", "--warn", "45",
+    ]  # fmt: skip
+    with Slurm(arguments.local_slurm, str(out / "slurm"), 26900) as slurm:
+        straight = Job(out / "straight", *options, stage="stages/decoder.yaml")
+        if straight.ended() != "COMPLETED":
+            raise SystemExit(straight.said()[-3000:])
+        part = arguments.steps // 7
+        run = Run(slurm, lambda: Job(out / "faults", *options, stage="stages/decoder.yaml", slow=0.3, diary={"kill_once": 2 * part + 5}))
+
+        def limit() -> None:
+            minutes = int(shell(f"squeue -h -j {run.job.id} -o %M").strip().split(":")[0]) + 2
+            shell(f"scontrol update JobId={run.job.id} TimeLimit={minutes}")
+            run.job.until(lambda: run.job.state() == "PENDING", 300)
+            shell(f"scontrol update JobId={run.job.id} TimeLimit=60")
+
+        run.fault("preempted by `urgent`", part, lambda: shell("sbatch --partition=urgent --nodes=2 --exclusive --output=/dev/null --wrap=true"))
+        run.fault("kill -9 of a rank", 2 * part + 5, lambda: None, queued=False)  # the rank kills itself there
+        run.fault("crash of a node", 3 * part + 5, lambda: slurm("crash", "n2"))
+        run.fault("time limit", 4 * part + 5, limit)
+        run.fault("scancel, submitted again", 5 * part + 5, lambda: shell(f"scancel {run.job.id}"))
+        if run.job.ended() != "COMPLETED":
+            raise SystemExit(run.job.said()[-3000:])
+
+    print("\n| fault | at step | reached | went on from | steps done twice | seconds to a new step | queued (not counted) |\n|---|---|---|---|---|---|---|")
+    for name, *numbers, seconds, waited in run.rows:
+        print(f"| {name} | {' | '.join(map(str, numbers))} | {seconds:.0f} | {waited:.0f} |")
+    lines, whole = run.job.lines(), straight.lines()
+    place = {(line["step"], line["rank"]): (line["keys"], line["loss"]) for line in whole}
+    same = all(place[line["step"], line["rank"]] == (line["keys"], line["loss"]) for line in lines)
+    last = {(line["step"], line["rank"]): line["keys"] for line in lines}
+    seen, wanted = (Counter(key for keys in given for key in keys) for given in (last.values(), (line["keys"] for line in whole)))
+    ours, theirs = (read_checkpoint(newest_checkpoint(one)) for one in (run.job.folder, straight.folder))
+    equal = all(torch.equal(value, theirs[part][name]) for part in ("state_dict", "current_model_state") for name, value in ours[part].items())
+    print(json.dumps({"same samples and losses": same, "samples lost": sum((wanted - seen).values()), "weights equal bit for bit": equal,
+                      "steps": ours["global_step"]}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

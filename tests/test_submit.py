@@ -1,0 +1,143 @@
+"""`unclip submit`: scripts that bash and sbatch take, with the resources that were asked for and the user's own flags; nothing is submitted by --dry-run."""
+
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from unclip_pl.app import main
+
+
+def script(capsys, *arguments: str) -> str:
+    assert main(["submit", *arguments, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def sbatch_options(text: str) -> dict[str, str]:
+    return dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in text.splitlines() if line.startswith("#SBATCH"))
+
+
+def command(text: str) -> list[str]:
+    """What srun starts, without srun's own options."""
+    line = next(line for line in text.splitlines() if "-m unclip_pl" in line)
+    words = shlex.split(line)
+    return words[words.index("-m") - 1 :]
+
+
+@pytest.mark.parametrize("stage", ["stages/decoder.yaml", "stages/embed.yaml"])
+@pytest.mark.parametrize("flags", [["--gpus", "8"], ["--gpus", "0", "--ranks", "2"], ["--validate", "--partition", "a100", "--account", "x", "--mem", "200G"]])
+def test_every_script_is_one_that_bash_takes_with_nothing_left_to_fill_in(capsys, stage, flags):
+    text = script(capsys, stage, *flags)
+    assert text.startswith("#!/usr/bin/env bash\n#SBATCH --job-name=") and "{{" not in text
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    if shellcheck := shutil.which("shellcheck"):
+        assert subprocess.run([shellcheck, "-"], input=text, text=True).returncode == 0
+
+
+def test_ranks_of_slurm_are_those_of_lightning(capsys):
+    text = script(capsys, "stages/decoder.yaml", "--nodes", "8", "--gpus", "4", "--time", "12:00:00", "--warn", "300", "--cpus", "6")
+    options, words = sbatch_options(text), command(text)
+    assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"], options["cpus-per-task"]) == ("8", "4", "4", "6")
+    assert options["signal"] == "USR1@300" and options["time"] == "12:00:00"
+    assert words[words.index("--trainer.num_nodes") + 1] == "8" and words[words.index("--trainer.devices") + 1] == "4"
+    assert words[:6] == [sys.executable, "-m", "unclip_pl", "fit", "-c", "stages/decoder.yaml"] and words[-2:] == ["--resume", "auto"]
+    assert "lightning_config/gpu.yaml" in words and "lightning_config/ddp.yaml" in words and "gpus-per-task" not in text
+
+
+def test_nodes_without_gpus_get_ranks_on_cpus(capsys):
+    text = script(capsys, "stages/ar_prior.yaml", "--nodes", "2", "--gpus", "0", "--ranks", "2")
+    options, words = sbatch_options(text), command(text)
+    assert options["ntasks-per-node"] == "2" and "gpus-per-node" not in options
+    assert "lightning_config/gpu.yaml" not in words and words[words.index("--trainer.accelerator") + 1] == "cpu"
+    alone = command(script(capsys, "stages/ar_prior.yaml", "--gpus", "0"))
+    assert "lightning_config/ddp.yaml" not in alone
+
+
+def test_flags_of_lightning_come_last_and_keep_their_quotes(capsys):
+    words = command(script(capsys, "stages/decoder.yaml", "-c", "my overlay.yaml", "--nodes", "2", "--model.net", '{"width": 32}', "--name", "mine"))
+    assert words[words.index("--model.net") + 1] == '{"width": 32}'
+    assert words.index("my overlay.yaml") > words.index("lightning_config/ddp.yaml")  # what comes later wins
+
+
+def test_embedding_and_validation_have_their_own_jobs(capsys):
+    text = script(capsys, "stages/embed.yaml", "--array", "4", "--gpus", "1")
+    assert sbatch_options(text)["array"] == "0-3" and command(text)[3] == "predict" and "kill-on-bad-exit" not in text
+    assert command(script(capsys, "stages/decoder.yaml", "--validate"))[3] == "validate"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["stages/decodr.yaml"], "did you mean stages/decoder.yaml"), (["stages/decoder.yaml", "--gpus", "-1"], "--gpus is -1"),
+        (["stages/decoder.yaml", "--trainer.devices=4"], "--trainer.devices=4 is set by the job itself"),
+        (["stages/decoder.yaml", "--array", "4"], "--array is for an embedding job"), (["stages/decoder.yaml", "--name", "bash"], "wait for each other"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_one_sentence(capsys, arguments, said):
+    assert main(["submit", *arguments, "--dry-run"]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_the_script_goes_to_sbatch_as_it_was_shown(capsys, tmp_path, monkeypatch):
+    fake = tmp_path / "bin" / "sbatch"
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\ncat >{tmp_path}/got\necho Submitted batch job 7\n")
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{fake.parent}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    assert main(["submit", "stages/decoder.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("Submitted batch job 7\n") and (tmp_path / "got").read_text() in out and (tmp_path / "slurm").is_dir()
+    fake.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2; exit 1\n")
+    assert main(["submit", "stages/decoder.yaml", "--partition", "x"]) == 1
+    assert "sbatch refused the job (sbatch: error: invalid partition specified: x)" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert main(["submit", "stages/decoder.yaml"]) == 1 and "There is no sbatch here" in capsys.readouterr().err
+
+
+def test_a_wheel_has_the_templates():
+    names = {path.name for path in (ROOT / "lightning_config" / "slurm").glob("*.sbatch")}
+    assert names == {"train.sbatch", "embed.sbatch", "eval.sbatch"} and '"**/*.sbatch"' in (ROOT / "setup.py").read_text()
+
+
+def run_template(tmp_path, kind, codes, words=(), restarts=2):
+    """Exit code and output of a filled template whose srun gives `codes` in turn and leaves `words` in turn; scontrol is recorded."""
+    arguments = ["submit", "stages/embed.yaml" if kind == "embed" else "stages/decoder.yaml", "--restarts", str(restarts), "--logs", str(tmp_path)]
+    commands = {
+        "srun": f'n=$(cat {tmp_path}/n 2>/dev/null || echo 0); echo $((n + 1)) >{tmp_path}/n\nset -- {" ".join(map(str, codes))}\nshift $n; code=$1\n'
+        f'set -- {" ".join(words) or "-"}\n[ $# -gt $n ] && shift $n && [ "$1" != - ] && echo $1 >"$UNCLIP_ENDED"\nexit $code',
+        "scontrol": f'echo "$@" >>{tmp_path}/asked', "sleep": "exit 0",
+    }  # fmt: skip
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    from unclip_pl.app import parser
+    from unclip_pl.commands.submit import job_script
+
+    text = job_script(parser().parse_args(arguments))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "123456"}
+    return subprocess.run(["bash"], input=text, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("codes", "words", "restarts", "code", "starts", "requeued"),
+    [
+        ([0], [], 2, 0, 1, False), ([75], ["requeue"], 2, 75, 1, True), ([143], ["stop"], 2, 143, 1, False),
+        ([137, 0], [], 2, 0, 2, False), ([137, 143, 9], [], 2, 9, 3, False), ([7], [], 0, 7, 1, False), ([137, 75], ["-", "requeue"], 2, 75, 2, True),
+    ],
+)  # fmt: skip
+def test_the_training_job_restarts_requeues_or_ends(tmp_path, codes, words, restarts, code, starts, requeued):
+    done = run_template(tmp_path, "train", codes, words, restarts)
+    assert (done.returncode, int((tmp_path / "n").read_text()), (tmp_path / "asked").exists()) == (code, starts, requeued), done.stdout + done.stderr
+    assert not requeued or (tmp_path / "asked").read_text() == "requeue 123456\n"
+
+
+def test_failures_are_counted_across_requeues(tmp_path):
+    assert run_template(tmp_path, "train", [137, 75], ["-", "requeue"], 1).returncode == 75
+    (tmp_path / "n").unlink()
+    done = run_template(tmp_path, "train", [137], [], 1)
+    assert done.returncode == 137 and "failed with code 137 after 1 restarts" in done.stdout

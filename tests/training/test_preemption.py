@@ -1,0 +1,179 @@
+"""A run that is told to end does so at one step on all ranks, with a checkpoint and a word for the job script."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from tests.training.ranks import Ranks
+from tests.training.toy import Toy, loader, trainer
+from unclip_pl import signals
+from unclip_pl.signals import Asked, notes
+from unclip_pl.training.checkpoint import NewestCheckpoint, newest_checkpoint, read_checkpoint
+from unclip_pl.training.preemption import Preemption
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Signal(Callback):
+    """Sends this process signals at the start of a step."""
+
+    def __init__(self, step, *signums):
+        self.step, self.signums = step, signums
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            for signum in self.signums:
+                signal.raise_signal(signum)
+
+
+@pytest.fixture(autouse=True)
+def _no_notes(monkeypatch, tmp_path):
+    monkeypatch.setenv("UNCLIP_ENDED", str(tmp_path / "ended"))
+    notes.asked = notes.agreed = Asked.NOTHING
+    yield
+    notes.asked = notes.agreed = Asked.NOTHING
+
+
+@pytest.mark.parametrize(
+    ("sent", "agreed", "word", "code"),
+    [
+        ([signal.SIGINT], Asked.INTERRUPT, None, 0), ([signal.SIGUSR1], Asked.REQUEUE, "requeue", 75), ([signal.SIGTERM], Asked.STOP, "stop", 143),
+        ([signal.SIGTERM, signal.SIGUSR1], Asked.STOP, "stop", 143),  # a cancelled job stays cancelled
+    ],
+)  # fmt: skip
+def test_a_signal_ends_training_after_the_step_with_a_checkpoint(tmp_path, sent, agreed, word, code):
+    before = [signal.getsignal(signum) for signum in signals.MEANING]
+
+    class NeverValidated(Toy):
+        def validation_step(self, *_):
+            raise AssertionError("there may be no time for it")
+
+    run = trainer(tmp_path, Preemption(), NewestCheckpoint(50), Signal(2, *sent), val_check_interval=5, check_val_every_n_epoch=None)
+    run.fit(NeverValidated(), loader(), loader())
+    assert newest_checkpoint(tmp_path).name == "newest-step=3.ckpt"
+    assert notes.agreed == agreed and signals.EXIT_CODES[notes.agreed] == code
+    assert (tmp_path / "ended").read_text().strip() == word if word else not (tmp_path / "ended").exists()
+    assert [signal.getsignal(signum) for signum in signals.MEANING] == before and notes.asked == Asked.NOTHING
+
+
+def test_a_signal_at_the_last_step_asks_for_nothing_more(tmp_path):
+    trainer(tmp_path, Preemption(), NewestCheckpoint(50), Signal(7, signal.SIGUSR1), steps=8).fit(Toy(), loader())
+    assert newest_checkpoint(tmp_path).name == "newest-step=8.ckpt" and notes.agreed == Asked.NOTHING and not (tmp_path / "ended").exists()
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    with pytest.raises(SystemExit, match="1"):  # Lightning turns the KeyboardInterrupt into it
+        trainer(tmp_path, Preemption(), NewestCheckpoint(50), Signal(2, signal.SIGINT, signal.SIGINT)).fit(Toy(), loader())
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_run_stopped_and_resumed_equals_one_that_was_not(tmp_path):
+    callbacks = Preemption(), NewestCheckpoint(50)
+    trainer(tmp_path / "straight", *callbacks, steps=12).fit(Toy(), loader(size=64))
+    trainer(tmp_path / "cut", *callbacks, Signal(6, signal.SIGUSR1), steps=12).fit(Toy(), loader(size=64))
+    path = newest_checkpoint(tmp_path / "cut")
+    assert read_checkpoint(path)["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] == 0  # as saved in mid-epoch, not after its end
+    trainer(tmp_path / "cut", *callbacks, steps=12).fit(Toy(), loader(size=64), ckpt_path=path)
+    ours, theirs = (read_checkpoint(newest_checkpoint(tmp_path / name)) for name in ("cut", "straight"))
+    assert ours["global_step"] == theirs["global_step"] == 12 and ours["state_dict"].keys() == theirs["state_dict"].keys()
+
+
+class Rank:
+    """A trainer of one rank of two: what each rank said last is shared when both have come to the same step. A step lasts `pace` seconds."""
+
+    world_size, is_global_zero, max_steps, device = 2, False, 10_000, "cpu"
+
+    def __init__(self, said, pace, clock):
+        self.global_step, self.should_stop, self.strategy, self.said, self.pace, self.clock = 0, False, self, said, pace, clock
+        self.preemption = Preemption(ask_every=2.0)
+
+    def reduce(self, mine, reduce_op):
+        assert reduce_op == "max"
+        self.said.setdefault(self.global_step, []).append(mine)
+        return torch.stack(self.said[self.global_step]).amax(0)
+
+    def run(self, until, interrupted_at=None):
+        notes.asked = Asked.NOTHING
+        self.preemption.setup(self, self, "fit")
+        self.preemption.on_train_start(self, self)
+        try:
+            while not self.should_stop and self.global_step < until:
+                self.global_step += 1
+                self.clock[0] += self.pace
+                if self.global_step == interrupted_at:
+                    signal.raise_signal(signal.SIGUSR1)
+                self.preemption.on_train_batch_end(self, self)
+        finally:
+            self.preemption.teardown(self, self, "fit")
+        return self.global_step
+
+
+@pytest.mark.parametrize(("pace", "every"), [(1 / 8, 16), (1 / 512, 1000), (4.0, 1)])
+def test_ranks_ask_each_other_every_two_seconds_and_stop_together(monkeypatch, pace, every):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    said = {}
+    first = Rank(said, pace, clock).run(4 * every, interrupted_at=every + 1)
+    assert first - (every + 1) <= every and sorted(said) == list(range(1, first + 1, every))
+    other = Rank(said, pace, clock)
+    assert other.run(4 * every) == first and other.should_stop  # nobody signalled this one
+
+
+def arguments(folder, *flags):
+    """Of a toy run that keeps a diary."""
+    callbacks = {"tests.training.diary.Diary": {"path": str(folder / "diary.jsonl")}, "tests.training.toy.Slow": {"seconds": 0.05}}
+    return [
+        "fit", "--model", "tests.training.toy.Toy", "--data", "tests.training.toy.ToyRows", "--trainer.default_root_dir", str(folder),
+        "--trainer.max_steps", "60", "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",
+        *(flag for name, given in callbacks.items() for flag in ("--trainer.callbacks+", json.dumps({"class_path": name, "init_args": given}))), *flags,
+    ]  # fmt: skip
+
+
+def lines(folder):
+    path = folder / "diary.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_signal_during_the_import_of_torch_is_kept_until_the_first_step(tmp_path):
+    with (tmp_path / "said.txt").open("w") as said:
+        process = subprocess.Popen([sys.executable, "-m", "unclip_pl", *arguments(tmp_path)], cwd=ROOT, stdout=said, stderr=said)
+    status, caught = Path(f"/proc/{process.pid}/status"), 1 << (signal.SIGUSR1 - 1)
+    while not int(status.read_text().partition("SigCgt:")[2].split()[0], 16) & caught:
+        assert process.poll() is None, (tmp_path / "said.txt").read_text()
+    process.send_signal(signal.SIGUSR1)
+    assert b"libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_bytes()  # it listened before torch was there
+    assert process.wait(200) == 75, (tmp_path / "said.txt").read_text()[-3000:]
+    assert newest_checkpoint(tmp_path).name == "newest-step=1.ckpt" and (tmp_path / "ended").read_text() == "requeue\n"
+
+
+def test_two_ranks_of_which_one_is_signalled_stop_together_and_go_on_exactly(tmp_path):
+    run = Ranks(tmp_path, arguments(tmp_path), 2)
+    run.until(lambda: len(lines(tmp_path)) > 5)
+    os.kill(run.pids[1], signal.SIGUSR1)
+    assert run.wait() == [75, 75], run.said()[-3000:]
+    step = int(newest_checkpoint(tmp_path).stem.partition("=")[2])
+    assert 3 <= step < 60 and (tmp_path / "ended").read_text() == "requeue\n"
+    (tmp_path / "ended").unlink()
+    assert Ranks(tmp_path, arguments(tmp_path, "--resume", "auto"), 2).wait() == [0, 0], run.said()[-3000:]
+    given = lines(tmp_path)
+    assert sorted((line["step"], line["rank"]) for line in given) == [(step, rank) for step in range(1, 61) for rank in range(2)]  # none twice
+    for epoch in range(2):  # of 25 steps
+        keys = [key for line in given if 25 * epoch < line["step"] <= 25 * epoch + 25 for key in line["keys"]]
+        assert len(keys) == len(set(keys)) == 200
+    assert not (tmp_path / "ended").exists()
+
+
+def test_a_rank_that_is_terminated_ends_all_with_a_checkpoint_and_no_requeue(tmp_path):
+    run = Ranks(tmp_path, arguments(tmp_path), 2)
+    run.until(lambda: len(lines(tmp_path)) > 5)
+    os.kill(run.pids[0], signal.SIGTERM)
+    assert run.wait() == [143, 143], run.said()[-3000:]
+    assert newest_checkpoint(tmp_path) is not None and (tmp_path / "ended").read_text() == "stop\n"
