@@ -53,7 +53,7 @@ def test_clip_overlays_agree_with_open_clip(clip):
 
 
 def test_every_paper_overlay_has_a_test_of_its_size():
-    assert set(PAPER) == {"decoder", "ar_prior", "diffusion_prior"}
+    assert set(PAPER) == {"decoder", "ar_prior", "diffusion_prior", "upsampler_256", "upsampler_1024"}
 
 
 def test_paper_ar_prior_has_the_papers_size():
@@ -93,6 +93,35 @@ def test_paper_diffusion_prior_has_the_papers_size():
     assert cli.model.process.config.schedule == "cosine" and cli.model.process.config.parametrization == "x0"
     assert cli.model.sampling.sampler == "analytic" and cli.model.sampling.steps == 64 and cli.model.sampling.num_candidates == 2
     assert any(getattr(callback, "decay", None) == 0.9999 for callback in cli.trainer.callbacks)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "net", "schedule", "rate", "batch"),
+    [
+        ("upsampler_256", 6.9e8, 7.5e8, (320, (1, 2, 3, 4), 3, 0.1), ("cosine", 27), 1.2e-4, 1024),
+        ("upsampler_1024", 2.7e8, 3.2e8, (192, (1, 1, 2, 2, 4, 4), 2, 0.0), ("linear", 15), 1.0e-4, 512),
+    ],
+)
+def test_paper_upsamplers_have_the_papers_size(name, low, high, net, schedule, rate, batch):
+    with torch.device("meta"):
+        cli = build("-c", f"stages/{name}.yaml", "-c", f"stages/paper/{name}.yaml")
+    count = sum(parameter.numel() for parameter in cli.model.parameters())
+    assert low < count < high, f"{count / 1e6:.0f} M parameters, the paper has 700 M and 300 M"
+    config, optimizer = cli.model.net_config, cli.model.optimizer_config
+    assert (config.width, config.mults, config.depth, config.dropout) == net and config.patch_size == 1
+    assert config.attention == () and not config.middle_attention
+    assert (cli.model.process.config.schedule, cli.model.sampling.steps) == schedule and cli.model.sampling.sampler == "ddim"
+    assert cli.model.process.config.parametrization == "eps" and cli.model.residual == 0
+    assert (optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay) == (rate, (0.9, 0.999), 1e-8, 0.0)
+    assert cli.trainer.max_steps == 1_000_000 and cli.datamodule.config.batch_size == batch
+    assert cli.datamodule.crop * 4 == cli.datamodule.image_size == config.image_size  # crop fraction 0.25
+    assert any(getattr(callback, "decay", None) == 0.9999 for callback in cli.trainer.callbacks)
+
+
+@pytest.mark.parametrize("name", ["upsampler_256", "upsampler_1024"])
+def test_shipped_upsamplers_fit_into_8_MB(name):
+    cli = build("-c", f"stages/{name}.yaml")
+    assert sum(parameter.numel() for parameter in cli.model.parameters()) < 4e6
 
 
 def test_every_paper_overlay_goes_over_its_stage():
