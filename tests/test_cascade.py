@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip_pl import app, cascade, images, pipeline, release
+from unclip_pl import app, cascade, demo, images, pipeline, release
 from unclip_pl.cascade import SEEDS, Cascade
 from unclip_pl.clip import FrozenCLIP
 from unclip_pl.diffusion.process import DiffusionConfig
@@ -341,6 +341,23 @@ def test_sizes_that_do_not_exist_are_refused(capsys):
         with pytest.raises(SystemExit):
             app.main(arguments)
         assert "--size" in (error := capsys.readouterr().err) or "--times" in error
+
+
+def test_the_demo_shows_three_sizes_side_by_side(releases, tmp_path, monkeypatch):
+    """The same picture three times: blocks of 16, of 4 and of 1 pixel, each the file's own pixels."""
+    load = UnCLIP.load
+    monkeypatch.setattr(UnCLIP, "load", lambda prior, upsamplers: load(releases["decoder"], prior, upsamplers=[releases[name] for name in upsamplers]))
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    report = demo.draw_cascade("fox")
+    assert all(f"{size} pixels in" in report for size in (64, 256, 1024))
+    shown = images.load_image(tmp_path / "cascade.png")[:, 2:1026, 2:]
+    panels = [shown[:, :, k * 1026 : k * 1026 + 1024] for k in range(3)]
+    for panel, block in zip(panels, (16, 4)):
+        blocks = panel.unfold(1, block, block).unfold(2, block, block).flatten(3)
+        assert torch.equal(blocks.amin(-1), blocks.amax(-1)) and blocks.shape[1:3] == (1024 // block,) * 2
+    assert panels[2].unfold(1, 2, 2).std(-1).max() > 0
+    expected = load(releases["decoder"], "diffusion").generate(["fox"], [0])[0]
+    assert (panels[0][:, ::16, ::16] - expected).abs().max() <= 2 / 255
 
 
 def test_export_knows_both_upsamplers(three, tmp_path):
