@@ -45,7 +45,7 @@ def pixels(images) -> torch.Tensor:
 
 @pytest.mark.parametrize("how", ["blur", "noise", "others"])
 def test_every_distance_worsens_step_by_step(how, drawings):
-    """Precision is left out: noise draws all images to one place, which is within reach of the reference."""
+    """Precision is left out: noise draws all images to one place, which is within reach of the reference; and strays reach far, which keeps recall."""
     images, _ = drawings
     network = named("clip")
     real, fake = network(pixels(images[::2])), images[1::2]
@@ -62,7 +62,7 @@ def test_every_distance_worsens_step_by_step(how, drawings):
         found.append(fid.judge(network, real, network(made), bootstrap=0))
     for name in ("fid", "kid", "cmmd"):
         assert all(a[name] < b[name] for a, b in pairwise(found)), (name, [each[name] for each in found])
-    assert found[0]["recall"] > found[-1]["recall"]
+    assert how == "others" or found[0]["recall"] > found[-1]["recall"]
 
 
 def test_a_folder_against_itself_is_at_no_distance(folder, capsys):
