@@ -1,37 +1,33 @@
-"""How well images show their captions, by a CLIP: the mean of 100 max(cosine, 0), and how far up an image's own caption stands among all of them."""
+"""How well images show their captions, by a CLIP: the mean of 100 max(cosine, 0), and how far up an image's own caption stands among all of them.
+
+The images are those of a folder or of shards (--images), or drawn by a model (--ckpt). Captions of a folder: --captions FILE.txt with a caption a
+line, in the order of the files' names, or KEY.txt beside KEY.png.
+"""
 
 import argparse
 import logging
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from eval.common import Figures, command, parser, progress, rank, table, world_size
+from eval.common import Figures, command, parser, progress, rank, table
 from unclip_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from unclip_pl.clip import FrozenCLIP
 
 log = logging.getLogger(__name__)
 
 
 def arguments() -> argparse.ArgumentParser:
+    from eval.source import add_arguments
+
     made = parser(__doc__, "eval.clip_score")
-    made.add_argument("--images", required=True, help="the images: a folder, or shards as 'data/{00000..00009}.tar'")
-    made.add_argument("--captions", type=Path, help="a caption a line, in the order of the files' names; by default KEY.txt beside KEY.png, or the shards' own")
-    made.add_argument("--clip", default="openmoji", help="which CLIP scores: openmoji (the embedded one), NAME/TAG of open_clip, local-dir:/folder")
-    made.add_argument("--max-bad-rate", type=float, default=0.01, help="largest share of images that may be unreadable")
+    add_arguments(made)
+    made.add_argument(
+        "--clip", default="openmoji",
+        help="the CLIP that scores, better not the one that conditions: openmoji (the embedded one), NAME/TAG of open_clip, or local-dir:/folder",
+    )  # fmt: skip
     return made
-
-
-def read_captions(path: Path) -> list[str]:
-    """The lines of a text file that are not blank; says in the log how many were."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no UTF-8 text: save it as UTF-8, one caption a line.") from None
-    captions = [line.strip() for line in lines if line.strip()]
-    if not captions:
-        raise UserError(f"{path} has no captions: give one a line.")
-    if len(captions) < len(lines):
-        log.warning("%s has %d blank lines, which were passed over.", path, len(lines) - len(captions))
-    return captions
 
 
 def run(given: argparse.Namespace) -> Figures:
@@ -39,13 +35,17 @@ def run(given: argparse.Namespace) -> Figures:
     from torch import distributed
 
     from eval.features import clip_config, clip_features
-    from eval.folders import Pictures
     from eval.metrics import CLIPScore, RetrievalRank
+    from eval.source import open_source
     from unclip_pl.clip import FrozenCLIP
 
-    captions = read_captions(given.captions) if given.captions else None
-    source = Pictures(given.images, rank(), world_size(), given.max_bad_rate, captions)
+    source = open_source(given)
     clip = FrozenCLIP(clip_config(given.clip, given.precision), given.device)
+    if same(clip, getattr(source, "clip", None)) and rank() == 0:
+        log.warning(
+            "The images were drawn from embeddings of the CLIP %s, and the same CLIP scores them: it may give a score that no person would "
+            "(GLIDE, section 5.2). Name another one with --clip.", clip.config,
+        )  # fmt: skip
     network, metrics = clip_features(clip), (CLIPScore(), RetrievalRank(clip.embed_dim))
     if distributed.is_initialized() and distributed.get_backend() == "nccl":
         for metric in metrics:
@@ -55,8 +55,9 @@ def run(given: argparse.Namespace) -> Figures:
             if not caption:
                 raise UserError(f"Image {key} of {source.name} has no caption: put it into {key}.txt, or give all of them with --captions.")
         text = clip.embed_text(clip.tokenize(batch["captions"])).embed
+        images = network(batch["images"])
         for metric in metrics:
-            metric.update(network(batch["images"]), text)
+            metric.update(images, text)
     figures: Figures = {"images": source.name, "clip": str(clip.config)}
     for metric in metrics:
         figures |= metric.compute()
@@ -64,6 +65,19 @@ def run(given: argparse.Namespace) -> Figures:
     if rank() == 0:
         print(table(rows(figures)))
     return figures
+
+
+def same(scores: "FrozenCLIP", conditions: "FrozenCLIP | None") -> bool:
+    """Whether both are one CLIP, by what they do."""
+    from unclip_pl.clip import ClipMismatch, require_same
+
+    if conditions is None:
+        return False
+    try:
+        require_same(conditions.fingerprint(), scores.fingerprint(), "The model")
+    except ClipMismatch:
+        return False
+    return True
 
 
 def rows(figures: Figures) -> list[tuple[str, str]]:

@@ -1,4 +1,7 @@
-"""How far generated images lie from a reference: FID (the Frechet distance of their features), KID, CMMD, precision and recall."""
+"""How far generated images lie from a reference: FID (the Frechet distance of their features), KID, CMMD, precision and recall.
+
+The images are those of a folder or of shards (--images), or drawn by a model (--ckpt) for captions.
+"""
 
 import argparse
 import logging
@@ -6,20 +9,23 @@ import sys
 from typing import TYPE_CHECKING
 
 from eval.common import Figures, command, parser, rank, table, world_size
+from unclip_pl.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from eval.features import Features
+    from eval.folders import Pictures, Source
 
 
 def arguments() -> argparse.ArgumentParser:
+    from eval.source import add_arguments
+
     made = parser(__doc__, "eval.fid")
-    made.add_argument("--images", required=True, help="the generated images: a folder, or shards as 'data/{00000..00009}.tar'")
-    made.add_argument("--reference", required=True, help="the real ones: a folder or shards; their features are kept in the cache")
+    add_arguments(made)
+    made.add_argument("--reference", help="the real images: a folder or shards; with --ckpt by default those of the captions' shards")
     made.add_argument("--features", default="clip", help="clip (the embedded one), inception (clean-fid's), NAME/TAG of open_clip, or local-dir:/folder")
-    made.add_argument("--bootstrap", type=int, default=100, help="sets drawn anew for the interval of FID; 0: no interval")
-    made.add_argument("--max-bad-rate", type=float, default=0.01, help="largest share of images that may be unreadable")
+    made.add_argument("--bootstrap", type=int, default=100, help="halves of the sets that are drawn for the interval of FID; 0: no interval")
     return made
 
 
@@ -27,16 +33,35 @@ def run(given: argparse.Namespace) -> Figures:
     """The figures of both sets, over all ranks; rank 0 prints them as a table."""
     from eval.extract import extract, reference
     from eval.features import named
-    from eval.folders import Pictures
+    from eval.source import open_source
 
-    images, real = (Pictures(where, rank(), world_size(), given.max_bad_rate) for where in (given.images, given.reference))
+    source = open_source(given)
+    real = reference_of(given, source)
     network = named(given.features, given.device, given.precision)
-    features = reference(network, real, given.batch_size), extract(network, images, given.batch_size, "images")
+    features = reference(network, real, given.batch_size), extract(network, source, given.batch_size, "images")
     figures = judge(network, *features, given.bootstrap, given.seed)
-    said = {"images": images.name, "reference": real.name, "features": network.name, "dim": network.dim}
+    said = {"images": source.name, "reference": real.name, "features": network.name, "dim": network.dim}
     if rank() == 0:
         print(table([(name, str(value)) for name, value in said.items()] + rows(figures)))
-    return said | figures | {"bad": len(images) - figures["n_fake"], "bad_reference": len(real) - figures["n_real"]}
+    return said | figures | {"bad": len(source) - figures["n_fake"], "bad_reference": len(real) - figures["n_real"]}
+
+
+def reference_of(given: argparse.Namespace, source: "Source") -> "Pictures":
+    """The real images: those named, else those that belong to the captions."""
+    from eval.folders import Pictures
+    from eval.source import Drawn
+    from unclip_pl.data.openmoji import openmoji_shards
+
+    where = given.reference
+    if where is None and isinstance(source, Drawn):
+        captions = given.captions or "openmoji"
+        if captions == "openmoji":
+            where = str(openmoji_shards(source.size) / "val-*.tar")
+        elif not captions.endswith((".txt", ".json")):
+            where = captions
+    if where is None:
+        raise UserError("There is nothing to compare the images with: name the real ones with --reference, a folder or shards.")
+    return Pictures(where, rank(), world_size(), given.max_bad_rate)
 
 
 def judge(network: "Features", real: "Tensor", fake: "Tensor", bootstrap: int = 100, seed: int = 0) -> Figures:

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from eval.captions import Caption, read_captions
 from eval.common import positive, rank, world_size
-from eval.folders import Batch, Pictures, Source
+from eval.folders import MAX_BAD_RATE, Batch, Pictures, Source
 from unclip_pl import __version__
 from unclip_pl.atomic import atomic_file, cache_dir, remove_leftovers
+from unclip_pl.clip import FrozenCLIP
 from unclip_pl.commands.common import chosen
 from unclip_pl.errors import UserError
 from unclip_pl.images import from_pil, to_pil
@@ -52,6 +53,8 @@ class Drawn:
         first: only so many of the captions for now; the rest may follow into the same folder.
         shard: pictures a shard.
         rank, world_size: this process among all.
+        clip: the CLIP whose embeddings the pictures are drawn from.
+        size: side of the pictures in pixels.
     """
 
     folder: Path
@@ -63,7 +66,8 @@ class Drawn:
     shard: int = SHARD
     rank: int = 0
     world_size: int = 1
-    bad: int = 0
+    clip: FrozenCLIP | None = None
+    size: int = 64
 
     def __len__(self) -> int:
         return len(self.captions[: self.first])
@@ -167,6 +171,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", help='judge what this decoder draws: a checkpoint or release, or "openmoji", the one in the package')
     parser.add_argument("--samples", type=Path, help="folder for the pictures that are drawn; by default one in the cache for these settings")
     add_drawing(parser)
+    parser.set_defaults(captions=None)
+    parser.add_argument("--max-bad-rate", type=float, default=MAX_BAD_RATE, help="largest share of images that may be unreadable")
     parser.add_argument("--condition", choices=CONDITIONS, help="what the decoder has for an image embedding; by default the prior's")
     parser.add_argument("--prior", help='"diffusion" (the default) or "ar", those in the package; or a checkpoint or release')
     parser.add_argument("--guidance-scale", type=float, help="1: no guidance; by default the decoder's own")
@@ -175,7 +181,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_drawing(parser: argparse.ArgumentParser) -> None:
     """The options of drawing that all commands share."""
-    parser.add_argument("--captions", default="openmoji", help="FILE.txt (one a line), MS-COCO's annotations (.json), or image shards")
+    parser.add_argument("--captions", default="openmoji", help="FILE.txt (one a line), MS-COCO's annotations (.json), image shards, or openmoji")
     parser.add_argument("--num-captions", type=positive, help="how many of the captions; by default all")
     parser.add_argument("--sampler", choices=["ddpm", "ddim", "dpm_solver_pp"], help="by default the decoder's own")
     parser.add_argument("--steps", type=int, help="sampling steps; by default the decoder's own")
@@ -203,14 +209,15 @@ def open_source(arguments: argparse.Namespace) -> Source:
         useless = [name for name in MODEL_OPTIONS if getattr(arguments, name) is not None]
         if useless:
             raise UserError(f"--{useless[0].replace('_', '-')} is for pictures that a model draws, and --images names some that are there: leave one out.")
-        return Pictures(arguments.images, rank(), world_size())
+        given = [caption.text for caption in read_captions(arguments.captions)] if arguments.captions else None
+        return Pictures(arguments.images, rank(), world_size(), arguments.max_bad_rate, given)
     decoder = str(DEFAULT_DECODER) if arguments.ckpt == "openmoji" else arguments.ckpt
     condition = arguments.condition or ("text" if read_weights(decoder).hyper_parameters.get("condition") == "text" else "prior")
     if condition != "prior" and arguments.prior:
         raise UserError(f"--prior is given, and --condition {condition} uses none: leave one of them out.")
     prior = (arguments.prior or "diffusion") if condition == "prior" else None
     model = Model(decoder, prior, arguments.device, arguments.precision, arguments.upsamplers or ())
-    captions = read_captions(arguments.captions, arguments.num_captions, model.size)
+    captions = read_captions(arguments.captions or "openmoji", arguments.num_captions, model.size)
     sampling = chosen(arguments, model.unclip.decoder)
     prior_sampling = chosen(arguments, model.unclip.prior, "prior_") if model.unclip.prior else None
     settings = model.settings | {
@@ -223,8 +230,9 @@ def open_source(arguments: argparse.Namespace) -> Source:
                 [captions[k].text for k in indices], [arguments.seed + k for k in indices], condition, sampling=sampling, prior_sampling=prior_sampling
             )
 
+    clip, size = model.unclip.clip, model.unclip.sizes[-1]
     folder = arguments.samples or default_folder(settings, captions)
-    return Drawn(folder, captions, draw, settings, Path(model.decoder).name, rank=rank(), world_size=world_size())
+    return Drawn(folder, captions, draw, settings, Path(model.decoder).name, rank=rank(), world_size=world_size(), clip=clip, size=size)
 
 
 def default_folder(settings: dict[str, Any], captions: Sequence[Caption]) -> Path:
