@@ -163,7 +163,7 @@ def test_a_folder_of_images_needs_no_model(shard):
         (["--ckpt", "openmoji", "--prior", "{decoder}"], "holds a Decoder, and a DiffusionPrior or ARPrior is needed"),
         (["--ckpt", "gone.ckpt"], "There is no checkpoint gone.ckpt"),
         (["--ckpt", "{decoder}", "--captions", "gone.txt", "--condition", "text"], "gone.txt cannot be read"),
-        (["--ckpt", "{decoder}", "--steps", "0", "--condition", "text"], "--steps is 0"),
+        (["--ckpt", "{decoder}", "--steps", "0", "--condition", "text", "--captions", "{shards}"], "--steps is 0"),
     ],
 )
 def test_what_cannot_be_opened_is_one_sentence(words, said, release, shard):

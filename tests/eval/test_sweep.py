@@ -1,0 +1,84 @@
+"""`eval.sweep`: each point is drawn with its own settings from the same embeddings and noise, and its figures are those of its pictures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from eval import sweep
+from eval.captions import read_captions
+from eval.features import named
+from eval.folders import Pictures
+from eval.judge import pictures_of
+from eval.metrics import FrechetDistance
+from tests.eval import tiny
+from unclip_pl.images import to_uint8
+from unclip_pl.pipeline import UnCLIP
+from unclip_pl.stages.decoder import SamplingConfig
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
+    return {"decoder": tiny.decoder(folder / "image"), "shard": tiny.shards(folder / "drawings", 8)}
+
+
+def words(stages, out: Path, *more: str) -> list[str]:
+    return ["--ckpt", str(stages["decoder"]), "--captions", str(stages["shard"]), "--out", str(out), "--device", "cpu", "--batch-size", "8", *more]
+
+
+@pytest.fixture(scope="module")
+def ran(stages, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    more = ["--condition", "text", "--guidance-scales", "3", "1", "--sweep-steps", "2", "3", "--sweep-samplers", "ddim", "dpm_solver_pp"]
+    assert sweep.main(words(stages, out, *more)) == 0
+    return out, json.loads((out / "sweep.json").read_text())
+
+
+def test_curves_have_their_points_in_order(ran):
+    curves = ran[1]["curves"]
+    assert [point["guidance_scale"] for point in curves["guidance"]] == [1, 3]
+    assert {name: [point["steps"] for point in curves[name]] for name in ("ddim", "dpm_solver_pp")} == {"ddim": [2, 3], "dpm_solver_pp": [2, 3]}
+    assert all(point["sampler"] == name and point["guidance_scale"] == 1 for name in ("ddim", "dpm_solver_pp") for point in curves[name])
+    assert len({point["fid"] for curve in curves.values() for point in curve}) == 5  # ddim in 2 steps without guidance stands in two curves
+
+
+def test_a_points_figures_are_those_of_its_pictures(ran, stages):
+    out, found = ran
+    captions, network, metric = read_captions(str(stages["shard"])), named("clip"), FrechetDistance(256)
+    unclip = UnCLIP.load(stages["decoder"])
+    expected = to_uint8(unclip.generate([caption.text for caption in captions], range(8), "text", sampling=SamplingConfig("dpm_solver_pp", 3)))
+    drawn = torch.cat([batch["images"] for batch in Pictures(str(out / "samples" / "dpm_solver_pp-3-1" / "00000.tar")).batches(8)])
+    assert torch.equal(drawn, expected)
+    metric.update(network(drawn), real=False)
+    metric.update(network(next(iter(pictures_of(captions, 16, 8)))["images"]), real=True)
+    assert found["curves"]["dpm_solver_pp"][1]["fid"] == pytest.approx(metric.compute()["fid"], rel=1e-6)
+
+
+def test_table_plots_pictures_and_page_lie_in_the_folder(ran):
+    out = ran[0]
+    assert len((out / "sweep.md").read_text().splitlines()) == 2 + 6
+    assert {path.name for path in out.glob("*.svg")} >= {"fid-guidance.svg", "fid-steps.svg", "clip_score-guidance.svg", "recall-guidance.svg"}
+    page = (out / "sweep.html").read_text()
+    assert page.count("<svg") == 13 and "dpm_solver_pp" in page and "data:image/png" in page
+    with Image.open(out / "sweep.png") as picture:
+        assert picture.width > 8 * 16 and picture.height >= 5 * 16
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--guidance-scales"], "There is nothing to sweep"),
+        (["--condition", "text", "--prior", "ar"], "--prior is given, and --condition text uses none"),
+        (["--sweep-steps", "0"], "in 0 steps"),
+        (["--sweep-steps", "2000"], "--steps is 2000"),
+        (["--guidance-scales", "-1"], "guidance_scale is -1"),
+        (["--ckpt", "gone"], "There is no checkpoint gone"),
+    ],
+)
+def test_what_cannot_be_swept_is_one_sentence(more, said, stages, tmp_path, capsys):
+    assert sweep.main(words(stages, tmp_path / "out", *more)) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("python -m eval.sweep: ") and said in last and not (tmp_path / "out").exists()
