@@ -36,12 +36,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["unclip_pl", "unclip_pl.*"]), "unclip_pl._configs", *CONFIGS],
+    packages=[*find_packages(include=["unclip_pl", "unclip_pl.*", "eval"]), "unclip_pl._configs", *CONFIGS],
     package_dir={"unclip_pl._configs": "lightning_config", **CONFIGS},
     package_data={"unclip_pl": ["assets/**/*"], **{name: ["**/*.yaml", "**/*.sbatch"] for name in CONFIGS}},
     install_requires=REQUIREMENTS,
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout", "diffusers>=0.33", "transformers", "pyarrow>=14"],  # diffusers: the second opinion in the tests
+        # diffusers, clean-fid: second opinions in the tests; clean-fid's distance needs a scipy that still has sqrtm(disp=)
+        "test": ["pytest>=8", "pytest-timeout", "diffusers>=0.33", "transformers", "pyarrow>=14", "clean-fid>=0.1.35", "scipy<1.18"],
         "dev": ["ruff", "mypy"],
     },
     entry_points={"console_scripts": ["lightning = unclip_pl.cli:main", "unclip = unclip_pl.app:main"]},

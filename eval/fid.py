@@ -25,7 +25,7 @@ def arguments() -> argparse.ArgumentParser:
     add_arguments(made)
     made.add_argument("--reference", help="the real images: a folder or shards; with --ckpt by default those of the captions' shards")
     made.add_argument("--features", default="clip", help="clip (the embedded one), inception (clean-fid's), NAME/TAG of open_clip, or local-dir:/folder")
-    made.add_argument("--bootstrap", type=int, default=100, help="sets drawn anew for the interval of FID; 0: no interval")
+    made.add_argument("--bootstrap", type=int, default=100, help="halves of the sets that are drawn for the interval of FID; 0: no interval")
     return made
 
 

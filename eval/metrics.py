@@ -148,7 +148,10 @@ def of_sizes(dim: int, n_real: int, n_fake: int) -> list[str]:
 
 
 class FrechetSpread(TwoSets):
-    """How sure FID is: `fid_se`, `fid_low`, `fid_high` (95 %) by the bootstrap, and `fid_infinity`, without the bias of finite sets (None: too few images)."""
+    """How sure FID is: `fid_se`, `fid_low`, `fid_high` (95 %) by the bootstrap over halves, and `fid_infinity`, without the bias of finite sets.
+
+    The last is None where a set has fewer than 4 D images: FID is no line in 1 / N there.
+    """
 
     def __init__(self, dim: int, resamples: int = 100, seed: int = 0, **metric: Any) -> None:
         super().__init__(dim, **metric)

@@ -163,12 +163,13 @@ def test_order_does_not_matter():
         assert distance(a[p], b[q]) == pytest.approx(distance(a, b), rel=1e-9)
 
 
-def test_the_bootstrap_covers_what_fresh_sets_give():
+@pytest.mark.parametrize(("n", "dim", "shift"), [(200, 4, 0.1), (60, 32, 0.05)])
+def test_the_bootstrap_covers_what_fresh_sets_give(n, dim, shift):
     """The interval holds the mean of the estimator at this size in about 95 of 100 experiments, and its error is the spread of fresh sets."""
-    fresh = [distances.bootstrap(distances.frechet, features(200, 4, 2 * i), features(200, 4, 2 * i + 1, 0.1), 40, seed=i) for i in range(60)]
-    mean = np.mean([each.value for each in fresh])
+    fresh = [distances.bootstrap(distances.frechet, features(n, dim, 2 * i), features(n, dim, 2 * i + 1, shift), 20, seed=i) for i in range(50)]
+    mean, spread = np.mean([each.value for each in fresh]), np.std([each.value for each in fresh])
     assert 0.85 <= np.mean([each.interval[0] <= mean <= each.interval[1] for each in fresh]) <= 1
-    assert np.mean([each.error for each in fresh]) == pytest.approx(np.std([each.value for each in fresh]), rel=0.3)
+    assert 0.75 * spread < np.mean([each.error for each in fresh]) < 1.5 * spread
 
 
 def test_frechet_infinity_is_nearer_to_the_truth_than_frechet():

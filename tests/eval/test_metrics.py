@@ -1,6 +1,7 @@
 """The metrics give what the distances give, in any batches and over any ranks, and say in one sentence what is wrong with their input."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,9 +50,33 @@ def test_every_metric_gives_the_figures_of_its_distance():
 
 
 def test_clip_score_equals_torchmetrics_and_its_interval_that_of_a_mean():
-    from torchmetrics.functional.multimodal import clip_score as module  # noqa: F401  (needs transformers only for its own models)
+    """torchmetrics is given a model whose features of a picture and of a caption are the numbers in them."""
+    functional = pytest.importorskip("torchmetrics.functional.multimodal")
+    image, text = torch.rand(50, 8, generator=torch.Generator().manual_seed(0)) - 0.2, torch.rand(50, 8, generator=torch.Generator().manual_seed(1)) - 0.2
 
-    image, text = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
+    class Plain:
+        config = None
+
+        def to(self, device):
+            return self
+
+        def get_image_features(self, pixels):
+            return pixels.flatten(1)
+
+        def get_text_features(self, tokens, mask):
+            return tokens
+
+    def processor(images=None, text=None, **_):
+        if images is not None:
+            return {"pixel_values": torch.stack(images)}
+        return {"input_ids": torch.tensor([[float(x) for x in row.split()] for row in text]), "attention_mask": torch.ones(len(text), 8)}
+
+    positive = torch.cosine_similarity(image, text) > 0  # torchmetrics cuts the mean at 0, not each score
+    captions = [" ".join(str(x) for x in row.tolist()) for row in text[positive]]
+    theirs = functional.clip_score(list(image[positive].view(-1, 8, 1, 1)), captions, lambda: (Plain(), processor))
+    ours = metrics.CLIPScore()
+    ours.update(image[positive], text[positive])
+    assert ours.compute()["clip_score"] == pytest.approx(theirs.item(), rel=1e-6)
     metric = metrics.CLIPScore()
     for i in range(0, 50, 15):
         metric.update(image[i : i + 15], text[i : i + 15])
@@ -75,44 +100,45 @@ def test_retrieval_rank_is_by_hand_what_it_should_be_and_equal_captions_are_one(
 
 
 WORKER = """
-import json, sys, torch
+import json, os, sys, torch
 from torch import distributed
-from eval import metrics
-from tests.eval.sets import features
-distributed.init_process_group("gloo")
-rank, size = distributed.get_rank(), distributed.get_world_size()
+from tests.eval.test_metrics import figures
 torch.set_num_threads(1)
-a, b = features(1301, 12, 1), features(1101, 12, 2, 0.1)
-found = {}
-share = (lambda x: x[rank::size]) if sys.argv[1] == "shared" else (lambda x: x if rank == size - 1 else x[:0])
-sets = [metrics.FrechetDistance(12), metrics.KernelDistance(12), metrics.CMMD(12), metrics.PrecisionRecall(12), metrics.FrechetSpread(12, 3)]
-for metric in sets:
-    for x, real in ((a, True), (b, False)):
-        for rows in share(x).split(100):
-            if len(rows):
-                metric.update(rows, real=real)
-    found |= metric.compute()
-for metric in (metrics.CLIPScore(), metrics.RetrievalRank(12)):
-    if len(share(b)):
-        metric.update(share(b), share(a[:1101]))
-    found |= metric.compute()
+rank, size = int(os.environ["RANK"]), 2
+distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=size)
+found = [figures(lambda x: x[rank::size]), figures(lambda x: x if rank == size - 1 else x[:0])]
 if rank == 0:
     print(json.dumps(found))
 """
 
 
-def test_two_ranks_give_the_figures_of_one_also_where_one_has_no_images():
-    found = []
-    for ranks, how in ((1, "shared"), (2, "shared"), (2, "alone")):
-        launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python"]
-        done = subprocess.run([*launch, sys.executable, "-W", "ignore", "-c", WORKER, how], cwd=ROOT, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    spread = {"fid_se", "fid_low", "fid_high", "fid_infinity"}  # drawn by row number, so of another draw where rows lie otherwise
-    for several in found[1:]:
-        assert several.keys() == found[0].keys()
-        assert {k: v for k, v in several.items() if k not in spread} == pytest.approx({k: v for k, v in found[0].items() if k not in spread}, rel=1e-9)
-    assert found[2] == pytest.approx(found[0], rel=1e-9)
+def figures(share) -> dict:
+    """Of every metric, from the rows that `share` gives this rank."""
+    a, b = features(1301, 12, 1), features(1101, 12, 2, 0.1)
+    found = {}
+    for metric in (metrics.FrechetDistance(12), metrics.KernelDistance(12), metrics.CMMD(12), metrics.PrecisionRecall(12), metrics.FrechetSpread(12, 3)):
+        for x, real in ((a, True), (b, False)):
+            for rows in share(x).split(100):
+                if len(rows):
+                    metric.update(rows, real=real)
+        found |= metric.compute()
+    for metric in (metrics.CLIPScore(), metrics.RetrievalRank(12)):
+        if len(share(b)):
+            metric.update(share(b), share(a[:1101]))
+        found |= metric.compute()
+    return found
+
+
+def test_two_ranks_give_the_figures_of_one_also_where_one_has_no_images(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", WORKER, str(tmp_path / "ranks")]
+    ranks = [subprocess.Popen(command, cwd=ROOT, env=os.environ | {"RANK": str(r)}, stdout=subprocess.PIPE) for r in range(2)]
+    shared, alone = json.loads(ranks[0].communicate(timeout=200)[0].decode().strip().splitlines()[-1])
+    assert [process.wait(60) for process in ranks] == [0, 0]
+    expected = figures(lambda x: x)
+    assert alone == pytest.approx(expected, rel=1e-9)
+    drawn = {"fid_se", "fid_low", "fid_high", "fid_infinity"}  # by the numbers of rows, which lie otherwise when the ranks take turns
+    assert {k: v for k, v in shared.items() if k not in drawn} == pytest.approx({k: v for k, v in expected.items() if k not in drawn}, rel=1e-9)
+    assert shared.keys() == expected.keys()
 
 
 @pytest.mark.parametrize("metric", [metrics.FrechetDistance, metrics.KernelDistance, metrics.CMMD, metrics.PrecisionRecall])
