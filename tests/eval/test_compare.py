@@ -174,6 +174,23 @@ def test_interval_of_the_score_is_that_of_a_paired_mean():
     assert (one.high - one.low) / 2 == pytest.approx(1.96 * apart.std().item() / 300**0.5, rel=0.1)
 
 
+def test_reference_of_other_pictures_is_halved_by_itself():
+    text, real = features(300, 16, 6), features(500, 16, 5)
+    one, two = (paired_differences(seen(1), seen(2, shift=0.2), text, rows, resamples=30, paired=False)["fid"] for rows in (real, real.flip(0)))
+    assert one.value == pytest.approx(two.value, rel=1e-9) and one.sure and two.sure and one.low != two.low
+
+
+def test_interval_of_the_distance_is_as_wide_as_fresh_sets_differ():
+    """Sets drawn anew are the oracle: the half width must be about 1.96 times the spread of the difference over them."""
+    text, apart = features(200, 16, 6), []
+    for k in range(24):
+        sets = seen(3 * k, 200), seen(3 * k + 1, 200, shift=0.1)
+        apart.append(paired_differences(*sets, text, features(200, 16, 3 * k + 2), resamples=20)["fid"])
+    spread = 1.96 * torch.tensor([one.value for one in apart]).std().item()
+    width = torch.tensor([(one.high - one.low) / 2 for one in apart]).mean().item()
+    assert 0.6 < width / spread < 1.6
+
+
 def test_sets_of_other_captions_are_refused():
     with pytest.raises(UserError, match="not of the same captions"):
         paired_differences(seen(1), seen(1, 299), features(300, 16, 6), None)
