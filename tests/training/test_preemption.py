@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from tests.training.ranks import Ranks
+from tests.training.forks import Ranks
 from tests.training.toy import Toy, loader, trainer
 from unclip_pl import signals
 from unclip_pl.signals import Asked, notes

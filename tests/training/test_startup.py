@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.disk import read_only
-from tests.training.ranks import Ranks
+from tests.training.forks import Ranks
 from tests.training.toy import Toy, ToyRows, trainer
 from unclip_pl.errors import UserError
 from unclip_pl.training import startup
