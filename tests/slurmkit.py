@@ -23,7 +23,7 @@ class Slurm:
 
     def __call__(self, *command: str) -> str:
         done = subprocess.run(["bash", self.script, *command], env=os.environ | self.own, capture_output=True, text=True, timeout=300)
-        if done.returncode:
+        if done.returncode and command != ("hurry",):  # a job that starts at this very moment is none to hurry
             raise RuntimeError(f"local-slurm {' '.join(command)}: {done.stderr.strip()[-300:]}")
         return done.stdout
 
