@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--local-slurm", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ranks", type=int, default=1, help="of a node")
-    parser.add_argument("--steps", type=int, default=140)
+    parser.add_argument("--steps", type=int, default=105)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True)
@@ -69,9 +69,6 @@ def main() -> None:
         "--data.loader.batch_size", "4", "--data.loader.num_workers", "1", "--data.val", "null", "--preemption.ask_every", "1", "--warn", "45",
     ]  # fmt: skip
     with Slurm(arguments.local_slurm, str(out / "slurm"), 26900) as slurm:
-        straight = Job(out / "straight", *options, stage="stages/decoder.yaml")
-        if straight.ended() != "COMPLETED":
-            raise SystemExit(straight.said()[-3000:])
         part = arguments.steps // 7
         run = Run(slurm, lambda: Job(out / "faults", *options, stage="stages/decoder.yaml", slow=0.3, diary={"kill_once": 2 * part + 5}))
 
@@ -86,8 +83,10 @@ def main() -> None:
         run.fault("crash of a node", 3 * part + 5, lambda: slurm("crash", "n2"))
         run.fault("time limit", 4 * part + 5, limit)
         run.fault("scancel, submitted again", 5 * part + 5, lambda: shell(f"scancel {run.job.id}"))
-        if run.job.ended() != "COMPLETED":
-            raise SystemExit(run.job.said()[-3000:])
+        straight = Job(out / "straight", *options, stage="stages/decoder.yaml")
+        for one in (run.job, straight):
+            if one.ended() != "COMPLETED":
+                raise SystemExit(one.said()[-3000:])
 
     print("\n| fault | at step | reached | went on from | steps done twice | seconds to a new step | queued (not counted) |\n|---|---|---|---|---|---|---|")
     for name, *numbers, seconds, waited in run.rows:

@@ -17,7 +17,7 @@ from unclip_pl.training.checkpoint import newest_checkpoint, read_checkpoint
 
 LOCAL = SHARED / "slurm" / "local-slurm"
 TOY = ["--model", "tests.training.toy.Toy", "--data", "tests.training.toy.ToyRows", *QUIET]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a busy machine takes its time to import torch
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a busy machine takes its time to import torch
 
 
 @pytest.fixture(scope="module")

@@ -229,6 +229,8 @@ def main(arguments: list[str] | None = None) -> int:
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    saving = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
+    saving.addFilter(lambda record: "`weights_only` was not set" not in record.getMessage())  # with every checkpoint
     try:
         build_cli(resume(find_configs(arguments)))
     except UserError as error:

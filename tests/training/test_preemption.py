@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from tests.training.ranks import Ranks
+from tests.training.forks import Ranks
 from tests.training.toy import Toy, loader, trainer
 from unclip_pl import signals
 from unclip_pl.signals import Asked, notes
@@ -70,9 +70,10 @@ def test_a_signal_at_the_last_step_asks_for_nothing_more(tmp_path):
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    before = [signal.getsignal(signum) for signum in signals.MEANING]
     with pytest.raises(SystemExit, match="1"):  # Lightning turns the KeyboardInterrupt into it
         trainer(tmp_path, Preemption(), NewestCheckpoint(50), Signal(2, signal.SIGINT, signal.SIGINT)).fit(Toy(), loader())
-    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None and [signal.getsignal(signum) for signum in signals.MEANING] == before
 
 
 def test_a_run_stopped_and_resumed_equals_one_that_was_not(tmp_path):

@@ -3,17 +3,19 @@
 import copy
 import errno
 import json
+import threading
 
 import pytest
 import torch
 
 from tests.disk import read_only
-from tests.training.ranks import Ranks
+from tests.training.forks import Ranks
 from tests.training.toy import Toy, ToyRows, trainer
 from unclip_pl.errors import UserError
 from unclip_pl.training import startup
 from unclip_pl.training.checkpoint import NewestCheckpoint
 from unclip_pl.training.startup import StartupCheck, checkpoint_bytes, disk, faults
+from unclip_pl.training.watchdog import Watchdog
 
 CLIP = {
     "config": {"model": "openmoji", "pretrained": None, "precision": "fp32"}, "embed_dim": 2, "states_width": 2, "context_length": 3, "image_size": 4,
@@ -131,3 +133,15 @@ def test_ranks_that_wait_for_one_that_hangs_end_as_well(tmp_path):
 def test_a_run_in_which_every_step_is_slow_goes_on(tmp_path):
     codes, run = fit(tmp_path, ("Slow", {"seconds": 0.3}), "--watchdog.minutes", "0.08")  # the run takes longer than that, no step does
     assert codes == [0] and "no progress" not in run.said()
+
+
+def test_a_run_that_fails_leaves_no_watchdog_behind(tmp_path):
+    class Fails(Toy):
+        def training_step(self, *_):
+            raise ValueError("as it happens")
+
+    with pytest.raises(ValueError, match="as it happens"):
+        trainer(tmp_path, Watchdog(0.05)).fit(Fails(), ToyRows())
+    for thread in [thread for thread in threading.enumerate() if thread.name == "watchdog"]:
+        thread.join(5)
+    assert not any(thread.name == "watchdog" for thread in threading.enumerate())

@@ -317,8 +317,7 @@ class TrainLoader:
         if not differs:
             self.loader.load_state_dict(state["ranks"][self.samples.rank])
         elif set(differs) <= {"ranks", "workers", "batch size"}:
-            self.samples.inherited = _to_the_end_of_their_epoch(_places(state["ranks"]))
-            self.samples.first_epoch = max(place.last for place in self.samples.inherited) + 1
+            self.samples.inherited, self.samples.first_epoch = _to_the_end_of_their_epoch(_places(state["ranks"]))
         else:
             said = ", ".join(f"{key} {theirs.get(key)} there and {ours[key]} here" for key in differs)
             log.warning("The checkpoint's place in the data does not fit this run (%s): the data go on at the start of the next epoch.", said)
@@ -342,11 +341,11 @@ def _places(state: Any) -> list[dict[str, Any]]:
     return [place for part in state for place in _places(part)] if isinstance(state, list) else []
 
 
-def _to_the_end_of_their_epoch(places: list[dict[str, Any]]) -> list[Place]:
-    """Places that stop where the foremost of their readers, of one number, has its epoch's end; so after them an epoch of any number of readers begins."""
+def _to_the_end_of_their_epoch(places: list[dict[str, Any]]) -> tuple[list[Place], int]:
+    """Places that stop where the foremost of their readers has its epoch's end, and the next epoch, in which any number of readers may begin."""
     found = [Place(**place) for place in places]
     last = max(place.epoch for place in found if place.last is None)
-    return [replace(place, last=last) if place.last is None else place for place in found]
+    return [replace(place, last=last) if place.last is None else place for place in found], last + 1
 
 
 class ValidationLoader(DataLoader):

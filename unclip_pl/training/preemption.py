@@ -77,6 +77,12 @@ class Preemption(Callback):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for signum, handler in self._handlers.items():
                 signal.signal(signum, handler)

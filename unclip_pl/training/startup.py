@@ -55,7 +55,8 @@ def report(trainer: Trainer, pl_module: LightningModule) -> Report:
         mine["versions"] = {"python": platform.python_version(), "unclip_pl": __version__} | {name: version(name) for name in PACKAGES}
         mine["seed"] = os.environ.get("PL_GLOBAL_SEED")
         mine["clip"] = getattr(pl_module, "clip_fingerprint", None)
-        mine["data"] = loader.share() if hasattr(loader := trainer.train_dataloader, "share") else None
+        share = getattr(trainer.train_dataloader, "share", None)
+        mine["data"] = share() if share else None
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it outside of the class
             mine["disk"] = disk(checkpoint_folder(trainer), FILES * checkpoint_bytes(pl_module))
     except Exception as error:
@@ -75,7 +76,7 @@ def disk(folder: Path, need: int) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".startup."):
             pass
-        free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("*.ckpt"))  # those will make room
+        free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())  # they make room
     except OSError as error:
         return f"checkpoints cannot be written to {folder} ({REASONS.get(error.errno or 0) or error.strerror}): choose another --trainer.default_root_dir."
     if free < need:

@@ -3,13 +3,13 @@
 import faulthandler
 import os
 import socket
-import sys
 import threading
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 EXIT_CODE = 70  # EX_SOFTWARE
+STDERR = 2  # the file itself: `sys.stderr` may be an object without one
 
 
 class Watchdog(Callback):
@@ -44,19 +44,18 @@ class Watchdog(Callback):
     def _watch(self, rank: int, seconds: float) -> None:
         every = min(5.0, seconds / 10)
         while not self._ended.wait(every):
-            faulthandler.dump_traceback_later(seconds, exit=True)  # put off with every look
+            faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)  # put off with every look
             self._looks += 1
             if self._looks * every >= seconds:
-                os.write(2, (
+                os.write(STDERR, (
                     f"\nlightning: rank {rank} on {socket.gethostname()} has made no progress for {self.minutes:g} minutes since {self._place} and ends. "
                     "Its threads:\n"
                 ).encode())  # fmt: skip
-                faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+                faulthandler.dump_traceback(file=STDERR, all_threads=True)
                 os._exit(EXIT_CODE)
         faulthandler.cancel_dump_traceback_later()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _end(self, *_: Any, **__: Any) -> None:
         self._ended.set()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._ended.set()
+    on_train_end = on_exception = teardown = _end
