@@ -13,10 +13,12 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from unclip_pl.clip import require_same
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.errors import UserError
+from unclip_pl.training.sharded import shard
 
 Config = TypeVar("Config")
 
@@ -87,6 +89,7 @@ class Stage(LightningModule):
     def remember(self, optimizer: OptimizerConfig | dict, **arguments: Any) -> None:
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
         self.save_hyperparameters({"optimizer": plain(self.optimizer_config)} | {k: plain(v) for k, v in arguments.items()})
+        self.stage_name = type(self).__name__  # sharding gives the object another class
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
 
     def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -109,6 +112,10 @@ class Stage(LightningModule):
         if self.clip_fingerprint is not None:
             require_same(self.clip_fingerprint, fingerprint, "The checkpoint")
         self.clip_fingerprint = fingerprint
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # a sharded run
+            shard(self, self.device_mesh["data_parallel"], self.trainer.precision)
 
     def check_data(self, data: Any) -> None:
         """Raise a sentence where the DataModule does not fit the stage (widths, image size)."""
@@ -156,20 +163,21 @@ class Stage(LightningModule):
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         # A step whose gradients are not finite is skipped inside the fused kernel (`found_inf`): no value travels to the host.
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_config.clip_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         bad = torch.logical_not(torch.isfinite(norm))
         optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # no part of the class: torch's GradScaler sets it so too
         self.skipped_steps += bad
         self.log_dict({"train/grad_norm": norm, "train/skipped_steps": self.skipped_steps.float()})
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["stage"] = type(self).__name__
+        checkpoint["stage"] = self.stage_name
         checkpoint["clip_fingerprint"] = self.clip_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         theirs = checkpoint.get("stage")
-        if theirs != type(self).__name__:
+        if theirs != self.stage_name:
             raise UserError(
-                f"The checkpoint holds a {theirs or 'model of another program'}, and this run trains a {type(self).__name__}: "
+                f"The checkpoint holds a {theirs or 'model of another program'}, and this run trains a {self.stage_name}: "
                 "give a checkpoint of the same stage, or leave --ckpt_path out to start anew."
             )
         if checkpoint.get("clip_fingerprint") and self.clip_fingerprint:

@@ -28,11 +28,13 @@ class Pictures(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: dict, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx or not self.count or "image" not in batch or trainer.sanity_checking or not trainer.is_global_zero:
+        if batch_idx or not self.count or "image" not in batch or trainer.sanity_checking:
             return
         batch = {key: value[: self.count] for key, value in batch.items()}
         noise = Noise(range(self.seed, self.seed + len(batch["key"])))
-        rows = {"held out": batch["image"], "drawn": cast(Draws, pl_module).sample(batch, noise)}
+        rows = {"held out": batch["image"], "drawn": cast(Draws, pl_module).sample(batch, noise)}  # on all ranks: where weights are sharded each is needed
+        if not trainer.is_global_zero:
+            return
         picture = grid(list(rows.values()), list(rows))
         save_png(picture, Path(trainer.default_root_dir) / "pictures" / f"step-{trainer.global_step:07d}.png")
         for logger in trainer.loggers:
