@@ -115,7 +115,7 @@ def read_folder(path: Path, target: Target, together: bool = False) -> dict[str,
 
     mapped(rest, collect)
     dcp.load(shards, storage_reader=Reader(path), no_dist=not together)
-    return mapped(rest, lambda place, value: shards.get(place, value))
+    return mapped(rest, shards.get)
 
 
 def is_whole(path: Path) -> bool:
