@@ -18,6 +18,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def psnr(images: Tensor, targets: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each image (B, C, H, W) in [-1, 1] against its target: (B,)."""
+    return 10 * (4 / (images.float() - targets.float()).square().flatten(1).mean(1)).log10()
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> PIL RGB."""
     return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())

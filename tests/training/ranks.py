@@ -5,11 +5,10 @@ import sys
 from pathlib import Path
 
 import torch
-
-import unclip_pl._torchvision  # noqa: F401
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+import unclip_pl._torchvision  # noqa: F401
 from unclip_pl.errors import UserError
 from unclip_pl.networks.ar_prior import ARPriorConfig
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
@@ -133,11 +132,10 @@ def seeded(name: str) -> Stage:
 def two(folder: Path) -> dict:
     """All that is compared on two ranks."""
     results = {}
-    for name in os.environ.get("ONLY","decoder prior ar_prior").split():
-        extra = lambda: [PriorMonitor(4, 2)] if name != "decoder" else [Pictures(2)]  # noqa: B023
-        variance = lambda: [AnalyticVariance(4, 1)] if name == "prior" else []
+    for name in STAGES:
         for kind in ("ddp", "fsdp"):
-            results[name, kind] = fit(folder / name / kind, seeded(name), kind == "fsdp", callbacks=[*extra(), *variance()])
+            watching = {"decoder": [Pictures(2)], "prior": [PriorMonitor(4, 2), AnalyticVariance(4, 1)], "ar_prior": [PriorMonitor(4, 2)]}[name]
+            results[name, kind] = fit(folder / name / kind, seeded(name), kind == "fsdp", callbacks=watching)
     for kind in ("ddp", "fsdp"):
         results["bf16", kind] = fit(folder / "bf16" / kind, seeded("decoder"), kind == "fsdp", precision="bf16-mixed", limit_val_batches=0)
         results["prior bf16", kind] = fit(folder / "prior bf16" / kind, seeded("prior"), kind == "fsdp", precision="bf16-mixed", limit_val_batches=0)

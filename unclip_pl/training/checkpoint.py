@@ -14,7 +14,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
-
 from torch.distributed.checkpoint.api import CheckpointException
 
 from unclip_pl.atomic import REASONS, atomic_file, cause, remove, remove_leftovers

@@ -87,7 +87,7 @@ def whole(*parts: str) -> Target:
     """Reads tensors whole, to this process: all, or those of some entries of the checkpoint alone ("state_dict")."""
 
     def target(place: str, stored: TensorStorageMetadata) -> Tensor | None:
-        return torch.empty(stored.size, dtype=stored.properties.dtype) if not parts or place.split("/")[0] in parts else None
+        return torch.empty(stored.size, dtype=stored.properties.dtype) if not parts or place.partition("/")[0] in parts else None
 
     return target
 
