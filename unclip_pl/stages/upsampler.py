@@ -49,8 +49,8 @@ class Upsampler(Stage):
         net: the U-Net, without attention; `image_size` is the side of the images that it is for, its crops may be smaller.
         diffusion: the process; its variance is fixed.
         sampling: how to draw.
-        residual: how far images are from their enlarged low_res, root mean square on [-1, 1]. The network then predicts, at unit scale, what the best
-            linear estimate from x_t and low_res leaves of v, as EDM (Karras et al. 2022) does with x_t alone: colours are right from the first step.
+        residual: how far images are from their enlarged low_res, root mean square on [-1, 1]. The network then predicts, at unit scale, what a linear
+            estimate from x_t and low_res leaves of v, as EDM (Karras et al. 2022) does with x_t alone: colours are right from the first step.
             0: it predicts all of its target, as in the paper.
     """
 
@@ -102,11 +102,16 @@ class Upsampler(Stage):
         return F.interpolate(low_res.float(), scale_factor=self.factor, mode="bicubic", antialias=True).clamp(-1, 1)
 
     def _linear(self, x_t: Tensor, t: Tensor, enlarged: Tensor) -> tuple[Tensor, Tensor]:
-        """E[v | x_t] and the standard deviation of v for x_0 ~ N(enlarged, residual^2): (B, 3, H, W) and (B, 1, 1, 1)."""
+        """An estimate of v (B, 3, H, W), and its root mean square error (B, 1, 1, 1).
+
+        E[v | x_t] for x_0 ~ N(enlarged, s^2), with s a fifth of `residual`: the network will know most of the difference from low_res, and what x_t has
+        of it comes with noise that would have to be taken out again. The error is that for x_0 ~ N(enlarged, residual^2).
+        """
         alpha, sigma = (weight.view(-1, 1, 1, 1) for weight in self.process.forward_weights[t].unbind(1))
-        variance = self.residual**2
-        of_x_t = alpha**2 * variance + sigma**2
-        return sigma / of_x_t * (alpha * (1 - variance) * x_t - enlarged), (variance / of_x_t).sqrt()
+        variance = (self.residual / 5) ** 2
+        total = alpha**2 * variance + sigma**2
+        mean = sigma / total * (alpha * (1 - variance) * x_t - enlarged)
+        return mean, ((sigma * self.residual) ** 2 + (alpha * variance) ** 2).sqrt() / total
 
     def predict(self, x_t: Tensor, t: Tensor, enlarged: Tensor) -> tuple[Tensor, Tensor | float]:
         """The network's prediction of the process's target, and the scale of what it had to find itself."""
