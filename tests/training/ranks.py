@@ -32,7 +32,7 @@ from unclip_pl.training.prior_monitor import PriorMonitor
 from unclip_pl.training.sharded import ShardedStrategy
 from unclip_pl.training.variance import AnalyticVariance
 
-STEPS, HALF, DIM, LENGTH = 6, 3, 16, 8
+STEPS, HALF, DIM, LENGTH = 4, 2, 16, 8
 # With a smaller eps AdamW makes whole steps of the rounding noise in gradients that are zero (a convolution's bias before GroupNorm).
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-3, warmup_steps=2, weight_decay=0.01, clip_norm=0.5)
 TEXT = TextConfig(kind="transformer", vocab_size=64, context_length=LENGTH, width=24, depth=1, heads=2, checkpointing=True)
@@ -98,7 +98,7 @@ class Batches:
 
 class Data(LightningDataModule):
     def train_dataloader(self) -> Batches:
-        return Batches(self.trainer.global_rank, 2 * STEPS, bad=HALF + 1)
+        return Batches(self.trainer.global_rank, 2 * STEPS, bad=HALF)
 
     def val_dataloader(self) -> Batches:
         return Batches(self.trainer.global_rank, 1)
@@ -166,11 +166,11 @@ def two(folder: Path) -> dict:
             watching = {"decoder": [Pictures(2)], "prior": [PriorMonitor(4, 2), AnalyticVariance(4, 1)], "ar_prior": [PriorMonitor(4, 2)]}[name]
             results[name, kind] = fit(folder / name / kind, seeded(name), kind == "fsdp", STEPS if name == "decoder" else HALF, callbacks=watching)
     for kind in ("ddp", "fsdp"):
-        results["bf16", kind] = fit(folder / "bf16" / kind, seeded("decoder"), kind == "fsdp", HALF, precision="bf16-mixed")
+        results["bf16", kind] = fit(folder / "bf16" / kind, seeded("prior"), kind == "fsdp", HALF, precision="bf16-mixed")
     for kind, other in (("ddp", "fsdp"), ("fsdp", "ddp"), ("fsdp", "fsdp")):
         half = folder / "decoder" / kind / "half.ckpt"
         results["resumed", kind, other] = fit(folder / f"{kind} to {other}", seeded("decoder"), other == "fsdp", resume=half)
-    results["full disk"] = full_disk(folder / "full", folder / "decoder" / "fsdp" / "half.ckpt")
+    results["full disk"] = full_disk(folder / "full", folder / "prior" / "fsdp" / "half.ckpt")
     return results
 
 
@@ -186,7 +186,7 @@ def full_disk(folder: Path, half: Path) -> str:
     shutil.copytree(half, folder / "checkpoints" / f"newest-step={HALF}.ckpt") if os.environ["LOCAL_RANK"] == "0" else None
     FileSystemWriter.write_data = fail
     try:
-        fit(folder, seeded("decoder"), True, HALF + 1, resume=half)
+        fit(folder, seeded("prior"), True, HALF + 1, resume=half)
     except UserError as error:
         return str(error)
     finally:
@@ -196,7 +196,7 @@ def full_disk(folder: Path, half: Path) -> str:
 
 def four(folder: Path) -> dict:
     """The weights as four ranks read them from what two wrote, and a step with them."""
-    return {"four": fit(folder / "four", seeded("decoder"), True, HALF + 1, resume=folder / "decoder" / "fsdp" / "half.ckpt")}
+    return {"four": fit(folder / "four", seeded("prior"), True, HALF + 1, resume=folder / "prior" / "fsdp" / "half.ckpt")}
 
 
 if __name__ == "__main__":

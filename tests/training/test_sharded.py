@@ -68,7 +68,7 @@ def same(a: dict, b: dict) -> None:
 @pytest.mark.parametrize("name", ["decoder", "prior", "ar_prior"])
 def test_losses_weights_averages_and_validation_equal_those_of_ddp(two, name):
     ddp, fsdp = (two[0][name, kind] for kind in ("ddp", "fsdp"))
-    assert len(ddp["losses"]) == (6 if name == "decoder" else 3) and fsdp["class"].startswith("FSDP")
+    assert len(ddp["losses"]) == (ranks.STEPS if name == "decoder" else ranks.HALF) and fsdp["class"].startswith("FSDP")
     assert fsdp["losses"] == pytest.approx(ddp["losses"], rel=1e-6, nan_ok=True)
     assert fsdp["norms"] == pytest.approx(ddp["norms"], rel=1e-5, nan_ok=True)
     assert ddp["validation"] and fsdp["validation"] == pytest.approx(ddp["validation"], rel=1e-4, abs=1e-5)
@@ -88,19 +88,19 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(two):
 
 
 def test_bfloat16_stays_as_near_to_ddp_as_bfloat16_is(two):
-    ddp, fsdp, exact = two[0]["bf16", "ddp"], two[0]["bf16", "fsdp"], two[0]["decoder", "fsdp"]
+    ddp, fsdp, exact = two[0]["bf16", "ddp"], two[0]["bf16", "fsdp"], two[0]["prior", "fsdp"]
     assert fsdp["losses"] == pytest.approx(ddp["losses"], rel=1e-2) and fsdp["losses"] != exact["losses"][: len(fsdp["losses"])]
     assert all(value.dtype == torch.float32 for value in fsdp["averages"].values())
 
 
 def test_pictures_are_drawn_with_sharded_weights(two, folder):
-    ddp, fsdp = (np.asarray(Image.open(folder / "decoder" / kind / "pictures" / "step-0000006.png")).astype(int) for kind in ("ddp", "fsdp"))
+    ddp, fsdp = (np.asarray(Image.open(folder / "decoder" / kind / "pictures" / "step-0000004.png")).astype(int) for kind in ("ddp", "fsdp"))
     assert abs(ddp - fsdp).max() <= 1 and ddp.std() > 1
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(two):
     whole, resumed = two[0]["decoder", "fsdp"], two[0]["resumed", "fsdp", "fsdp"]
-    assert str(resumed["losses"]) == str(whole["losses"][3:])
+    assert str(resumed["losses"]) == str(whole["losses"][ranks.HALF :])
     same(whole["weights"], resumed["weights"])
     same(whole["averages"], resumed["averages"])
 
@@ -108,14 +108,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(two):
 @pytest.mark.parametrize(("kind", "other"), [("ddp", "fsdp"), ("fsdp", "ddp")])
 def test_a_checkpoint_of_the_other_kind_is_gone_on_from(two, kind, other):
     whole, resumed = two[0]["decoder", kind], two[0]["resumed", kind, other]
-    assert resumed["losses"] == pytest.approx(whole["losses"][3:], rel=1e-6, nan_ok=True)
+    assert resumed["losses"] == pytest.approx(whole["losses"][ranks.HALF :], rel=1e-6, nan_ok=True)
     close(whole["weights"], resumed["weights"])
     close(whole["averages"], resumed["averages"])
 
 
 def test_four_ranks_go_on_from_what_two_wrote(two, folder):
     ranks_of_four = run(folder, "four", 4)
-    raw = read_checkpoint(folder / "decoder" / "fsdp" / "half.ckpt")["current_model_state"]
+    raw = read_checkpoint(folder / "prior" / "fsdp" / "half.ckpt")["current_model_state"]
     for rank in ranks_of_four:
         same(rank["four"]["loaded"], raw)
         assert len(rank["four"]["losses"]) == 1 and rank["four"]["held"] < 0.26 * sum(value.numel() for value in rank["four"]["averages"].values())
@@ -125,11 +125,11 @@ def test_the_release_of_a_folder_equals_that_of_the_unsharded_run(two, folder):
     releases = {}
     for kind in ("ddp", "fsdp"):
         path = newest_checkpoint(folder / "decoder" / kind)
-        assert path.name == "newest-step=6.ckpt" and path.is_dir() == (kind == "fsdp")
+        assert path.name == "newest-step=4.ckpt" and path.is_dir() == (kind == "fsdp")
         assert app.main(["export", str(path), "--out", str(folder / f"release-{kind}")]) == 0
         releases[kind] = release.read(folder / f"release-{kind}")
     ddp, fsdp = releases["ddp"], releases["fsdp"]
-    assert (ddp.stage, ddp.steps, ddp.hyper_parameters) == (fsdp.stage, fsdp.steps, fsdp.hyper_parameters) == ("Decoder", 6, fsdp.hyper_parameters)
+    assert (ddp.stage, ddp.steps, ddp.hyper_parameters) == (fsdp.stage, fsdp.steps, fsdp.hyper_parameters) == ("Decoder", 4, fsdp.hyper_parameters)
     close(ddp.tensors, fsdp.tensors, rtol=1e-3, atol=1e-4)  # one unit in the last place of float16
     for name, average in two[0]["decoder", "fsdp"]["averages"].items():
         assert torch.equal(fsdp.tensors[name], average.half().float()), name
@@ -142,15 +142,15 @@ def test_the_analytic_variance_is_written_into_the_folder(two, folder):
 
 
 def test_a_rank_that_cannot_write_is_a_sentence_on_all_and_the_earlier_checkpoint_stays(two, folder):
-    assert all("newest-step=4.ckpt could not be written (the disk is full)" in rank["full disk"] for rank in two)
-    assert [path.name for path in (folder / "full" / "checkpoints").iterdir()] == ["newest-step=3.ckpt"]
-    assert newest_checkpoint(folder / "full").name == "newest-step=3.ckpt"
+    assert all("newest-step=3.ckpt could not be written (the disk is full)" in rank["full disk"] for rank in two)
+    assert [path.name for path in (folder / "full" / "checkpoints").iterdir()] == ["newest-step=2.ckpt"]
+    assert newest_checkpoint(folder / "full").name == "newest-step=2.ckpt"
 
 
 @pytest.fixture
 def copy(two, folder, tmp_path):
     """A copy of a whole folder, to spoil."""
-    return Path(shutil.copytree(folder / "decoder" / "fsdp" / "half.ckpt", tmp_path / "newest-step=3.ckpt"))
+    return Path(shutil.copytree(folder / "prior" / "fsdp" / "half.ckpt", tmp_path / "newest-step=2.ckpt"))
 
 
 @pytest.mark.parametrize("spoil", ["lost", "short", "no metadata", "short metadata", "no meta"])

@@ -76,6 +76,14 @@ def check_length(data: Any, text: Any) -> None:
         raise UserError(f"The CLIP of the data has captions of {length} tokens and model.text.context_length is {text.context_length}: set it to {length}.")
 
 
+def follow_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Bring state that was loaded from a run of another memory format into that of its weights: fused AdamW goes through both in the order of memory."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter).copy_(value)
+
+
 class Stage(LightningModule):
     """One stage of unCLIP. Subclasses give `loss` and `sample`, and call `remember` with their arguments.
 
@@ -144,6 +152,7 @@ class Stage(LightningModule):
             [group for group in groups if group["params"]],
             lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True,
         )
+        optimizer.register_load_state_dict_post_hook(follow_layout)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

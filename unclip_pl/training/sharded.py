@@ -89,7 +89,8 @@ class ShardedStrategy(ModelParallelStrategy):
             like = self._parameter(place) if isinstance(value, Tensor) and not isinstance(value, DTensor) else None
             if like is None or value.shape != like.shape:
                 return value
-            return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+            own = distribute_tensor(value.to(like.device).contiguous(), like.device_mesh, like.placements, src_data_rank=None)
+            return own.clone()  # else a view that keeps the whole
 
         return mapped(read_checkpoint(self.broadcast(checkpoint_path), target=target, together=True), part)
 
