@@ -7,6 +7,7 @@ Nothing in it is executed on reading: meta.pt holds plain values, and of .metada
 """
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -114,7 +115,9 @@ def read_folder(path: Path, target: Target, together: bool = False) -> dict[str,
         return value
 
     mapped(rest, collect)
-    dcp.load(shards, storage_reader=Reader(path), no_dist=not together)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process.*")  # it is meant
+        dcp.load(shards, storage_reader=Reader(path), no_dist=not together)
     return mapped(rest, shards.get)
 
 

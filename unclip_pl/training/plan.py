@@ -5,7 +5,7 @@ the forward pass, and what checkpointing computes again is not counted, as MFU i
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -93,7 +93,7 @@ class _Autocast(TorchFunctionMode):
     def _half(self, x: Tensor) -> Tensor:
         half = x.bfloat16()
         if isinstance(x, torch.nn.Parameter):
-            self.copies[half.untyped_storage()._cdata] = half
+            self.copies[_storage(half)] = half
         return half
 
 
@@ -109,22 +109,6 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
-def build(stage: LightningModule, checkpointing: bool) -> LightningModule:
-    """The stage anew, on the meta device, with or without checkpointing in all its networks."""
-
-    def changed(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: checkpointing if key == "checkpointing" else changed(item) for key, item in value.items()}
-        return value
-
-    with torch.device("meta"):
-        built = type(stage)(**{key: changed(value) for key, value in stage.hparams.items()})
-    quantizer = getattr(built, "quantizer", None)
-    if quantizer is not None:
-        quantizer.codes = quantizer.max_codes  # as many as there may be: the data decide when training starts
-    return built.to("meta").train()  # the tables of a process are made elsewhere
 
 
 def example(stage: Any, crop: int | None = None) -> dict[str, Any]:
@@ -145,47 +129,53 @@ def example(stage: Any, crop: int | None = None) -> dict[str, Any]:
 
 
 def count(stage: LightningModule, crop: int | None = None) -> Needs:
-    """Parameters, operations and activations of a stage, which itself is not changed and may be on the meta device."""
-    plain = build(stage, checkpointing=False)
-    total, units, flops = _saved(plain, example(plain, crop))
-    checkpointing = build(stage, checkpointing=True)
-    between = _saved(checkpointing, example(checkpointing, crop))[0]
-    size = {name: sum(p.numel() for p in unit.parameters()) for name, unit in _units(plain)}
-    parameters = sum(p.numel() for p in plain.parameters())
-    return Needs(parameters, max(size.values()), parameters - sum(size.values()), 3 * flops, total, between + max(units.values()))
-
-
-def _units(stage: LightningModule) -> Iterator[tuple[str, Unit]]:
-    return ((name, module) for name, module in stage.named_modules() if isinstance(module, Unit))
-
-
-def _saved(stage: LightningModule, batch: dict[str, Any]) -> tuple[float, dict[str, float], float]:
-    """Bytes that the forward pass leaves for the backward pass, in all and by unit, and its operations."""
-    seen: dict[Any, int] = {}
-    weights = {id(p.untyped_storage()._cdata) for p in stage.parameters()}
-    kept: list[Tensor] = []  # that no storage is given a number twice
+    """Parameters, operations and activations of a stage, which is moved to the meta device for it."""
+    stage = stage.to("meta").train()
+    if hasattr(stage, "quantizer"):
+        stage.quantizer.codes = stage.quantizer.max_codes  # as many as there may be: the data decide when training starts
+    units = {name: module for name, module in stage.named_modules() if isinstance(module, Unit)}
+    weights = {_storage(parameter) for parameter in stage.parameters()}
+    kept: list[Tensor] = []  # alive, so that no storage is given another's number
     inside: list[str] = []
-    units = {name: 0.0 for name, _ in _units(stage)}
+    saved: dict[str, dict[int, int]] = {name: {} for name in ("", *units)}  # by unit, "" outside: storage -> bytes
+    inputs: dict[int, int] = {}  # what checkpointing keeps
     half = _Autocast()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen and storage._cdata not in weights and storage._cdata not in half.copies:
-            seen[storage._cdata] = storage.nbytes()
+    def keep(tensor: Any, where: dict[int, int]) -> None:
+        if isinstance(tensor, Tensor) and (number := _storage(tensor)) not in weights and number not in half.copies:
+            where[number] = tensor.untyped_storage().nbytes()
             kept.append(tensor)
-            if inside:
-                units[inside[-1]] += storage.nbytes()
+
+    def pack(tensor: Tensor) -> Tensor:
+        keep(tensor, saved[inside[-1] if inside else ""])
         return tensor
 
-    for name, unit in _units(stage):
-        unit.register_forward_pre_hook(lambda *_, name=name: inside.append(name))
-        unit.register_forward_hook(lambda *_: inside.pop() and None)
+    def enter(name: str, given: tuple) -> None:
+        inside.append(name)
+        for tensor in given:
+            keep(tensor, inputs)
+
+    hooks = [unit.register_forward_pre_hook(lambda _, given, name=name: enter(name, given)) for name, unit in units.items()]
+    hooks += [unit.register_forward_hook(lambda *_: inside.pop() and None) for unit in units.values()]
     with (
         mock.patch("torch.autocast", lambda *_, **__: nullcontext()),  # the meta device knows none
+        mock.patch("unclip_pl.networks.layers.checkpoint", lambda module, *given, **_: module(*given)),
         FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), half,
     ):
-        cast(Any, stage).loss(batch)
-    return float(sum(seen.values())), units, counter.get_total_flops() + half.flops
+        cast(Any, stage).loss(example(stage, crop))
+    for hook in hooks:
+        hook.remove()
+    sizes = [sum(p.numel() for p in unit.parameters()) for unit in units.values()]
+    parameters = sum(p.numel() for p in stage.parameters())
+    whole = {number: size for part in saved.values() for number, size in part.items()}
+    between = inputs | saved.pop("")
+    largest = max(sum(size for number, size in unit.items() if number not in between) for unit in saved.values())
+    flops = counter.get_total_flops() + half.flops
+    return Needs(parameters, max(sizes), parameters - sum(sizes), 3 * flops, sum(whole.values()), sum(between.values()) + largest)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def row(needs: Needs, gpus: int, strategy: Strategy, batch: int, steps: int, *, mfu: float, peak: float, memory: float, checkpointing: bool = True) -> Row:
