@@ -35,7 +35,11 @@ def run(folder: Path, job: str, world: int) -> list[dict]:
     processes = [
         subprocess.Popen(command, cwd=ROOT, env=common | {"LOCAL_RANK": str(rank)}, stdout=log, stderr=log) for rank, log in enumerate(logs)
     ]
-    codes = [process.wait(timeout=600) for process in processes]
+    try:
+        codes = [process.wait() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for log in logs:
         log.seek(0)
         said = log.read()
