@@ -1,6 +1,7 @@
 """Fully sharded training (FSDP2): each rank keeps its part of weights, gradients, optimiser and average, and gathers a unit's weights to compute it."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def shard(stage: LightningModule, mesh: DeviceMesh, precision: str) -> None:
     if single := [name for name, parameter in stage.named_parameters() if parameter.ndim == 0]:
         raise UserError(f"The {type(stage).__name__} cannot be sharded, for {single[0]} is a single number: use lightning_config/ddp.yaml.")
     stage.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 takes no other
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")  # of a Block's keys and values, which nothing changes in place
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if precision == "bf16-mixed" else MixedPrecisionPolicy()
     for unit in [module for module in stage.modules() if isinstance(module, Unit)]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
@@ -80,13 +82,14 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | os.PathLike, weights_only: bool | None = None) -> dict[str, Any]:
         """The checkpoint with this rank's part of each sharded tensor."""
+        parameters = self._parameters()
 
         def target(place: str, stored: TensorStorageMetadata) -> Tensor | None:
-            like = self._parameter(place)
+            like = parameters.get(_owner(place))
             return None if like is None else torch.empty_like(like, dtype=stored.properties.dtype)
 
         def part(place: str, value: Any) -> Any:
-            like = self._parameter(place) if isinstance(value, Tensor) and not isinstance(value, DTensor) else None
+            like = parameters.get(_owner(place)) if isinstance(value, Tensor) and not isinstance(value, DTensor) else None
             if like is None or value.shape != like.shape:
                 return value
             own = distribute_tensor(value.to(like.device).contiguous(), like.device_mesh, like.placements, src_data_rank=None)
@@ -100,14 +103,19 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         Strategy.load_optimizer_state_dict(self, checkpoint)
 
-    def _parameter(self, place: str) -> DTensor | None:
-        """The parameter whose weight, average or optimiser state stands at `place` of a checkpoint."""
+    def _parameters(self) -> dict[str, DTensor]:
+        """The sharded parameters by `_owner`."""
         assert self.lightning_module is not None
-        part, *names = place.split("/")
-        found: Any = None
-        if part in ("state_dict", "current_model_state"):
-            found = dict(self.lightning_module.named_parameters()).get(names[0])
-        elif part == "optimizer_states" and names[1] == "state" and int(names[0]) < len(self.optimizers):
-            parameters = [parameter for group in self.optimizers[int(names[0])].param_groups for parameter in group["params"]]
-            found = parameters[int(names[2])]
-        return found if isinstance(found, DTensor) else None
+        found: dict[str, Any] = {f"weight/{name}": parameter for name, parameter in self.lightning_module.named_parameters()}
+        for i, optimizer in enumerate(self.optimizers):
+            of_optimizer = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            found |= {f"optimizer/{i}/{k}": parameter for k, parameter in enumerate(of_optimizer)}
+        return {owner: parameter for owner, parameter in found.items() if isinstance(parameter, DTensor)}
+
+
+def _owner(place: str) -> str:
+    """Whose weight, average or optimiser state stands at `place` of a checkpoint."""
+    part, *names = place.split("/")
+    if part in ("state_dict", "current_model_state"):
+        return f"weight/{names[0]}"
+    return f"optimizer/{names[0]}/{names[2]}" if part == "optimizer_states" and names[1] == "state" else ""
