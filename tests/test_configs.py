@@ -31,7 +31,7 @@ def test_every_stage_builds(stage):
 
 @pytest.mark.parametrize("overlay", [overlay for overlay in OVERLAYS if "default" not in overlay])
 def test_every_overlay_goes_over_the_decoder(overlay, monkeypatch):
-    if "gpu" in overlay or "ddp" in overlay:
+    if any(word in overlay for word in ("gpu", "ddp", "fsdp")):
         pytest.importorskip("torch.cuda")
         if not torch.cuda.is_available():
             text = (ROOT / overlay).read_text()

@@ -62,18 +62,28 @@ def _host() -> str:
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove the temporary files that killed writers of files called `name` (a pattern) left in `folder`, and none that is being written.
+    """Remove the temporary files and folders that killed writers of `name` (a pattern) left in `folder`, and none that is being written.
 
-    Only files of this host: a lock may be seen on one machine alone, and a process has its number there. Where there are no locks, the number decides.
+    Only those of this host: a lock may be seen on one machine alone, and a process has its number there. Where there are no locks, the number decides.
     """
     for path in folder.glob(f".{name}.{_host()}.*.tmp"):
-        with contextlib.suppress(OSError), path.open("r+b") as file:  # some file systems lock only what is open for writing
+        with contextlib.suppress(OSError), _descriptor(path) as handle:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in NO_LOCKS or _runs(path.name.split(".")[-3]):
                     continue
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def _descriptor(path: Path) -> Iterator[int]:
+    """A file or folder opened to be locked; some file systems lock only such files as are open for writing."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _runs(pid: str) -> bool:
@@ -127,17 +137,20 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; when the block ends well it takes the name `path`, else it is removed.
 
-    If another process finished `path` in the meantime, that one stays and ours is discarded.
+    If another process finished `path` in the meantime, that one stays and ours is discarded; with `replace` ours takes its place.
     """
     path = Path(path)
+    prefix = f".{path.name}.{_host()}.{os.getpid()}."
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=path.parent))
     with writing(path), contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not every file system has locks; the lock tells `remove_leftovers` that a writer lives
+            fcntl.flock(stack.enter_context(_descriptor(temporary)), fcntl.LOCK_EX | fcntl.LOCK_NB)
         temporary.chmod(0o755)
         yield temporary
         for file in temporary.rglob("*"):
@@ -145,12 +158,25 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
                 file.chmod(0o644)
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
+        sync_folder(temporary)
+        if replace and path.exists():
+            remove(path)
         try:
             temporary.rename(path)
         except OSError:
             if not path.is_dir():
                 raise
         sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder in such a way that a kill in the middle leaves nothing of its name."""
+    if path.is_dir():
+        doomed = Path(tempfile.mkdtemp(prefix=f".{path.name}.{_host()}.{os.getpid()}.", suffix=".tmp", dir=path.parent))
+        path.rename(doomed)  # over an empty folder
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from unclip_pl.stages.decoder import Decoder, SamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.stages.upsampler import Upsampler, Upsampler256, Upsampler1024, UpsamplingConfig
 from unclip_pl.training.checkpoint import read_checkpoint
+from unclip_pl.training.distributed import META, whole
 
 log = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent / "assets"
@@ -38,10 +39,10 @@ Callback = Callable[[int, int], Any]
 
 
 def read_weights(path: str | os.PathLike) -> Release:
-    """A release folder, or a Lightning checkpoint as one: its EMA weights, hyperparameters and CLIP fingerprint."""
-    if Path(path).is_dir():
+    """A release folder, or a Lightning checkpoint (a file or a folder of shards) as one: its EMA weights, hyperparameters and CLIP fingerprint."""
+    if Path(path).is_dir() and not (Path(path) / META).exists():
         return release.read(path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, target=whole("state_dict"))
     missing = [key for key in ("stage", "hyper_parameters", "state_dict") if key not in checkpoint]
     if missing:
         raise UserError(f"{path} is no checkpoint of a stage of ours ({', '.join(missing)} missing): give a .ckpt of `lightning fit` or a release.")

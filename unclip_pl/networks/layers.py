@@ -1,4 +1,4 @@
-"""Parts that two networks share: fp32 GroupNorm, timestep embedding, attention heads, zero initialisation (guided-diffusion's choices).
+"""Parts that networks share: units, fp32 norms, timestep embedding, attention heads, zero initialisation (guided-diffusion's choices).
 
 Attention takes tokens (B, N, heads, head width), context keys first, and one bool mask (True: visible) only where something is hidden.
 """
@@ -13,6 +13,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+class Unit(nn.Module):
+    """A part of a network that `run` computes at one go: its activations are computed again together, its weights gathered together (FSDP)."""
+
+    entries: tuple[str, ...] = ()
+    """Methods beside `forward` that use its weights and are called from outside."""
+
+
+class LayerNorm32(nn.LayerNorm):
+    """LayerNorm with statistics and weights in float32 whatever the input's type, which the output has again. (..., width) -> same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
 class GroupNorm32(nn.GroupNorm):

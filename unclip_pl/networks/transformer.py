@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_pl.networks.layers import attend, run
+from unclip_pl.networks.layers import LayerNorm32, Unit, attend, run
 
 Past = list[Tensor]
 """Keys and values of all tokens so far, (B, M, 2, heads, head width) for each block."""
@@ -38,13 +38,13 @@ class Packing(NamedTuple):
         return x.new_zeros(self.size * length, x.shape[1]).index_copy(0, self.index, x).unflatten(0, (self.size, length))
 
 
-class Block(nn.Module):
+class Block(Unit):
     """One residual block. `width` must be a multiple of `heads`; `depth` of the whole stack only scales the initialisation."""
 
     def __init__(self, width: int, heads: int, depth: int = 1, causal: bool = False) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1, self.norm2 = LayerNorm32(width), LayerNorm32(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         widen, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_pl.networks.layers import GroupNorm32, attend, norm_silu, run, timestep_embedding, zero_module
+from unclip_pl.networks.layers import GroupNorm32, Unit, attend, norm_silu, run, timestep_embedding, zero_module
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,18 @@ class Attention(nn.Module):
         return x + out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
-class Layer(nn.Module):
+class Layer(Unit):
     """What one skip connection leads to: a ResBlock, attention if any, a second ResBlock if any (middle, or upsampling)."""
+
+    entries = ("project",)
 
     def __init__(self, block: ResBlock, attention: Attention | None = None, last: ResBlock | None = None) -> None:
         super().__init__()
         self.block, self.attention, self.last = block, attention, last
+
+    def project(self, context: Tensor) -> Tensor:
+        """Keys and values of the context for the attention, which there must be; see `Attention.project`."""
+        return cast(Attention, self.attention).project(context)
 
     def forward(self, x: Tensor, skip: Tensor | None, time: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         x = self.block(x if skip is None else torch.cat([x, skip], dim=1), time)
@@ -228,8 +234,8 @@ class UNet(nn.Module):
         found = self._conditions(embed, pooled, context, context_mask)
         if not isinstance(found.keys_values, Tensor):
             return found
-        layers = (layer.attention for layer in self._layers())
-        return found._replace(keys_values=tuple(layer.project(found.keys_values) for layer in layers if layer is not None))
+        layers = (layer for layer in self._layers() if layer.attention is not None)
+        return found._replace(keys_values=tuple(layer.project(found.keys_values) for layer in layers))
 
     def forward(
         self,
@@ -277,7 +283,7 @@ class UNet(nn.Module):
 
         x = x if low_res is None else torch.cat([x, low_res.to(dtype)], dim=1)
         x = F.pixel_unshuffle(x, config.patch_size) if config.patch_size > 1 else x
-        skips = [x := self.enter(x)]
+        skips = [x := self.enter(x.contiguous(memory_format=torch.channels_last))]  # all that follows has it too, whatever the weights' own
         for layer in self.down:
             skips.append(x := apply(layer, x))
         x = apply(self.middle, x)

@@ -13,10 +13,12 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from unclip_pl.clip import require_same
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.errors import UserError
+from unclip_pl.training.sharded import shard
 
 Config = TypeVar("Config")
 
@@ -74,6 +76,14 @@ def check_length(data: Any, text: Any) -> None:
         raise UserError(f"The CLIP of the data has captions of {length} tokens and model.text.context_length is {text.context_length}: set it to {length}.")
 
 
+def follow_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Bring state that was loaded from a run of another memory format into that of its weights: fused AdamW goes through both in the order of memory."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter).copy_(value)
+
+
 class Stage(LightningModule):
     """One stage of unCLIP. Subclasses give `loss` and `sample`, and call `remember` with their arguments.
 
@@ -87,6 +97,7 @@ class Stage(LightningModule):
     def remember(self, optimizer: OptimizerConfig | dict, **arguments: Any) -> None:
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
         self.save_hyperparameters({"optimizer": plain(self.optimizer_config)} | {k: plain(v) for k, v in arguments.items()})
+        self.stage_name = type(self).__name__  # sharding gives the object another class
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
 
     def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -109,6 +120,10 @@ class Stage(LightningModule):
         if self.clip_fingerprint is not None:
             require_same(self.clip_fingerprint, fingerprint, "The checkpoint")
         self.clip_fingerprint = fingerprint
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # a sharded run
+            shard(self, self.device_mesh["data_parallel"], self.trainer.precision)
 
     def check_data(self, data: Any) -> None:
         """Raise a sentence where the DataModule does not fit the stage (widths, image size)."""
@@ -137,6 +152,7 @@ class Stage(LightningModule):
             [group for group in groups if group["params"]],
             lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True,
         )
+        optimizer.register_load_state_dict_post_hook(follow_layout)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -156,20 +172,21 @@ class Stage(LightningModule):
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         # A step whose gradients are not finite is skipped inside the fused kernel (`found_inf`): no value travels to the host.
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_config.clip_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         bad = torch.logical_not(torch.isfinite(norm))
         optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # no part of the class: torch's GradScaler sets it so too
         self.skipped_steps += bad
         self.log_dict({"train/grad_norm": norm, "train/skipped_steps": self.skipped_steps.float()})
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["stage"] = type(self).__name__
+        checkpoint["stage"] = self.stage_name
         checkpoint["clip_fingerprint"] = self.clip_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         theirs = checkpoint.get("stage")
-        if theirs != type(self).__name__:
+        if theirs != self.stage_name:
             raise UserError(
-                f"The checkpoint holds a {theirs or 'model of another program'}, and this run trains a {type(self).__name__}: "
+                f"The checkpoint holds a {theirs or 'model of another program'}, and this run trains a {self.stage_name}: "
                 "give a checkpoint of the same stage, or leave --ckpt_path out to start anew."
             )
         if checkpoint.get("clip_fingerprint") and self.clip_fingerprint:

@@ -1,8 +1,9 @@
-"""Checkpoints that are whole or not there, read without executing code, and the newest of them found for `--resume auto`."""
+"""Checkpoints, files or folders of shards, that are whole or not there, read without executing code; the newest found for `--resume auto`."""
 
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +11,53 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from torch.distributed.checkpoint.api import CheckpointException
 
-from unclip_pl.atomic import REASONS, atomic_file, cause, remove_leftovers
+from unclip_pl.atomic import REASONS, atomic_file, cause, remove, remove_leftovers
 from unclip_pl.errors import UserError
+from unclip_pl.training.distributed import META, Target, is_whole, read_folder, whole
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write beside the target, fsync, rename: a crash or a full disk leaves the previous checkpoint as it was."""
+    """Write beside the target, fsync, rename: a crash or a full disk leaves the previous checkpoint as it was. Reads files and folders."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
         try:
             with atomic_file(path) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError, UserError) as error:
-            failed = cause(error)
-            if failed is None:
-                raise
-            raise UserError(
-                f"The checkpoint {path} could not be written ({REASONS.get(failed.errno or 0) or failed.strerror}): "
-                "free space or choose another --trainer.default_root_dir, "
-                "then go on with --resume auto. Earlier checkpoints are whole."
-            ) from error
+            raise unwritten(path, error) from error
 
     def load_checkpoint(self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(path, map_location)
 
+    def remove_checkpoint(self, path: str | os.PathLike) -> None:
+        remove(Path(path))
 
-def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint with `weights_only=True`: a file that would run code on loading is refused with a sentence."""
+
+def unwritten(path: str | os.PathLike, error: BaseException) -> BaseException:
+    """What to raise where a checkpoint could not be written: a sentence if the reason is the operating system's, else `error` itself."""
+    failed = cause(error)
+    if failed is None:
+        return error
+    return UserError(
+        f"The checkpoint {path} could not be written ({REASONS.get(failed.errno or 0) or failed.strerror}): "
+        "free space or choose another --trainer.default_root_dir, "
+        "then go on with --resume auto. Earlier checkpoints are whole."
+    )
+
+
+def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", target: Target = whole(), together: bool = False) -> dict[str, Any]:
+    """Load a checkpoint, a file or a sharded folder, without executing what is in it: one that would run code on loading is refused with a sentence.
+
+    Args:
+        path: of either kind.
+        map_location: as torch.load takes it; a folder is read to the CPU.
+        target, together: of a folder, see `read_folder`; by default this process reads all of it.
+    """
     try:
+        if Path(path).is_dir():
+            return read_folder(Path(path), target, together)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"There is no checkpoint {path}: check the path, or leave it out to start anew.") from None
@@ -47,18 +66,26 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[
             f"{path} was refused: it holds Python objects that would run code on loading, which no checkpoint of ours does. "
             "Do not load it with another tool unless you trust who made it."
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, CheckpointException) as error:
         raise UserError(f"{path} is no whole checkpoint ({str(error).splitlines()[0]}): take an earlier one, or --resume auto.") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds no checkpoint but a {type(checkpoint).__name__}: give a .ckpt file that `lightning fit` wrote.")
     return checkpoint
 
 
+def change_checkpoint(path: str | os.PathLike, change: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite a checkpoint atomically after `change` of it; of a folder only what is not sharded can be changed."""
+    file = Path(path) / META if Path(path).is_dir() else Path(path)
+    checkpoint = read_checkpoint(file)
+    change(checkpoint)
+    AtomicCheckpointIO().save_checkpoint(checkpoint, file)
+
+
 def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """The whole checkpoint under `folder` with the highest step, whatever the clock says; files cut short are passed over. None where there is none."""
+    """The whole checkpoint under `folder` with the highest step, whatever the clock says; what is cut short is passed over. None where there is none."""
     found = []
     for path in Path(folder).rglob("*.ckpt"):
-        if not path.name.startswith(".") and zipfile.is_zipfile(path):
+        if not path.name.startswith(".") and (is_whole(path) if path.is_dir() else zipfile.is_zipfile(path)):
             found.append((_step(path), path.name.startswith("newest"), -len(path.parts), str(path)))
     return Path(max(found)[-1]) if found else None
 
@@ -106,7 +133,7 @@ class NewestCheckpoint(Checkpoint):
             # What a kill left between the new file and the removal of the old one goes too.
             for path in folder.glob("newest-step=*.ckpt"):
                 if 0 <= _step(path) < trainer.global_step:
-                    path.unlink(missing_ok=True)
+                    remove(path)
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:

@@ -10,6 +10,12 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, or the whole of another: an average of parts is the part of the average."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class EMA(Callback):
@@ -38,8 +44,8 @@ class EMA(Callback):
             return
         self.updates = trainer.global_step
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = [parameter.detach() for _, parameter in pl_module.named_parameters()]
-        torch._foreach_lerp_(list(self._averages.values()), current, 1 - decay)
+        current = [_own(parameter.detach()) for _, parameter in pl_module.named_parameters()]
+        torch._foreach_lerp_([_own(average) for average in self._averages.values()], current, 1 - decay)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.updates and self._averages:

@@ -32,11 +32,13 @@ class Pictures(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: dict, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx or not self.count or "image" not in batch or trainer.sanity_checking or not trainer.is_global_zero:
+        if batch_idx or not self.count or "image" not in batch or trainer.sanity_checking:
             return
         batch = {key: value[: self.count] for key, value in batch.items()}
         noise = Noise(range(self.seed, self.seed + len(batch["key"])))
-        drawn = cast(Draws, pl_module).sample(batch, noise)
+        drawn = cast(Draws, pl_module).sample(batch, noise)  # on all ranks: where weights are sharded, each is needed
+        if not trainer.is_global_zero:
+            return
         if "low_res" in batch:
             rows = self._upsampled(pl_module, drawn, batch)
         else:

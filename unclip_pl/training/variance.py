@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from unclip_pl.signals import Asked, notes
-from unclip_pl.training.checkpoint import AtomicCheckpointIO, BestCheckpoint, NewestCheckpoint, checkpoint_folder, read_checkpoint
+from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint, change_checkpoint, checkpoint_folder, read_checkpoint
+from unclip_pl.training.distributed import whole
 from unclip_pl.training.ema import EMA
 from unclip_pl.training.needs import Estimates
 
@@ -55,7 +56,7 @@ class AnalyticVariance(Callback):
         for callback in callbacks if trainer.is_global_zero else []:
             newest = checkpoint_folder(trainer) / f"newest-step={trainer.global_step}.ckpt"
             if isinstance(callback, NewestCheckpoint) and newest.exists():
-                _write(newest, read_checkpoint(newest), watched.x0_error)  # was written before training ended
+                _write(newest, watched.x0_error)  # was written before training ended
             elif isinstance(callback, BestCheckpoint) and callback.best_model_path:
                 stage = type(pl_module)(**pl_module.hparams).to(pl_module.device)
                 add_variance(callback.best_model_path, stage, batches, self.draws)
@@ -70,15 +71,16 @@ def add_variance(path: str | os.PathLike, stage: LightningModule, batches: Seque
         batches: of training data, on the stage's device.
         draws: how often each timestep is looked at.
     """
-    checkpoint = read_checkpoint(path)
-    stage.load_state_dict(checkpoint["state_dict"])
+    stage.load_state_dict(read_checkpoint(path, target=whole("state_dict"))["state_dict"])
     watched = cast(Estimates, stage)
     watched.estimate_variance(batches, draws)
-    _write(path, checkpoint, watched.x0_error)
+    _write(path, watched.x0_error)
 
 
-def _write(path: str | os.PathLike, checkpoint: dict, x0_error: Tensor) -> None:
-    for part in ("state_dict", "current_model_state"):
-        if part in checkpoint:
-            checkpoint[part]["x0_error"] = x0_error.cpu().clone()
-    AtomicCheckpointIO().save_checkpoint(checkpoint, path)
+def _write(path: str | os.PathLike, x0_error: Tensor) -> None:
+    def change(checkpoint: dict) -> None:
+        for part in ("state_dict", "current_model_state"):
+            if part in checkpoint:
+                checkpoint[part]["x0_error"] = x0_error.cpu().clone()
+
+    change_checkpoint(path, change)
