@@ -176,16 +176,17 @@ class Study:
         return seen.first(count)
 
     def results(self) -> dict[str, Any]:
-        """By arm: `title`, `sweep` by scale, `fixed` and `best` over all captions."""
-        found: dict[str, Any] = {}
-        for arm in self.arms:
-            sweep = {scale: self.figures(arm, scale, self.sweep_count) for scale in self.scales}
-            self.best[arm.name] = min(sweep, key=lambda scale: sweep[scale]["fid"])
-            at = {"fixed": self.fixed.guidance_scale, "best": self.best[arm.name]}
-            found[arm.name] = {"title": TITLES[arm.name], "sweep": {f"{scale:g}": figures for scale, figures in sweep.items()}} | {
-                kind: {"guidance_scale": scale} | self.figures(arm, scale, len(self.captions), 100) for kind, scale in at.items()
-            }
-        return found
+        """By arm: `title`, `sweep` by scale, `fixed` and `best` over all captions. The fixed scale comes first, of all arms: what one looks at first."""
+        scale, everything = self.fixed.guidance_scale, len(self.captions)
+        fixed = {arm.name: {"guidance_scale": scale} | self.figures(arm, scale, everything, 100) for arm in self.arms}
+        sweeps = {arm.name: {scale: self.figures(arm, scale, self.sweep_count) for scale in self.scales} for arm in self.arms}
+        self.best = {name: min(sweep, key=lambda scale, sweep=sweep: sweep[scale]["fid"]) for name, sweep in sweeps.items()}
+        return {
+            arm.name: {
+                "title": TITLES[arm.name], "sweep": {f"{scale:g}": figures for scale, figures in sweeps[arm.name].items()}, "fixed": fixed[arm.name],
+                "best": {"guidance_scale": self.best[arm.name]} | self.figures(arm, self.best[arm.name], everything, 100),
+            } for arm in self.arms
+        }  # fmt: skip
 
     def figures(self, arm: Arm, scale: float, count: int, bootstrap: int = 0) -> Figures:
         return self.judge.figures(self.reference(count), self.seen(arm, scale, count), self.text, bootstrap)
