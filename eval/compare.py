@@ -57,7 +57,7 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument("--features", default="clip", help="of FID, KID, precision, recall: clip (the embedded one), inception, NAME/TAG of open_clip")
     made.add_argument("--score-clip", default="openmoji", help="which CLIP scores: openmoji (the embedded one), NAME/TAG of open_clip, local-dir:/folder")
     made.add_argument("--baseline", default="diffusion", help="the arm from which the others' differences are taken")
-    made.add_argument("--resamples", type=positive, default=200, help="random halves of the captions for the intervals of the differences")
+    made.add_argument("--resamples", type=positive, default=200, help="random halves of the captions, for the intervals of FID and of the differences")
     made.add_argument("--pictures", type=positive, default=10, help="columns of the picture side by side")
     return made
 
@@ -176,16 +176,17 @@ class Study:
         return seen.first(count)
 
     def results(self) -> dict[str, Any]:
-        """By arm: `title`, `sweep` by scale, `fixed` and `best` over all captions."""
-        found: dict[str, Any] = {}
-        for arm in self.arms:
-            sweep = {scale: self.figures(arm, scale, self.sweep_count) for scale in self.scales}
-            self.best[arm.name] = min(sweep, key=lambda scale: sweep[scale]["fid"])
-            at = {"fixed": self.fixed.guidance_scale, "best": self.best[arm.name]}
-            found[arm.name] = {"title": TITLES[arm.name], "sweep": {f"{scale:g}": figures for scale, figures in sweep.items()}} | {
-                kind: {"guidance_scale": scale} | self.figures(arm, scale, len(self.captions), 100) for kind, scale in at.items()
-            }
-        return found
+        """By arm: `title`, `sweep` by scale, `fixed` and `best` over all captions. The fixed scale comes first, of all arms: what one looks at first."""
+        scale, everything = self.fixed.guidance_scale, len(self.captions)
+        fixed = {arm.name: {"guidance_scale": scale} | self.figures(arm, scale, everything, self.given.resamples) for arm in self.arms}
+        sweeps = {arm.name: {scale: self.figures(arm, scale, self.sweep_count) for scale in self.scales} for arm in self.arms}
+        self.best = {name: min(sweep, key=lambda scale, sweep=sweep: sweep[scale]["fid"]) for name, sweep in sweeps.items()}
+        return {
+            arm.name: {
+                "title": TITLES[arm.name], "sweep": {f"{scale:g}": figures for scale, figures in sweeps[arm.name].items()}, "fixed": fixed[arm.name],
+                "best": {"guidance_scale": self.best[arm.name]} | self.figures(arm, self.best[arm.name], everything, self.given.resamples),
+            } for arm in self.arms
+        }  # fmt: skip
 
     def figures(self, arm: Arm, scale: float, count: int, bootstrap: int = 0) -> Figures:
         return self.judge.figures(self.reference(count), self.seen(arm, scale, count), self.text, bootstrap)

@@ -1,5 +1,6 @@
 """`eval.compare`: arms that differ in their embedding alone, sets judged as the metrics judge them, intervals that hold what they should."""
 
+import html
 import json
 import os
 import subprocess
@@ -87,7 +88,7 @@ def test_priors_are_drawn_once_whatever_the_guidance():
 def test_tables_pictures_page_and_events_lie_in_the_folder(ran):
     out, found = ran
     page = (out / "compare.html").read_text()
-    assert all(arms.TITLES[name] in page for name in found["arms"]) and page.count("<svg") == 6 and "data:image/png;base64," in page
+    assert all(html.escape(arms.TITLES[name]) in page for name in found["arms"]) and page.count("<svg") == 6 and "data:image/png;base64," in page
     table = (out / "compare.md").read_text()
     assert table.count("| diffusion prior |") == 2 and table.count("| AR prior |") == 4
     with Image.open(out / "compare.png") as picture:
