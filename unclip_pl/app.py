@@ -1,4 +1,4 @@
-"""`unclip generate | vary | export | data ...`: what is done with trained stages and with data; the commands stand in `commands/`."""
+"""`unclip generate | vary | export | submit | data ...`: what is done with trained stages and with data; the commands stand in `commands/`."""
 
 import argparse
 import sys
