@@ -76,6 +76,17 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert newest_checkpoint(tmp_path) is None and [signal.getsignal(signum) for signum in signals.MEANING] == before
 
 
+def test_a_job_that_only_validates_ends_at_once(tmp_path):
+    seen = []
+
+    class Look(Callback):
+        def on_validation_batch_end(self, *_):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    trainer(tmp_path, Preemption(), Look()).validate(Toy(), loader(size=4))
+    assert seen == [signal.SIG_DFL]  # and not Lightning's, which waits for the other ranks
+
+
 def test_a_run_stopped_and_resumed_equals_one_that_was_not(tmp_path):
     callbacks = Preemption(), NewestCheckpoint(50)
     trainer(tmp_path / "straight", *callbacks, steps=12).fit(Toy(), loader(size=64))

@@ -72,6 +72,10 @@ class Preemption(Callback):
         rank_zero_info(f"Stopped at step {trainer.global_step} ({notes.agreed.name.lower()}), exit code {EXIT_CODES[notes.agreed]}: go on with --resume auto.")
         trainer.strategy.barrier("preemption")  # srun may end all ranks with the first: not before the word is left
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self.on_predict_start(trainer, pl_module)
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():  # Lightning's would wait in a collective, and nothing needs saving
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
