@@ -13,6 +13,8 @@ import unclip_pl.stages
 from unclip_pl import release
 from unclip_pl.clip import CLIPConfig, FrozenCLIP, require_same
 from unclip_pl.diffusion.noise import Noise
+from unclip_pl.diffusion.process import Predict
+from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.errors import UserError
 from unclip_pl.release import Release
 from unclip_pl.stages.ar_prior import ARPrior
@@ -142,7 +144,7 @@ class UnCLIP:
 
     def decode(
         self, image_embed: Tensor | None, seeds: Sequence[int], captions: Sequence[str] | None = None,
-        sampling: SamplingConfig | None = None, callback: Callback | None = None,
+        sampling: SamplingConfig | None = None, callback: Callback | None = None, x_T: Tensor | None = None,
     ) -> Tensor:
         """Draw one image a seed.
 
@@ -152,18 +154,34 @@ class UnCLIP:
             captions: B of them; None drops the caption.
             sampling: other settings than the decoder's own.
             callback: called with (step, steps).
+            x_T: where the sampler starts, (B, 3, 64, 64), such as an inverted image; None draws it from the seeds.
 
         Returns:
             float32 (B, 3, 64, 64) in [-1, 1] on the pipeline's device.
         """
-        batch: dict = {} if image_embed is None else {"image_embed": image_embed.to(self.device)}
-        if captions is not None:
-            batch |= self._text(captions)
-        return self.decoder.sample(batch, Noise(seeds), sampling, callback)
+        return self.decoder.sample(self._conditions(image_embed, captions), Noise(seeds), sampling, callback, x_T)
+
+    @torch.no_grad()
+    def walk(
+        self, way: Callable[[Predict, Schedule], Tensor], size: int, image_embed: Tensor | None = None, captions: Sequence[str] | None = None,
+        sampling: SamplingConfig | None = None,
+    ) -> Tensor:
+        """`way(predict, schedule)` for `size` images with the decoder's predictor under these conditions: inversion, repainting and other ways to draw.
+
+        `image_embed`, `captions`, `sampling` as for `decode`.
+        """
+        settings = sampling or self.decoder.sampling
+        schedule = self.decoder.process.schedule.respaced(settings.steps)
+        return way(self.decoder.predictor(self._conditions(image_embed, captions), size, schedule, settings), schedule)
+
+    def _conditions(self, image_embed: Tensor | None, captions: Sequence[str] | None) -> dict[str, Tensor]:
+        """The decoder's batch."""
+        batch = {} if image_embed is None else {"image_embed": image_embed.to(self.device)}
+        return batch if captions is None else batch | self._text(captions)
 
     def generate(
         self, captions: Sequence[str], seeds: Sequence[int], condition: Condition = "prior", *, prior_sampling: Any = None,
-        sampling: SamplingConfig | None = None, callback: Callable[[str, int, int], Any] | None = None,
+        sampling: SamplingConfig | None = None, callback: Callable[[str, int, int], Any] | None = None, decode: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Draw one image a caption; the decoder sees the caption in every case.
 
@@ -174,6 +192,7 @@ class UnCLIP:
                 in its place; "caption", none.
             prior_sampling, sampling: other settings than the stages' own.
             callback: called with ("prior" or "decoder", step, steps).
+            decode: draws in the place of `decode` and is called like it, such as one that starts from pictures.
 
         Returns:
             float32 (B, 3, 64, 64) in [-1, 1].
@@ -189,4 +208,4 @@ class UnCLIP:
             return None if callback is None else lambda step, steps: callback(stage, step, steps)
 
         embed = {"prior": lambda: self.sample_prior(captions, seeds, prior_sampling, told("prior")), "text": lambda: self.embed_text(captions)}
-        return self.decode(embed.get(condition, lambda: None)(), seeds, captions, sampling, told("decoder"))
+        return (decode or self.decode)(embed.get(condition, lambda: None)(), seeds, captions, sampling, told("decoder"))
