@@ -31,6 +31,8 @@ from unclip_pl.stages.decoder import SamplingConfig
 
 FORMAT = 1
 INVERSION_STEPS = 50
+AGAIN = 0.3
+"""Share of the steps that inpainting repeats in each of its further rounds."""
 
 
 @dataclass(frozen=True)
@@ -219,9 +221,12 @@ def text_diff(
 
 def inpaint(
     unclip: UnCLIP, image_embed: Tensor | None, seeds: Sequence[int], captions: Sequence[str] | None = None, sampling: SamplingConfig | None = None,
-    callback: Callback | None = None, *, images: Tensor, mask: Tensor,
+    callback: Callback | None = None, *, images: Tensor, mask: Tensor, rounds: int = 3,
 ) -> Tensor:
     """Draw where `mask` (B, 1, H, W) is True and keep the pictures elsewhere, to the pixel; any sampler. Otherwise as `unclip.decode`.
+
+    The first draw heeds what is known too little; so the result is `rounds` times sent back to the last AGAIN of the steps and drawn on (RePaint's
+    resampling in few long jumps). A sampler with noise of its own (eta 1) heeds it better.
 
     Raises:
         UserError: a mask of another size, or one that asks for nothing or leaves nothing known.
@@ -237,9 +242,12 @@ def inpaint(
     known, mask = images.to(unclip.device), mask.to(unclip.device)
 
     def down(predict: Predict, schedule: Schedule) -> Tensor:
-        held = repainted(predict, unclip.decoder.process, known, mask)
-        x = noise(unclip.decoder.shape, unclip.device)
-        return SAMPLERS[settings.sampler](held, x, schedule, noise=noise, eta=settings.eta, callback=callback)
+        held, x, kept = repainted(predict, unclip.decoder.process, known, mask), known, len(schedule)
+        for _ in range(1 + rounds):
+            x, rest = noised(x, schedule, kept, noise(unclip.decoder.shape, unclip.device))
+            x = SAMPLERS[settings.sampler](held, x, rest, noise=noise, eta=settings.eta, callback=callback)
+            kept = max(1, round(AGAIN * len(schedule)))
+        return x
 
     drawn = unclip.walk(down, len(seeds), image_embed, captions, settings)
     return torch.where(mask, drawn, known)
@@ -263,14 +271,18 @@ def image_to_image(
 
     def down(predict: Predict, schedule: Schedule) -> Tensor:
         kept = max(1, round(strength * len(schedule)))
-        x = noise(unclip.decoder.shape, unclip.device)
-        if kept < len(schedule):
-            level = float(schedule.alphas_cumprod[kept - 1])
-            x = math.sqrt(level) * images + math.sqrt(1 - level) * x
-        rest = Schedule(schedule.alphas_cumprod[:kept], schedule.timesteps[:kept])
+        x, rest = noised(images, schedule, kept, noise(unclip.decoder.shape, unclip.device))
         return SAMPLERS[settings.sampler](predict, x, rest, noise=noise, eta=settings.eta, callback=callback)
 
     return unclip.walk(down, len(seeds), image_embed, captions, settings)
+
+
+def noised(images: Tensor, schedule: Schedule, kept: int, noise: Tensor) -> tuple[Tensor, Schedule]:
+    """Pictures at the level of noise from which `kept` steps of a schedule are left, and these steps; at the topmost level `noise` alone."""
+    if kept == len(schedule):
+        return noise, schedule
+    level = float(schedule.alphas_cumprod[kept - 1])
+    return math.sqrt(level) * images + math.sqrt(1 - level) * noise, Schedule(schedule.alphas_cumprod[:kept], schedule.timesteps[:kept])
 
 
 def of_size(unclip: UnCLIP, images: Tensor) -> None:

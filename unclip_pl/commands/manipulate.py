@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,6 +232,8 @@ def run_inpaint(arguments: argparse.Namespace) -> None:
         raise UserError(f"The mask {arguments.mask} is {mask_w} x {mask_h} pixels and the picture {w} x {h}: make it of the same size.")
     studio = Studio(arguments, (arguments.prior or "diffusion") if arguments.prompt else None)
     sampling, unclip = studio.sampling(), studio.unclip
+    if sampling.sampler == "ddim":  # noise on the way heeds what is known better
+        sampling = replace(sampling, eta=1.0)
     seeds = [arguments.seed + k for k in range(arguments.num_images)]
     original, whole = studio.picture(arguments.image)
     mask = load_image(arguments.mask, studio.size).mean(0, keepdim=True)[None] > 0
