@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from unclip_pl import __version__
-from unclip_pl.commands import data, export, generate, manipulate
+from unclip_pl.commands import data, export, generate, manipulate, probe
 from unclip_pl.commands.common import command_of
 from unclip_pl.errors import UserError
 
@@ -18,6 +18,8 @@ def parser() -> argparse.ArgumentParser:
         family.add(command_of(commands))
     of_data = commands.add_parser("data", help="Draw, check and inspect data.")
     data.add(command_of(of_data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")))
+    of_probe = commands.add_parser("probe", help="Look into CLIP's embedding of a picture.")
+    probe.add(command_of(of_probe.add_subparsers(dest="probe_command", required=True, metavar="COMMAND")))
     return root
 
 

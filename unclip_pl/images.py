@@ -67,7 +67,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def grid(rows: Sequence[Tensor], labels: Sequence[str] | None = None, gap: int = 2, heads: Sequence[str] | None = None) -> Image.Image:
-    """Rows of (N_r, 3, H, W) in [-1, 1] as one picture on white, each row with its label at the left, each column with its head above it.
+    """Rows of (N_r, 3, H, W) in [-1, 1] as one picture on white, each row with its label (of any lines) at the left, each column with its head above it.
 
     Sizes may differ from row to row; a cell is as large as the largest.
     """
@@ -75,7 +75,7 @@ def grid(rows: Sequence[Tensor], labels: Sequence[str] | None = None, gap: int =
     columns = max(len(row) for row in rows)
     points = max(10, min(16, height // 5))
     font = ImageFont.load_default(size=points)
-    margin = max((int(font.getlength(label)) for label in labels), default=0) + 2 * gap if labels else 0
+    margin = max((int(font.getlength(line)) for label in labels for line in label.split("\n")), default=0) + 2 * gap if labels else 0
     above = points + 2 * gap if heads else 0
     canvas = Image.new("RGB", (margin + columns * (width + gap) + gap, above + len(rows) * (height + gap) + gap), "white")
     draw = ImageDraw.Draw(canvas)

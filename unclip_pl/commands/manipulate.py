@@ -4,10 +4,10 @@ import argparse
 import csv
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from unclip_pl.commands.common import Command
-from unclip_pl.commands.studio import Studio, at_least, numbers, options
+from unclip_pl.commands.studio import Studio, at_least, check_files, enlarged, numbers, options
 from unclip_pl.errors import UserError
 
 PICTURE = "a picture of any size (its centre square is taken), or a latent that `unclip invert` wrote"
@@ -249,16 +249,3 @@ def run_inpaint(arguments: argparse.Namespace) -> None:
     grey = torch.where(mask, torch.zeros(()), original)
     rows = [torch.cat([enlarged(original, drawn), enlarged(grey, drawn), drawn])]
     studio.figure("inpainting", rows, [arguments.prompt or label(arguments.image)], ["original", "known", *(f"seed {seed}" for seed in seeds)])
-
-
-def check_files(paths: list[Path]) -> None:
-    """A sentence for a picture that is not there, before anything is loaded."""
-    if gone := [path for path in paths if not path.exists()]:
-        raise UserError(f"There is no picture {gone[0]}.")
-
-
-def enlarged(image: Any, drawn: Any) -> Any:
-    """(B, 3, H, W) at the size of the pictures `drawn`, each pixel as a square."""
-    import torch
-
-    return torch.nn.functional.interpolate(image, drawn.shape[-2:], mode="nearest")

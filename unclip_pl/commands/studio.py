@@ -1,6 +1,7 @@
 """What the commands of manipulations and probes share: pictures and latents in, single PNGs and one labelled figure out."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Any
 from unclip_pl.commands.common import chosen, pick_device, seed
 from unclip_pl.errors import UserError
 
+UNSAFE = r"[^-\w.,+ ]"
+"""Of a label, what no file name has."""
 STEPS = 50
 """Of an inversion and of its way back, unless --steps says otherwise."""
 
@@ -30,6 +33,12 @@ def at_least(arguments: argparse.Namespace, **least: int) -> None:
     for name, value in least.items():
         if getattr(arguments, name) < value:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: give {value} or more.")
+
+
+def check_files(paths: list[Path]) -> None:
+    """A sentence for a picture that is not there, before anything is loaded."""
+    if gone := [path for path in paths if not path.exists()]:
+        raise UserError(f"There is no picture {gone[0]}.")
 
 
 def square(path: Path, size: int | None = None) -> Any:
@@ -121,13 +130,20 @@ class Studio:
         from unclip_pl.images import save_png
 
         for image, name in zip(images, names, strict=True):
-            print(save_png(image, self.out / f"{name}.png", decoder=str(self.arguments.decoder or "of the package"), **metadata))
+            print(save_png(image, self.out / f"{re.sub(UNSAFE, '-', name)}.png", decoder=str(self.arguments.decoder or "of the package"), **metadata))
 
     def figure(self, name: str, rows: Sequence[Any], labels: Sequence[str], heads: Sequence[str] | None = None) -> None:
         """The labelled figure, its path on stdout."""
         from unclip_pl.images import grid, save_png
 
         print(save_png(grid(rows, labels, heads=heads), self.out / f"{name}.png"))
+
+
+def enlarged(image: Any, drawn: Any) -> Any:
+    """(B, 3, H, W) at the size of the pictures `drawn`, each pixel as a square."""
+    from torch.nn.functional import interpolate
+
+    return interpolate(image, drawn.shape[-2:], mode="nearest")
 
 
 def numbers(text: str) -> list[float]:
