@@ -5,8 +5,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_NAMES = {"UnCLIP": "pipeline", "FrozenCLIP": "clip", "CLIPConfig": "clip", "Decoder": "stages.decoder", "Noise": "diffusion.noise"}
-__all__ = ["CLIPConfig", "Decoder", "FrozenCLIP", "Noise", "UnCLIP", "__version__"]
+_NAMES = {"UnCLIP": "pipeline", "Cascade": "cascade", "FrozenCLIP": "clip", "CLIPConfig": "clip", "Decoder": "stages.decoder", "Noise": "diffusion.noise"}
+__all__ = ["CLIPConfig", "Cascade", "Decoder", "FrozenCLIP", "Noise", "UnCLIP", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

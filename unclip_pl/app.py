@@ -1,10 +1,10 @@
-"""`unclip generate | vary | edit | export | data ...`: what is done with trained stages and with data; the commands stand in `commands/`."""
+"""`unclip generate | vary | edit | upsample | export | data ...`: what is done with trained stages and with data; the commands stand in `commands/`."""
 
 import argparse
 import sys
 
 from unclip_pl import __version__
-from unclip_pl.commands import data, export, generate, manipulate, probe
+from unclip_pl.commands import data, export, generate, manipulate, probe, upsample
 from unclip_pl.commands.common import command_of
 from unclip_pl.errors import UserError
 
@@ -14,7 +14,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="unclip", description="Draw with unCLIP and look after its data. Training: see `lightning --help`.")
     root.add_argument("--version", action="version", version=f"unclip_pl {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for family in (generate, manipulate, export):
+    for family in (generate, manipulate, upsample, export):
         family.add(command_of(commands))
     of_data = commands.add_parser("data", help="Draw, check and inspect data.")
     data.add(command_of(of_data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")))

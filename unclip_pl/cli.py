@@ -132,7 +132,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from unclip_pl.data import modules  # noqa: F401  short names of the DataModules
+    from unclip_pl.data import crops, modules  # noqa: F401  short names of the DataModules
     from unclip_pl.stages import load_all
     from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint, newest_checkpoint
     from unclip_pl.training.ema import EMA

@@ -1,4 +1,5 @@
-"""`make demo`: OpenMoji is drawn and embedded, a decoder and both priors train for some minutes, then held-out drawings and captions are drawn."""
+"""`make demo`: OpenMoji is drawn and embedded, a decoder and both priors train for some minutes, then held-out drawings and captions
+are drawn, and one caption at 64, 256 and 1024 pixels by the weights in the package."""
 
 import sys
 import time
@@ -23,7 +24,7 @@ def main() -> int:
             return code
     trained = time.monotonic()
     try:
-        report = "\n".join([draw(), draw_prompts()])
+        report = "\n".join([draw(), draw_prompts(), draw_cascade()])
     except UserError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
@@ -32,10 +33,13 @@ def main() -> int:
 Data, embeddings and training took {trained - start:.0f} s, drawing {time.monotonic() - trained:.0f} s.
   {ROOT}/demo.png     held-out drawings, what the decoder in the package draws from their CLIP embeddings, and what yours does
   {ROOT}/prompts.png  captions through both priors: those in the package, and yours
+  {ROOT}/cascade.png  one caption at 64, 256 and 1024 pixels, all shown at the same size, by the weights in the package
   {ROOT}/decoder/pictures/    what yours drew while it trained
 
 To go on (with `source .venv/bin/activate` first):
   unclip generate "man cook, dark skin tone" --grid            pictures of a caption of your own
+  unclip generate "man cook, dark skin tone" --size 1024 --num-images 1        through both upsamplers
+  unclip upsample PICTURE.png --size 1024                      a picture of your own, drawn larger
   unclip vary PICTURE.png --out out                            variations of a picture of your own
   lightning fit -c stages/decoder.yaml                         the same decoder, trained in earnest; diffusion_prior, ar_prior likewise
   lightning fit -c stages/decoder.yaml --resume auto           go on where it stopped
@@ -96,6 +100,26 @@ def draw_prompts() -> str:
     captions = ", ".join(PROMPTS)
     save_png(grid(list(rows.values()), list(rows)), ROOT / "prompts.png", prompts=captions, source="OpenMoji, CC BY-SA 4.0, openmoji.org")
     return "\n".join([*lines, f"Captions: {captions}"])
+
+
+def draw_cascade(prompt: str = PROMPTS[0]) -> str:
+    """A caption at 64, 256 and 1024 pixels side by side by the package's weights, all shown at the largest size; returns a report in words."""
+    import torch
+    import torch.nn.functional as F
+
+    from unclip_pl.images import grid, save_png
+    from unclip_pl.pipeline import UnCLIP
+
+    unclip = UnCLIP.load(prior="diffusion", upsamplers=("256", "1024"))
+    sizes, seconds = unclip.sizes, []
+    drawn: list[torch.Tensor] = []
+    for size in sizes:
+        start = time.monotonic()
+        drawn.append(unclip.upsample(drawn[-1], [0], 4) if drawn else unclip.generate([prompt], [0], size=size))
+        seconds.append(f"{size} pixels in {time.monotonic() - start:.0f} s")
+    shown = [F.interpolate(images, sizes[-1], mode="nearest") for images in drawn]  # the pixels as they are, only larger
+    save_png(grid([torch.cat(shown)]), ROOT / "cascade.png", prompt=prompt, seed="0", source="OpenMoji, CC BY-SA 4.0, openmoji.org")
+    return f"Cascade in the package: {prompt}: {', '.join(seconds)}"
 
 
 if __name__ == "__main__":

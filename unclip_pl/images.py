@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
@@ -16,6 +17,11 @@ from unclip_pl.errors import UserError
 def to_uint8(images: Tensor) -> Tensor:
     """(..., C, H, W) in [-1, 1] -> uint8 (..., C, H, W), rounded and clamped."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def psnr(images: Tensor, targets: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each image (B, C, H, W) in [-1, 1] against its target: (B,)."""
+    return 10 * (4 / (images.float() - targets.float()).square().flatten(1).mean(1)).log10()
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -39,6 +45,15 @@ def from_pil(image: Image.Image, size: int | None = None) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(127.5).sub(1)
 
 
+def reduced(images: Tensor, side: int) -> Tensor:
+    """(B, 3, H, W) in [-1, 1], brought (antialiased bicubic) to `side` pixels at the longer side; smaller ones come back as they are."""
+    longer = max(images.shape[-2:])
+    if longer <= side:
+        return images
+    shape = [max(1, round(pixels * side / longer)) for pixels in images.shape[-2:]]
+    return F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
 def flatten(image: Image.Image) -> Image.Image:
     """Any mode (grey, 16 bit, palette, CMYK, transparent) as RGB on white."""
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
@@ -59,11 +74,6 @@ def load_image(path: str | os.PathLike, size: int | None = None) -> Tensor:
         raise UserError(f"There is no picture {path}.") from None
     except (OSError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error}).") from error
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """(B, 3, H, W) twice, in [-1, 1] -> (B,) decibels."""
-    return -10 * ((a - b).float().square().flatten(1).mean(1) / 4).log10()
 
 
 def grid(rows: Sequence[Tensor], labels: Sequence[str] | None = None, gap: int = 2, heads: Sequence[str] | None = None) -> Image.Image:

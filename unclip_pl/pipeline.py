@@ -1,8 +1,8 @@
-"""The stages put together: text or image -> CLIP embedding -> image. Reads releases and Lightning checkpoints through the same door."""
+"""The stages put together: text or image -> CLIP embedding -> image, at 64, 256 or 1024 pixels. Reads releases and checkpoints through the same door."""
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 import unclip_pl.stages
 from unclip_pl import release
+from unclip_pl.cascade import Cascade, at_work, check_order, source_side
 from unclip_pl.clip import CLIPConfig, FrozenCLIP, require_same
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
@@ -21,12 +22,14 @@ from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.base import Stage
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
+from unclip_pl.stages.upsampler import Upsampler, Upsampler256, Upsampler1024, UpsamplingConfig
 from unclip_pl.training.checkpoint import read_checkpoint
 
 log = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_DECODER = ASSETS / "decoder-openmoji"
 DEFAULT_PRIORS = {"diffusion": ASSETS / "diffusion-prior-openmoji", "ar": ASSETS / "ar-prior-openmoji"}
+DEFAULT_UPSAMPLERS = {"256": ASSETS / "upsampler-256-openmoji", "1024": ASSETS / "upsampler-1024-openmoji"}
 PRIOR_SEEDS = 1 << 31
 """Added to a seed for the prior's draws, so that they share no numbers with the decoder's."""
 Prior = DiffusionPrior | ARPrior
@@ -68,6 +71,17 @@ def load_stage(path: str | os.PathLike, *kinds: type[Kind]) -> Kind:
     return stage.eval().requires_grad_(False)
 
 
+def load_upsamplers(entries: Sequence[str | os.PathLike]) -> list[Upsampler]:
+    """The upsamplers in release folders or checkpoints; "256" and "1024" are those in the package."""
+    stages: list[Upsampler] = []
+    for entry in entries:
+        own = DEFAULT_UPSAMPLERS.get(str(entry))
+        if own is not None and not own.is_dir():
+            raise UserError(f"The package here has no upsampler to {entry} pixels ({own.name} is missing): give a checkpoint or release of one.")
+        stages.append(load_stage(own or entry, Upsampler256, Upsampler1024))
+    return stages
+
+
 def paired(captions: Sequence[str], seeds: Sequence[int]) -> None:
     """ValueError unless there is a seed for each caption."""
     if len(captions) != len(seeds):
@@ -75,45 +89,61 @@ def paired(captions: Sequence[str], seeds: Sequence[int]) -> None:
 
 
 class UnCLIP:
-    """A CLIP, a decoder that was trained on its embeddings and, to draw from captions, a prior.
+    """A CLIP, a decoder that was trained on its embeddings and, to draw from captions, a prior; to draw larger pictures, upsamplers.
 
     Args:
         decoder: the stage.
         prior: a DiffusionPrior or an ARPrior; None: pictures and text embeddings only.
         clip: the CLIP of both; by default the one that the decoder's fingerprint names. Another one is refused.
         device: where all of it runs.
+        upsamplers: in order, the first from the decoder's size.
+        offload: keep on the device only the stage that works; the others wait in the CPU's memory.
 
     Raises:
-        UserError: a stage does not say of which CLIP it is, or is of another one.
+        UserError: a stage does not say of which CLIP it is, or is of another one; an upsampler is not for the size before it.
     """
 
-    def __init__(self, decoder: Decoder, prior: Prior | None = None, clip: FrozenCLIP | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, decoder: Decoder, prior: Prior | None = None, clip: FrozenCLIP | None = None, device: str = "cpu", upsamplers: Sequence[Upsampler] = (),
+        offload: bool = False,
+    ) -> None:
+        home = "cpu" if offload else device
         for name, stage in {"decoder": decoder, "prior": prior}.items():
             if stage is None:
                 continue
             if stage.clip_fingerprint is None:
                 raise UserError(f"The {name} does not say with which CLIP it was trained: train it with `lightning fit`, which keeps that.")
-            clip = clip.to(device) if clip else FrozenCLIP(CLIPConfig.of_fingerprint(stage.clip_fingerprint), device)
+            clip = clip.to(home) if clip else FrozenCLIP(CLIPConfig.of_fingerprint(stage.clip_fingerprint), home)
             require_same(stage.clip_fingerprint, clip.fingerprint(), f"The {name}")
         self.clip: FrozenCLIP = clip  # type: ignore[assignment]  # there is a decoder
         if isinstance(prior, DiffusionPrior) and prior.sampling.sampler == "analytic" and bool(prior.x0_error.isnan().any()):
             log.warning("The prior has no analytic variance, which is estimated when training ends: it draws with the variance of plain DDPM.")
-        self.decoder = decoder.to(device).eval()
-        self.prior = None if prior is None else prior.to(device).eval()
-        self.device = torch.device(device)
+        check_order([(source_side(stage), stage.net_config.image_size) for stage in upsamplers], before=decoder.net_config.image_size)
+        self.decoder = decoder.to(home).eval()
+        self.prior = None if prior is None else prior.to(home).eval()
+        self.cascade = Cascade(upsamplers, device, offload)
+        self.device, self.offload = torch.device(device), offload
 
     @classmethod
     def load(
-        cls, decoder: str | os.PathLike = DEFAULT_DECODER, prior: str | os.PathLike | None = None, clip: FrozenCLIP | None = None, device: str = "cpu"
+        cls, decoder: str | os.PathLike = DEFAULT_DECODER, prior: str | os.PathLike | None = None, clip: FrozenCLIP | None = None, device: str = "cpu",
+        upsamplers: Sequence[str | os.PathLike] = (), offload: bool = False,
     ) -> "UnCLIP":
-        """From release folders or checkpoints; `prior` may be "diffusion" or "ar", those in the package, as the decoder is by default."""
+        """From release folders or checkpoints; `prior` may be "diffusion" or "ar", `upsamplers` may have "256" and "1024": those in the package, as the
+        decoder is by default."""
         unclip_pl.stages.load_all()
         found: Any = None if prior is None else load_stage(DEFAULT_PRIORS.get(str(prior), Path(prior)), DiffusionPrior, ARPrior)
-        return cls(load_stage(decoder, Decoder), found, clip, device)
+        return cls(load_stage(decoder, Decoder), found, clip, device, load_upsamplers(upsamplers), offload)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sides of the pictures that can be drawn: the decoder's, then each upsampler's."""
+        return (self.decoder.net_config.image_size, *self.cascade.sizes)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> CLIP image embeddings (B, D), not normalised."""
-        return self.clip.embed_images(images.to(self.device))
+        with at_work(self.clip, self.device, self.offload):
+            return self.clip.embed_images(images.to(self.device))
 
     def embed_text(self, captions: Sequence[str]) -> Tensor:
         """B captions -> CLIP text embeddings (B, D), not normalised."""
@@ -122,7 +152,8 @@ class UnCLIP:
     def _text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Captions as the stages take them: `tokens`, `text_mask`, `text_embed`, `text_states`."""
         tokens = self.clip.tokenize(list(captions))
-        text = self.clip.embed_text(tokens)
+        with at_work(self.clip, self.device, self.offload):
+            text = self.clip.embed_text(tokens)
         return {"tokens": tokens.to(self.device), "text_mask": text.mask, "text_embed": text.embed, "text_states": text.states}
 
     def sample_prior(self, captions: Sequence[str], seeds: Sequence[int], sampling: Any = None, callback: Callback | None = None) -> Tensor:
@@ -140,7 +171,9 @@ class UnCLIP:
         paired(captions, seeds)
         if self.prior is None:
             raise UserError('There is no prior to draw embeddings from captions: load one (prior="diffusion"), or condition on "text" or "caption".')
-        return self.prior.sample(self._text(captions), Noise([seed + PRIOR_SEEDS for seed in seeds]), sampling, callback)
+        text = self._text(captions)
+        with at_work(self.prior, self.device, self.offload):
+            return self.prior.sample(text, Noise([seed + PRIOR_SEEDS for seed in seeds]), sampling, callback)
 
     def decode(
         self, image_embed: Tensor | None, seeds: Sequence[int], captions: Sequence[str] | None = None,
@@ -159,7 +192,9 @@ class UnCLIP:
         Returns:
             float32 (B, 3, 64, 64) in [-1, 1] on the pipeline's device.
         """
-        return self.decoder.sample(self._conditions(image_embed, captions), Noise(seeds), sampling, callback, x_T)
+        batch = self._conditions(image_embed, captions)
+        with at_work(self.decoder, self.device, self.offload):
+            return self.decoder.sample(batch, Noise(seeds), sampling, callback, x_T)
 
     @torch.no_grad()
     def walk(
@@ -172,16 +207,26 @@ class UnCLIP:
         """
         settings = sampling or self.decoder.sampling
         schedule = self.decoder.process.schedule.respaced(settings.steps)
-        return way(self.decoder.predictor(self._conditions(image_embed, captions), size, schedule, settings), schedule)
+        batch = self._conditions(image_embed, captions)
+        with at_work(self.decoder, self.device, self.offload):
+            return way(self.decoder.predictor(batch, size, schedule, settings), schedule)
 
     def _conditions(self, image_embed: Tensor | None, captions: Sequence[str] | None) -> dict[str, Tensor]:
         """The decoder's batch."""
         batch = {} if image_embed is None else {"image_embed": image_embed.to(self.device)}
         return batch if captions is None else batch | self._text(captions)
 
+    def upsample(
+        self, images: Tensor, seeds: Sequence[int], times: int | None = None, sampling: Mapping[int, UpsamplingConfig] | None = None,
+        callback: Callable[[str, int, int], Any] | None = None,
+    ) -> Tensor:
+        """Pictures (B, 3, h, w) in [-1, 1], of any size, through the upsamplers: see `Cascade.upsample`."""
+        return self.cascade.upsample(images, seeds, times, sampling, callback)
+
     def generate(
-        self, captions: Sequence[str], seeds: Sequence[int], condition: Condition = "prior", *, prior_sampling: Any = None,
-        sampling: SamplingConfig | None = None, callback: Callable[[str, int, int], Any] | None = None, decode: Callable[..., Tensor] | None = None,
+        self, captions: Sequence[str], seeds: Sequence[int], condition: Condition = "prior", *, size: int | None = None, prior_sampling: Any = None,
+        sampling: SamplingConfig | None = None, upsampling: Mapping[int, UpsamplingConfig] | None = None,
+        callback: Callable[[str, int, int], Any] | None = None, decode: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Draw one image a caption; the decoder sees the caption in every case.
 
@@ -190,22 +235,31 @@ class UnCLIP:
             seeds: B of them; image k depends on caption and seed k alone.
             condition: what the decoder has for an image embedding: "prior", one that the prior draws; "text", the caption's text embedding
                 in its place; "caption", none.
-            prior_sampling, sampling: other settings than the stages' own.
-            callback: called with ("prior" or "decoder", step, steps).
+            size: one of `sizes`, such as 64, 256, 1024; None: the largest.
+            prior_sampling, sampling: other settings than those of the prior and the decoder.
+            upsampling: by target side, other settings than the upsamplers' own: {256: ...}.
+            callback: called with ("prior", "decoder", "upsampler 256" ..., step, steps).
             decode: draws in the place of `decode` and is called like it, such as one that starts from pictures.
 
         Returns:
-            float32 (B, 3, 64, 64) in [-1, 1].
+            float32 (B, 3, size, size) in [-1, 1].
 
         Raises:
-            UserError: "prior" without one.
+            UserError: "prior" without one, or a size without its upsampler.
         """
         paired(captions, seeds)
         if condition not in CONDITIONS:
             raise ValueError(f'There is no condition "{condition}": choose one of {", ".join(CONDITIONS)}.')
+        size = self.sizes[-1] if size is None else size
+        if size not in self.sizes:
+            raise UserError(
+                f"Pictures of {size} pixels were asked for, and the stages here draw {' or '.join(map(str, self.sizes))}: ask for that, or load "
+                'the upsamplers as well (upsamplers=("256", "1024")).'
+            )
 
         def told(stage: str) -> Callback | None:
             return None if callback is None else lambda step, steps: callback(stage, step, steps)
 
         embed = {"prior": lambda: self.sample_prior(captions, seeds, prior_sampling, told("prior")), "text": lambda: self.embed_text(captions)}
-        return (decode or self.decode)(embed.get(condition, lambda: None)(), seeds, captions, sampling, told("decoder"))
+        images = (decode or self.decode)(embed.get(condition, lambda: None)(), seeds, captions, sampling, told("decoder"))
+        return images if size == self.sizes[0] else self.upsample(images, seeds, size // self.sizes[0], upsampling, callback)

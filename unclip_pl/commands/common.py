@@ -52,6 +52,20 @@ def drawing(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--out", type=Path, default=Path("out"), help="folder for the PNG files")
 
 
+def upsampling(command: argparse.ArgumentParser, steps: str) -> None:
+    """The options of every command that draws with upsamplers; `steps` names that of their sampling steps."""
+    command.add_argument("--upsampler-256", type=Path, help="a checkpoint or release of the upsampler 64 to 256; by default the one in the package")
+    command.add_argument("--upsampler-1024", type=Path, help="a checkpoint or release of the upsampler 256 to 1024; by default the one in the package")
+    command.add_argument(steps, type=int, help="sampling steps of each upsampler; by default its own")
+    command.add_argument("--offload", action="store_true", help="keep on the device only the stage that works: less of its memory, some time for the moves")
+
+
+def check_offload(arguments: argparse.Namespace, device: str) -> None:
+    """A sentence where there is nothing to move stages to."""
+    if arguments.offload and device == "cpu":
+        raise UserError("--offload lets stages wait in the CPU's memory, and they run on the CPU here: leave it out, or choose another --device.")
+
+
 def chosen(arguments: argparse.Namespace, stage: Any, prefix: str = "") -> Any:
     """A stage's sampling settings with what the options say otherwise; one sentence where a value is impossible or not this stage's."""
     from dataclasses import replace

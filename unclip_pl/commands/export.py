@@ -21,6 +21,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     from unclip_pl.stages.clip import CLIP
     from unclip_pl.stages.decoder import Decoder
     from unclip_pl.stages.diffusion_prior import DiffusionPrior
+    from unclip_pl.stages.upsampler import Upsampler256, Upsampler1024
 
     weights = pipeline.read_weights(arguments.checkpoint)
     card = arguments.card.read_text(encoding="utf-8") if arguments.card else f"# {weights.stage}, {weights.steps} steps\n\nMade by `unclip export`.\n"
@@ -29,7 +30,7 @@ def run_export(arguments: argparse.Namespace) -> None:
         save_clip(clip.net, arguments.out, clip.model_config, clip.preprocess_config)
         (arguments.out / "README.md").write_text(card, encoding="utf-8")
     else:
-        kinds = {kind.__name__: kind for kind in (Decoder, DiffusionPrior, ARPrior)}
+        kinds = {kind.__name__: kind for kind in (Decoder, DiffusionPrior, ARPrior, Upsampler256, Upsampler1024)}
         stage = pipeline.load_stage(arguments.checkpoint, kinds[weights.stage])
         release.write(arguments.out, weights, card, exact=[name for name, _ in stage.named_buffers()])
     size = sum(file.stat().st_size for file in arguments.out.iterdir()) / 1e6

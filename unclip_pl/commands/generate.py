@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unclip_pl.commands.common import Command, chosen, drawing, pick_device
+from unclip_pl.commands.common import Command, check_offload, chosen, drawing, pick_device, upsampling
 from unclip_pl.errors import UserError
+
+GRID = 2048
 
 
 def add(command: Command) -> None:
@@ -25,8 +27,10 @@ def add(command: Command) -> None:
     drawing(generate, "pictures of each prompt")
     generate.add_argument("--init", type=Path, help="a picture to start from, of any size (its centre square is taken)")
     generate.add_argument("--strength", type=float, help="how much of --init is drawn anew, 0 (it stays) to 1 (nothing of it stays); by default 0.7")
+    generate.add_argument("--size", type=int, choices=[64, 256, 1024], default=64, help="pixels a side; upsamplers draw the decoder's 64 larger")
+    upsampling(generate, "--upsampler-steps")
     generate.add_argument("--batch-size", type=int, default=16, help="pictures drawn at a time")
-    generate.add_argument("--grid", action="store_true", help="also write grid.png, a row for each prompt")
+    generate.add_argument("--grid", action="store_true", help=f"also write grid.png, a row for each prompt, at most {GRID} pixels of pictures wide")
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[str]:
@@ -60,13 +64,24 @@ def from_picture(unclip: Any, arguments: argparse.Namespace) -> Any:
     return decode
 
 
+def upsamplers_of(arguments: argparse.Namespace) -> list[str | Path]:
+    """What `UnCLIP.load` takes for the upsamplers that `--size` needs; one sentence where an option is of one that it does not."""
+    options = {"256": arguments.upsampler_256, "1024": arguments.upsampler_1024}
+    needed = [name for name in options if arguments.size >= int(name)]
+    of_others = {f"upsampler-{name}": path for name, path in options.items() if name not in needed}
+    of_all = {} if needed else {"upsampler-steps": arguments.upsampler_steps}
+    if idle := [name for name, value in (of_others | of_all).items() if value is not None]:
+        raise UserError(f"--{idle[0]} is given, and pictures of {arguments.size} pixels need no such upsampler: leave it out, or ask for a larger --size.")
+    return [options[name] or name for name in needed]
+
+
 def run_generate(arguments: argparse.Namespace) -> None:
     import re
 
     import torch
     from tqdm import tqdm
 
-    from unclip_pl.images import grid, save_png
+    from unclip_pl.images import grid, reduced, save_png
     from unclip_pl.pipeline import DEFAULT_DECODER, UnCLIP
 
     prompts = prompts_of(arguments)
@@ -81,9 +96,12 @@ def run_generate(arguments: argparse.Namespace) -> None:
     if arguments.strength is not None and arguments.init is None:
         raise UserError("--strength is for --init: name a picture to start from, or leave --strength out.")
     prior = (arguments.prior or "diffusion") if arguments.condition == "prior" else None
-    unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, prior, device=pick_device(arguments.device))
+    upsamplers = upsamplers_of(arguments)
+    check_offload(arguments, device := pick_device(arguments.device))
+    unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, prior, device=device, upsamplers=upsamplers, offload=arguments.offload)
     decode = None if arguments.init is None else from_picture(unclip, arguments)
     sampling = chosen(arguments, unclip.decoder)
+    by_size = {size: chosen(arguments, stage, "upsampler_") for size, stage in zip(unclip.cascade.sizes, unclip.cascade.stages)}
     prior_sampling = chosen(arguments, unclip.prior, "prior_") if unclip.prior else None
     for prompt in prompts:
         if cut := unclip.clip.cut(prompt):
@@ -91,6 +109,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     todo = [(prompt, arguments.seed + k) for prompt in prompts for k in range(arguments.num_images)]
     start = f"start {arguments.init.name} at strength {arguments.strength}, " if arguments.init else ""
     settings = f"generate, {start}condition {arguments.condition}, prior {prior} {prior_sampling}, decoder {arguments.decoder or 'of the package'} {sampling}"
+    settings += "".join(f", upsampler {path} {used}" for path, used in zip(upsamplers, by_size.values()))
     names: dict[str, str] = {}
     for prompt in prompts:
         name = re.sub(r"\W+", "-", prompt).strip("-")[:60] or "picture"
@@ -100,14 +119,16 @@ def run_generate(arguments: argparse.Namespace) -> None:
         for first in range(0, len(todo), arguments.batch_size):
             captions, seeds = zip(*todo[first : first + arguments.batch_size], strict=True)
             images = unclip.generate(
-                captions, seeds, arguments.condition, prior_sampling=prior_sampling, sampling=sampling, decode=decode,
+                captions, seeds, arguments.condition, size=unclip.sizes[-1], prior_sampling=prior_sampling, sampling=sampling, upsampling=by_size,
+                decode=decode,
                 callback=lambda stage, step, steps: bar.set_postfix_str(f"{stage} step {step}/{steps}"),
             )
             for prompt, seed, image in zip(captions, seeds, images.cpu(), strict=True):
                 path = save_png(image, arguments.out / f"{names[prompt]}-{seed}.png", prompt=prompt, seed=str(seed), unclip=settings)
                 bar.write(str(path), file=sys.stdout)
-                drawn.append(image)
+                if arguments.grid:
+                    drawn.append(reduced(image[None], max(unclip.sizes[0], GRID // arguments.num_images)))
             bar.update(len(images))
     if arguments.grid:
-        rows = list(torch.stack(drawn).split(arguments.num_images))
+        rows = list(torch.cat(drawn).split(arguments.num_images))
         print(save_png(grid(rows, prompts), arguments.out / "grid.png", prompt="; ".join(prompts), seed=str(arguments.seed), unclip=settings))

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from unclip_pl.commands.common import chosen, pick_device, seed
+from unclip_pl.commands.common import check_offload, chosen, pick_device, seed, upsampling
+from unclip_pl.commands.generate import GRID, upsamplers_of
 from unclip_pl.errors import UserError
 
 UNSAFE = r"[^-\w.,+ ]"
@@ -25,6 +26,8 @@ def options(command: argparse.ArgumentParser, steps: str = "--steps") -> None:
     command.add_argument("--guidance-scale", type=float, help="by default 1 (none) from inverted noise, and the decoder's own from fresh")
     command.add_argument("--seed", type=seed, default=0, help="of all that is drawn")
     command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
+    command.add_argument("--size", type=int, choices=[64, 256, 1024], default=64, help="pixels a side; upsamplers draw the decoder's 64 larger")
+    upsampling(command, "--upsampler-steps")
     command.add_argument("--out", type=Path, default=Path("out"), help="folder for the PNG files and the figure")
 
 
@@ -64,7 +67,11 @@ class Studio:
         from unclip_pl.pipeline import DEFAULT_DECODER, UnCLIP
 
         self.arguments, self.out = arguments, arguments.out
-        self.unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, prior, device=pick_device(arguments.device))
+        upsamplers = upsamplers_of(arguments)
+        check_offload(arguments, device := pick_device(arguments.device))
+        self.unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, prior, device=device, upsamplers=upsamplers, offload=arguments.offload)
+        stages = zip(self.unclip.cascade.sizes, self.unclip.cascade.stages)
+        self.upsampling = {size: chosen(arguments, stage, "upsampler_") for size, stage in stages}
         self.size = self.unclip.decoder.net_config.image_size
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -116,14 +123,21 @@ class Studio:
         with tqdm(desc=what, unit="step", file=sys.stderr) as bar:
 
             def callback(step: int, steps: int) -> None:
+                if step < bar.n:  # a further walk
+                    bar.reset(steps)
                 bar.total = steps
                 bar.update(step - bar.n)
 
             yield callback
 
     def finish(self, images: Any, seeds: Sequence[int]) -> Any:
-        """Pictures of the decoder at the size that is asked for, on the CPU."""
-        return images.cpu()
+        """Pictures of the decoder at the size that is asked for, on the CPU. The upsamplers' noise is that of the seeds."""
+        sizes = self.unclip.sizes
+        if len(sizes) == 1:
+            return images.cpu()
+        with self.progress(f"upsample to {sizes[-1]}") as callback:
+            drawn = self.unclip.upsample(images, seeds, sizes[-1] // sizes[0], self.upsampling, lambda _, step, steps: callback(step, steps))
+        return drawn.cpu()
 
     def save(self, images: Any, names: Sequence[str], **metadata: str) -> None:
         """One PNG a picture, its path on stdout."""
@@ -133,10 +147,11 @@ class Studio:
             print(save_png(image, self.out / f"{re.sub(UNSAFE, '-', name)}.png", decoder=str(self.arguments.decoder or "of the package"), **metadata))
 
     def figure(self, name: str, rows: Sequence[Any], labels: Sequence[str], heads: Sequence[str] | None = None) -> None:
-        """The labelled figure, its path on stdout."""
-        from unclip_pl.images import grid, save_png
+        """The labelled figure, its path on stdout; pictures wider together than GRID pixels are shown smaller."""
+        from unclip_pl.images import grid, reduced, save_png
 
-        print(save_png(grid(rows, labels, heads=heads), self.out / f"{name}.png"))
+        side = max(self.size, GRID // max(len(row) for row in rows))
+        print(save_png(grid([reduced(row, side) for row in rows], labels, heads=heads), self.out / f"{name}.png"))
 
 
 def enlarged(image: Any, drawn: Any) -> Any:

@@ -57,14 +57,14 @@ class _Shards(IterableDataset):
 
     Args:
         shards: their names.
-        image_size: side of the decoded images.
+        image_size: side of the decoded images; None: `prepare` is given their bytes and decodes them itself.
         config: seed, window, share of bad samples.
         prepare: (sample, epoch) -> sample, with what else a batch needs; raises BadSample for one that cannot be used. Goes to the workers.
         rank, world: this process among all; captured here, so that workers started in any way know them.
     """
 
     def __init__(
-        self, shards: Sequence[str], image_size: int, config: LoaderConfig, prepare: Prepare, *, rank: int = 0, world: int = 1
+        self, shards: Sequence[str], image_size: int | None, config: LoaderConfig, prepare: Prepare, *, rank: int = 0, world: int = 1
     ) -> None:
         self.shards, self.image_size, self.config, self.prepare = list(shards), image_size, config, prepare
         self.rank, self.world = rank, world
@@ -78,7 +78,8 @@ class _Shards(IterableDataset):
     def ready(self, sample: dict[str, Any], epoch: int, budget: ErrorBudget) -> dict[str, Any] | None:
         """The sample as a batch needs it; None, and counted, where it cannot be used."""
         try:
-            ready = self.prepare(sample | {"image": decode(sample["image"], self.image_size, self.config.exact_jpeg)}, epoch)
+            image = sample["image"] if self.image_size is None else decode(sample["image"], self.image_size, self.config.exact_jpeg)
+            ready = self.prepare(sample | {"image": image}, epoch)
         except BadSample as error:
             budget.spend(f"sample {sample['key']} of {sample['shard']}", error)
             return None

@@ -62,6 +62,11 @@ class ShardData(LightningDataModule):
         self.val_shards: list[str] = []
         self._training: TrainLoader | None = None
 
+    @property
+    def decoded_size(self) -> int | None:
+        """To which side the loader decodes images; None: `preparation` is given their bytes."""
+        return self.image_size
+
     def fingerprint(self) -> dict[str, Any]:
         """That of the CLIP which tokenises and embeds."""
         return self.clip.fingerprint()
@@ -92,7 +97,7 @@ class ShardData(LightningDataModule):
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer else {}
 
     def train_dataloader(self) -> TrainLoader | RowLoader:
-        samples = Samples(self.train_shards, self.image_size, self.config, self.preparation(train=True), **self._place())
+        samples = Samples(self.train_shards, self.decoded_size, self.config, self.preparation(train=True), **self._place())
         steps = self.config.steps_per_epoch or steps_of_epoch(self.config, self.count(self.train_shards), samples.world)
         self._training = TrainLoader(samples, steps)
         return self._training
@@ -102,7 +107,7 @@ class ShardData(LightningDataModule):
             return []
         total = self.count(self.val_shards)
         prepare = self.preparation(train=False)
-        return ValidationLoader(SamplesInOrder(self.val_shards, self.image_size, self.config, prepare, total=total, **self._place()))
+        return ValidationLoader(SamplesInOrder(self.val_shards, self.decoded_size, self.config, prepare, total=total, **self._place()))
 
 
 @dataclass(frozen=True)

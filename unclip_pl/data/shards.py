@@ -14,23 +14,24 @@ import os
 import re
 import tarfile
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import braceexpand
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from unclip_pl.errors import UserError
-from unclip_pl.images import from_pil
+from unclip_pl.images import flatten, from_pil
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # what a file of these names may hold: the web names many of them wrongly
 MAX_PIXELS = 50_000_000
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `decode` has a limit of its own
 log = logging.getLogger(__name__)
+Decoded = TypeVar("Decoded")
 
 
 class BadSample(Exception):
@@ -279,6 +280,27 @@ def decode(data: bytes, image_size: int, exact_jpeg: bool = False) -> Tensor:
     Raises:
         BadSample: they are no picture, or too large a one.
     """
+    return _opened(data, image_size, exact_jpeg, lambda image: from_pil(_less_long(image), image_size))
+
+
+def decode_uncut(data: bytes, image_size: int, exact_jpeg: bool = False) -> Image.Image:
+    """The bytes of a picture -> RGB picture whose short side is at most S: larger ones are made smaller, antialiased, smaller ones stay as they are.
+
+    JPEGs, limit and BadSample as in `decode`.
+    """
+
+    def reduced(image: Image.Image) -> Image.Image:
+        image = flatten(ImageOps.exif_transpose(_less_long(image)))
+        scale = image_size / min(image.size)
+        if scale >= 1:
+            return image
+        return image.resize((max(image_size, round(image.width * scale)), max(image_size, round(image.height * scale))), Image.Resampling.BICUBIC)
+
+    return _opened(data, image_size, exact_jpeg, reduced)
+
+
+def _opened(data: bytes, image_size: int, exact_jpeg: bool, use: Callable[[Image.Image], Decoded]) -> Decoded:
+    """What `use` makes of the picture in `data`; raises BadSample, see `decode`."""
     if not data:
         raise BadSample("its image is empty, a file of 0 bytes")
     try:
@@ -287,7 +309,7 @@ def decode(data: bytes, image_size: int, exact_jpeg: bool = False) -> Tensor:
                 image.draft(None, (2 * image_size, 2 * image_size))
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            return from_pil(_less_long(image), image_size)
+            return use(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # a warning only where the user makes errors of them
         raise BadSample(f"its image is larger than {MAX_PIXELS // 10**6} megapixels: make it smaller") from None
     except UnidentifiedImageError:

@@ -15,6 +15,12 @@ class Draws(Protocol):
     def sample(self, batch: dict, noise: Noise) -> Tensor: ...
 
 
+class Upsamples(Protocol):
+    """A stage that draws from an image at a lower resolution."""
+
+    def enlarged(self, low_res: Tensor) -> Tensor: ...
+
+
 class Embeds(Protocol):
     """A CLIP."""
 

@@ -1,0 +1,197 @@
+"""The upsamplers: learn with either schedule, see nothing but low_res, run on whole images of any size without seams, shift or drift of colour."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unclip_pl import pipeline, release
+from unclip_pl.diffusion.noise import Noise
+from unclip_pl.diffusion.process import DiffusionConfig
+from unclip_pl.errors import UserError
+from unclip_pl.images import psnr
+from unclip_pl.networks.unet import Attention, UNetConfig
+from unclip_pl.release import Release
+from unclip_pl.stages.upsampler import NET, Upsampler, Upsampler256, Upsampler1024, UpsamplingConfig
+
+SMALL = UNetConfig(image_size=32, width=32, mults=(1, 2), depth=1, dropout=0.0, **NET)
+FLAT = UNetConfig(image_size=32, width=32, mults=(1,), depth=1, patch_size=4, dropout=0.0, **NET)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def speaking(stage: Upsampler) -> Upsampler:
+    """Outputs start at zero: make them speak."""
+    for parameter in stage.net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return stage.eval()
+
+
+def pictures(count: int, side: int = 32, seed: int = 1) -> torch.Tensor:
+    """Discs of one colour on another, antialiased by drawing them four times as large."""
+    generator = torch.Generator().manual_seed(seed)
+    large = torch.arange(4 * side).float()
+    found = []
+    for _ in range(count):
+        (y, x, r), (inside, outside) = torch.rand(3, generator=generator), torch.rand(2, 3, 1, 1, generator=generator) * 2 - 1
+        disc = (large[:, None] - 4 * side * y) ** 2 + (large - 4 * side * x) ** 2 < (4 * side * (0.2 + 0.3 * r)) ** 2
+        found.append(F.avg_pool2d(torch.where(disc, inside, outside), 4))
+    return torch.stack(found)
+
+
+def reduced(images: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(images, scale_factor=0.25, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def batch(count: int = 4, side: int = 32) -> dict:
+    images = pictures(count, side)
+    return {"key": [str(i) for i in range(count)], "image": images, "low_res": reduced(images)}
+
+
+@pytest.mark.parametrize("kind", [Upsampler256, Upsampler1024])  # cosine and linear
+def test_either_schedule_overfits_eight_pictures(kind):
+    """Bicubic does not know the edges that the low resolution lost; a network that has learned eight pictures does."""
+    stage = kind(net=FLAT, residual=0.15)
+    assert stage.process.config.schedule == {Upsampler256: "cosine", Upsampler1024: "linear"}[kind]
+    data = batch(8)
+    optimizer = torch.optim.AdamW(stage.parameters(), lr=4e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 120)
+    for _ in range(120):
+        optimizer.zero_grad()
+        stage.loss(data)["loss"].backward()
+        optimizer.step()
+        schedule.step()
+    drawn = stage.eval().sample(data, Noise(range(8)))
+    bicubic = psnr(stage.enlarged(data["low_res"]), data["image"])
+    assert psnr(drawn, data["image"]).mean() > bicubic.mean() + 2
+    assert (drawn.mean((2, 3)) - data["image"].mean((2, 3))).abs().max() < 4 / 127.5
+
+
+def test_no_module_is_attention_and_none_is_accepted():
+    for kind in (Upsampler256, Upsampler1024):
+        with torch.device("meta"):
+            stage = kind()
+        assert not any(isinstance(module, (Attention, torch.nn.MultiheadAttention)) for module in stage.modules())
+    for wrong in ({"middle_attention": True}, {"attention": (8,)}, {"embed_dim": 8}, {"out_channels": 6}):
+        with pytest.raises(ValueError, match=r"has no attention: set model\.net"):
+            Upsampler(net=UNetConfig(image_size=32, width=32, mults=(1, 2), depth=1, head_width=32, **NET | wrong))
+
+
+@pytest.mark.parametrize("change", [{"parametrization": "v", "variance": "learned_range"}, {"parametrization": "eps", "variance": "fixed_small"}])
+def test_settings_that_do_not_go_together_are_a_sentence(change):
+    with pytest.raises(ValueError, match=r"set model\.diffusion|model\.residual is"):
+        Upsampler(net=FLAT, diffusion=DiffusionConfig(**change), residual=0.1)
+
+
+def test_without_a_residual_the_loss_is_the_plain_mean_square_of_v():
+    stage, given = speaking(Upsampler256(net=SMALL)), batch()
+    seen = {}
+    stage.net.register_forward_hook(lambda module, args, out: seen.update(x_t=args[0], t=args[1], out=out))
+    loss = stage.loss(given)["loss"]
+    abar = stage.process.schedule.alphas_cumprod[seen["t"]].view(-1, 1, 1, 1)
+    v = (abar.sqrt() * seen["x_t"].double() - given["image"].double()) / (1 - abar).sqrt()
+    torch.testing.assert_close(loss.double(), (seen["out"].double() - v).square().mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_every_parameter_gets_a_gradient_and_the_loss_is_a_mean_over_samples():
+    stage = speaking(Upsampler256(net=SMALL, residual=0.2))
+    losses = stage.loss(batch())
+    torch.testing.assert_close(losses["loss"], losses["per_sample"].mean())
+    losses["loss"].backward()
+    assert [name for name, p in stage.named_parameters() if p.grad is None] == []
+
+
+def test_linear_estimate_is_a_conditional_mean_and_its_error_is_stated():
+    """Against float64 regression of v on x_t, for x_0 = low + s r: the mean for s a fifth of `residual`, the error for `residual` itself."""
+    stage = Upsampler256(net=FLAT, residual=0.3)
+    generator = torch.Generator().manual_seed(0)
+    low = torch.rand(1, 1, 1, 1, generator=generator) * 2 - 1
+    r, noise = torch.randn(2, 200_000, 1, 1, 1, generator=generator)
+    for step in (0, 60, 300, 700, 999):
+        t = torch.full((len(r),), step)
+        for s in (0.06, 0.3):
+            x0 = low + s * r
+            x_t, v = stage.process.diffuse(x0, t, noise), stage.process.target(x0, t, noise)
+            mean, error = stage._linear(x_t, t, low)
+            if s == 0.06:
+                design = torch.stack([x_t.flatten(), torch.ones(len(x0))], 1).double()
+                best = design @ torch.linalg.lstsq(design, v.flatten().double()).solution
+                torch.testing.assert_close(mean.flatten().double(), best, atol=0.03, rtol=0)
+            else:
+                assert abs((v - mean).square().mean().sqrt() / error[0] - 1).item() < 0.01
+
+
+def test_image_k_is_the_same_in_any_batch():
+    stage = speaking(Upsampler256(net=SMALL, residual=0.2))
+    given, settings = batch(), UpsamplingConfig(steps=4, eta=0.5)
+    whole = stage.sample(given, Noise([5, 6, 7, 8]), settings)
+    part = stage.sample({"low_res": given["low_res"][1:3]}, Noise([6, 7]), settings)
+    torch.testing.assert_close(whole[1:3], part, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 7), (1, 3), (8, 8), (3, 16)])
+@pytest.mark.parametrize("net", [SMALL, UNetConfig(image_size=64, width=32, mults=(1, 2, 2), depth=1, patch_size=8, dropout=0.0, **NET)])
+def test_any_size_comes_back_at_four_times_it(height, width, net):
+    stage = speaking(Upsampler256(net=net))
+    drawn = stage.sample({"low_res": torch.rand(1, 3, height, width)}, Noise([0]), UpsamplingConfig(steps=2))
+    assert drawn.shape == (1, 3, 4 * height, 4 * width) and drawn.abs().max() <= 1
+
+
+def test_an_untrained_upsampler_with_a_residual_gives_its_condition_back_in_place():
+    """Alignment to a fraction of a pixel: a shift of half a pixel of this ramp and disc would be twenty times the tolerance."""
+    stage = Upsampler256(net=FLAT, residual=0.02).eval()  # its output is zero: the linear estimate alone
+    low_res = reduced(pictures(2, 64))
+    drawn = stage.sample({"low_res": low_res}, Noise([0, 1]))
+    for axis in (2, 3):
+        shifted = (drawn + drawn.roll(1, axis)) / 2
+        assert (drawn - stage.enlarged(low_res)).abs().mean() < 0.5 * (shifted - drawn).abs().mean() + 0.02
+    assert (drawn.mean((2, 3)) - low_res.mean((2, 3))).abs().max() < 2 / 127.5
+
+
+def test_a_crop_is_drawn_as_the_same_place_of_the_whole(monkeypatch):
+    """Same noise, same condition: far from the borders a crop and the whole image agree, so nothing depends on position or size (no seams).
+
+    Without the group norms, which see the whole image: what is left is local, so that seams would show exactly.
+    """
+    import unclip_pl.networks.unet as unet
+
+    monkeypatch.setattr(unet, "norm_silu", lambda norm, x, scale=None, shift=None: F.silu(x if scale is None else x * (1 + scale) + shift))
+    stage = speaking(Upsampler256(net=FLAT, residual=0.2))
+    low_res = reduced(pictures(1, 256))
+    noise = torch.randn(3, 256, 256, generator=torch.Generator().manual_seed(3))
+    given = lambda part: lambda shape, device: part[None]
+    draw = lambda low, part: stage.sample({"low_res": low}, given(part), UpsamplingConfig(steps=2))
+    whole = draw(low_res, noise)
+    crop = draw(low_res[..., 8:56, 12:60], noise[:, 32:224, 48:240])
+    margin = 88  # two steps of eleven 3x3 convolutions on patches of four pixels
+    torch.testing.assert_close(crop[..., margin:-margin, margin:-margin], whole[..., 32:224, 48:240][..., margin:-margin, margin:-margin], atol=1e-4, rtol=1e-4)
+    assert (crop[..., :8, :] - whole[..., 32:40, 48:240]).abs().max() > 1e-3  # at the border they may differ, or the test could not fail
+
+
+def test_hyperparameters_rebuild_the_stage_and_the_other_upsampler_is_refused(tmp_path):
+    stage = speaking(Upsampler1024(net=FLAT, residual=0.1, sampling=UpsamplingConfig(steps=7)))
+    release.write(tmp_path / "release", Release("Upsampler1024", dict(stage.hparams), None, stage.state_dict()), "# card")
+    again = pipeline.load_stage(tmp_path / "release", Upsampler1024)
+    assert again.sampling.steps == 7 and again.residual == 0.1 and again.process.config.schedule == "linear"
+    with pytest.raises(UserError, match=r"holds a Upsampler1024, and a Upsampler256 is needed"):
+        pipeline.load_stage(tmp_path / "release", Upsampler256)
+    with pytest.raises(UserError, match=r"holds a Upsampler1024, and this run trains a Upsampler256"):
+        Upsampler256(net=FLAT).on_load_checkpoint({"stage": "Upsampler1024"})
+
+
+def test_data_that_do_not_fit_are_a_sentence():
+    class Data:
+        image_size, crop, val_crop = 32, 16, 16
+
+    stage = Upsampler256(net=UNetConfig(image_size=32, width=32, mults=(1, 2), depth=1, patch_size=4, dropout=0.0, **NET))
+    stage.check_data(Data())
+    for name, value, said in (("image_size", 64, "make them equal"), ("crop", 12, "multiple of 8"), ("val_crop", 4, r"data\.val_crop")):
+        data = Data()
+        setattr(data, name, value)
+        with pytest.raises(UserError, match=said):
+            stage.check_data(data)
+    with pytest.raises(UserError, match="set data to UpsamplerData"):
+        stage.check_data(object())

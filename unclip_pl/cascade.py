@@ -1,0 +1,172 @@
+"""Upsamplers in a row: pictures of any size and shape, 4 times as large with each, in batches that fit, one stage on the device at a time if wished."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unclip_pl.diffusion.noise import Noise
+from unclip_pl.errors import UserError
+from unclip_pl.networks.memory import forward_bytes
+from unclip_pl.stages.upsampler import Upsampler, Upsampler1024, UpsamplingConfig
+
+SEEDS = 1 << 30
+"""Added to a seed for the first upsampler's draws, three times for the second's: all stages share the 32 bits that a generator reads of a seed."""
+BATCH_PIXELS = 1 << 20
+Callback = Callable[[str, int, int], Any]
+
+
+@contextmanager
+def at_work(part: Any, device: torch.device | str, offload: bool) -> Iterator[None]:
+    """`part` (a stage, or a CLIP) on the device while the body runs; with `offload`, back in the CPU's memory after it."""
+    part.to(device)
+    try:
+        yield
+    finally:
+        if offload:
+            part.to("cpu")
+
+
+def source_side(stage: Upsampler) -> int:
+    """Side of the pictures that a stage was made to enlarge."""
+    return stage.net_config.image_size // stage.factor
+
+
+def check_order(sides: Sequence[tuple[int, int]], before: int | None = None) -> None:
+    """UserError unless each of the (source, target) sides begins where the one before it ends, the first one at `before` if that is given."""
+    ends = [(before, before)] if before is not None else []
+    for (_, given), (source, target) in pairwise([*ends, *sides]):
+        if given != source:
+            raise UserError(
+                f"The upsampler from {source} to {target} pixels cannot follow a stage that draws {given}: give the upsamplers in the order of their sizes, "
+                f"and here one from {given}."
+            )
+
+
+class Cascade:
+    """Upsamplers, each of which goes on where the one before ends.
+
+    Args:
+        stages: in order (64 to 256, then 256 to 1024); one alone will do.
+        device: where they run.
+        offload: keep on the device only the stage that works; the others wait in the CPU's memory.
+        batch_pixels: pictures are drawn together as long as their results have no more pixels than this; one picture always is.
+
+    Raises:
+        UserError: the sizes do not follow each other.
+    """
+
+    def __init__(self, stages: Sequence[Upsampler], device: str | torch.device = "cpu", offload: bool = False, batch_pixels: int = BATCH_PIXELS) -> None:
+        check_order([(source_side(stage), stage.net_config.image_size) for stage in stages])
+        self.device, self.offload, self.batch_pixels = torch.device(device), offload, batch_pixels
+        self.stages = [stage.to("cpu" if offload else device).eval() for stage in stages]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Target sides of the stages."""
+        return tuple(stage.net_config.image_size for stage in self.stages)
+
+    def route(self, side: int, times: int | None = None) -> list[Upsampler]:
+        """The stages that make a picture with longer side `side` `times` as large: from that made for the nearest side on; None: to the last one.
+
+        Raises:
+            UserError: there are too few stages.
+        """
+        count, reached = 0, 1
+        while times is not None and reached < times and count < len(self.stages):
+            reached *= self.stages[count].factor
+            count += 1
+        if not self.stages or (times is not None and reached != times):
+            have = f"those to {' and '.join(map(str, self.sizes))}" if self.stages else "none"
+            raise UserError(f"There are no upsamplers that make pictures {times or 4} times as large ({have} loaded): load them, or ask for less.")
+        nearest = min(range(len(self.stages)), key=lambda k: max(side / source_side(self.stages[k]), source_side(self.stages[k]) / side))
+        first = nearest if times is None else min(nearest, len(self.stages) - count)
+        return self.stages[first : None if times is None else first + count]
+
+    @torch.no_grad()
+    def upsample(
+        self, images: Tensor, seeds: Sequence[int], times: int | None = None, sampling: Mapping[int, UpsamplingConfig] | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Draw each picture larger.
+
+        Args:
+            images: (B, 3, h, w) in [-1, 1], of any h and w.
+            seeds: B of them; picture k depends on picture and seed k alone, and shares no random numbers with the stages before.
+            times: 4, 16 ...; None: through all stages from that made for pictures of this size on. See `route`.
+            sampling: by the target side of a stage (256, 1024), other settings than its own.
+            callback: called with ("upsampler 256", step, steps), steps of all batches together.
+
+        Returns:
+            float32 (B, 3, H, W) in [-1, 1] on the device.
+
+        Raises:
+            UserError: there are too few stages, or too little memory.
+        """
+        if len(images) != len(seeds):
+            raise ValueError(f"{len(images)} pictures and {len(seeds)} seeds were given: give one seed a picture.")
+        route, (height, width) = self.route(max(images.shape[-2:]), times), images.shape[-2:]
+        for stage in route:  # before any is drawn
+            height, width = height * stage.factor, width * stage.factor
+            self._check_memory(stage, height, width, min(len(images), self._at_once(height, width)))
+        for stage in route:
+            images = self._enlarged(stage, images, seeds, (sampling or {}).get(stage.net_config.image_size), callback)
+        return images
+
+    def _enlarged(self, stage: Upsampler, images: Tensor, seeds: Sequence[int], sampling: UpsamplingConfig | None, callback: Callback | None) -> Tensor:
+        """All pictures through one stage, as many at a time as `batch_pixels` allows."""
+        height, width = (stage.factor * side for side in images.shape[-2:])
+        size = self._at_once(height, width)
+        parts = range(0, len(images), size)
+        steps = (sampling or stage.sampling).steps * len(parts)
+        offset = SEEDS * (3 if isinstance(stage, Upsampler1024) else 1)
+        done, drawn = 0, []
+
+        def told(*_: int) -> None:
+            nonlocal done
+            done += 1
+            if callback is not None:
+                callback(f"upsampler {stage.net_config.image_size}", done, steps)
+
+        with at_work(stage, self.device, self.offload):
+            for first in parts:
+                batch = {"low_res": images[first : first + size].to(self.device)}
+                noise = Noise([seed + offset for seed in seeds[first : first + size]])
+                try:
+                    drawn.append(stage.sample(batch, noise, sampling, told))
+                except torch.OutOfMemoryError:
+                    raise UserError(
+                        f"The upsampler to {stage.net_config.image_size} pixels has too little memory on {self.device} for {len(noise)} pictures of "
+                        f"{width}x{height} at a time: draw fewer together, or keep only the stage that works on the device (offload)."
+                    ) from None
+        return torch.cat(drawn)
+
+    def _at_once(self, height: int, width: int) -> int:
+        """How many pictures of this size are drawn together."""
+        return max(1, self.batch_pixels // (height * width))
+
+    def _check_memory(self, stage: Upsampler, height: int, width: int, count: int) -> None:
+        """UserError where `count` pictures certainly need more memory than is free: their activations alone, which grow with the pixels."""
+        side = stage.net_config.image_size
+        needed = forward_bytes(stage.net_config, side, side) * count * height * width / side**2
+        if (free := free_bytes(self.device)) is not None and needed > free:
+            raise UserError(
+                f"{count} picture{'s' * (count > 1)} of {width}x{height} pixels at a time take{'s' * (count == 1)} {needed / 1e9:.1f} GB on {self.device}, "
+                f"and {free / 1e9:.1f} GB are free: give smaller ones, or cut them into parts."
+            )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device, torch's own reserve included; None where it cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    table = Path("/proc/meminfo")
+    if device.type != "cpu" or not os.access(table, os.R_OK):
+        return None
+    lines = [line.split() for line in table.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable:")]
+    return int(lines[0][1]) * 1024 if lines else None

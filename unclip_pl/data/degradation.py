@@ -1,0 +1,241 @@
+"""Low-resolution conditions for the upsamplers, spoiled as the paper says: Gaussian blur for 256 (unCLIP App. C), BSR-light for 1024 (LDM, BSRGAN).
+
+The steps work on float32 (3, H, W) in [0, 1] and return a new tensor in [0, 1]; all chance comes from the numpy generator that they are given.
+No step shifts the picture: pixel i of a picture n times smaller lies at the centre of pixels n i .. n i + n - 1, whatever sizes were on the way.
+"""
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+INTERPOLATIONS = ("linear", "cubic", "area")
+SHIFTED_RADIUS = 12  # of the 25 x 25 kernel
+PROBABILITY = {"blur": 0.5, "bsr": 1.0, "none": 0.0}
+
+
+@dataclass(frozen=True)
+class DegradationConfig:
+    """How the low-resolution condition of an upsampler is spoiled in training."""
+
+    kind: Literal["blur", "bsr", "none"] = "blur"
+    """"blur": a Gaussian, for 64 -> 256; "bsr": BSR-light, for 256 -> 1024; "none": antialiased downscaling alone."""
+    probability: float | None = None
+    """Share of the conditions that are spoiled, the others are only downscaled. None: 0.5 for blur (Cascaded Diffusion 3.1; unCLIP is silent), 1 for bsr."""
+    kernel_size: int = 3
+    """blur: side of the kernel in pixels, odd."""
+    sigma: float = 0.6
+    """blur: standard deviation in pixels of the low resolution."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in PROBABILITY:
+            raise ValueError(f'DegradationConfig does not know the kind "{self.kind}": use "blur", "bsr" or "none".')
+        if self.probability is not None and not 0 <= self.probability <= 1:
+            raise ValueError(f"DegradationConfig.probability is {self.probability}: give 0 to 1.")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0 or not 0 < self.sigma < math.inf:
+            raise ValueError(f"DegradationConfig needs an odd kernel_size and a sigma above 0: got {self.kernel_size} and {self.sigma}.")
+
+
+def degrade(high_res: Tensor, config: DegradationConfig, generator: np.random.Generator, factor: int = 4) -> Tensor:
+    """(3, H, W) in [-1, 1] -> its low-resolution condition, (3, H / factor, W / factor) in [-1, 1]."""
+    probability = PROBABILITY[config.kind] if config.probability is None else config.probability
+    spoil = config.kind != "none" and generator.random() < probability
+    if spoil and config.kind == "bsr":
+        return bsr_light(high_res.float().add(1).div_(2).clamp_(0, 1), generator, factor).mul_(2).sub_(1)
+    low_res = downscale(high_res, factor)
+    return gaussian_blur(low_res, config.kernel_size, config.sigma) if spoil else low_res
+
+
+def downscale(image: Tensor, factor: int = 4) -> Tensor:
+    """(..., 3, H, W) in [-1, 1] -> (..., 3, H / factor, W / factor) in [-1, 1], antialiased bicubic: the way every low-resolution source is made."""
+    height, width = _target(image, factor)
+    return resize(image.float(), height, width, "cubic").clamp(-1, 1)
+
+
+def gaussian_blur(image: Tensor, kernel_size: int = 3, sigma: float = 0.6) -> Tensor:
+    """(..., H, W) of any range, mirrored at its borders and convolved with an isotropic Gaussian of odd `kernel_size`."""
+    taps = gaussian_taps(kernel_size, sigma)
+    height, width = image.shape[-2:]
+    padded = _mirror_pad(image, kernel_size // 2)
+    rows = _weighted_sum([padded[..., i : i + height, :] for i in range(kernel_size)], taps)
+    return _weighted_sum([rows[..., i : i + width] for i in range(kernel_size)], taps)
+
+
+def bsr_light(image: Tensor, generator: np.random.Generator, factor: int = 4) -> Tensor:
+    """BSR-light of LDM (`bsrgan_light`): (3, H, W) in [0, 1] -> (3, H / factor, W / factor) in [0, 1], all of 8 bit since JPEG is the last step."""
+    height, width = _target(image, factor)
+    if factor == 4 and generator.random() < 0.25:
+        mode = random_interpolation(generator) if generator.random() < 0.5 else "cubic"
+        image = resize(image, image.shape[-2] // 2, image.shape[-1] // 2, mode).clamp(0, 1)
+        factor = 2
+    steps: dict[str, Callable[[Tensor], Tensor]] = {
+        "blur": lambda x: random_blur(x, generator, factor),
+        "reduce": lambda x: random_reduce(x, generator, factor),
+        "fit": lambda x: resize(x, height, width, random_interpolation(generator)).clamp(0, 1),
+        "noise": lambda x: gaussian_noise(x, random_covariance(generator), generator),
+        "jpeg": lambda x: jpeg(x, random_quality(generator)) if generator.random() < 0.9 else x,
+    }
+    for step in random_order(generator):
+        image = steps[step](image)
+    return jpeg(image, random_quality(generator))
+
+
+def random_order(generator: np.random.Generator) -> list[str]:
+    """The steps of BSR-light in random order; the two that resize change places where "fit" came before "reduce"."""
+    steps = ["blur", "reduce", "fit", "noise", "jpeg"]
+    order = [steps[i] for i in generator.permutation(len(steps))]
+    reduce, fit = sorted((order.index("reduce"), order.index("fit")))
+    order[reduce], order[fit] = "reduce", "fit"
+    return order
+
+
+def random_interpolation(generator: np.random.Generator) -> str:
+    return INTERPOLATIONS[generator.integers(len(INTERPOLATIONS))]
+
+
+def random_quality(generator: np.random.Generator) -> int:
+    """JPEG quality, 80 to 95."""
+    return int(generator.integers(80, 96))
+
+
+def random_blur(image: Tensor, generator: np.random.Generator, factor: int) -> Tensor:
+    """Half the time an anisotropic Gaussian of 5 to 14 pixels, else an isotropic one of 5 to 7; a quarter as wide as BSRGAN's.
+
+    Even sizes are made odd: an even kernel would shift the picture by half a pixel.
+    """
+    if generator.random() < 0.5:
+        size, angle = int(generator.integers(2, 12)) + 3, math.pi * generator.random()
+        variances = (4 + factor) / 4 * generator.random(2)
+        return anisotropic_blur(image, anisotropic_kernel(size | 1, angle, *variances))
+    size, sigma = int(generator.integers(2, 5)) + 3, (2 + 0.2 * factor) / 4 * generator.random()
+    return gaussian_blur(image, size | 1, sigma)
+
+
+def random_reduce(image: Tensor, generator: np.random.Generator, factor: int) -> Tensor:
+    """Mostly a resize by 1 to 1 / (2 factor), else a Gaussian blur and every `factor`-th pixel."""
+    if generator.random() < 0.8:
+        scale = generator.uniform(1, 2 * factor)
+        height, width = (max(1, int(side / scale)) for side in image.shape[-2:])
+        return resize(image, height, width, random_interpolation(generator)).clamp(0, 1)
+    return blur_and_subsample(image, generator.uniform(0.1, 0.6 * factor), factor)
+
+
+def random_covariance(generator: np.random.Generator) -> np.ndarray:
+    """(3, 3) covariance of the noise of the channels, levels 1 or 2 of 255: 40% independent, 40% one grey map, 20% correlated as |U^T D U|."""
+    level, kind = generator.integers(1, 3) / 255, generator.random()
+    if kind > 0.6:
+        return level**2 * np.eye(3)
+    if kind < 0.4:
+        return level**2 * np.ones((3, 3))
+    basis = np.linalg.svd(generator.random((3, 3)))[0]
+    return (2 / 255) ** 2 * np.abs(basis.T @ np.diag(generator.random(3)) @ basis)
+
+
+def gaussian_noise(image: Tensor, covariance: np.ndarray, generator: np.random.Generator) -> Tensor:
+    """Add white noise with this (3, 3) covariance between the channels; clipped to [0, 1]."""
+    variances, directions = np.linalg.eigh(covariance)
+    seen = variances > 1e-6 * variances[-1]  # grey noise: one direction
+    root = torch.from_numpy((directions * np.sqrt(variances.clip(0)))[:, seen]).float()
+    noise = torch.from_numpy(generator.standard_normal((int(seen.sum()), image[0].numel()), dtype=np.float32))
+    return torch.addmm(image.reshape(3, -1), root, noise).reshape(image.shape).clamp(0, 1)
+
+
+def jpeg(image: Tensor, quality: int) -> Tensor:
+    """There and back through an 8-bit JPEG (4:2:0) in memory."""
+    file = io.BytesIO()
+    pixels = image.mul(255).round_().clamp_(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    with Image.open(file) as decoded:
+        return torch.from_numpy(np.array(decoded)).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def anisotropic_blur(image: Tensor, kernel: np.ndarray) -> Tensor:
+    """(C, H, W) mirrored at its borders and convolved with a (K, K) kernel of odd K that looks the same from behind."""
+    weight = torch.from_numpy(kernel).to(image.dtype)[None, None].expand(len(image), 1, *kernel.shape)
+    return F.conv2d(_mirror_pad(image, len(kernel) // 2)[None], weight, groups=len(image))[0].clamp(0, 1)
+
+
+def blur_and_subsample(image: Tensor, sigma: float, factor: int) -> Tensor:
+    """Gaussian blur with a kernel moved by (factor - 1) / 2 pixels, then every `factor`-th pixel from the first: so nothing shifts."""
+    height, width = image.shape[-2:]
+    return _shifted_gaussian(height, factor, sigma) @ (image @ _shifted_gaussian(width, factor, sigma).T)
+
+
+def resize(image: Tensor, height: int, width: int, mode: str) -> Tensor:
+    """(..., C, H, W) -> (..., C, height, width), antialiased: linear, cubic (a = -0.5, overshoots) or area (exact; linear where it enlarges)."""
+    if mode == "area" and height <= image.shape[-2] and width <= image.shape[-1]:
+        return _area(image.shape[-2], height) @ (image @ _area(image.shape[-1], width).T)
+    batch = image.reshape(-1, *image.shape[-3:])
+    method = "bicubic" if mode == "cubic" else "bilinear"
+    return F.interpolate(batch, (height, width), mode=method, antialias=True, align_corners=False).reshape(*image.shape[:-2], height, width)
+
+
+def gaussian_taps(size: int, sigma: float) -> np.ndarray:
+    """(size,) weights of a Gaussian around the middle tap, of sum 1."""
+    taps = np.exp(-0.5 * (np.arange(size) - size // 2) ** 2 / max(sigma, 1e-3) ** 2)
+    return taps / taps.sum()
+
+
+def anisotropic_kernel(size: int, angle: float, variance1: float, variance2: float) -> np.ndarray:
+    """(size, size) weights [y, x] of sum 1 of a Gaussian with `variance1` along `angle` (radians from x towards y) and `variance2` across."""
+    x = np.arange(size) - size // 2
+    along = math.cos(angle) * x + math.sin(angle) * x[:, None]
+    across = math.cos(angle) * x[:, None] - math.sin(angle) * x
+    kernel = np.exp(-0.5 * (along**2 / max(variance1, 1e-6) + across**2 / max(variance2, 1e-6)))
+    return kernel / kernel.sum()
+
+
+def _target(image: Tensor, factor: int) -> tuple[int, int]:
+    height, width = image.shape[-2:]
+    if image.shape[-3] != 3 or height % factor or width % factor or not (height and width):
+        raise ValueError(f"A picture of shape {tuple(image.shape)} cannot be made {factor} times smaller: give (3, H, W) with H and W multiples of {factor}.")
+    return height // factor, width // factor
+
+
+def _mirrored(index: np.ndarray, size: int) -> np.ndarray:
+    """Any index -> one of 0 .. size - 1, mirrored at the centres of the first and last pixel."""
+    period = max(2 * (size - 1), 1)
+    index = np.abs(index) % period
+    return np.minimum(index, period - index)
+
+
+def _mirror_pad(image: Tensor, pad: int) -> Tensor:
+    for dim in (-2, -1):
+        size = image.shape[dim]
+        image = image.index_select(dim, torch.from_numpy(_mirrored(np.arange(-pad, size + pad), size)))
+    return image
+
+
+def _weighted_sum(images: list[Tensor], weights: np.ndarray) -> Tensor:
+    total = images[0] * float(weights[0])
+    for image, weight in zip(images[1:], weights[1:]):
+        total.add_(image, alpha=float(weight))
+    return total
+
+
+@lru_cache(maxsize=64)
+def _area(size: int, smaller: int) -> Tensor:
+    """(smaller, size): the share of each pixel in each smaller one, in float32."""
+    edges = np.arange(smaller + 1)[:, None] * (size / smaller)
+    pixels = np.arange(size)
+    overlap = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
+    return torch.from_numpy(overlap.clip(0) * (smaller / size)).float()
+
+
+def _shifted_gaussian(size: int, factor: int, sigma: float) -> Tensor:
+    """(size / factor, size): a Gaussian around the centre of each block of `factor` pixels, mirrored at the borders, in float32."""
+    centres = np.arange(0, size, factor)[:, None] + (factor - 1) / 2
+    pixels = np.floor(centres) + np.arange(-SHIFTED_RADIUS, SHIFTED_RADIUS + 2)
+    distance = pixels - centres
+    weights = np.exp(-0.5 * (distance / sigma) ** 2) * (np.abs(distance) <= SHIFTED_RADIUS)
+    matrix = np.zeros((len(centres), size))
+    np.add.at(matrix, (np.arange(len(centres))[:, None], _mirrored(pixels.astype(int), size)), weights / weights.sum(1, keepdims=True))
+    return torch.from_numpy(matrix).float()
