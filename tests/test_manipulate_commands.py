@@ -1,9 +1,14 @@
 """`unclip invert | vary | interpolate | edit | inpaint` and `generate --init` with a tiny decoder: files, figures, and what bad input is told."""
 
+import re
+import shlex
+
 import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import ROOT
+from tests.test_cascade import stages as cascade_stages
 from tests.test_generate import NET
 from unclip_pl import app, release
 from unclip_pl.clip import FrozenCLIP
@@ -158,6 +163,29 @@ def test_bad_input_is_one_sentence(arguments, words, place, folder, capsys):
     assert app.main([*arguments, *more, "--decoder", str(folder), "--out", "out"]) == 1
     error = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("unclip: ")]
     assert len(error) == 1 and words in error[0]
+
+
+def test_pictures_come_at_the_sizes_of_the_cascade_from_noise_of_the_seed(place):
+    stages = dict(zip(("decoder", "256", "1024"), cascade_stages()))
+    for name in ("decoder", "256"):
+        stage = stages[name]
+        release.write(place / name, Release(type(stage).__name__, dict(stage.hparams), stage.clip_fingerprint, stage.state_dict(), 1), "# a card\n")
+    arguments = ["vary", "a.png", "--num-images", "2", "--decoder", "decoder", "--size", "256", "--upsampler-256", "256", "--out", "out"]
+    assert app.main(arguments) == 0
+    first = [load_image(f"out/a-{seed}.png") for seed in (0, 1)]
+    assert all(image.shape == (3, 256, 256) for image in first)
+    assert app.main([*arguments, "--seed", "1"]) == 0
+    assert (load_image("out/a-1.png") - first[1]).abs().max() < 0.02
+    with Image.open("out/variations.png") as figure:
+        assert figure.width > 2 * 256
+
+
+def test_the_documents_commands_parse_and_its_pictures_are_small():
+    text = (ROOT / "docs" / "manipulations.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```\n(.*?)```", text, re.S) for line in block.splitlines() if line.startswith("unclip ")]
+    assert len(lines) >= 8 and all(app.parser().parse_args(shlex.split(line, comments=True)[1:]).run for line in lines)
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert len(pictures) >= 8 and all((ROOT / "docs" / picture).stat().st_size < 200_000 for picture in pictures)
 
 
 @pytest.mark.parametrize("theta", ["a", "0..b", ""])
