@@ -165,6 +165,12 @@ def test_the_ends_of_an_interpolation_are_the_reconstructions(unclip):
     assert (way[1] - again).abs().amax((1, 2, 3)).min() > 0.05
 
 
+def test_latents_of_different_steps_are_not_mixed(unclip):
+    latent = Latent(torch.ones(1, 256), pictures(1), 4)
+    with pytest.raises(UserError, match="in 4 steps and the other in 5"):
+        interpolate(unclip, latent, Latent(torch.ones(1, 256), pictures(1), 5), torch.ones(1))
+
+
 def test_with_a_seed_the_way_has_one_noise_and_another_seed_is_another_way(unclip):
     latent = invert(unclip, pictures(), 4)
     a, b, theta = latent[[0, 0]], latent[[1, 1]], torch.tensor([0.0, 0.5])

@@ -184,8 +184,11 @@ def interpolate(
     """Between pictures (unCLIP 3.2). a, b of B rows, theta (B,) in [0, 1].
 
     seed None: z_i and the inverted x_T both by `slerp`, so that the ends are the reconstructions of a and b. A seed: its noise for every picture in the
-    place of x_T; each seed is another way, whose ends have the content of a and b and not their pixels.
+    place of x_T; each seed is another way, whose ends have the content of a and b and not their pixels. UserError where a and b were inverted in different
+    numbers of steps, which makes different latents.
     """
+    if a.steps != b.steps:
+        raise UserError(f"One of the latents was inverted in {a.steps} steps and the other in {b.steps}: invert both in as many.")
     embed = slerp(a.image_embed, b.image_embed, theta)
     x_T = slerp(a.x_T, b.x_T, theta) if seed is None else Noise([seed])(a.x_T.shape[1:], unclip.device).expand_as(a.x_T)
     seeds = [seed or 0] * len(theta)
@@ -214,7 +217,7 @@ def text_diff(
         if same := [caption for caption, gap in zip(target, (to - start).norm(dim=1).tolist()) if gap < 1e-4]:
             raise UserError(f'The captions to go from and to are the same for CLIP ("{same[0]}"), which is no direction: change one of them.')
         to = to - start
-    z = latent.image_embed
+    z = latent.image_embed.to(unclip.device)
     towards = torch.nn.functional.normalize(to, dim=1) * z.norm(dim=1, keepdim=True)  # the norm stays that of z_i
     return decode(unclip, replace(latent, image_embed=slerp(z, towards, theta)), range(len(latent)), sampling=sampling, callback=callback)
 

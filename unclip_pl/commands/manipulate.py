@@ -59,9 +59,12 @@ def label(path: Path) -> str:
 
 
 def run_invert(arguments: argparse.Namespace) -> None:
+    import torch
+
     from unclip_pl.images import psnr
     from unclip_pl.manipulate import reconstruct
 
+    check_files(arguments.images)
     studio = Studio(arguments)
     rows = []
     for path in arguments.images:
@@ -75,9 +78,8 @@ def run_invert(arguments: argparse.Namespace) -> None:
         print(f"{path.name}: drawn again at {float(psnr(again, original)):.1f} dB PSNR ({latent.steps} steps)")
         finished = studio.finish(again, [arguments.seed])
         studio.save(finished, [f"{path.stem}-again"], source=path.name, unclip=f"invert, {latent.steps} steps")
-        rows += [original, finished, latent.x_T.cpu()]
-    names = [name for path in arguments.images for name in (label(path), "drawn again", "x_T")]
-    studio.figure("inversions", rows, names)
+        rows.append(torch.cat([enlarged(original, finished), finished, enlarged(latent.x_T.cpu(), finished)]))
+    studio.figure("inversions", rows, [label(path) for path in arguments.images], ["original", "drawn again", "x_T"])
 
 
 def run_vary(arguments: argparse.Namespace) -> None:
@@ -90,7 +92,6 @@ def run_vary(arguments: argparse.Namespace) -> None:
         raise UserError(f"--eta is {outside[0]}: give 0 (no noise on the way) to 1 (as much as DDPM).")
     check_files(arguments.images)
     studio = Studio(arguments)
-    settings = [studio.sampling(eta, inverted) for eta in etas]
     seeds = [arguments.seed + k for k in range(arguments.num_images)]
     captions = [arguments.caption] * len(seeds) if arguments.caption else None
     rows, labels = [], []
@@ -99,13 +100,13 @@ def run_vary(arguments: argparse.Namespace) -> None:
         source = source[[0] * len(seeds)] if inverted else source.expand(len(seeds), -1)
         rows.append(original)
         labels.append(label(path))
-        for eta, sampling in zip(etas, settings, strict=True):
+        for eta in etas:
+            sampling = studio.following(source, eta) if inverted else studio.sampling(eta)
             with studio.progress(path.name if eta is None else f"{path.name}, eta {eta:g}") as callback:
-                drawn = (
-                    decode(studio.unclip, source, seeds, captions, sampling, callback)
-                    if inverted
-                    else studio.unclip.decode(source, seeds, captions, sampling, callback)
-                )
+                if inverted:
+                    drawn = decode(studio.unclip, source, seeds, captions, sampling, callback)
+                else:
+                    drawn = studio.unclip.decode(source, seeds, captions, sampling, callback)
             drawn = studio.finish(drawn, seeds)
             middle = f"-eta{eta:g}" if len(etas) > 1 else ""
             text = f"vary, {'inverted' if inverted else 'fresh'} noise, {sampling}, caption {arguments.caption!r}"
@@ -129,15 +130,15 @@ def run_interpolate(arguments: argparse.Namespace) -> None:
             raise UserError("--num-images is for --noise fresh: with inverted noise there is one way from A to B.")
     check_files([arguments.a, arguments.b])
     studio = Studio(arguments)
-    sampling = studio.sampling(inverted=not fresh)
     ends = []
     for path in (arguments.a, arguments.b):
         if fresh:
             original, embed = studio.embed(path)
-            ends.append((original, Latent(embed, torch.zeros(1, *studio.unclip.decoder.shape), sampling.steps)))
+            ends.append((original, Latent(embed, torch.zeros(1, *studio.unclip.decoder.shape), 0)))
         else:
             ends.append(studio.latent(path))
     (first, a), (last, b) = ends
+    sampling = studio.sampling() if fresh else studio.following(a)
     theta = torch.linspace(0, 1, arguments.steps)
     many = [0] * arguments.steps
     rows, labels = [], []
@@ -199,11 +200,11 @@ def run_edit(arguments: argparse.Namespace) -> None:
     theta = torch.tensor(given)
     check_theta(theta)
     studio = Studio(arguments)
-    sampling = studio.sampling(inverted=True)
     latents = {path: studio.latent(path) for path in dict.fromkeys(edit.path for edit in edits)}
     rows, labels = [], []
     for number, edit in enumerate(edits):
         original, latent = latents[edit.path]
+        sampling = studio.following(latent)
         count = len(given)
         with studio.progress(f"{edit.path.name}: {edit.target}") as callback:
             source = [edit.source] * count if edit.source.strip() else None

@@ -75,20 +75,23 @@ class Studio:
         self.size = self.unclip.decoder.net_config.image_size
         self.out.mkdir(parents=True, exist_ok=True)
 
-    def sampling(self, eta: float | None = None, inverted: bool = False) -> Any:
-        """The decoder's settings with what the options say otherwise; from an inverted latent they follow its path unless told to leave it."""
+    def sampling(self, eta: float | None = None) -> Any:
+        """The decoder's settings with what the options say otherwise."""
+        given = argparse.Namespace(**vars(self.arguments) | {"steps": self.arguments.sampling_steps, "eta": eta})
+        if eta is not None:
+            given.sampler = given.sampler or "ddim"
+        return chosen(given, self.unclip.decoder)
+
+    def following(self, latent: Any, eta: float | None = None) -> Any:
+        """The settings that draw a latent again, left where the options say so."""
         from dataclasses import replace
 
         from unclip_pl.manipulate import deterministic
 
-        given = argparse.Namespace(**vars(self.arguments) | {"steps": self.arguments.sampling_steps, "eta": eta})
-        if eta is not None:
-            given.sampler = given.sampler or "ddim"
-        settings = chosen(given, self.unclip.decoder)
-        if not inverted:
-            return settings
-        told = {name: getattr(given, name) for name in ("sampler", "steps", "guidance_scale", "eta") if getattr(given, name) is not None}
-        return replace(deterministic(self.unclip, STEPS), **told)
+        settings = self.sampling(eta)  # a sentence where an option is impossible
+        options = {"sampler": self.arguments.sampler, "steps": self.arguments.sampling_steps, "guidance_scale": self.arguments.guidance_scale, "eta": eta}
+        told = {name: getattr(settings, name) for name, value in options.items() if value is not None}
+        return replace(deterministic(self.unclip, latent.steps), **told)
 
     def picture(self, path: Path) -> tuple[Any, Any]:
         """A picture file: at the decoder's size, (1, 3, S, S); and what CLIP is shown, the same square in its own size."""
@@ -102,9 +105,10 @@ class Studio:
             latent = Latent.load(path, self.unclip)
             with self.progress(f"draw {path.name}") as callback:
                 return reconstruct(self.unclip, latent, callback).cpu(), latent
+        steps = STEPS if self.arguments.sampling_steps is None else self.sampling().steps
         image, whole = self.picture(path)
         with self.progress(f"invert {path.name}") as callback:
-            latent = invert(self.unclip, image, self.sampling(inverted=True).steps, callback, self.unclip.embed_images(whole))
+            latent = invert(self.unclip, image, steps, callback, self.unclip.embed_images(whole))
         return image, latent
 
     def embed(self, path: Path) -> tuple[Any, Any]:
