@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from unclip_pl import __version__
-from unclip_pl.commands import data, export, generate, plan, submit, upsample
+from unclip_pl.commands import data, export, generate, manipulate, plan, probe, submit, upsample
 from unclip_pl.commands.common import command_of
 from unclip_pl.errors import UserError
 
@@ -14,10 +14,12 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="unclip", description="Draw with unCLIP and look after its data. Training: see `lightning --help`.")
     root.add_argument("--version", action="version", version=f"unclip_pl {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for family in (generate, upsample, export, plan, submit):
+    for family in (generate, manipulate, upsample, export, plan, submit):
         family.add(command_of(commands))
     of_data = commands.add_parser("data", help="Draw, check and inspect data.")
     data.add(command_of(of_data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")))
+    of_probe = commands.add_parser("probe", help="Look into CLIP's embedding of a picture.")
+    probe.add(command_of(of_probe.add_subparsers(dest="probe_command", required=True, metavar="COMMAND")))
     return root
 
 

@@ -76,19 +76,23 @@ def load_image(path: str | os.PathLike, size: int | None = None) -> Tensor:
         raise UserError(f"{path} cannot be read as a picture ({error}).") from error
 
 
-def grid(rows: Sequence[Tensor], labels: Sequence[str] | None = None, gap: int = 2) -> Image.Image:
-    """Rows of (N_r, 3, H, W) in [-1, 1] as one picture on white, each row with its label at the left.
+def grid(rows: Sequence[Tensor], labels: Sequence[str] | None = None, gap: int = 2, heads: Sequence[str] | None = None) -> Image.Image:
+    """Rows of (N_r, 3, H, W) in [-1, 1] as one picture on white, each row with its label (of any lines) at the left, each column with its head above it.
 
     Sizes may differ from row to row; a cell is as large as the largest.
     """
     height, width = max(row.shape[-2] for row in rows), max(row.shape[-1] for row in rows)
     columns = max(len(row) for row in rows)
-    font = ImageFont.load_default(size=max(10, min(16, height // 5)))
-    margin = max((int(font.getlength(label)) for label in labels), default=0) + 2 * gap if labels else 0
-    canvas = Image.new("RGB", (margin + columns * (width + gap) + gap, len(rows) * (height + gap) + gap), "white")
+    points = max(10, min(16, height // 5))
+    font = ImageFont.load_default(size=points)
+    margin = max((int(font.getlength(line)) for label in labels for line in label.split("\n")), default=0) + 2 * gap if labels else 0
+    above = points + 2 * gap if heads else 0
+    canvas = Image.new("RGB", (margin + columns * (width + gap) + gap, above + len(rows) * (height + gap) + gap), "white")
     draw = ImageDraw.Draw(canvas)
+    for c, head in enumerate(heads or ()):
+        draw.text((margin + gap + c * (width + gap) + width // 2, gap), head, fill="black", font=font, anchor="ma")
     for r, row in enumerate(rows):
-        top = gap + r * (height + gap)
+        top = above + gap + r * (height + gap)
         if labels:
             draw.text((gap, top + height // 2), labels[r], fill="black", font=font, anchor="lm")
         for c, image in enumerate(row):

@@ -14,6 +14,8 @@ from unclip_pl import release
 from unclip_pl.cascade import Cascade, at_work, check_order, source_side
 from unclip_pl.clip import CLIPConfig, FrozenCLIP, require_same
 from unclip_pl.diffusion.noise import Noise
+from unclip_pl.diffusion.process import Predict
+from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.errors import UserError
 from unclip_pl.release import Release
 from unclip_pl.stages.ar_prior import ARPrior
@@ -199,7 +201,7 @@ class UnCLIP:
 
     def decode(
         self, image_embed: Tensor | None, seeds: Sequence[int], captions: Sequence[str] | None = None,
-        sampling: SamplingConfig | None = None, callback: Callback | None = None,
+        sampling: SamplingConfig | None = None, callback: Callback | None = None, x_T: Tensor | None = None,
     ) -> Tensor:
         """Draw one image a seed.
 
@@ -210,15 +212,34 @@ class UnCLIP:
             captions: B of them; None drops the caption.
             sampling: other settings than the decoder's own.
             callback: called with (step, steps).
+            x_T: where the sampler starts, (B, 3, 64, 64), such as an inverted image; None draws it from the seeds.
 
         Returns:
             float32 (B, 3, 64, 64) in [-1, 1] on the pipeline's device.
         """
-        batch: dict = {"embed": None if image_embed is None else image_embed.to(self.device)}
-        if captions is not None:
-            batch |= self._text(captions)
+        batch = self._conditions(image_embed, captions)
         with at_work(self.decoder, self.device, self.offload):
-            return self.decoder.sample(batch, Noise(seeds), sampling, callback)
+            return self.decoder.sample(batch, Noise(seeds), sampling, callback, x_T)
+
+    @torch.no_grad()
+    def walk(
+        self, way: Callable[[Predict, Schedule], Tensor], size: int, image_embed: Tensor | None = None, captions: Sequence[str] | None = None,
+        sampling: SamplingConfig | None = None,
+    ) -> Tensor:
+        """`way(predict, schedule)` for `size` images with the decoder's predictor under these conditions: inversion, repainting and other ways to draw.
+
+        `image_embed`, `captions`, `sampling` as for `decode`.
+        """
+        settings = sampling or self.decoder.sampling
+        schedule = self.decoder.process.schedule.respaced(settings.steps)
+        batch = self._conditions(image_embed, captions)
+        with at_work(self.decoder, self.device, self.offload):
+            return way(self.decoder.predictor(batch, size, schedule, settings), schedule)
+
+    def _conditions(self, image_embed: Tensor | None, captions: Sequence[str] | None) -> dict[str, Tensor | None]:
+        """The decoder's batch."""
+        batch: dict = {"embed": None if image_embed is None else image_embed.to(self.device)}
+        return batch if captions is None else batch | self._text(captions)
 
     def upsample(
         self, images: Tensor, seeds: Sequence[int], times: int | None = None, sampling: Mapping[int, UpsamplingConfig] | None = None,
@@ -230,7 +251,7 @@ class UnCLIP:
     def generate(
         self, captions: Sequence[str], seeds: Sequence[int], condition: Condition = "prior", *, size: int | None = None, prior_sampling: Any = None,
         sampling: SamplingConfig | None = None, upsampling: Mapping[int, UpsamplingConfig] | None = None,
-        callback: Callable[[str, int, int], Any] | None = None,
+        callback: Callable[[str, int, int], Any] | None = None, decode: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Draw one image a caption; the decoder sees the caption in every case.
 
@@ -243,6 +264,7 @@ class UnCLIP:
             prior_sampling, sampling: other settings than those of the prior and the decoder.
             upsampling: by target side, other settings than the upsamplers' own: {256: ...}.
             callback: called with ("prior", "decoder", "upsampler 256" ..., step, steps).
+            decode: draws in the place of `decode` and is called like it, such as one that starts from pictures.
 
         Returns:
             float32 (B, 3, size, size) in [-1, 1].
@@ -264,5 +286,5 @@ class UnCLIP:
             return None if callback is None else lambda step, steps: callback(stage, step, steps)
 
         embed = {"prior": lambda: self.sample_prior(captions, seeds, prior_sampling, told("prior")), "text": lambda: self.embed_text(captions)}
-        images = self.decode(embed.get(condition, lambda: None)(), seeds, captions, sampling, told("decoder"))
+        images = (decode or self.decode)(embed.get(condition, lambda: None)(), seeds, captions, sampling, told("decoder"))
         return images if size == self.sizes[0] else self.upsample(images, seeds, size // self.sizes[0], upsampling, callback)

@@ -1,8 +1,9 @@
-"""`unclip generate | vary`: pictures from captions, and variations of pictures."""
+"""`unclip generate`: pictures from captions."""
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from unclip_pl.commands.common import Command, check_offload, chosen, drawing, pick_device, upsampling
 from unclip_pl.errors import UserError
@@ -11,7 +12,7 @@ GRID = 2048
 
 
 def add(command: Command) -> None:
-    """The two commands."""
+    """The command."""
     generate = command("generate", run_generate, "Draw pictures from captions: a prior makes a CLIP image embedding of each, the decoder draws it.")
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="captions")
     generate.add_argument("--file", type=Path, help="a UTF-8 text file with one more prompt a line")
@@ -24,15 +25,12 @@ def add(command: Command) -> None:
     generate.add_argument("--prior-temperature", type=float, help="of an autoregressive prior: divides its logits; by default its own")
     generate.add_argument("--prior-top-p", type=float, help="of an autoregressive prior: share of the likeliest codes drawn from; by default its own")
     drawing(generate, "pictures of each prompt")
+    generate.add_argument("--init", type=Path, help="a picture to start from, of any size (its centre square is taken)")
+    generate.add_argument("--strength", type=float, help="how much of --init is drawn anew, 0 (it stays) to 1 (nothing of it stays); by default 0.7")
     generate.add_argument("--size", type=int, choices=[64, 256, 1024], default=64, help="pixels a side; upsamplers draw the decoder's 64 larger")
     upsampling(generate, "--upsampler-steps")
     generate.add_argument("--batch-size", type=int, default=16, help="pictures drawn at a time")
     generate.add_argument("--grid", action="store_true", help=f"also write grid.png, a row for each prompt, at most {GRID} pixels of pictures wide")
-
-    vary = command("vary", run_vary, "Draw variations of pictures: encode each with CLIP and decode its embedding.")
-    vary.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files of any size (centre-cropped to a square)")
-    vary.add_argument("--caption", help="a caption to draw with; without it the embedding alone decides")
-    drawing(vary, "variations of each picture")
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[str]:
@@ -50,6 +48,20 @@ def prompts_of(arguments: argparse.Namespace) -> list[str]:
     if not prompts:
         raise UserError("There is no prompt: write one, or name a file with one a line (--file).")
     return list(dict.fromkeys(prompts))  # each once
+
+
+def from_picture(unclip: Any, arguments: argparse.Namespace) -> Any:
+    """What draws in the place of `unclip.decode`: from the picture --init, at --strength."""
+    from unclip_pl.commands.studio import square
+    from unclip_pl.manipulate import image_to_image
+
+    image = square(arguments.init, unclip.decoder.net_config.image_size)
+    arguments.strength = 0.7 if arguments.strength is None else arguments.strength
+
+    def decode(embed: Any, seeds: Any, *rest: Any) -> Any:
+        return image_to_image(unclip, embed, seeds, *rest, images=image.expand(len(seeds), -1, -1, -1), strength=arguments.strength)
+
+    return decode
 
 
 def upsamplers_of(arguments: argparse.Namespace) -> list[str | Path]:
@@ -81,10 +93,13 @@ def run_generate(arguments: argparse.Namespace) -> None:
     priors = [name for name in of_prior if getattr(arguments, name) is not None]
     if priors and arguments.condition != "prior":
         raise UserError(f"--{priors[0].replace('_', '-')} is given, and --condition {arguments.condition} uses no prior: leave one of them out.")
+    if arguments.strength is not None and arguments.init is None:
+        raise UserError("--strength is for --init: name a picture to start from, or leave --strength out.")
     prior = (arguments.prior or "diffusion") if arguments.condition == "prior" else None
     upsamplers = upsamplers_of(arguments)
     check_offload(arguments, device := pick_device(arguments.device))
     unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, prior, device=device, upsamplers=upsamplers, offload=arguments.offload)
+    decode = None if arguments.init is None else from_picture(unclip, arguments)
     sampling = chosen(arguments, unclip.decoder)
     by_size = {size: chosen(arguments, stage, "upsampler_") for size, stage in zip(unclip.cascade.sizes, unclip.cascade.stages)}
     prior_sampling = chosen(arguments, unclip.prior, "prior_") if unclip.prior else None
@@ -92,7 +107,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
         if cut := unclip.clip.cut(prompt):
             print(f'unclip: "{prompt[:40]}..." is longer than CLIP reads ({unclip.clip.context_length} tokens), cut: "{cut}"', file=sys.stderr)
     todo = [(prompt, arguments.seed + k) for prompt in prompts for k in range(arguments.num_images)]
-    settings = f"generate, condition {arguments.condition}, prior {prior} {prior_sampling}, decoder {arguments.decoder or 'of the package'} {sampling}"
+    start = f"start {arguments.init.name} at strength {arguments.strength}, " if arguments.init else ""
+    settings = f"generate, {start}condition {arguments.condition}, prior {prior} {prior_sampling}, decoder {arguments.decoder or 'of the package'} {sampling}"
     settings += "".join(f", upsampler {path} {used}" for path, used in zip(upsamplers, by_size.values()))
     names: dict[str, str] = {}
     for prompt in prompts:
@@ -104,6 +120,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
             captions, seeds = zip(*todo[first : first + arguments.batch_size], strict=True)
             images = unclip.generate(
                 captions, seeds, arguments.condition, size=unclip.sizes[-1], prior_sampling=prior_sampling, sampling=sampling, upsampling=by_size,
+                decode=decode,
                 callback=lambda stage, step, steps: bar.set_postfix_str(f"{stage} step {step}/{steps}"),
             )
             for prompt, seed, image in zip(captions, seeds, images.cpu(), strict=True):
@@ -115,31 +132,3 @@ def run_generate(arguments: argparse.Namespace) -> None:
     if arguments.grid:
         rows = list(torch.cat(drawn).split(arguments.num_images))
         print(save_png(grid(rows, prompts), arguments.out / "grid.png", prompt="; ".join(prompts), seed=str(arguments.seed), unclip=settings))
-
-
-def run_vary(arguments: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    from unclip_pl.images import grid, load_image, save_png
-    from unclip_pl.pipeline import DEFAULT_DECODER, UnCLIP
-
-    if arguments.num_images < 1:
-        raise UserError(f"--num-images is {arguments.num_images}: give 1 or more.")
-    originals = [load_image(path) for path in arguments.images]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, device=pick_device(arguments.device))
-    sampling = chosen(arguments, unclip.decoder)
-    seeds = [arguments.seed + k for k in range(arguments.num_images)]
-    size = unclip.decoder.net_config.image_size
-    rows, labels = [], []
-    for path, original in zip(arguments.images, originals):
-        embed = unclip.embed_images(original[None]).expand(len(seeds), -1)
-        captions = [arguments.caption] * len(seeds) if arguments.caption else None
-        with tqdm(desc=path.name, total=sampling.steps, unit="step", file=sys.stderr) as bar:
-            drawn = unclip.decode(embed, seeds, captions, sampling, callback=lambda *_, bar=bar: bar.update(1))  # type: ignore[misc]
-        settings = {"unclip": f"vary, {sampling}, caption {arguments.caption!r}, decoder {arguments.decoder or 'of the package'}"}
-        for seed, image in zip(seeds, drawn):
-            print(save_png(image, arguments.out / f"{path.stem}-{seed}.png", source=path.name, seed=str(seed), **settings))
-        rows += [load_image(path, size)[None], drawn.cpu()]
-        labels += [path.stem, "variations"]
-    print(save_png(grid(rows, labels), arguments.out / "variations.png"))

@@ -1,4 +1,7 @@
-"""Functions from Predict to Predict: classifier-free guidance (Ho and Salimans 2022) and thresholds of x0. Order: adapt, guide, threshold."""
+"""Functions from Predict to Predict: classifier-free guidance (Ho and Salimans 2022), thresholds of x0, and known pixels (as RePaint keeps them).
+
+Order: adapt, guide, threshold, repaint.
+"""
 
 from collections.abc import Callable
 
@@ -69,3 +72,18 @@ def thresholded(predict: Predict, process: Process, mode: str | None = "static",
         return prediction._replace(x0=x0, eps=process.x0_to_eps(x0, x, t))
 
     return predict_within
+
+
+def repainted(predict: Predict, process: Process, known: Tensor, mask: Tensor) -> Predict:
+    """`predict` for a sample of which a part is known: where `mask` is False, x0 is `known` and eps what x_t then holds; `predict` sees all of x_t.
+
+    The posterior of DDPM and the step of DDIM, given x0, are those of the forward process: so the known part passes through its own noisy versions, drawn
+    jointly over the steps, where RePaint (Lugmayr et al. 2022, eq. 8) draws each anew, and ends as `known` exactly. known (B, ...), mask broadcastable.
+    """
+
+    def predict_rest(x: Tensor, t: Tensor) -> Prediction:
+        prediction = predict(x, t)
+        x0 = torch.where(mask, prediction.x0, known)
+        return prediction._replace(x0=x0, eps=torch.where(mask, prediction.eps, process.x0_to_eps(x0, x, t)))
+
+    return predict_rest

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from unclip_pl.diffusion.guidance import guided, halves, thresholded
 from unclip_pl.diffusion.losses import hybrid
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.diffusion.process import DiffusionConfig, Process
+from unclip_pl.diffusion.process import DiffusionConfig, Predict, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
+from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.errors import UserError
 from unclip_pl.networks.embedding import EmbeddingNormalizer
 from unclip_pl.networks.text import TextConfig, TextContext
@@ -130,23 +131,8 @@ class Decoder(Stage):
         scalars = {"loss": losses.loss, "mse": losses.mse} | ({} if losses.vb is None else {"vb": losses.vb})
         return {name: value.mean() for name, value in scalars.items()} | {"t": t, "per_sample": losses.mse}
 
-    @torch.no_grad()
-    def sample(self, batch: dict, noise: Noise, sampling: SamplingConfig | None = None, callback: Any = None) -> Tensor:
-        """Draw images for the conditions in `batch`.
-
-        Args:
-            batch: any of `image_embed` (B, D) and the caption's entries (`tokens`, `text_mask`, `text_embed`, `text_states`); what is
-                missing is taken as dropped. An entry `embed` (B, D), or None for the null, stands before the embedding of its `condition`.
-            noise: one generator an image; their number is B.
-            sampling: settings other than the stage's own.
-            callback: called with (step, steps) after each step.
-
-        Returns:
-            float32 (B, 3, H, W) in [-1, 1].
-        """
-        settings = sampling or self.sampling
-        size = len(noise)
-        schedule = self.process.schedule.respaced(settings.steps)
+    def predictor(self, batch: dict, size: int, schedule: Schedule, settings: SamplingConfig) -> Predict:
+        """predict(x, t) for the conditions in `batch` (see `sample`) of `size` images, guided and thresholded, for a sampler that walks `schedule`."""
         yes, no = (torch.full((size,), keep, device=self.device) for keep in (True, False))
         conditional = self.conditions(batch, size, yes, yes)
         adapt = self.process.adapt
@@ -159,8 +145,30 @@ class Decoder(Stage):
             doubled = {key: None if given is None or dropped is None else torch.cat([given, dropped]) for key, (given, dropped) in pairs.items()}
             encoded = self.net.encode_context(**doubled)
             predict = guided(halves(adapt(lambda x, t: self.net(x, t, encoded=encoded), schedule)), settings.guidance_scale)
-        if settings.threshold:
-            predict = thresholded(predict, self.process, settings.threshold)
-        shape = (3, self.net_config.image_size, self.net_config.image_size)
-        x = noise(shape, self.device)
+        return thresholded(predict, self.process, settings.threshold)
+
+    @torch.no_grad()
+    def sample(self, batch: dict, noise: Noise, sampling: SamplingConfig | None = None, callback: Any = None, x_T: Tensor | None = None) -> Tensor:
+        """Draw images for the conditions in `batch`.
+
+        Args:
+            batch: any of `image_embed` (B, D) and the caption's entries (`tokens`, `text_mask`, `text_embed`, `text_states`); what is
+                missing is taken as dropped. An entry `embed` (B, D), or None for the null, stands before the embedding of its `condition`.
+            noise: one generator an image; their number is B.
+            sampling: settings other than the stage's own.
+            callback: called with (step, steps) after each step.
+            x_T: where to start, (B, 3, H, W); None draws it from `noise`.
+
+        Returns:
+            float32 (B, 3, H, W) in [-1, 1]; without a threshold the ends of the range are not kept.
+        """
+        settings = sampling or self.sampling
+        schedule = self.process.schedule.respaced(settings.steps)
+        x = noise(self.shape, self.device) if x_T is None else x_T.to(self.device)
+        predict = self.predictor(batch, len(noise), schedule, settings)
         return SAMPLERS[settings.sampler](predict, x, schedule, noise=noise, eta=settings.eta, callback=callback)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(3, H, W) of an image."""
+        return 3, self.net_config.image_size, self.net_config.image_size

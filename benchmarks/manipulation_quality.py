@@ -1,0 +1,169 @@
+"""What the manipulations do to held-out drawings, in numbers: what `docs/manipulations.md` states.
+
+    python benchmarks/manipulation_quality.py inversion          PSNR of the way to the latent and back, by steps, explicit and implicit
+    python benchmarks/manipulation_quality.py variations         distance and CLIP similarity to the original by eta, beside fresh noise and other drawings
+    python benchmarks/manipulation_quality.py edits              text diffs between two skin tones or genders of the same drawing
+    python benchmarks/manipulation_quality.py pca                CLIP similarity to the original by the number of components
+
+Each prints a Markdown table. Drawings: OpenMoji's held-out ones, in the order of the split (a hash).
+"""
+
+import argparse
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import unclip_pl._torchvision  # noqa: F401
+
+# isort: split
+import torch
+from torch import Tensor
+
+from unclip_pl.clip import CLIPConfig
+from unclip_pl.data.modules import ImageEmbeddingData
+from unclip_pl.data.openmoji import TONES, Drawing, composition_split, records
+from unclip_pl.diffusion import samplers
+from unclip_pl.images import psnr
+from unclip_pl.manipulate import Latent, decode, deterministic, invert, reconstruct, text_diff, vary
+from unclip_pl.pipeline import UnCLIP
+
+GENDERS = (("woman", "man"), ("women", "men"), ("girl", "boy"))
+
+
+def held_out(data: ImageEmbeddingData, count: int) -> tuple[list[str], Tensor]:
+    """Keys and pictures (N, 3, 64, 64) of the first `count`."""
+    keys: list[str] = []
+    images: list[Tensor] = []
+    for batch in data.val_dataloader():
+        keys += batch["key"]
+        images.append(batch["image"])
+        if len(keys) >= count:
+            break
+    return keys[:count], torch.cat(images)[:count]
+
+
+def similar(unclip: UnCLIP, a: Tensor, b: Tensor) -> Tensor:
+    """(N,) cosine of CLIP's embeddings of pictures."""
+    return torch.cosine_similarity(unclip.embed_images(a), unclip.embed_images(b))
+
+
+def inversion(unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace) -> Iterator[list[str]]:
+    yield ["steps", "explicit, dB", "implicit, dB", "least of implicit", "standard deviation of x_T", "with x_0 clamped on the way back, dB"]
+    _, images = held_out(data, given.count)
+    embed = unclip.embed_images(images)
+    for steps in given.steps:
+        settings = deterministic(unclip, steps)
+
+        def explicit(predict: Callable, schedule: samplers.Schedule) -> Tensor:
+            return samplers.invert(predict, images, schedule)
+
+        plain = Latent(embed, unclip.walk(explicit, len(images), embed, sampling=settings), steps)
+        latent = invert(unclip, images, steps)
+        found = psnr(reconstruct(unclip, latent), images)
+        cells = [psnr(reconstruct(unclip, plain), images).mean(), found.mean(), found.min()]
+        clamped = decode(unclip, latent, range(len(latent)), sampling=deterministic(unclip, steps, threshold="static"))
+        yield [str(steps), *(f"{float(cell):.1f}" for cell in cells), f"{float(latent.x_T.std()):.2f}", f"{float(psnr(clamped, images).mean()):.1f}"]
+
+
+def variations(unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace) -> Iterator[list[str]]:
+    yield ["drawn", "mean absolute distance to the original (0 to 255)", "CLIP similarity to the original"]
+    _, images = held_out(data, given.count)
+    latent = invert(unclip, images, given.steps[0])
+    seeds = range(len(images))
+    drawn = {f"eta {eta:g}, inverted noise": vary(unclip, latent, seeds, eta) for eta in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    drawn["fresh noise"] = unclip.decode(latent.image_embed, seeds, sampling=deterministic(unclip, given.steps[0]))
+    drawn["fresh noise, of another drawing"] = drawn["fresh noise"].roll(1, 0)
+    drawn["another drawing itself"] = images.roll(1, 0)
+    for name, pictures in drawn.items():
+        yield [name, f"{float((pictures - images).abs().mean() * 127.5):.1f}", f"{float(similar(unclip, pictures, images).mean()):.3f}"]
+
+
+def counterparts(drawing: Drawing, known: dict[str, Drawing]) -> Iterator[tuple[str, str]]:
+    """(what differs, caption) of what a drawing is with another skin tone or gender, of the captions that exist."""
+    if len(drawing.tones) == 1:
+        for tone in TONES.values():
+            caption = drawing.caption.replace(f"{drawing.tones[0]} skin tone", f"{tone} skin tone")
+            if tone != drawing.tones[0] and caption in known:
+                yield "skin tone", caption
+    for pair in GENDERS:
+        for one, other in (pair, pair[::-1]):
+            caption = re.sub(rf"\b{one}\b", other, drawing.caption)
+            if caption != drawing.caption and caption in known:
+                yield "gender", caption
+
+
+def edits(unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace) -> Iterator[list[str]]:
+    yield ["what changes", "pairs", "theta", "nearer to the target caption", "without the edit", "the target's own drawing", "similarity to the original"]
+    train, val = composition_split(records())
+    known, by_key = {d.caption: d for d in [*train, *val]}, {d.hexcode: d for d in val}
+    keys, images = held_out(data, given.count)
+    pairs = [(row, kind, caption) for row, key in enumerate(keys) for kind, caption in counterparts(by_key[key], known)]
+    latent = invert(unclip, images, given.steps[0])
+    sources = unclip.embed_text([by_key[keys[row]].caption for row, _, _ in pairs])
+    targets = unclip.embed_text([caption for _, _, caption in pairs])
+    rows = [row for row, _, _ in pairs]
+
+    def nearer(embed: Tensor) -> Tensor:
+        return torch.cosine_similarity(embed, targets) > torch.cosine_similarity(embed, sources)
+
+    before = nearer(latent.image_embed[rows])
+    theirs = {key: value for shard in [*data.train_shards, *data.val_shards] for key, value in stored(data, shard)}
+    own = nearer(torch.stack([theirs[known[caption].hexcode] for _, _, caption in pairs]))
+    for theta in given.theta:
+        after = []
+        for part in [pairs[i : i + 32] for i in range(0, len(pairs), 32)]:
+            where = [row for row, _, _ in part]
+            captions = [by_key[keys[row]].caption for row in where], [caption for _, _, caption in part]
+            after.append(unclip.embed_images(text_diff(unclip, latent[where], *captions, torch.full((len(part),), theta))))
+        moved = torch.cat(after)
+        kept = torch.cosine_similarity(moved, latent.image_embed[rows])
+        for kind in ("skin tone", "gender"):
+            of = torch.tensor([kind == this for _, this, _ in pairs])
+            if of.any():
+                shares = [f"{float(right[of].float().mean()):.1%}" for right in (nearer(moved), before, own)]
+                yield [kind, str(int(of.sum())), f"{theta:g}", *shares, f"{float(kept[of].mean()):.3f}"]
+
+
+def stored(data: ImageEmbeddingData, shard: str) -> Iterator[tuple[str, Tensor]]:
+    """Keys and image embeddings of a shard's store."""
+    rows = data.store.shard(shard)
+    yield from zip(rows.keys, torch.from_numpy(rows.image_embed.copy()).float(), strict=True)
+
+
+def pca(unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace) -> Iterator[list[str]]:
+    from unclip_pl.probe import PrincipalComponents, paper_dimensions
+
+    yield ["components", "share of the variance", "of the embedding", "of what is drawn from it"]
+    components = PrincipalComponents.of(data.store.statistics(data.train_shards))
+    _, images = held_out(data, given.count)
+    embed = unclip.embed_images(images)
+    for k in [*paper_dimensions(components.dim), components.dim]:
+        z = components.reconstruct(embed, k)
+        drawn = unclip.decode(z, range(len(images)), sampling=deterministic(unclip, given.steps[0]))
+        cells = [torch.cosine_similarity(z, embed).mean(), torch.cosine_similarity(unclip.embed_images(drawn), embed).mean()]
+        yield [str(k), f"{components.share(k):.1%}", *(f"{float(cell):.3f}" for cell in cells)]
+
+
+JOBS = {"inversion": inversion, "variations": variations, "edits": edits, "pca": pca}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("job", choices=JOBS)
+    arguments.add_argument("--count", type=int, default=32, help="drawings")
+    arguments.add_argument("--steps", type=int, nargs="+", default=[25])
+    arguments.add_argument("--theta", type=float, nargs="+", default=[0.25, 0.5])
+    arguments.add_argument("--decoder")
+    given = arguments.parse_args()
+    data = ImageEmbeddingData(clip=CLIPConfig(), image_size=64)
+    data.prepare_data()
+    data.setup("validate")
+    unclip = UnCLIP.load(given.decoder) if given.decoder else UnCLIP.load()
+    start = time.monotonic()
+    for number, cells in enumerate(JOBS[given.job](unclip, data, given)):
+        print(f"| {' | '.join(cells)} |" + ("\n|" + "---|" * len(cells) if number == 0 else ""), flush=True)
+    print(f"\n{given.count} held-out drawings, {given.job}, steps {given.steps}, {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
