@@ -183,7 +183,7 @@ def test_the_documents_commands_parse_and_its_pictures_are_small():
     lines = [line for block in re.findall(r"```\n(.*?)```", text, re.S) for line in block.splitlines() if line.startswith("unclip ")]
     assert len(lines) >= 8 and all(app.parser().parse_args(shlex.split(line, comments=True)[1:]).run for line in lines)
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert len(pictures) >= 4 and all((ROOT / "docs" / picture).stat().st_size < 200_000 for picture in pictures)
+    assert len(pictures) >= 8 and all((ROOT / "docs" / picture).stat().st_size < 200_000 for picture in pictures)
 
 
 @pytest.mark.parametrize("theta", ["a", "0..b", ""])
