@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from unclip_pl.data.crops import UpsamplerData
 from unclip_pl.data.degradation import DegradationConfig
@@ -74,7 +75,8 @@ def main() -> None:
     data.setup("validate")
     columns: dict[str, list[float]] = {}
     images, rows, start = 0, [], time.perf_counter()
-    for loaded in itertools.islice(data.val_dataloader(), given.count):
+    bar = tqdm(itertools.islice(data.val_dataloader(), given.count), unit="image")
+    for loaded in bar:
         batch = data.on_before_batch_transfer(loaded, 0)
         low_res, image = batch["low_res"].to(given.device), batch["image"].to(given.device)
         bicubic, drawn = stage.enlarged(low_res), stage.sample({"low_res": low_res}, Noise([images]))
@@ -83,6 +85,7 @@ def main() -> None:
             for column, value in values.items():
                 columns.setdefault(f"{name} {column}", []).append(value.item())
         images += 1
+        bar.set_postfix({name: f"{sum(values) / images:.3f}" for name, values in columns.items()})
         rows += [(bicubic, drawn, image)] if images <= SHOWN else []
     seconds = (time.perf_counter() - start) / images
     mean = {name: sum(values) / images for name, values in columns.items()}
