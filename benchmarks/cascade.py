@@ -1,4 +1,5 @@
-"""From captions to 1024x1024 pictures by the weights of the package: seconds, and on Linux peak resident memory, of each stage.
+"""From captions to 1024x1024 pictures by the weights of the package: seconds, those of the processor (all threads), and on Linux
+peak resident memory of each stage.
 
 Also what the activations of one picture take in the 1024 stage's network (float32), in the package and at the paper's size: counted on the meta device.
 """
@@ -33,6 +34,7 @@ def main() -> None:
     unclip.embed_text(PROMPTS[:1])  # loads the CLIP
     captions, seeds = PROMPTS[: given.batch], range(given.batch)
     seconds: dict[str, list[float]] = {}
+    processor: dict[str, list[float]] = {}
     peaks: dict[str, float] = {}
     highest = 0.0
 
@@ -41,10 +43,11 @@ def main() -> None:
         refs = Path("/proc/self/clear_refs")
         if refs.exists():
             refs.write_text("5", encoding="ascii")  # VmHWM begins again at what is resident now
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         with torch.autocast(given.device.split(":")[0], torch.bfloat16, enabled=given.dtype == "bf16"):
             drawn = draw().cpu()
         seconds.setdefault(name, []).append(time.perf_counter() - start)
+        processor.setdefault(name, []).append(time.process_time() - used)
         peaks[name] = max(peaks.get(name, 0.0), peak_mib())
         highest = max(highest, peaks[name])
         return drawn
@@ -54,12 +57,13 @@ def main() -> None:
         images = stage("decoder", lambda embed=embed: unclip.decode(embed, seeds, captions))
         for size in unclip.cascade.sizes:
             images = stage(str(size), lambda images=images: unclip.upsample(images, seeds, 4))
-    timed = {name: spent[given.warmup :] for name, spent in seconds.items()}
+    timed, busy = ({name: spent[given.warmup :] for name, spent in kind.items()} for kind in (seconds, processor))
     networks = {"package": unclip.cascade.stages[-1].net_config, "paper": PAPER}
     activations = {name: forward_bytes(net, 1024, 1024) / 2**20 for name, net in networks.items()}
     report(
         "cascade", given, [sum(round_s) for round_s in zip(*timed.values())], len(captions), before, peak_rss_mib=highest,
-        stage_s={name: statistics.median(spent) for name, spent in timed.items()}, stage_peak_mib=peaks, activations_1024_mib=activations,
+        stage_s={name: statistics.median(spent) for name, spent in timed.items()},
+        stage_cpu_s={name: statistics.median(spent) for name, spent in busy.items()}, stage_peak_mib=peaks, activations_1024_mib=activations,
     )  # fmt: skip
 
 
