@@ -57,7 +57,7 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument("--features", default="clip", help="of FID, KID, precision, recall: clip (the embedded one), inception, NAME/TAG of open_clip")
     made.add_argument("--score-clip", default="openmoji", help="which CLIP scores: openmoji (the embedded one), NAME/TAG of open_clip, local-dir:/folder")
     made.add_argument("--baseline", default="diffusion", help="the arm from which the others' differences are taken")
-    made.add_argument("--resamples", type=positive, default=200, help="of the paired bootstrap")
+    made.add_argument("--resamples", type=positive, default=200, help="random halves of the captions, for the intervals of FID and of the differences")
     made.add_argument("--pictures", type=positive, default=10, help="columns of the picture side by side")
     return made
 
@@ -146,21 +146,21 @@ class Study:
         self.sweep_count = min(given.sweep_captions or len(captions), len(captions))
         self.text = judge.text(captions)
         self.best: dict[str, float] = {}
+        self.paired = not given.reference
         self.real = self._reference()
         self._seen: dict[tuple[str, float], tuple[int, Seen]] = {}
 
-    def _reference(self) -> Seen | Tensor:
-        """Of the captions' own pictures, or the features of --reference: this rank's share."""
-        if self.given.reference:
-            return reference(self.judge.network, Pictures(self.given.reference, rank(), world_size()), self.given.batch_size)
-        size = self.arms[0].model.size
-        batches = pictures_of(self.captions, size, self.given.batch_size, rank(), world_size())
-        return self.judge.look(progress(batches, len(self.captions), "reference"))
+    def _reference(self) -> Seen:
+        """This rank's share of the real pictures: the captions' own, or --reference."""
+        size, place = self.arms[0].model.size, (rank(), world_size())
+        if self.paired:
+            return self.judge.look(progress(pictures_of(self.captions, size, self.given.batch_size, *place), len(self.captions), "reference"))
+        rows = reference(self.judge.network, Pictures(self.given.reference, *place), self.given.batch_size)
+        return Seen(torch.arange(len(rows)) * place[1] + place[0], rows, rows)
 
     def reference(self, count: int) -> Tensor:
         """This rank's features of the reference, of the first `count` captions where it is theirs."""
-
-        return self.real.first(count).features if isinstance(self.real, Seen) else self.real
+        return (self.real.first(count) if self.paired else self.real).features
 
     def drawn(self, arm: Arm, scale: float, first: int | None = None) -> Drawn:
         """An arm's pictures at one guidance scale, in a folder of theirs."""
@@ -176,37 +176,36 @@ class Study:
         return seen.first(count)
 
     def results(self) -> dict[str, Any]:
-        """By arm: `title`, `sweep` by scale, `fixed` and `best` over all captions."""
-        found: dict[str, Any] = {}
-        for arm in self.arms:
-            sweep = {scale: self.figures(arm, scale, self.sweep_count) for scale in self.scales}
-            self.best[arm.name] = min(sweep, key=lambda scale: sweep[scale]["fid"])
-            at = {"fixed": self.fixed.guidance_scale, "best": self.best[arm.name]}
-            found[arm.name] = {"title": TITLES[arm.name], "sweep": {f"{scale:g}": figures for scale, figures in sweep.items()}} | {
-                kind: {"guidance_scale": scale} | self.figures(arm, scale, len(self.captions), 100) for kind, scale in at.items()
-            }
-        return found
+        """By arm: `title`, `sweep` by scale, `fixed` and `best` over all captions. The fixed scale comes first, of all arms: what one looks at first."""
+        scale, everything = self.fixed.guidance_scale, len(self.captions)
+        fixed = {arm.name: {"guidance_scale": scale} | self.figures(arm, scale, everything, self.given.resamples) for arm in self.arms}
+        sweeps = {arm.name: {scale: self.figures(arm, scale, self.sweep_count) for scale in self.scales} for arm in self.arms}
+        self.best = {name: min(sweep, key=lambda scale, sweep=sweep: sweep[scale]["fid"]) for name, sweep in sweeps.items()}
+        return {
+            arm.name: {
+                "title": TITLES[arm.name], "sweep": {f"{scale:g}": figures for scale, figures in sweeps[arm.name].items()}, "fixed": fixed[arm.name],
+                "best": {"guidance_scale": self.best[arm.name]} | self.figures(arm, self.best[arm.name], everything, self.given.resamples),
+            } for arm in self.arms
+        }  # fmt: skip
 
     def figures(self, arm: Arm, scale: float, count: int, bootstrap: int = 0) -> Figures:
         return self.judge.figures(self.reference(count), self.seen(arm, scale, count), self.text, bootstrap)
 
     def differences(self) -> dict[str, dict[str, dict[str, Difference]]]:
         """At the fixed scale, and of each arm at its best: what another arm has more than the baseline."""
-        real = gathered(self.real, self.given.device) if isinstance(self.real, Seen) else None
+        real, given = gathered(self.real, self.given.device).features, self.given
         found: dict[str, dict[str, dict[str, Difference]]] = {}
         for kind in ("fixed", "best"):
             scale = {arm.name: self.fixed.guidance_scale if kind == "fixed" else self.best[arm.name] for arm in self.arms}
             seen = {arm.name: gathered(self.seen(arm, scale[arm.name], len(self.captions)), self.given.device) for arm in self.arms}
             found[kind] = {
-                name: paired_differences(seen[self.given.baseline], other, self.text, real and real.features, self.given.resamples, self.given.seed)
-                for name, other in seen.items() if name != self.given.baseline
+                name: paired_differences(seen[given.baseline], other, self.text, real, given.resamples, given.seed, self.paired)
+                for name, other in seen.items() if name != given.baseline
             }  # fmt: skip
         return found
 
     def side_by_side(self) -> tuple[Image.Image, list[int]]:
         """Rows: the real pictures and each arm at the fixed scale; columns: captions, spread over all. With the captions' numbers."""
-
-
         count = min(self.given.pictures, len(self.captions))
         columns = [round(k * (len(self.captions) - 1) / max(1, count - 1)) for k in range(count)]
         rows, labels = [], []
@@ -217,11 +216,6 @@ class Study:
             rows.append(self.drawn(arm, self.fixed.guidance_scale).pictures(columns))
             labels.append(TITLES[arm.name].partition(" (")[0])
         return grid(rows, labels), columns
-
-
-def title(arm: str) -> str:
-
-    return TITLES[arm]
 
 
 HEADERS = ("", "guidance", "FID", "KID x 1000", "CLIP score", "precision", "recall", "own caption first")

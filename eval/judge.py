@@ -117,37 +117,36 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def paired_differences(
-    a: Seen, b: Seen, text: Tensor, real: Tensor | None, resamples: int = 500, seed: int = 0, by_caption: bool = True
-) -> dict[str, Difference]:
-    """b less a, of `fid`, `clip_score` and `r1`: the captions are drawn anew with replacement, the same for both sets and, `by_caption`, for the reference.
+def paired_differences(a: Seen, b: Seen, text: Tensor, real: Tensor | None, resamples: int = 500, seed: int = 0, paired: bool = True) -> dict[str, Difference]:
+    """b less a, of `fid`, `clip_score` and `r1`, with what they differ by over random halves of the captions, the same ones for both sets.
 
-    Sets with doubles lie further from the reference than fresh ones, so the interval is the value +- 1.96 times the spread of the draws' differences.
+    Halves, drawn without replacement, spread as fresh sets of the whole size do (see `distances.bootstrap`). Where they lie says nothing, for the Frechet
+    distance of halves is more biased: the interval is the value +- 1.96 times the spread. `paired`: row k of the reference belongs to caption k, and goes
+    into the halves that it does; else halves of the reference are drawn too.
     """
     if not torch.equal(a.index, b.index):
         raise UserError("The two sets of pictures are not of the same captions: draw both from the same ones.")
-    n, values = len(a.index), {}
-    for seen in (a, b):
-        scores = metrics.clip_scores(seen.image_embed, text[seen.index])
-        unit = torch.nn.functional.normalize
-        first = metrics.retrieval_ranks(unit(seen.image_embed.double(), dim=1), unit(text[seen.index].double(), dim=1)) <= 1
-        values.setdefault("clip_score", []).append(scores)
-        values.setdefault("r1", []).append(first.double())
-    generator = torch.Generator().manual_seed(seed)
-    draws = [torch.randint(n, (n,), generator=generator) for _ in range(resamples)]
-    found = {}
-    for name, (left, right) in values.items():
-        apart = right - left
-        found[name] = _interval(apart.mean().item(), [apart[draw].mean().item() for draw in draws])
+    generator, n = torch.Generator().manual_seed(seed), len(a.index)
+    halves = [torch.randperm(n, generator=generator)[: n // 2] for _ in range(resamples)]
+    captions, found = text[a.index], {}
+    for name, values in {"clip_score": metrics.clip_scores, "r1": _found_first}.items():
+        apart = values(b.image_embed, captions) - values(a.image_embed, captions)
+        found[name] = _interval(apart.mean().item(), [apart[half].mean().item() for half in halves])
     if real is not None:
-
-        def apart_by(draw: Tensor) -> float:
-            reference = distances.gaussian(real[draw] if by_caption else real[torch.randint(len(real), (len(real),), generator=generator)])
-            return _frechet(reference, b.features[draw]) - _frechet(reference, a.features[draw])
-
-        whole = distances.gaussian(real)
-        found["fid"] = _interval(_frechet(whole, b.features) - _frechet(whole, a.features), [apart_by(draw) for draw in draws])
+        others = halves if paired else [torch.randperm(len(real), generator=generator)[: len(real) // 2] for _ in halves]
+        everything = torch.arange(n), torch.arange(len(real))
+        value, *spread = (
+            _frechet(reference, b.features[half]) - _frechet(reference, a.features[half])
+            for half, reference in ((half, distances.gaussian(real[other])) for half, other in (everything, *zip(halves, others, strict=True)))
+        )
+        found["fid"] = _interval(value, spread)
     return found
+
+
+def _found_first(image_embed: Tensor, text_embed: Tensor) -> Tensor:
+    """(N,) 1.0 where a picture's own caption is the nearest of all."""
+    image, text = (torch.nn.functional.normalize(rows.double(), dim=1) for rows in (image_embed, text_embed))
+    return (metrics.retrieval_ranks(image, text) <= 1).double()
 
 
 def _frechet(reference: distances.Gaussian, features: Tensor) -> float:

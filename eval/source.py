@@ -137,7 +137,8 @@ class Drawn:
         for shard in self.mine:
             for batch in Pictures(str(shard), max_bad_rate=0.0).batches(batch_size):
                 kept = sum(int(key) < len(self) for key in batch["keys"])  # of the last shard
-                yield {name: values[:kept] for name, values in batch.items()}
+                if kept:
+                    yield {name: values[:kept] for name, values in batch.items()}
 
 
     def pictures(self, indices: Sequence[int]) -> Tensor:

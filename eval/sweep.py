@@ -4,8 +4,9 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from eval import arms, report
 from eval.arms import Arm
@@ -20,7 +21,7 @@ from unclip_pl.commands.common import chosen
 from unclip_pl.errors import UserError
 from unclip_pl.images import grid, save_png
 from unclip_pl.pipeline import CONDITIONS, DEFAULT_DECODER, DEFAULT_PRIORS
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import Decoder, SamplingConfig
 
 HEADERS = ("sampler", "steps", "guidance", *SHOWN.values())
 
@@ -42,12 +43,17 @@ def arguments() -> argparse.ArgumentParser:
     return made
 
 
-def points(given: argparse.Namespace, own: SamplingConfig) -> dict[str, list[SamplingConfig]]:
-    """Curves by name: "guidance", and one for each sampler over steps."""
-    curves = {"guidance": [replace(own, guidance_scale=float(scale)) for scale in sorted(set(given.guidance_scales))]}
+def points(given: argparse.Namespace, decoder: Decoder) -> dict[str, list[SamplingConfig]]:
+    """Curves by name: "guidance", and one for each sampler over steps. UserError where a setting is impossible: before anything is drawn."""
+
+    def point(**options: Any) -> SamplingConfig:
+        return chosen(argparse.Namespace(**{**vars(given), **options}), decoder)
+
+    own = point()
+    curves = {"guidance": [point(guidance_scale=float(scale)) for scale in sorted(set(given.guidance_scales))]}
     samplers = given.sweep_samplers or ([own.sampler] if given.sweep_steps else [])
     for sampler in samplers:
-        curves[sampler] = [replace(own, sampler=sampler, steps=steps) for steps in sorted(set(given.sweep_steps or [own.steps]))]
+        curves[sampler] = [point(sampler=sampler, steps=steps) for steps in sorted(set(given.sweep_steps or [own.steps]))]
     found = {name: curve for name, curve in curves.items() if curve}
     if not found:
         raise UserError("There is nothing to sweep: give --guidance-scales, --sweep-steps or --sweep-samplers.")
@@ -80,9 +86,7 @@ def run(given: argparse.Namespace) -> Figures:
     captions = read_captions(given.captions, given.num_captions, model.size)
     if not given.reference and not all(caption.image for caption in captions):
         raise UserError(f"The captions of {given.captions} have no pictures to compare with: give real ones with --reference.")
-    curves = points(given, chosen(given, model.unclip.decoder))
-    for sampling in (one for curve in curves.values() for one in curve):
-        chosen(argparse.Namespace(guidance_scale=sampling.guidance_scale, steps=sampling.steps), model.unclip.decoder)  # refused before anything is drawn
+    curves = points(given, model.unclip.decoder)
     arm = arm_of(given, captions, model)
     judge = Judge(given.features, given.score_clip, given.device, given.precision)
     text = judge.text(captions)

@@ -1,5 +1,6 @@
 """`eval.compare`: arms that differ in their embedding alone, sets judged as the metrics judge them, intervals that hold what they should."""
 
+import html
 import json
 import os
 import subprocess
@@ -87,7 +88,7 @@ def test_priors_are_drawn_once_whatever_the_guidance():
 def test_tables_pictures_page_and_events_lie_in_the_folder(ran):
     out, found = ran
     page = (out / "compare.html").read_text()
-    assert all(arms.TITLES[name] in page for name in found["arms"]) and page.count("<svg") == 6 and "data:image/png;base64," in page
+    assert all(html.escape(arms.TITLES[name]) in page for name in found["arms"]) and page.count("<svg") == 6 and "data:image/png;base64," in page
     table = (out / "compare.md").read_text()
     assert table.count("| diffusion prior |") == 2 and table.count("| AR prior |") == 4
     with Image.open(out / "compare.png") as picture:
@@ -172,6 +173,23 @@ def test_interval_of_the_score_is_that_of_a_paired_mean():
     apart = cosine(b) - cosine(a)
     assert one.value == pytest.approx(apart.mean().item(), rel=1e-6)
     assert (one.high - one.low) / 2 == pytest.approx(1.96 * apart.std().item() / 300**0.5, rel=0.1)
+
+
+def test_reference_of_other_pictures_is_halved_by_itself():
+    text, real = features(300, 16, 6), features(500, 16, 5)
+    one, two = (paired_differences(seen(1), seen(2, shift=0.2), text, rows, resamples=30, paired=False)["fid"] for rows in (real, real.flip(0)))
+    assert one.value == pytest.approx(two.value, rel=1e-9) and one.sure and two.sure and one.low != two.low
+
+
+def test_interval_of_the_distance_is_as_wide_as_fresh_sets_differ():
+    """Sets drawn anew are the oracle: the half width must be about 1.96 times the spread of the difference over them."""
+    text, apart = features(200, 16, 6), []
+    for k in range(24):
+        sets = seen(3 * k, 200), seen(3 * k + 1, 200, shift=0.1)
+        apart.append(paired_differences(*sets, text, features(200, 16, 3 * k + 2), resamples=20)["fid"])
+    spread = 1.96 * torch.tensor([one.value for one in apart]).std().item()
+    width = torch.tensor([(one.high - one.low) / 2 for one in apart]).mean().item()
+    assert 0.6 < width / spread < 1.6
 
 
 def test_sets_of_other_captions_are_refused():

@@ -91,7 +91,7 @@ def test_a_killed_run_keeps_whole_shards_and_draws_the_rest(tmp_path):
 def test_the_first_captions_are_part_of_all(tmp_path):
     first, whole = drawn(tmp_path, first=6), drawn(tmp_path)
     assert len(first) == 6 and list(all_of(first)) == [f"{k:07d}" for k in range(6)]
-    assert len(list(tmp_path.glob("*.tar"))) == 2
+    assert len(list(tmp_path.glob("*.tar"))) == 2 and all(batch["keys"] for batch in first.batches(1))
     assert dict(list(all_of(whole).items())[:6]) == all_of(first) and len(all_of(whole)) == 11
     torch.testing.assert_close(whole.pictures([10, 0]), draw([10, 0]), rtol=0, atol=1 / 255)
 
