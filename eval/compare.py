@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -30,7 +30,7 @@ from unclip_pl.commands.common import chosen
 from unclip_pl.data.shards import decode
 from unclip_pl.errors import UserError
 from unclip_pl.images import grid, save_png
-from unclip_pl.pipeline import DEFAULT_DECODER, DEFAULT_PRIORS, UnCLIP, load_stage
+from unclip_pl.pipeline import DEFAULT_DECODER, DEFAULT_PRIORS, Prior, UnCLIP, load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.decoder import SamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
@@ -84,7 +84,7 @@ def arms_of(given: argparse.Namespace, model: Model, captions: Sequence[Caption]
             said.append(f"The arm of the {arms.TITLES[name]} is left out, as asked.")
             continue
         where = DEFAULT_PRIORS.get(path, Path(path))
-        unclip = UnCLIP(decoder, load_stage(where, kind), model.unclip.clip, given.device)
+        unclip = UnCLIP(decoder, cast(Prior, load_stage(where, kind)), model.unclip.clip, given.device)
         options = given if name == "diffusion" else argparse.Namespace()
         arm = arms.of_prior(name, model, unclip, chosen(options, unclip.prior, "prior_"), captions, seed)
         arm.settings["prior"] = weights_of(where)
@@ -180,7 +180,7 @@ class Study:
         scale, everything = self.fixed.guidance_scale, len(self.captions)
         fixed = {arm.name: {"guidance_scale": scale} | self.figures(arm, scale, everything, self.given.resamples) for arm in self.arms}
         sweeps = {arm.name: {scale: self.figures(arm, scale, self.sweep_count) for scale in self.scales} for arm in self.arms}
-        self.best = {name: min(sweep, key=lambda scale, sweep=sweep: sweep[scale]["fid"]) for name, sweep in sweeps.items()}
+        self.best = {name: min((figures["fid"], scale) for scale, figures in sweep.items())[1] for name, sweep in sweeps.items()}
         return {
             arm.name: {
                 "title": TITLES[arm.name], "sweep": {f"{scale:g}": figures for scale, figures in sweeps[arm.name].items()}, "fixed": fixed[arm.name],
