@@ -55,10 +55,11 @@ class Arm:
     embed: Embed
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def drawn(self, folder: Path, sampling: SamplingConfig, first: int | None = None, **place: int) -> Drawn:
-        """Its pictures with these settings of the decoder, in `folder`; `place`: rank and world_size."""
+    def drawn(self, folder: Path, sampling: SamplingConfig, first: int | None = None, rank: int = 0, world_size: int = 1) -> Drawn:
+        """Its pictures with these settings of the decoder, in `folder`."""
         settings = self.model.settings | self.settings | {"arm": self.name, "seed": self.seed, "sampling": asdict(sampling)}
-        return Drawn(folder, self.captions, self.draw(sampling), settings, f"{self.name} at {sampling.guidance_scale:g}", first, **place)
+        name = f"{self.name} at {sampling.guidance_scale:g}"
+        return Drawn(folder, self.captions, self.draw(sampling), settings, name, first, rank=rank, world_size=world_size)
 
     def draw(self, sampling: SamplingConfig) -> Draw:
         def draw(indices: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -30,7 +30,7 @@ from unclip_pl.commands.common import chosen
 from unclip_pl.data.shards import decode
 from unclip_pl.errors import UserError
 from unclip_pl.images import grid, save_png
-from unclip_pl.pipeline import DEFAULT_DECODER, DEFAULT_PRIORS, UnCLIP, load_stage
+from unclip_pl.pipeline import DEFAULT_DECODER, DEFAULT_PRIORS, Prior, UnCLIP, load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.decoder import SamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
@@ -58,7 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument("--score-clip", default="openmoji", help="which CLIP scores: openmoji (the embedded one), NAME/TAG of open_clip, local-dir:/folder")
     made.add_argument("--baseline", default="diffusion", help="the arm from which the others' differences are taken")
     made.add_argument("--resamples", type=positive, default=200, help="random halves of the captions, for the intervals of FID and of the differences")
-    made.add_argument("--pictures", type=positive, default=10, help="columns of the picture side by side")
+    made.add_argument("--pictures", type=positive, default=8, help="columns of the picture side by side")
     return made
 
 
@@ -84,7 +84,7 @@ def arms_of(given: argparse.Namespace, model: Model, captions: Sequence[Caption]
             said.append(f"The arm of the {arms.TITLES[name]} is left out, as asked.")
             continue
         where = DEFAULT_PRIORS.get(path, Path(path))
-        unclip = UnCLIP(decoder, load_stage(where, kind), model.unclip.clip, given.device)
+        unclip = UnCLIP(decoder, cast(Prior, load_stage(where, kind)), model.unclip.clip, given.device)
         options = given if name == "diffusion" else argparse.Namespace()
         arm = arms.of_prior(name, model, unclip, chosen(options, unclip.prior, "prior_"), captions, seed)
         arm.settings["prior"] = weights_of(where)
@@ -119,13 +119,14 @@ def run(given: argparse.Namespace) -> Figures:
     study = Study(given, ways, captions, judge, fixed, scales)
     results = study.results()
     differences = study.differences()
+    real = judge.figures(None, study.real, study.text) if study.paired else None
     settings = {
         "decoder": given.decoder, "captions": f"{given.captions} ({len(captions)})", "sweep over": f"the first {study.sweep_count}",
         "features": judge.network.name, "CLIP that scores": str(judge.clip.config), "seed": given.seed, **asdict(fixed),
     }  # fmt: skip
     if rank() == 0:
-        write(given.out, study, results, differences, said, settings)
-    return {"arms": results, "differences": plain(differences), "baseline": given.baseline, "said": said, "settings": settings}
+        write(given.out, study, results, real, differences, said, settings)
+    return {"arms": results, "real": real, "differences": plain(differences), "baseline": given.baseline, "said": said, "settings": settings}
 
 
 def plain(differences: dict[str, dict[str, dict[str, Difference]]]) -> dict[str, Any]:
@@ -180,7 +181,7 @@ class Study:
         scale, everything = self.fixed.guidance_scale, len(self.captions)
         fixed = {arm.name: {"guidance_scale": scale} | self.figures(arm, scale, everything, self.given.resamples) for arm in self.arms}
         sweeps = {arm.name: {scale: self.figures(arm, scale, self.sweep_count) for scale in self.scales} for arm in self.arms}
-        self.best = {name: min(sweep, key=lambda scale, sweep=sweep: sweep[scale]["fid"]) for name, sweep in sweeps.items()}
+        self.best = {name: min((figures["fid"], scale) for scale, figures in sweep.items())[1] for name, sweep in sweeps.items()}
         return {
             arm.name: {
                 "title": TITLES[arm.name], "sweep": {f"{scale:g}": figures for scale, figures in sweeps[arm.name].items()}, "fixed": fixed[arm.name],
@@ -226,17 +227,19 @@ def row(arm: str, figures: Figures) -> list[str]:
     return [
         TITLES[arm], f"{figures['guidance_scale']:g}", f"{figures['fid']:.4g} [{figures['fid_low']:.4g}, {figures['fid_high']:.4g}]",
         f"{1000 * figures['kid']:.4g} ± {1000 * figures['kid_se']:.2g}",
-        f"{figures['clip_score']:.2f} [{figures['clip_score_low']:.2f}, {figures['clip_score_high']:.2f}]",
-        f"{figures['precision']:.3f}", f"{figures['recall']:.3f}", f"{figures['r1']:.1%}",
+        score(figures), f"{figures['precision']:.3f}", f"{figures['recall']:.3f}", f"{figures['r1']:.1%}",
     ]  # fmt: skip
+
+
+def score(figures: Figures) -> str:
+    """The CLIP score with its interval."""
+    return f"{figures['clip_score']:.2f} [{figures['clip_score_low']:.2f}, {figures['clip_score_high']:.2f}]"
 
 
 def difference_row(arm: str, differences: dict[str, Difference]) -> list[str]:
     """One arm's line of the table of differences; a figure whose interval holds 0 stands in brackets."""
 
     def cell(name: str, digits: int, factor: float = 1.0) -> str:
-        if name not in differences:
-            return "-"
         one = differences[name]
         text = f"{one.value * factor:+.{digits}f} [{one.low * factor:+.{digits}f}, {one.high * factor:+.{digits}f}]"
         return text if one.sure else f"({text})"
@@ -245,14 +248,19 @@ def difference_row(arm: str, differences: dict[str, Difference]) -> list[str]:
 
 
 def write(
-    out: Path, study: Study, results: dict[str, Any], differences: dict[str, dict[str, dict[str, Difference]]], said: Sequence[str], settings: dict[str, Any],
+    out: Path, study: Study, results: dict[str, Any], real: Figures | None, differences: dict[str, dict[str, dict[str, Difference]]],
+    said: Sequence[str], settings: dict[str, Any],
 ) -> None:
     """compare.md, compare.png, compare.html and TensorBoard's events in `out`; the tables are printed too."""
     picture, columns = study.side_by_side()
     baseline = TITLES[study.given.baseline]
+    last = [] if real is None else [["real pictures", "-", "-", "-", score(real), "-", "-", f"{real['r1']:.1%}"]]
     sections: list[tuple[str, Sequence[str], list[list[str]]]] = [
-        (f"Guidance {study.fixed.guidance_scale:g} for all", HEADERS, [row(arm, found["fixed"]) for arm, found in results.items()]),
-        (f"Each at its best guidance (least FID over {study.sweep_count} captions)", HEADERS, [row(arm, found["best"]) for arm, found in results.items()]),
+        (name, HEADERS, [*(row(arm, found[kind]) for arm, found in results.items()), *last])
+        for kind, name in (
+            ("fixed", f"Guidance {study.fixed.guidance_scale:g} for all"),
+            ("best", f"Each at its best guidance (least FID over {study.sweep_count} captions)"),
+        )
     ]
     for kind, what in (("fixed", f"guidance {study.fixed.guidance_scale:g} for all"), ("best", "each at its best guidance")):
         headers = (f"less the {baseline}: {what}", "FID", "CLIP score", "own caption first, points")

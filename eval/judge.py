@@ -28,13 +28,13 @@ SMALLER = ("fid", "kid", "cmmd", "rank_mean", "rank_median")
 class Seen(NamedTuple):
     """This rank's pictures: number of the caption (N,), features (N, D), embeddings by the CLIP that scores (N, E)."""
 
-    index: Tensor
+    number: Tensor
     features: Tensor
     image_embed: Tensor
 
     def first(self, count: int) -> "Seen":
         """Those of the first captions."""
-        return Seen(*(rows[self.index < count] for rows in self))
+        return Seen(*(rows[self.number < count] for rows in self))
 
 
 class Judge:
@@ -78,7 +78,7 @@ class Judge:
         for metric in (metrics.CLIPScore(), metrics.RetrievalRank(self.clip.embed_dim)):
             if distributed.is_initialized() and distributed.get_backend() == "nccl":
                 metric.to("cuda")
-            metric.update(seen.image_embed, text[seen.index])
+            metric.update(seen.image_embed, text[seen.number])
             figures |= metric.compute()
         return figures
 
@@ -99,7 +99,7 @@ def gathered(seen: Seen, device: str) -> Seen:
 
         place = device if distributed.get_backend() == "nccl" else "cpu"
         seen = Seen(*(torch.cat([part.cpu() for part in gather_all_tensors(rows.to(place))]) for rows in seen))
-    order = seen.index.argsort()
+    order = seen.number.argsort()
     return Seen(*(rows[order] for rows in seen))
 
 
@@ -124,11 +124,11 @@ def paired_differences(a: Seen, b: Seen, text: Tensor, real: Tensor | None, resa
     distance of halves is more biased: the interval is the value +- 1.96 times the spread. `paired`: row k of the reference belongs to caption k, and goes
     into the halves that it does; else halves of the reference are drawn too.
     """
-    if not torch.equal(a.index, b.index):
+    if not torch.equal(a.number, b.number):
         raise UserError("The two sets of pictures are not of the same captions: draw both from the same ones.")
-    generator, n = torch.Generator().manual_seed(seed), len(a.index)
+    generator, n = torch.Generator().manual_seed(seed), len(a.number)
     halves = [torch.randperm(n, generator=generator)[: n // 2] for _ in range(resamples)]
-    captions, found = text[a.index], {}
+    captions, found = text[a.number], {}
     for name, values in {"clip_score": metrics.clip_scores, "r1": _found_first}.items():
         apart = values(b.image_embed, captions) - values(a.image_embed, captions)
         found[name] = _interval(apart.mean().item(), [apart[half].mean().item() for half in halves])

@@ -34,7 +34,7 @@ from unclip_pl.clip import FrozenCLIP
 from unclip_pl.commands.common import chosen
 from unclip_pl.errors import UserError
 from unclip_pl.images import from_pil, to_pil
-from unclip_pl.pipeline import CONDITIONS, DEFAULT_DECODER, DEFAULT_PRIORS, DEFAULT_UPSAMPLERS, UnCLIP, read_weights
+from unclip_pl.pipeline import CONDITIONS, DEFAULT_DECODER, DEFAULT_PRIORS, DEFAULT_UPSAMPLERS, Condition, UnCLIP, read_weights
 
 Draw = Callable[[Sequence[int]], Tensor]
 """Indices of captions -> float (B, 3, H, W) in [-1, 1]."""
@@ -213,7 +213,7 @@ def open_source(arguments: argparse.Namespace) -> Source:
         given = [caption.text for caption in read_captions(arguments.captions)] if arguments.captions else None
         return Pictures(arguments.images, rank(), world_size(), arguments.max_bad_rate, given)
     decoder = str(DEFAULT_DECODER) if arguments.ckpt == "openmoji" else arguments.ckpt
-    condition = arguments.condition or ("text" if read_weights(decoder).hyper_parameters.get("condition") == "text" else "prior")
+    condition: Condition = arguments.condition or ("text" if read_weights(decoder).hyper_parameters.get("condition") == "text" else "prior")
     if condition != "prior" and arguments.prior:
         raise UserError(f"--prior is given, and --condition {condition} uses none: leave one of them out.")
     prior = (arguments.prior or "diffusion") if condition == "prior" else None

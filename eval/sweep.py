@@ -134,7 +134,8 @@ def write(out: Path, results: dict[str, list[Figures]], rows: list[list[str]], s
         file.write(table)
     guidance = results.get("guidance", [])
     samplers = {name: curve for name, curve in results.items() if name != "guidance"}
-    plots, scalars = [], {}
+    plots: list[str] = []
+    scalars: dict[str, report.Points] = {}
     for figure, said in SHOWN.items():
         for x, axis, series in (
             ("guidance", "guidance scale", {"guidance": [(one["guidance_scale"], one[figure]) for one in guidance]} if guidance else {}),

@@ -56,6 +56,7 @@ def test_all_six_arms_are_judged_at_the_fixed_scale_and_at_their_best(ran):
         assert arm["best"]["guidance_scale"] == float(best) and arm["sweep"]["1"]["n_fake"] == 6 and arm["fixed"]["n_fake"] == 12
         assert {"fid", "kid", "clip_score", "precision", "recall", "r1", "fid_low", "clip_score_high"} <= set(arm["best"])
     assert len({json.dumps(arm["fixed"]) for arm in found.values()}) == 6
+    assert ran[1]["real"]["n"] == 12 and ran[1]["real"]["clip_score"] > max(arm["fixed"]["clip_score"] for arm in found.values())  # random decoders
 
 
 def test_each_arm_draws_what_the_stages_draw_from_its_embedding_with_the_same_noise(ran, stages):
@@ -90,7 +91,7 @@ def test_tables_pictures_page_and_events_lie_in_the_folder(ran):
     page = (out / "compare.html").read_text()
     assert all(html.escape(arms.TITLES[name]) in page for name in found["arms"]) and page.count("<svg") == 6 and "data:image/png;base64," in page
     table = (out / "compare.md").read_text()
-    assert table.count("| diffusion prior |") == 2 and table.count("| AR prior |") == 4
+    assert table.count("| real pictures |") == table.count("| diffusion prior |") == 2 and table.count("| AR prior |") == 4
     with Image.open(out / "compare.png") as picture:
         assert picture.height >= 7 * 16 and picture.width > 3 * 16 and picture.text["captions"].count(";") == 2
     assert list((out / "tensorboard").glob("events.out.tfevents*"))
