@@ -44,7 +44,7 @@ def drift(images: Tensor, low_res: Tensor) -> Tensor:
 
 
 def closest(rows: dict[str, Tensor], side: int = 128) -> Image.Image:
-    """A labelled picture: of each image the `side` x `side` pixels where the last row has the most edges, enlarged to 256."""
+    """A labelled picture: of each image the `side` x `side` pixels where the last row has the most edges, twice as large for 128."""
     target = list(rows.values())[-1]
     corners = []
     for image in target:
@@ -91,7 +91,7 @@ def main() -> None:
         if given.picture and images == min(SHOWN, given.count):
             shown = [torch.cat(row).cpu() for row in zip(*rows)]
             labels = [f"bicubic, {psnr(shown[0], shown[2]).mean():.1f} dB", f"drawn, {psnr(shown[1], shown[2]).mean():.1f} dB", "original"]
-            save_png(closest(dict(zip(labels, shown)), 128 if given.size < 512 else 256), given.picture)
+            save_png(closest(dict(zip(labels, shown)), 128 if given.size < 512 else 216), given.picture)
     seconds = (time.perf_counter() - start) / images
     mean = {name: sum(values) / images for name, values in columns.items()}
     print(f"{images} held-out images at {given.size}, {stage.sampling.sampler} with {stage.sampling.steps} steps, {seconds:.1f} s an image\n")
