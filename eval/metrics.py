@@ -160,7 +160,7 @@ class FrechetSpread(TwoSets):
         self.resamples, self.seed = resamples, seed
 
     def compute(self) -> dict[str, float | None]:
-        real, fake = self.sets()
+        real, fake = (rows[rows.double().sum(1).argsort()] for rows in self.sets())  # whatever the order in which ranks and batches came
         spread = distances.bootstrap(distances.frechet, real, fake, self.resamples, self.seed)
         enough = min(len(real), len(fake)) >= 4 * self.dim
         infinity = distances.frechet_infinity(real, fake, self.seed) if enough else None

@@ -68,9 +68,10 @@ def report(stage: str, arguments: argparse.Namespace) -> str:
 
 def configured(stage: str, overlays: list[str]) -> tuple[Any, Any, int]:
     """The stage on the meta device, its DataModule, and the optimiser steps of its run; nothing is read and nothing drawn."""
-    from unclip_pl.cli import build_cli, find_configs
+    from unclip_pl.cli import build_cli, find_config, find_configs
     from unclip_pl.stages.base import Stage
 
+    find_config(stage)
     path = Path(stage)
     files = [str(path.parent.parent / path.name), stage] if path.parent.name == "paper" else [stage]
     files += overlays
