@@ -12,6 +12,8 @@ from torch import Tensor
 
 BLOCK = 1024
 """Rows that are worked on at a time."""
+PANEL = 256
+"""Columns of a symmetric product that are worked on at a time."""
 Distance = Callable[[Tensor, Tensor], float]
 
 
@@ -42,19 +44,26 @@ def gaussian(x: Tensor) -> Gaussian:
         return Gaussian(mean, (x.double() - mean).T / (n - 1) ** 0.5)
     product = torch.zeros(dim, dim, dtype=torch.float64, device=x.device)
     for block in x.split(BLOCK):
-        centred = block.double() - mean
-        product.addmm_(centred.T, centred)
+        add_gram(product, block.double() - mean)
     return Gaussian(mean, factor(product / (n - 1)))
 
 
+def add_gram(product: Tensor, x: Tensor) -> None:
+    """Add x^T x of (N, D) to the lower triangle of (D, D), in place; above it not all is added, which saves nearly half the work."""
+    for start in range(0, len(product), PANEL):
+        panel = slice(start, start + PANEL)
+        product[start:, panel].addmm_(x[:, start:].T, x[:, panel])
+
+
 def of_sums(count: int, total: Tensor, product: Tensor) -> Gaussian:
-    """The Gaussian of `count` rows from their sum (D,) and the sum of their outer products (D, D), both float64."""
+    """The Gaussian of `count` rows from their sum (D,) and the sum of their outer products (D, D; its lower triangle is read), both float64."""
     mean = total / count
     return Gaussian(mean, factor((product - count * torch.outer(mean, mean)) / (count - 1)))
 
 
 def factor(covariance: Tensor) -> Tensor:
-    """(D, D) symmetric, not negative -> F with F F^T = it: Cholesky's, or where it is singular from its eigenvectors (D, r)."""
+    """(D, D) symmetric, not negative; the lower triangle is read -> F with F F^T = it: Cholesky's, or where it is singular of its eigenvectors (D, r)."""
+    covariance = covariance.tril() + covariance.tril(-1).T
     lower, failed = torch.linalg.cholesky_ex(covariance)
     if not failed:
         return lower
@@ -73,8 +82,10 @@ def _nuclear(matrix: Tensor) -> Tensor:
     """The sum of the singular values; of a large matrix from the eigenvalues of its square: quicker, and only the least lose digits."""
     if min(matrix.shape) <= BLOCK:
         return torch.linalg.svdvals(matrix).sum()
-    square = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
-    return torch.linalg.eigvalsh(square).clamp(min=0).sqrt().sum()
+    side = min(matrix.shape)
+    square = torch.zeros(side, side, dtype=matrix.dtype, device=matrix.device)
+    add_gram(square, matrix if matrix.shape[1] == side else matrix.T)
+    return torch.linalg.eigvalsh(square, UPLO="L").clamp(min=0).sqrt().sum()
 
 
 def frechet(a: Tensor, b: Tensor) -> float:

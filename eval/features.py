@@ -26,11 +26,18 @@ NAMES = ("clip", "inception")
 class Features(Protocol):
     """What the metrics need of a network."""
 
-    name: str
-    dim: int
-    key: str | None
-    """Tells this network, its weights and its resizing from others in the cache of reference features; None: its features are not cached."""
-    is_clip: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def key(self) -> str | None:
+        """Tells this network, its weights and its resizing from others in the cache of reference features; None: its features are not cached."""
+
+    @property
+    def is_clip(self) -> bool: ...
 
     def __call__(self, images: Tensor) -> Tensor: ...
 

@@ -25,7 +25,8 @@ Batch = dict[str, Any]
 class Source(Protocol):
     """Images to be judged; `len` counts those of all ranks, `batches` gives this rank's."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __len__(self) -> int: ...
 

@@ -108,7 +108,7 @@ class FrechetDistance(TwoSets):
             block = torch.cat(rows)
             getattr(self, f"{name}_count").add_(len(block))
             getattr(self, f"{name}_sum").add_(block.sum(0))
-            getattr(self, f"{name}_product").addmm_(block.T, block)
+            distances.add_gram(getattr(self, f"{name}_product"), block)
             rows.clear()
 
     def compute(self) -> dict[str, float]:
@@ -128,7 +128,9 @@ class FrechetDistance(TwoSets):
             return distances.gaussian(rest), total
         if not len(rest):
             return distances.of_sums(count, getattr(self, f"{name}_sum"), getattr(self, f"{name}_product")), total
-        return distances.of_sums(total, getattr(self, f"{name}_sum") + rest.sum(0), getattr(self, f"{name}_product").addmm(rest.T, rest)), total
+        product = getattr(self, f"{name}_product").clone()
+        distances.add_gram(product, rest)
+        return distances.of_sums(total, getattr(self, f"{name}_sum") + rest.sum(0), product), total
 
 
 def of_sizes(dim: int, n_real: int, n_fake: int) -> list[str]:
