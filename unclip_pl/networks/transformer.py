@@ -19,7 +19,7 @@ Past = list[Tensor]
 class Packing(NamedTuple):
     """Which tokens of a batch (B, N) are worth computing: all but attention then works on those alone, (T, width)."""
 
-    index: Tensor
+    places: Tensor
     """(T,) int64, their places among the B * N."""
     size: int
     """B"""
@@ -31,11 +31,11 @@ class Packing(NamedTuple):
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, N, width) -> (T, width)"""
-        return x.flatten(0, 1).index_select(0, self.index)
+        return x.flatten(0, 1).index_select(0, self.places)
 
     def unpack(self, x: Tensor, length: int) -> Tensor:
         """(T, width) -> (B, N, width), zeros where nothing was computed."""
-        return x.new_zeros(self.size * length, x.shape[1]).index_copy(0, self.index, x).unflatten(0, (self.size, length))
+        return x.new_zeros(self.size * length, x.shape[1]).index_copy(0, self.places, x).unflatten(0, (self.size, length))
 
 
 class Block(Unit):

@@ -81,7 +81,7 @@ class _Autocast(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             q, k, v = (self._half(x) for x in args[:3])
-            pairs = q.shape[-2] * k.shape[-2]
+            pairs: float = q.shape[-2] * k.shape[-2]
             if kwargs.get("is_causal"):
                 pairs = q.shape[-2] * (2 * k.shape[-2] - q.shape[-2] + 1) / 2
             self.flops += 4 * math.prod(q.shape[:-2]) * pairs * q.shape[-1]
@@ -131,8 +131,8 @@ def example(stage: Any, crop: int | None = None) -> dict[str, Any]:
 def count(stage: LightningModule, crop: int | None = None) -> Needs:
     """Parameters, operations and activations of a stage, which is moved to the meta device for it."""
     stage = stage.to("meta").train()
-    if hasattr(stage, "quantizer"):
-        stage.quantizer.codes = stage.quantizer.max_codes  # as many as there may be: the data decide when training starts
+    if (quantizer := cast(Any, getattr(stage, "quantizer", None))) is not None:
+        quantizer.codes = quantizer.max_codes  # as many as there may be: the data decide when training starts
     units = {name: module for name, module in stage.named_modules() if isinstance(module, Unit)}
     weights = {_storage(parameter) for parameter in stage.parameters()}
     kept: list[Tensor] = []  # alive, so that no storage is given another's number
