@@ -109,7 +109,7 @@ def test_a_second_run_draws_nothing_and_says_the_same(ran, stages, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_ranks_give_the_same_pictures_and_figures(ran, stages, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517", "-m", "eval.compare"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "eval.compare"]
     done = subprocess.run(
         [*command, *words(stages, tmp_path / "two")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
     )
