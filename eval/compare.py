@@ -22,7 +22,7 @@ from eval.captions import Caption, read_captions
 from eval.common import Figures, command, parser, positive, progress, rank, world_size
 from eval.extract import reference
 from eval.folders import Pictures
-from eval.judge import SHOWN, Difference, Judge, Seen, gathered, paired_differences, pictures_of
+from eval.judge import SHOWN, Difference, Judge, Seen, gathered, paired_differences, pictures_of, spread
 from eval.source import Drawn, Model, add_drawing, weights_of
 from unclip_pl.atomic import atomic_file
 from unclip_pl.clip import ClipMismatch, require_same
@@ -178,19 +178,26 @@ class Study:
 
     def results(self) -> dict[str, Any]:
         """By arm: `title`, `sweep` by scale, `fixed` and `best` over all captions. The fixed scale comes first, of all arms: what one looks at first."""
-        scale, everything = self.fixed.guidance_scale, len(self.captions)
-        fixed = {arm.name: {"guidance_scale": scale} | self.figures(arm, scale, everything, self.given.resamples) for arm in self.arms}
+        scale = self.fixed.guidance_scale
+        fixed = {arm.name: self.whole(arm, scale) for arm in self.arms}
         sweeps = {arm.name: {scale: self.figures(arm, scale, self.sweep_count) for scale in self.scales} for arm in self.arms}
         self.best = {name: min((figures["fid"], scale) for scale, figures in sweep.items())[1] for name, sweep in sweeps.items()}
         return {
             arm.name: {
                 "title": TITLES[arm.name], "sweep": {f"{scale:g}": figures for scale, figures in sweeps[arm.name].items()}, "fixed": fixed[arm.name],
-                "best": {"guidance_scale": self.best[arm.name]} | self.figures(arm, self.best[arm.name], everything, self.given.resamples),
+                "best": self.whole(arm, self.best[arm.name]),
             } for arm in self.arms
         }  # fmt: skip
 
-    def figures(self, arm: Arm, scale: float, count: int, bootstrap: int = 0) -> Figures:
-        return self.judge.figures(self.reference(count), self.seen(arm, scale, count), self.text, bootstrap)
+    def figures(self, arm: Arm, scale: float, count: int) -> Figures:
+        """Of the first `count` captions."""
+        return self.judge.figures(self.reference(count), self.seen(arm, scale, count), self.text)
+
+    def whole(self, arm: Arm, scale: float) -> Figures:
+        """Of all captions, with the interval of FID."""
+        count, device = len(self.captions), self.given.device
+        real, seen = gathered(self.real, device), gathered(self.seen(arm, scale, count), device)
+        return {"guidance_scale": scale} | self.figures(arm, scale, count) | spread(real, seen, self.given.resamples, self.given.seed)
 
     def differences(self) -> dict[str, dict[str, dict[str, Difference]]]:
         """At the fixed scale, and of each arm at its best: what another arm has more than the baseline."""

@@ -69,18 +69,26 @@ class Judge:
         parts = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
         return torch.cat([self.clip.embed_text(self.clip.tokenize(part)).embed.float().cpu() for part in parts])
 
-    def figures(self, real: Tensor | None, seen: Seen, text: Tensor, bootstrap: int = 0) -> Figures:
+    def figures(self, real: Tensor | None, seen: Seen, text: Tensor) -> Figures:
         """Over all ranks, from each one's share of the reference's features (M, D) and of the pictures; `text` (N, E) is of all captions.
 
         Without a reference: CLIP score and ranks alone.
         """
-        figures = {} if real is None else fid.judge(self.network, real, seen.features, bootstrap)
+        figures = {} if real is None else fid.judge(self.network, real, seen.features, bootstrap=0)
         for metric in (metrics.CLIPScore(), metrics.RetrievalRank(self.clip.embed_dim)):
             if distributed.is_initialized() and distributed.get_backend() == "nccl":
                 metric.to("cuda")
             metric.update(seen.image_embed, text[seen.number])
             figures |= metric.compute()
         return figures
+
+
+def spread(real: Seen, seen: Seen, resamples: int, seed: int = 0) -> Figures:
+    """`fid_se`, `fid_low`, `fid_high` and `fid_infinity` from the pictures of all ranks in the order of their captions: the same from any number of ranks."""
+    metric = metrics.FrechetSpread(real.features.shape[1], resamples, seed, sync_on_compute=False)  # each rank has all of them
+    metric.update(real.features, real=True)
+    metric.update(seen.features, real=False)
+    return metric.compute()
 
 
 def pictures_of(captions: Sequence[Caption], size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
