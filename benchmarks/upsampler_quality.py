@@ -44,7 +44,7 @@ def drift(images: Tensor, low_res: Tensor) -> Tensor:
 
 
 def closest(rows: dict[str, Tensor], side: int = 128) -> Image.Image:
-    """A labelled picture: of each image the `side` x `side` pixels where the last row has the most edges, enlarged to 256."""
+    """A labelled picture: of each image the `side` x `side` pixels where the last row has the most edges, twice as large for 128."""
     target = list(rows.values())[-1]
     corners = []
     for image in target:
@@ -62,6 +62,7 @@ def main() -> None:
     arguments.add_argument("--weights", help="a release or checkpoint; default: the one in the package")
     arguments.add_argument("--val", default="openmoji", nargs="+")
     arguments.add_argument("--count", type=int, default=64)
+    arguments.add_argument("--start", type=int, default=0, help="pass over so many held-out images first")
     arguments.add_argument("--degradation", choices=["none", "blur", "bsr"], default="none", help="spoil the conditions")
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--picture", help="write a picture of the first ones here")
@@ -75,11 +76,11 @@ def main() -> None:
     data.setup("validate")
     columns: dict[str, list[float]] = {}
     images, rows, start = 0, [], time.perf_counter()
-    bar = tqdm(itertools.islice(data.val_dataloader(), given.count), unit="image")
+    bar = tqdm(itertools.islice(data.val_dataloader(), given.start, given.start + given.count), unit="image", total=given.count)
     for loaded in bar:
         batch = data.on_before_batch_transfer(loaded, 0)
         low_res, image = batch["low_res"].to(given.device), batch["image"].to(given.device)
-        bicubic, drawn = stage.enlarged(low_res), stage.sample({"low_res": low_res}, Noise([images]))
+        bicubic, drawn = stage.enlarged(low_res), stage.sample({"low_res": low_res}, Noise([given.start + images]))
         for name, made in {"bicubic": bicubic, "drawn": drawn}.items():
             values = {"psnr": psnr(made, image), "sharpness": steepness(made) / steepness(image), "drift": drift(made, low_res)}
             for column, value in values.items():
@@ -87,6 +88,10 @@ def main() -> None:
         images += 1
         bar.set_postfix({name: f"{sum(values) / images:.3f}" for name, values in columns.items()})
         rows += [(bicubic, drawn, image)] if images <= SHOWN else []
+        if given.picture and images == min(SHOWN, given.count):
+            shown = [torch.cat(row).cpu() for row in zip(*rows)]
+            labels = [f"bicubic, {psnr(shown[0], shown[2]).mean():.1f} dB", f"drawn, {psnr(shown[1], shown[2]).mean():.1f} dB", "original"]
+            save_png(closest(dict(zip(labels, shown)), 128 if given.size < 512 else 216), given.picture)
     seconds = (time.perf_counter() - start) / images
     mean = {name: sum(values) / images for name, values in columns.items()}
     print(f"{images} held-out images at {given.size}, {stage.sampling.sampler} with {stage.sampling.steps} steps, {seconds:.1f} s an image\n")
@@ -94,10 +99,6 @@ def main() -> None:
     for name in ("bicubic", "drawn"):
         worst = max(columns[f"{name} drift"])
         print(f"| {name} | {mean[f'{name} psnr']:.2f} | {mean[f'{name} sharpness']:.3f} | {mean[f'{name} drift']:.2f} | {worst:.2f} |")
-    if given.picture:
-        bicubic, drawn, image = (torch.cat(row).cpu() for row in zip(*rows))
-        labels = [f"bicubic, {psnr(bicubic, image).mean():.1f} dB", f"drawn, {psnr(drawn, image).mean():.1f} dB", "original"]
-        save_png(closest(dict(zip(labels, (bicubic, drawn, image))), 128 if given.size < 512 else 256), given.picture)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """The upsamplers: learn with either schedule, see nothing but low_res, run on whole images of any size without seams, shift or drift of colour."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ from unclip_pl.images import psnr
 from unclip_pl.networks.unet import Attention, UNetConfig
 from unclip_pl.release import Release
 from unclip_pl.stages.upsampler import NET, Upsampler, Upsampler256, Upsampler1024, UpsamplingConfig
+from unclip_pl.training.pictures import Pictures
 
 SMALL = UNetConfig(image_size=32, width=32, mults=(1, 2), depth=1, dropout=0.0, **NET)
 FLAT = UNetConfig(image_size=32, width=32, mults=(1,), depth=1, patch_size=4, dropout=0.0, **NET)
@@ -195,3 +199,24 @@ def test_data_that_do_not_fit_are_a_sentence():
             stage.check_data(data)
     with pytest.raises(UserError, match="set data to UpsamplerData"):
         stage.check_data(object())
+
+
+def test_validation_shows_condition_output_and_target_with_their_psnr(tmp_path):
+    stage, given, logged, shown = Upsampler256(net=FLAT, residual=0.2).eval(), batch(), {}, []
+
+    class Experiment:
+        def add_image(self, name, picture, step, dataformats):
+            shown.append((name, picture.shape))
+
+    trainer = SimpleNamespace(
+        sanity_checking=False, is_global_zero=True, default_root_dir=tmp_path, global_step=7, loggers=[SimpleNamespace(experiment=Experiment())]
+    )
+    stage.log_dict = lambda values, **_: logged.update(values)
+    Pictures(count=3).on_validation_batch_end(trainer, stage, None, given, 0)
+    image = given["image"][:3].double()
+    enlarged = F.interpolate(given["low_res"][:3], scale_factor=4, mode="bicubic", antialias=True).clamp(-1, 1).double()
+    expected = [20 * math.log10(2 / (a - b).square().mean().sqrt()) for a, b in zip(enlarged, image, strict=True)]
+    assert abs(logged["val/psnr_bicubic"].item() - sum(expected) / 3) < 1e-3
+    assert 5 < logged["val/psnr"] < logged["val/psnr_bicubic"] + 1  # untrained: about its condition
+    assert shown[0][0] == "bicubic / drawn / held out" and shown[0][1][0] > 3 * 32
+    assert (tmp_path / "pictures" / "step-0000007.png").is_file()
