@@ -207,6 +207,9 @@ class CLIPScore(Metric):
     full_state_update = False
     higher_is_better = True
     is_differentiable = False
+    count: Tensor
+    total: Tensor
+    squares: Tensor
 
     def __init__(self, **metric: Any) -> None:
         super().__init__(**metric)
