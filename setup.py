@@ -20,6 +20,7 @@ REQUIREMENTS = [
     "safetensors>=0.5",
     "tensorboard>=2.18",
     "numpy>=1.26",
+    "scipy>=1.11",
     "pillow>=10",
     "tqdm",
     # OpenMoji, the embedded default data: drawings, names, renderer

@@ -4,24 +4,34 @@ Pure functions; `eval.metrics` gathers features over batches and ranks and calls
 stays at N x D.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor
 
 BLOCK = 1024
 """Rows that are worked on at a time."""
-PANEL = 256
-"""Columns of a symmetric product that are worked on at a time."""
 Distance = Callable[[Tensor, Tensor], float]
 
 
 class Gaussian(NamedTuple):
-    """A mean (D,) and a factor F (D, r) of the covariance F F^T."""
+    """A mean (D,) and a covariance (D, D), whose lower triangle is read, or in its place a factor F (D, r) of the covariance F F^T."""
 
     mean: Tensor
-    factor: Tensor
+    covariance: Tensor | None = None
+    factor: Tensor | None = None
+
+    def factored(self) -> Tensor:
+        """F."""
+        return self.factor if self.covariance is None else _factor(self.covariance)  # type: ignore[return-value]  # one of the two is there
+
+    def spread(self) -> Tensor:
+        """The trace of the covariance."""
+        return self.factored().square().sum() if self.covariance is None else self.covariance.trace()
 
 
 class Estimate(NamedTuple):
@@ -41,51 +51,54 @@ def gaussian(x: Tensor) -> Gaussian:
     n, dim = x.shape
     mean = x.mean(0, dtype=torch.float64)
     if n <= dim:
-        return Gaussian(mean, (x.double() - mean).T / (n - 1) ** 0.5)
+        return Gaussian(mean, factor=(x.double() - mean).T / (n - 1) ** 0.5)
     product = torch.zeros(dim, dim, dtype=torch.float64, device=x.device)
     for block in x.split(BLOCK):
         add_gram(product, block.double() - mean)
-    return Gaussian(mean, factor(product / (n - 1)))
+    return Gaussian(mean, product.div_(n - 1))
 
 
 def add_gram(product: Tensor, x: Tensor) -> None:
-    """Add x^T x of (N, D) to the lower triangle of (D, D), in place; above it not all is added, which saves nearly half the work."""
-    for start in range(0, len(product), PANEL):
-        panel = slice(start, start + PANEL)
-        product[start:, panel].addmm_(x[:, start:].T, x[:, panel])
+    """Add x^T x of (N, D) float64 to the lower triangle of (D, D), in place; above it on a CPU nothing is added, which saves half the work."""
+    if x.device.type == "cpu":
+        scipy.linalg.blas.dsyrk(1.0, x.numpy().T, beta=1.0, c=product.numpy().T, overwrite_c=True)  # .T: Fortran's order, so in place
+    else:
+        product.addmm_(x.T, x)
 
 
-def of_sums(count: int, total: Tensor, product: Tensor) -> Gaussian:
-    """The Gaussian of `count` rows from their sum (D,) and the sum of their outer products (D, D; its lower triangle is read), both float64."""
-    mean = total / count
-    return Gaussian(mean, factor((product - count * torch.outer(mean, mean)) / (count - 1)))
+def of_sums(count: int, total: Tensor, product: Tensor, rest: Tensor) -> Gaussian:
+    """The Gaussian of `count` rows, of which the sum (D,) and the sum of outer products (D, D; its lower triangle) are left, and of the rows `rest` (N, D)."""
+    count += len(rest)
+    mean = (total + rest.sum(0)) / count
+    covariance = torch.addr(product, mean, mean, alpha=-count)
+    if len(rest):
+        add_gram(covariance, rest)
+    return Gaussian(mean, covariance.div_(count - 1))
 
 
-def factor(covariance: Tensor) -> Tensor:
-    """(D, D) symmetric, not negative; the lower triangle is read -> F with F F^T = it: Cholesky's, or where it is singular of its eigenvectors (D, r)."""
-    covariance = covariance.tril() + covariance.tril(-1).T
-    lower, failed = torch.linalg.cholesky_ex(covariance)
-    if not failed:
-        return lower
-    values, vectors = torch.linalg.eigh(covariance)
+def _factor(covariance: Tensor) -> Tensor:
+    """(D, D) symmetric, not negative, also singular -> F (D, r) with F F^T = it, by its eigenvectors."""
+    values, vectors = torch.linalg.eigh(covariance, UPLO="L")
     kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
     return vectors[:, kept] * values[kept].sqrt()
 
 
 def frechet_of(a: Gaussian, b: Gaussian) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (FID: Heusel et al. 2017); the last trace is the nuclear norm of F_a^T F_b."""
-    spread = a.factor.square().sum() + b.factor.square().sum()
-    return ((a.mean - b.mean).square().sum() + spread - 2 * _nuclear(a.factor.T @ b.factor)).item()
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (FID: Heusel et al. 2017)."""
+    return ((a.mean - b.mean).square().sum() + a.spread() + b.spread()).item() - 2 * _root_trace(a, b)
 
 
-def _nuclear(matrix: Tensor) -> Tensor:
-    """The sum of the singular values; of a large matrix from the eigenvalues of its square: quicker, and only the least lose digits."""
-    if min(matrix.shape) <= BLOCK:
-        return torch.linalg.svdvals(matrix).sum()
-    side = min(matrix.shape)
-    square = torch.zeros(side, side, dtype=matrix.dtype, device=matrix.device)
-    add_gram(square, matrix if matrix.shape[1] == side else matrix.T)
-    return torch.linalg.eigvalsh(square, UPLO="L").clamp(min=0).sqrt().sum()
+def _root_trace(a: Gaussian, b: Gaussian) -> float:
+    """tr (S_a S_b)^(1/2): of two covariances that are not singular by LAPACK's symmetric eigenvalues of S_a S_b, else the nuclear norm of F_a^T F_b."""
+    if a.covariance is not None and b.covariance is not None:
+        with contextlib.suppress(scipy.linalg.LinAlgError):  # the second is singular
+            values = scipy.linalg.eigh(a.covariance.cpu().numpy(), b.covariance.cpu().numpy(), type=2, eigvals_only=True, driver="gvx")
+            return float(np.sqrt(values.clip(min=0)).sum())
+    product = a.factored().T @ b.factored()
+    if min(product.shape) <= BLOCK:
+        return torch.linalg.svdvals(product).sum().item()
+    square = product.T @ product if product.shape[1] < len(product) else product @ product.T  # quicker, and only the least lose digits
+    return torch.linalg.eigvalsh(square).clamp(min=0).sqrt().sum().item()
 
 
 def frechet(a: Tensor, b: Tensor) -> float:

@@ -41,7 +41,7 @@ def test_frechet_of_commuting_gaussians_has_its_closed_form(dim):
 def test_frechet_at_2048_dimensions_has_its_closed_form():
     dim = 2048
     s, t = torch.linspace(0.2, 2, dim, dtype=torch.float64), torch.linspace(1, 0.5, dim, dtype=torch.float64)
-    a, b = (distances.Gaussian(torch.full((dim,), mean, dtype=torch.float64), distances.factor(torch.diag(v.square()))) for mean, v in ((0.0, s), (0.1, t)))
+    a, b = (distances.Gaussian(torch.full((dim,), mean, dtype=torch.float64), torch.diag(v.square())) for mean, v in ((0.0, s), (0.1, t)))
     assert distances.frechet_of(a, b) == pytest.approx((s - t).square().sum().item() + dim * 0.01, rel=1e-9)
 
 
@@ -61,6 +61,18 @@ def test_frechet_with_fewer_images_than_features_equals_that_in_the_space_they_s
     trace = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=1e-14).sqrt().sum()
     expected = (a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * trace
     assert distances.frechet(a, b) == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dead", ["both", "reference", "generated"])
+def test_a_feature_that_never_changes_makes_a_covariance_singular_and_changes_nothing(dead):
+    a, b = features(300, 32, 1), features(300, 32, 2, 0.02)
+    expected = distances.frechet(a[:, 1:], b[:, 1:])
+    if dead != "generated":
+        a[:, 0] = 0.5
+    if dead != "reference":
+        b[:, 0] = 0.5
+    gap = (a[:, 0].double().mean() - b[:, 0].double().mean()).square() + a[:, 0].double().var() + b[:, 0].double().var()
+    assert distances.frechet(a, b) == pytest.approx(expected + gap.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(("n", "dim"), [(300, 32), (80, 64)])
