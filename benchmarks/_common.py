@@ -15,10 +15,13 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import unclip_pl._torchvision  # noqa: F401
+from unclip_pl.allocator import keep_freed_memory
+
+keep_freed_memory()  # as our commands do, and before torch
+import unclip_pl._torchvision  # noqa: E402, F401
 
 # isort: split
-import torch
+import torch  # noqa: E402
 
 
 def parser(doc: str | None, repeats: int, warmup: int, batch: int | None = None) -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from unclip_pl.allocator import keep_freed_memory
 from unclip_pl.atomic import atomic_file
 from unclip_pl.commands.common import Help, pick_device, seed
 from unclip_pl.errors import UserError
@@ -41,6 +42,7 @@ def command(made: argparse.ArgumentParser, run: Callable[[argparse.Namespace], F
 
     With --out the same is written to OUT/NAME.json, NAME being the command's.
     """
+    keep_freed_memory()
     given = made.parse_args(arguments)
     name = made.prog.rpartition(".")[2]
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from unclip_pl import __version__, signals
+from unclip_pl.allocator import keep_freed_memory
 from unclip_pl.atomic import REASONS
 from unclip_pl.errors import SharedError, UserError
 
@@ -222,6 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unclip_pl {__version__}")
         return 0
     signals.listen(training=arguments[0] == "fit")  # before torch is imported, which takes its time
+    keep_freed_memory()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for message in (
         ".*LeafSpec.*", ".*does not have many workers.*", ".*has `__len__` defined.*", ".*set_vital.*", ".*`weights_only` was not set.*",

@@ -1,10 +1,10 @@
-"""GroupNorm, FiLM and SiLU in one: the same values and gradients as one after the other, with less kept for the backward pass."""
+"""GroupNorm, FiLM and SiLU in one, enlarging and convolution in one: values and gradients as one after the other, with less kept or done; layouts."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from unclip_pl.networks.layers import GroupNorm32, norm_silu
+from unclip_pl.networks.layers import GroupNorm32, image_format, norm_silu, upsampled_conv
 
 
 def plain(norm: GroupNorm32, x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
@@ -52,3 +52,39 @@ def test_parameters_without_gradients_are_left_alone():
     norm.requires_grad_(False)
     norm_silu(norm, x).sum().backward()
     assert x.grad is not None and norm.weight.grad is None
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8)])
+def test_an_enlarged_convolution_equals_enlarging_and_convolving(size, layout):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(5, 7, 3, padding=1).to(memory_format=layout)
+    x = torch.randn(2, 5, *size).contiguous(memory_format=layout).requires_grad_()
+    found = []
+    for module, given, out in (
+        (conv, x, upsampled_conv(conv, x)),
+        (exact := torch.nn.Conv2d(5, 7, 3, padding=1).double(), wide := x.detach().double().requires_grad_(), None),
+    ):
+        if out is None:
+            exact.load_state_dict(conv.state_dict())
+            out = exact(F.interpolate(wide, scale_factor=2.0, mode="nearest"))
+        found.append([out, *torch.autograd.grad((out * out.detach().cos()).sum(), [given, module.weight, module.bias])])
+    for ours, slow in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), slow, rtol=1e-5, atol=1e-5)
+
+
+def test_enlarging_and_convolving_takes_four_products_a_pixel():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    conv = torch.nn.Conv2d(8, 16, 3, padding=1)
+    with FlopCounterMode(display=False) as counter:
+        upsampled_conv(conv, torch.zeros(1, 8, 6, 6))
+    assert counter.get_total_flops() == 2 * 4 * 8 * 16 * 12 * 12
+
+
+@pytest.mark.parametrize(("capability", "device", "training", "last"), [
+    ("AVX2", "cpu", True, False), ("AVX2", "cpu", False, True), ("AVX512", "cpu", True, True), ("DEFAULT", "cpu", True, True), ("AVX2", "cuda", True, True),
+])  # fmt: skip
+def test_only_training_on_a_cpu_with_avx2_alone_is_not_channels_last(monkeypatch, capability, device, training, last):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert image_format(torch.device(device), training) == (torch.channels_last if last else torch.contiguous_format)

@@ -9,6 +9,7 @@ from unclip_pl.commands.plan import configured
 from unclip_pl.training import plan
 
 # Counted by walking GLIDE's and guided-diffusion's networks by hand: GFLOP of a training step a sample; parameters; H100 hours of the paper's run at MFU 0.5.
+# Their U-Nets enlarge before they convolve, with 9 products a pixel where ours has 4: see `saved`.
 BY_HAND = {
     "decoder": (6660, 3446e6, 6130), "diffusion_prior": (1842.5, 1225e6, 2540), "ar_prior": (4743, 2012e6, 10900),
     "upsampler_256": (1594, 730e6, 920), "upsampler_1024": (3721, 282e6, 1070),
@@ -21,16 +22,23 @@ def planned(name):
     return plan.count(stage, getattr(data, "crop", None)), data.config.batch_size, steps, stage
 
 
+def saved(net):
+    """GFLOP of a training step a sample, at the sides of the crop."""
+    side = net.image_size // (1 if net.embed_dim else 4)
+    return sum(3 * 2 * (9 - 4) * (net.width * mult) ** 2 * (side // 2**level) ** 2 for level, mult in enumerate(net.mults[1:])) / 1e9
+
+
 @pytest.mark.parametrize("name", BY_HAND)
 def test_operations_and_hours_of_the_papers_run_are_those_counted_by_hand(name):
     flops, parameters, hours = BY_HAND[name]
     needs, batch, steps, stage = planned(name)
+    less = saved(stage.net_config) if hasattr(stage.net_config, "mults") else 0.0
     # the AR prior's 576 tokens were counted as 577, and half of a causal attention not left out
-    assert needs.flops / 1e9 == pytest.approx(flops, rel=0.015 if name == "ar_prior" else 0.003)
+    assert needs.flops / 1e9 == pytest.approx(flops - less, rel=0.015 if name == "ar_prior" else 0.003)
     tables = sum(p.numel() for key, p in stage.named_parameters() if "token_embedding" in key or key == "net.encode.weight")
     assert needs.parameters - tables == pytest.approx(parameters, rel=0.02)  # by hand without the table of tokens
     row = plan.row(needs, 64, "fsdp", batch, steps, mfu=0.5, peak=989.4e12, memory=72e9)
-    assert 64 * row.hours == pytest.approx(hours, rel=0.03)
+    assert 64 * row.hours == pytest.approx(hours * (1 - less / flops), rel=0.03)
     assert row.steps_an_hour * row.hours == pytest.approx(steps)
 
 

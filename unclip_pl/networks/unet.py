@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_pl.networks.layers import GroupNorm32, Unit, attend, norm_silu, run, timestep_embedding, zero_module
+from unclip_pl.networks.layers import GroupNorm32, Unit, attend, image_format, norm_silu, run, timestep_embedding, upsampled_conv, zero_module
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, C, H, W), time (B, 4 width) after SiLU -> (B, out, H', W')."""
-        h = self.conv1(self._resized(norm_silu(self.norm1, x)))
+        h = norm_silu(self.norm1, x)
+        h = upsampled_conv(self.conv1, h) if self.resize > 1 else self.conv1(self._resized(h))
         time = self.time(time).to(h.dtype)[..., None, None]
         h = norm_silu(self.norm2, h, *time.chunk(2, dim=1)) if self.scale_shift else norm_silu(self.norm2, h + time)
         return self.shortcut(self._resized(x)) + self.conv2(self.dropout(h))
@@ -283,7 +284,7 @@ class UNet(nn.Module):
 
         x = x if low_res is None else torch.cat([x, low_res.to(dtype)], dim=1)
         x = F.pixel_unshuffle(x, config.patch_size) if config.patch_size > 1 else x
-        skips = [x := self.enter(x.contiguous(memory_format=torch.channels_last))]  # all that follows has it too, whatever the weights' own
+        skips = [x := self.enter(x.contiguous(memory_format=image_format(x.device, torch.is_grad_enabled())))]  # all that follows has it too
         for layer in self.down:
             skips.append(x := apply(layer, x))
         x = apply(self.middle, x)
