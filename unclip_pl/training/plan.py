@@ -86,13 +86,13 @@ class _Autocast(TorchFunctionMode):
                 pairs = q.shape[-2] * (2 * k.shape[-2] - q.shape[-2] + 1) / 2
             self.flops += 4 * math.prod(q.shape[:-2]) * pairs * q.shape[-1]
             return _Attention.apply(q, k, v)
-        if func in (F.linear, F.conv2d):
-            args = tuple(self._half(x) if isinstance(x, Tensor) else x for x in args)
+        if func in (F.linear, F.conv2d, F.conv_transpose2d):
+            args = tuple(self._half(x, weight=place > 0) if isinstance(x, Tensor) else x for place, x in enumerate(args))
         return func(*args, **kwargs)
 
-    def _half(self, x: Tensor) -> Tensor:
+    def _half(self, x: Tensor, weight: bool = False) -> Tensor:
         half = x.bfloat16()
-        if isinstance(x, torch.nn.Parameter):
+        if weight:
             self.copies[_storage(half)] = half
         return half
 
