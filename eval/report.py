@@ -73,7 +73,10 @@ def plot(series: Mapping[str, Points], x: str, y: str, width: int = 420, height:
         return height - 44 - (value - low_y) / (high_y - low_y) * (height - 44 - top)
 
     whole = height + bottom - 44
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{whole}" viewBox="0 0 {width} {whole}" font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>']
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{whole}" viewBox="0 0 {width} {whole}" font-family="sans-serif" font-size="11">',
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
     for value in _ticks(low_x, high_x):
         parts.append(f'<line x1="{at_x(value):.1f}" x2="{at_x(value):.1f}" y1="{top}" y2="{height - 44}" stroke="#e5e5e5"/>')
         parts.append(f'<text x="{at_x(value):.1f}" y="{height - 30}" text-anchor="middle">{value:g}</text>')
