@@ -1,6 +1,6 @@
 """How the C library and torch give memory on Linux: what large tensors leave is kept for the next ones, instead of going back to the system each time.
 
-Else every feature map of every step is fetched and zeroed page by page, which took 8 % of a training step of an upsampler on two cores.
+Else every feature map of every step is fetched and zeroed page by page, which took 7 % of a training step of an upsampler on two cores.
 """
 
 import ctypes

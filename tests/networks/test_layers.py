@@ -60,14 +60,10 @@ def test_an_enlarged_convolution_equals_enlarging_and_convolving(size, layout):
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(5, 7, 3, padding=1).to(memory_format=layout)
     x = torch.randn(2, 5, *size).contiguous(memory_format=layout).requires_grad_()
-    found = []
-    for module, given, out in (
-        (conv, x, upsampled_conv(conv, x)),
-        (exact := torch.nn.Conv2d(5, 7, 3, padding=1).double(), wide := x.detach().double().requires_grad_(), None),
-    ):
-        if out is None:
-            exact.load_state_dict(conv.state_dict())
-            out = exact(F.interpolate(wide, scale_factor=2.0, mode="nearest"))
+    exact, wide, found = torch.nn.Conv2d(5, 7, 3, padding=1).double(), x.detach().double().requires_grad_(), []
+    exact.load_state_dict(conv.state_dict())
+    slow = exact(F.interpolate(wide, scale_factor=2.0, mode="nearest"))
+    for module, given, out in ((conv, x, upsampled_conv(conv, x)), (exact, wide, slow)):
         found.append([out, *torch.autograd.grad((out * out.detach().cos()).sum(), [given, module.weight, module.bias])])
     for ours, slow in zip(*found, strict=True):
         torch.testing.assert_close(ours.double(), slow, rtol=1e-5, atol=1e-5)

@@ -49,7 +49,7 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
 def image_format(device: torch.device, training: bool) -> torch.memory_format:
     """The layout in which convolutions of images are quickest: channels_last, but in training on a CPU that has AVX2 and no more.
 
-    There the gradient of the weights takes up to 1.7 times as long in channels_last, and the rest gains a tenth.
+    There the gradient of the weights takes up to 1.6 times as long in channels_last, and the rest gains a tenth.
     """
     slow = training and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
     return torch.contiguous_format if slow else torch.channels_last
