@@ -115,7 +115,7 @@ class FrozenCLIP:
         with torch.autocast(self.device.type, enabled=False):
             images = fitted(images.to(self.device, torch.float32), self.image_size, cfg["resize_mode"], cfg["interpolation"])
             mean, std = (torch.tensor(cfg[key], device=self.device).view(3, 1, 1) for key in ("mean", "std"))
-            pixels = ((images + 1) / 2 - mean) / std
+            pixels = torch.addcmul((0.5 - mean) / std, images, 0.5 / std)  # ((images + 1) / 2 - mean) / std at one go
             return self.model.encode_image(pixels.to(DTYPES[self.config.precision])).float()
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from unclip_pl.atomic import atomic_file
@@ -34,15 +34,21 @@ def from_pil(image: Image.Image, size: int | None = None) -> Tensor:
 
     With `size`: the short side becomes `size` (antialiased bicubic), then the centre square is cut out.
     """
-    image = flatten(ImageOps.exif_transpose(image))
-    if size is not None:
+    image = flatten(upright(image))
+    if size is not None and image.size != (size, size):
         scale = size / min(image.size)
         if scale != 1:
             shape = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
             image = image.resize(shape, Image.Resampling.BICUBIC)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(127.5).sub(1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF says; itself where there is nothing to turn."""
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
 
 
 def reduced(images: Tensor, side: int) -> Tensor:
@@ -62,7 +68,8 @@ def flatten(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def load_image(path: str | os.PathLike, size: int | None = None) -> Tensor:

@@ -1,10 +1,10 @@
-"""GroupNorm, FiLM and SiLU in one, enlarging and convolution in one: values and gradients as one after the other, with less kept or done; layouts."""
+"""GroupNorm, FiLM and SiLU in one, enlarging and convolution in one: values and gradients as one after the other, with less kept or done."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from unclip_pl.networks.layers import GroupNorm32, image_format, norm_silu, upsampled_conv
+from unclip_pl.networks.layers import GroupNorm32, norm_silu, upsampled_conv
 
 
 def plain(norm: GroupNorm32, x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
@@ -78,9 +78,63 @@ def test_enlarging_and_convolving_takes_four_products_a_pixel():
     assert counter.get_total_flops() == 2 * 4 * 8 * 16 * 12 * 12
 
 
-@pytest.mark.parametrize(("capability", "device", "training", "last"), [
-    ("AVX2", "cpu", True, False), ("AVX2", "cpu", False, True), ("AVX512", "cpu", True, True), ("DEFAULT", "cpu", True, True), ("AVX2", "cuda", True, True),
-])  # fmt: skip
-def test_only_training_on_a_cpu_with_avx2_alone_is_not_channels_last(monkeypatch, capability, device, training, last):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert image_format(torch.device(device), training) == (torch.channels_last if last else torch.contiguous_format)
+def half_block(dtype: torch.dtype, dropout: float = 0.0, size: tuple[int, int] = (8, 8)) -> tuple[GroupNorm32, torch.nn.Conv2d, list[torch.Tensor]]:
+    norm, given = inputs(film=True, dtype=dtype)
+    conv = torch.nn.Conv2d(64, 32, 3, padding=1)
+    given[0] = (torch.randn(3, 64, *size) * 2 + 1).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    return norm, conv, given
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(4, 5), (16, 16)])  # by torch's convolution; by tiles where the CPU suits them
+def test_a_convolution_behind_it_gives_the_values_and_gradients_of_one_after_the_other(size, dtype):
+    norm, conv, given = half_block(dtype, size=size)
+    leaves = [*given, norm.weight, norm.bias, conv.weight, conv.bias]
+    x, scale, shift = given
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = norm_silu(norm, *given, conv=conv)
+    assert out.dtype == dtype
+    slow = F.conv2d(plain(norm, x, scale, shift), conv.weight.double(), conv.bias.double(), padding=1)
+    weigh = torch.randn(out.shape, dtype=torch.float64)
+    limit = 2e-5 if dtype == torch.float32 else 1e-2
+    found = [[y.double(), *(g.double() for g in torch.autograd.grad((y.double() * weigh).sum(), leaves))] for y in (out, slow)]
+    for ours, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() < limit * exact.norm()
+    with torch.no_grad():
+        assert (norm_silu(norm, *given, conv=conv.to(dtype)).double() - slow).norm() < 2 * limit * slow.norm()
+
+
+def test_of_the_feature_maps_only_the_input_is_kept_and_the_places_that_dropout_kept():
+    norm, conv, given = half_block(torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.shape, t.dtype)) or t, lambda t: t):
+        norm_silu(norm, *given, conv=conv, dropout=0.5)
+    shape = given[0].shape
+    assert sorted(str(dtype) for size, dtype in kept if size == shape) == ["torch.bool", "torch.float32"]
+
+
+def test_dropout_drops_the_same_forward_and_backward_and_keeps_the_mean():
+    norm, conv, (x, *_) = half_block(torch.float32, size=(32, 32))
+    torch.nn.init.dirac_(conv.weight)  # the first 32 channels come out as they went in
+    torch.nn.init.zeros_(conv.bias)
+    torch.manual_seed(0)
+    out = norm_silu(norm, x, conv=conv, dropout=0.25)
+    whole = norm_silu(norm, x)[:, :32]
+    mask = (out != 0) / 0.75
+    torch.testing.assert_close(out, whole * mask, rtol=1e-4, atol=1e-5)
+    assert abs((mask == 0).float().mean() - 0.25) < 0.01
+    weigh = torch.randn_like(out)
+    for leaf in (x, norm.weight):
+        ours, = torch.autograd.grad((out * weigh).sum(), [leaf], retain_graph=True)
+        exact, = torch.autograd.grad((whole * mask * weigh).sum(), [leaf], retain_graph=True)
+        assert (ours - exact).norm() < 1e-5 * exact.norm()
+    grad_kernel, = torch.autograd.grad((out * weigh).sum(), [conv.weight])
+    exact = (whole * mask * weigh).sum((0, 2, 3))
+    assert (grad_kernel[range(32), range(32), 1, 1] - exact).norm() < 1e-4 * exact.norm()
+
+
+def test_a_frozen_convolution_is_left_alone():
+    norm, conv, given = half_block(torch.float32)
+    conv.requires_grad_(False)
+    norm_silu(norm, *given, conv=conv).sum().backward()
+    assert given[0].grad is not None and conv.weight.grad is None and conv.bias.grad is None

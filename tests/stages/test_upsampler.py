@@ -162,7 +162,11 @@ def test_a_crop_is_drawn_as_the_same_place_of_the_whole(monkeypatch):
     """
     import unclip_pl.networks.unet as unet
 
-    monkeypatch.setattr(unet, "norm_silu", lambda norm, x, scale=None, shift=None: F.silu(x if scale is None else x * (1 + scale) + shift))
+    def without_norm(norm, x, scale=None, shift=None, conv=None, dropout=0.0):
+        y = F.silu(x if scale is None else x * (1 + scale) + shift)
+        return y if conv is None else conv(y)
+
+    monkeypatch.setattr(unet, "norm_silu", without_norm)
     stage = speaking(Upsampler256(net=FLAT, residual=0.2))
     low_res = reduced(pictures(1, 256))
     noise = torch.randn(3, 256, 256, generator=torch.Generator().manual_seed(3))

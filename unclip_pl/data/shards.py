@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import braceexpand
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from unclip_pl.errors import UserError
-from unclip_pl.images import flatten, from_pil
+from unclip_pl.images import flatten, from_pil, upright
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # what a file of these names may hold: the web names many of them wrongly
@@ -294,7 +294,7 @@ def decode_uncut(data: bytes, image_size: int, exact_jpeg: bool = False) -> Imag
     """
 
     def reduced(image: Image.Image) -> Image.Image:
-        image = flatten(ImageOps.exif_transpose(_less_long(image)))
+        image = flatten(upright(_less_long(image)))
         scale = image_size / min(image.size)
         if scale >= 1:
             return image

@@ -5,12 +5,15 @@ Attention takes tokens (B, N, heads, head width), context keys first, and one bo
 
 import contextlib
 import math
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from unclip_pl.networks.winograd import convolution, convolution_backward
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -46,36 +49,32 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def image_format(device: torch.device, training: bool) -> torch.memory_format:
-    """The layout in which convolutions of images are quickest: channels_last, but in training on a CPU that has AVX2 and no more.
-
-    There the gradient of the weights takes up to 1.6 times as long in channels_last, and the rest gains a tenth.
-    """
-    slow = training and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return torch.contiguous_format if slow else torch.channels_last
-
-
-def lay_out(network: Module) -> Module:
-    """The network, still on the CPU, with its weights in the layout for training on the device that there is."""
-    return network.to(memory_format=image_format(torch.accelerator.current_accelerator() or torch.device("cpu"), training=True))  # type: ignore[call-overload]
-
-
 class _NormSiLU(torch.autograd.Function):
-    """silu((1 + scale) GN(x) + shift) in float32, which keeps of all its stages only x and the statistics for the backward pass."""
+    """conv(dropout(silu((1 + scale) GN(x) + shift))), all but the convolution in float32, or without one: of all its stages it keeps x and the statistics.
+
+    What the convolution was given is computed again in the backward pass, from one multiplication, one addition and one SiLU an element.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float,
+        kernel: Tensor | None, kernel_bias: Tensor | None, dropout: float,
+    ) -> Tensor:  # fmt: skip
         size, channels, *sides = x.shape
         y, mean, rstd = torch.native_group_norm(dense(x.float()), weight, bias, size, channels, math.prod(sides), groups, eps)
         if scale is not None and shift is not None:
             y = torch.addcmul(shift, y, 1 + scale)
-        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
-        ctx.groups = groups
-        return F.silu(y, inplace=True).to(x.dtype)
+        y, kept = torch.native_dropout(F.silu(y, inplace=True), dropout, True) if dropout else (F.silu(y, inplace=True), None)
+        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd, kernel, kept)
+        ctx.groups, ctx.dropout = groups, dropout
+        if kernel is None:
+            return y.to(x.dtype)
+        return convolution(y.to(kernel.dtype), kernel, kernel_bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+        x, weight, bias, scale, shift, mean, rstd, kernel, kept = ctx.saved_tensors
         size, channels, *sides = x.shape
         each = channels // ctx.groups
         slope = rstd.repeat_interleave(each, 1) * weight  # GN(x) = slope x + offset, (B, C)
@@ -83,7 +82,17 @@ class _NormSiLU(torch.autograd.Function):
         a, b = (slope[..., None, None], offset[..., None, None]) if scale is None else (slope[..., None, None] * (1 + scale),
                                                                                        torch.addcmul(shift, offset[..., None, None], 1 + scale))
         dtype, x = x.dtype, x.float()
-        grad = torch.ops.aten.silu_backward(grad.float(), torch.addcmul(b, x, a))
+        before = torch.addcmul(b, x, a)
+        grad_kernel = grad_kernel_bias = None
+        if kernel is not None:
+            y = F.silu(before) if kept is None else torch.ops.aten.native_dropout_backward(F.silu(before), kept, 1 / (1 - ctx.dropout))
+            wanted = True, *ctx.needs_input_grad[7:9]
+            found, grad_kernel, grad_kernel_bias = convolution_backward(grad, y.to(kernel.dtype), kernel, wanted)
+            grad = cast(Tensor, found)
+            del y
+        grad = grad.float() if kept is None else torch.ops.aten.native_dropout_backward(grad.float(), kept, 1 / (1 - ctx.dropout))
+        grad = torch.ops.aten.silu_backward(grad, before)
+        del before
         grad_scale = grad_shift = None
         if scale is not None:
             grad_shift = grad.sum((2, 3), keepdim=True)
@@ -92,22 +101,28 @@ class _NormSiLU(torch.autograd.Function):
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
             dense(grad, x), dense(x), mean, rstd, weight, size, channels, math.prod(sides), ctx.groups, [True, True, True]
         )
-        return grad_x.to(dtype), grad_weight, grad_bias, grad_scale, grad_shift, None, None
+        return grad_x.to(dtype), grad_weight, grad_bias, grad_scale, grad_shift, None, None, grad_kernel, grad_kernel_bias, None
 
 
-def norm_silu(norm: GroupNorm32, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """silu((1 + scale) norm(x) + shift), the inside of a residual block: in training with half of the activations kept.
+def norm_silu(
+    norm: GroupNorm32, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, conv: nn.Conv2d | None = None, dropout: float = 0.0
+) -> Tensor:
+    """silu((1 + scale) norm(x) + shift), then dropout and the convolution if given: half of a residual block, of which training keeps x alone.
 
-    x (B, C, H, W); scale and shift (B, C, 1, 1), both or neither -> (B, C, H, W) in the type of x.
+    x (B, C, H, W); scale and shift (B, C, 1, 1), both or neither; conv 3x3 with padding 1 -> (B, C or out, H, W) in the type of x.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler finds its own way
         parts = (None, None) if scale is None or shift is None else (scale.float(), shift.float())
+        kernel, bias = (None, None) if conv is None else (conv.weight, conv.bias)
+        if conv is not None and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            kernel, bias = (value if value is None else value.to(torch.get_autocast_dtype(x.device.type)) for value in (kernel, bias))
         with torch.autocast(x.device.type, enabled=False):
-            return _NormSiLU.apply(x, norm.weight.float(), norm.bias.float(), *parts, norm.num_groups, norm.eps)
+            return _NormSiLU.apply(x, norm.weight.float(), norm.bias.float(), *parts, norm.num_groups, norm.eps, kernel, bias, dropout)
     y = norm(x)
     if scale is not None and shift is not None:
         y = torch.addcmul(shift, y, 1 + scale)
-    return F.silu(y, inplace=not torch.is_grad_enabled())
+    y = F.dropout(F.silu(y, inplace=not torch.is_grad_enabled()), dropout, training=dropout > 0)
+    return y if conv is None else conv(y)
 
 
 def upsampled_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_pl.networks.layers import GroupNorm32, Unit, attend, image_format, norm_silu, run, timestep_embedding, upsampled_conv, zero_module
+from unclip_pl.networks.layers import GroupNorm32, Unit, attend, norm_silu, run, timestep_embedding, upsampled_conv, zero_module
+from unclip_pl.networks.winograd import Conv3x3
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,12 @@ class ResBlock(nn.Module):
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, resize: float = 1) -> None:
         super().__init__()
-        self.resize, self.scale_shift = resize, config.scale_shift
+        self.resize, self.scale_shift, self.dropout = resize, config.scale_shift, config.dropout
         self.norm1 = GroupNorm32(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.time = nn.Linear(4 * config.width, (2 if config.scale_shift else 1) * out_channels)
         self.norm2 = GroupNorm32(out_channels)
-        self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_module(Conv3x3(out_channels, out_channels))
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def _resized(self, x: Tensor) -> Tensor:
@@ -107,11 +107,15 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, C, H, W), time (B, 4 width) after SiLU -> (B, out, H', W')."""
-        h = norm_silu(self.norm1, x)
-        h = upsampled_conv(self.conv1, h) if self.resize > 1 else self.conv1(self._resized(h))
+        if self.resize == 1:
+            h = norm_silu(self.norm1, x, conv=self.conv1)
+        else:
+            h = norm_silu(self.norm1, x)
+            h = upsampled_conv(self.conv1, h) if self.resize > 1 else self.conv1(self._resized(h))
         time = self.time(time).to(h.dtype)[..., None, None]
-        h = norm_silu(self.norm2, h, *time.chunk(2, dim=1)) if self.scale_shift else norm_silu(self.norm2, h + time)
-        return self.shortcut(self._resized(x)) + self.conv2(self.dropout(h))
+        scale, shift = time.chunk(2, dim=1) if self.scale_shift else (None, None)
+        h = norm_silu(self.norm2, h if self.scale_shift else h + time, scale, shift, self.conv2, self.dropout if self.training else 0.0)
+        return self.shortcut(self._resized(x)) + h
 
 
 class Attention(nn.Module):
@@ -284,7 +288,7 @@ class UNet(nn.Module):
 
         x = x if low_res is None else torch.cat([x, low_res.to(dtype)], dim=1)
         x = F.pixel_unshuffle(x, config.patch_size) if config.patch_size > 1 else x
-        skips = [x := self.enter(x.contiguous(memory_format=image_format(x.device, torch.is_grad_enabled())))]  # all that follows has it too
+        skips = [x := self.enter(x.contiguous(memory_format=torch.channels_last))]  # all that follows has it too
         for layer in self.down:
             skips.append(x := apply(layer, x))
         x = apply(self.middle, x)

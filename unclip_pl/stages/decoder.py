@@ -17,7 +17,6 @@ from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.errors import UserError
 from unclip_pl.networks.embedding import EmbeddingNormalizer
-from unclip_pl.networks.layers import lay_out
 from unclip_pl.networks.text import TextConfig, TextContext
 from unclip_pl.networks.unet import UNet, UNetConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage, as_config, check_clip
@@ -95,7 +94,7 @@ class Decoder(Stage):
         self.normalizer = EmbeddingNormalizer(self.net_config.embed_dim, normalizer)
         width = self.net_config.width
         self.text = TextContext(self.text_config, self.net_config.context_width, 4 * width, self.net_config.embed_dim)
-        self.net = lay_out(UNet(self.net_config))
+        self.net = UNet(self.net_config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.net_config.out_channels != self.process.out_channels(3):
             raise ValueError(
                 f"model.net.out_channels is {self.net_config.out_channels}, and diffusion.variance {self.process.config.variance} needs "

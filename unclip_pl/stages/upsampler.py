@@ -16,7 +16,6 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.errors import UserError
-from unclip_pl.networks.layers import lay_out
 from unclip_pl.networks.unet import UNet, UNetConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage, as_config
 
@@ -77,7 +76,7 @@ class Upsampler(Stage):
             raise ValueError("An upsampler learns no variance (DDIM does not use it): set model.diffusion.variance to fixed_small or fixed_large.")
         if residual < 0 or (residual and self.process.config.parametrization != "v"):
             raise ValueError(f"model.residual is {residual}: give 0, or the root mean square with model.diffusion.parametrization v.")
-        self.net = lay_out(UNet(self.net_config))
+        self.net = UNet(self.net_config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def stride(self) -> int:
