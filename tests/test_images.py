@@ -64,6 +64,17 @@ def test_centre_square_of_any_size(shape):
     assert image[1, 8, 8] < 0.3  # the middle stays in the middle
 
 
+@pytest.mark.parametrize("size", [16, 47, 64, 200])
+@pytest.mark.parametrize("shape", [(97, 64), (64, 97), (80, 80), (64, 64), (300, 110)])
+def test_it_is_resized_as_pillow_does_it_and_cut_out(shape, size):
+    noise = np.random.default_rng(0).integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8)
+    scale = size / min(shape)
+    whole = Image.fromarray(noise).resize((round(shape[0] * scale), round(shape[1] * scale)), Image.Resampling.BICUBIC)
+    left, top = (whole.width - size) // 2, (whole.height - size) // 2
+    difference = (from_pil(Image.fromarray(noise), size) - from_pil(whole.crop((left, top, left + size, top + size)))).abs() * 127.5
+    assert difference.max() < 2.5 and difference.mean() < 0.05
+
+
 def test_grid_shows_every_picture_in_its_place():
     rows = [RED[:, None, None].expand(2, 3, 8, 8), -torch.ones(2, 3, 8, 8)]
     picture = np.array(grid(rows))

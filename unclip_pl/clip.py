@@ -116,7 +116,25 @@ class FrozenCLIP:
             images = fitted(images.to(self.device, torch.float32), self.image_size, cfg["resize_mode"], cfg["interpolation"])
             mean, std = (torch.tensor(cfg[key], device=self.device).view(3, 1, 1) for key in ("mean", "std"))
             pixels = torch.addcmul((0.5 - mean) / std, images, 0.5 / std)  # ((images + 1) / 2 - mean) / std at one go
-            return self.model.encode_image(pixels.to(DTYPES[self.config.precision])).float()
+            return self._image_tower(pixels.to(DTYPES[self.config.precision])).float()
+
+    def _image_tower(self, pixels: Tensor) -> Tensor:
+        """open_clip's `encode_image`; of a ViT that is read at its class token alone, the last block computes that token only."""
+        from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+
+        visual: Any = self.model.visual
+        if type(visual) is not VisionTransformer or visual.pool_type != "tok" or visual.output_tokens:
+            return self.model.encode_image(pixels)
+        *blocks, last = visual.transformer.resblocks
+        if type(last) is not ResidualAttentionBlock or not visual.transformer.batch_first or visual.attn_pool is not None:
+            return self.model.encode_image(pixels)
+        x = visual._embeds(pixels)
+        for block in blocks:
+            x = block(x)
+        seen = last.ln_1(x)
+        x = x[:, :1] + last.ls_1(last.attention(seen[:, :1], seen, seen))
+        x = x + last.ls_2(last.mlp(last.ln_2(x)))
+        return visual._pool(x)[0] @ visual.proj
 
     @torch.no_grad()
     def embed_text(self, tokens: Tensor) -> TextFeatures:

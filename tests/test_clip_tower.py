@@ -1,0 +1,42 @@
+"""The image tower of FrozenCLIP: what open_clip's gives, from less where only the class token is read."""
+
+import pytest
+import torch
+from open_clip.model import CLIP, CustomTextCLIP
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.test_clip import MODEL, written
+from unclip_pl.clip import CLIPConfig, FrozenCLIP
+
+IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def towers(folder, vision: dict, kind: type) -> FrozenCLIP:
+    cfg = MODEL | {"vision_cfg": MODEL["vision_cfg"] | vision}
+    return FrozenCLIP(CLIPConfig(written(folder / "c", model_cfg=cfg | ({"custom_text": True} if kind is CustomTextCLIP else {}), kind=kind, gain=3.0)))
+
+
+def operations(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", [CLIP, CustomTextCLIP])
+@pytest.mark.parametrize(("vision", "less"), [
+    ({}, True), ({"layers": 1}, True), ({"ls_init_value": 0.5}, True), ({"no_ln_pre": True}, True), ({"final_ln_after_pool": True}, True),
+    ({"pool_type": "avg"}, False), ({"attentional_pool": True, "attn_pooler_heads": 4}, False), ({"scale_heads": True, "block_type": "custom"}, False),
+    ({"layers": [1, 1, 1, 1], "width": 16, "head_width": 8, "patch_size": None}, False),
+])  # fmt: skip
+def test_embedding_is_that_of_encode_image(tmp_path, vision, less, kind):
+    clip = towers(tmp_path, vision, kind)
+    cfg = clip.model.visual.preprocess_cfg
+    mean, std = (torch.tensor(cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    given = ((IMAGES + 1) / 2 - mean) / std
+    with torch.no_grad():
+        expected = clip.model.encode_image(given)
+    got = clip.embed_images(IMAGES)
+    assert got.dtype == torch.float32 and not got.requires_grad and got.std() > 0.01
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    with torch.enable_grad():  # without gradients attention takes a fused path that the counter does not see
+        assert (operations(lambda: clip._image_tower(given)) < operations(lambda: clip.model.encode_image(given))) == less
