@@ -23,6 +23,8 @@ import unclip_pl._torchvision  # noqa: E402, F401
 # isort: split
 import torch  # noqa: E402
 
+from unclip_pl.precision import usable  # noqa: E402
+
 
 def parser(doc: str | None, repeats: int, warmup: int, batch: int | None = None) -> argparse.ArgumentParser:
     """The arguments that every job has."""
@@ -31,7 +33,7 @@ def parser(doc: str | None, repeats: int, warmup: int, batch: int | None = None)
     made.add_argument("--warmup", type=int, default=warmup, help="steps before, not timed")
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--device", default="cpu")
-    made.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (embed: weights in bfloat16)")
+    made.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (embed: weights in bfloat16); float32 on a CPU without it")
     if batch is not None:
         made.add_argument("--batch", type=int, default=batch)
     return made
@@ -88,8 +90,8 @@ def report(job: str, arguments: argparse.Namespace, times: list[float], items: i
     line = {
         "job": job, "impl": impl, "median_s": median, "min_s": min(times), "max_s": max(times), "n": len(times), "items": items,
         "items_per_s": items / median, "params": None, "flops_per_step": None, "gflop_per_s": flops / median / 1e9 if flops else None,
-        "peak_rss_mib": peak_mib(), "rss_before_mib": before, "dtype": arguments.dtype, "device": arguments.device, "threads": arguments.threads,
-        "torch": torch.__version__, **more, "times_s": times,
+        "peak_rss_mib": peak_mib(), "rss_before_mib": before, "dtype": arguments.dtype, "computed_in": usable(arguments.dtype, arguments.device),
+        "device": arguments.device, "threads": arguments.threads, "torch": torch.__version__, **more, "times_s": times,
     }
     if arguments.device.startswith("cuda"):
         line["peak_cuda_mib"] = torch.cuda.max_memory_allocated() / 2**20

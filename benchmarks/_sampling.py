@@ -7,9 +7,8 @@ from typing import Any
 from _common import flops_of, peak_mib, report, timed  # sets what must be set before torch
 
 # isort: split
-import torch
-
 from unclip_pl.diffusion.noise import Noise
+from unclip_pl.precision import autocast
 
 
 def options(arguments: argparse.ArgumentParser, steps: int) -> None:
@@ -25,7 +24,7 @@ def measure(job: str, stage: Any, batch: dict[str, Any], given: argparse.Namespa
     sampling = dataclasses.replace(stage.sampling, steps=given.steps, guidance_scale=given.guidance_scale)
 
     def step() -> None:
-        with torch.autocast(given.device.split(":")[0], torch.bfloat16, enabled=given.dtype == "bf16"):
+        with autocast(given.dtype, given.device):
             stage.sample(batch, Noise(range(given.batch)), sampling)
 
     times = timed(step, given)

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
+from unclip_pl.precision import autocast, usable
 from unclip_pl.stages.base import Stage
 from unclip_pl.training.ema import EMA
 from unclip_pl.training.progress import LossByTimestep, Progress
@@ -33,9 +34,10 @@ class Clock(Callback):
 def trained(module: Stage, batch: dict[str, Any], given: Any) -> list[float]:
     """Seconds a step under a trainer with what `lightning fit` does at each step: EMA, progress bar, monitors, TensorBoard. No checkpoints, no validation."""
     clock, steps = Clock(given.device), given.warmup + given.repeats + 1
+    precision: Any = {"bf16": "bf16-mixed", "fp32": "32-true"}[usable(given.dtype, given.device)]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            max_steps=steps, accelerator=given.device.split(":")[0], devices=1, precision="bf16-mixed" if given.dtype == "bf16" else "32-true",
+            max_steps=steps, accelerator=given.device.split(":")[0], devices=1, precision=precision,
             callbacks=[EMA(0.9999), Progress(), LossByTimestep(), clock], logger=TensorBoardLogger(folder, name="", version=""),
             enable_checkpointing=False, enable_model_summary=False, log_every_n_steps=25, default_root_dir=folder, use_distributed_sampler=False,
         )
@@ -51,7 +53,7 @@ def plain_step(module: Stage, batch: dict[str, Any], given: Any) -> Callable[[],
     averages = [p.detach().clone() for p in module.parameters()]
 
     def step() -> None:
-        with torch.autocast(given.device.split(":")[0], torch.bfloat16, enabled=given.dtype == "bf16"):
+        with autocast(given.dtype, given.device):
             loss = module.loss(batch)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)

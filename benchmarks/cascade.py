@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from unclip_pl.demo import PROMPTS
@@ -30,7 +29,7 @@ def main() -> None:
     arguments.add_argument("--upsamplers", nargs=2, default=["256", "1024"], help="checkpoints or releases; by default those in the package")
     given = arguments.parse_args()
     before = begin(given)
-    unclip = UnCLIP.load(prior=given.prior, device=given.device, upsamplers=given.upsamplers)
+    unclip = UnCLIP.load(prior=given.prior, device=given.device, upsamplers=given.upsamplers, precision=given.dtype)
     unclip.embed_text(PROMPTS[:1])  # loads the CLIP
     captions, seeds = PROMPTS[: given.batch], range(given.batch)
     seconds: dict[str, list[float]] = {}
@@ -44,8 +43,7 @@ def main() -> None:
         if refs.exists():
             refs.write_text("5", encoding="ascii")  # VmHWM begins again at what is resident now
         start, used = time.perf_counter(), time.process_time()
-        with torch.autocast(given.device.split(":")[0], torch.bfloat16, enabled=given.dtype == "bf16"):
-            drawn = draw().cpu()
+        drawn = draw().cpu()
         seconds.setdefault(name, []).append(time.perf_counter() - start)
         processor.setdefault(name, []).append(time.process_time() - used)
         peaks[name] = max(peaks.get(name, 0.0), peak_mib())

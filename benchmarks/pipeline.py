@@ -13,7 +13,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from decoder_train import decoder
 from embed import PREPROCESS
 from prior_train import DIM, prior
@@ -22,6 +21,7 @@ from unclip_pl._open_clip import import_open_clip
 from unclip_pl.clip import CLIPConfig, FrozenCLIP, save_clip
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.pipeline import UnCLIP
+from unclip_pl.precision import Precision
 from unclip_pl.stages.decoder import SamplingConfig
 from unclip_pl.stages.diffusion_prior import PriorSamplingConfig
 from unclip_pl.stages.upsampler import NET, Upsampler256, UpsamplingConfig
@@ -33,7 +33,7 @@ CLIP = {
 }
 
 
-def built(folder: Path, device: str) -> UnCLIP:
+def built(folder: Path, device: str, precision: Precision) -> UnCLIP:
     """The pipeline of the comparison, with a CLIP of random weights in `folder`."""
     save_clip(import_open_clip().model.CLIP(**CLIP), folder, CLIP, PREPROCESS)
     clip = FrozenCLIP(CLIPConfig(f"local-dir:{folder}"))
@@ -41,7 +41,7 @@ def built(folder: Path, device: str) -> UnCLIP:
     for stage in stages:
         stage.clip_fingerprint = clip.fingerprint()
     upsampler = Upsampler256(UNetConfig(image_size=256, width=32, mults=(1, 2, 3, 4), depth=2, dropout=0.0, **NET))
-    return UnCLIP(stages[1], stages[0], clip, device, [upsampler])
+    return UnCLIP(stages[1], stages[0], clip, device, [upsampler], precision=precision)
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
     }
     seconds: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        unclip = built(Path(folder) / "clip", given.device)
+        unclip = built(Path(folder) / "clip", given.device, given.dtype)
 
         def step() -> None:
             last = time.perf_counter()
@@ -68,8 +68,7 @@ def main() -> None:
                 seconds[stage] += now - last
                 last = now
 
-            with torch.autocast(given.device.split(":")[0], torch.bfloat16, enabled=given.dtype == "bf16"):
-                unclip.generate(["a red circle on a coloured cloud"] * given.batch, range(given.batch), callback=told, **settings)
+            unclip.generate(["a red circle on a coloured cloud"] * given.batch, range(given.batch), callback=told, **settings)
 
         times = timed(step, given)
         peak, rounds = peak_mib(), given.repeats + given.warmup

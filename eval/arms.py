@@ -64,8 +64,7 @@ class Arm:
     def draw(self, sampling: SamplingConfig) -> Draw:
         def draw(indices: Sequence[int]) -> Tensor:
             texts, seeds = [self.captions[k].text for k in indices], [self.seed + k for k in indices]
-            with self.model.autocast():
-                return self.model.unclip.decode(self.embed(indices), seeds, texts, sampling)
+            return self.model.unclip.decode(self.embed(indices), seeds, texts, sampling)
 
         return draw
 

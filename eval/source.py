@@ -8,7 +8,6 @@ has the seed `seed + k`, and a batch never crosses a shard, so the pictures are 
 """
 
 import argparse
-import contextlib
 import hashlib
 import io
 import json
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -35,6 +34,7 @@ from unclip_pl.commands.common import chosen
 from unclip_pl.errors import UserError
 from unclip_pl.images import from_pil, to_pil
 from unclip_pl.pipeline import CONDITIONS, DEFAULT_DECODER, DEFAULT_PRIORS, DEFAULT_UPSAMPLERS, Condition, UnCLIP, read_weights
+from unclip_pl.precision import Precision, usable
 
 Draw = Callable[[Sequence[int]], Tensor]
 """Indices of captions -> float (B, 3, H, W) in [-1, 1]."""
@@ -226,10 +226,9 @@ def open_source(arguments: argparse.Namespace) -> Source:
     }
 
     def draw(indices: Sequence[int]) -> Tensor:
-        with model.autocast():
-            return model.unclip.generate(
-                [captions[k].text for k in indices], [arguments.seed + k for k in indices], condition, sampling=sampling, prior_sampling=prior_sampling
-            )
+        return model.unclip.generate(
+            [captions[k].text for k in indices], [arguments.seed + k for k in indices], condition, sampling=sampling, prior_sampling=prior_sampling
+        )
 
     clip, size = model.unclip.clip, model.unclip.sizes[-1]
     folder = arguments.samples or default_folder(settings, captions)
@@ -250,18 +249,21 @@ class Model:
         decoder: a checkpoint or release.
         prior: "diffusion", "ar", a checkpoint or release, or None.
         upsamplers: "256", "1024", checkpoints or releases, in order; pictures are then of the last one's size.
-        precision: "fp32" or "bf16" (autocast).
+        precision: "fp32", or "bf16" on a device that has it.
     """
 
     decoder: str
     prior: str | None = None
     device: str = "cpu"
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     upsamplers: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.precision = cast(Precision, usable(self.precision, self.device))  # pictures are kept by what they were computed in
 
     @cached_property
     def unclip(self) -> UnCLIP:
-        return UnCLIP.load(self.decoder, self.prior, device=self.device, upsamplers=self.upsamplers)
+        return UnCLIP.load(self.decoder, self.prior, device=self.device, upsamplers=self.upsamplers, precision=self.precision)
 
     @property
     def size(self) -> int:
@@ -274,7 +276,3 @@ class Model:
         prior = None if self.prior is None else weights_of(DEFAULT_PRIORS.get(self.prior, Path(self.prior)))
         upsamplers = [weights_of(DEFAULT_UPSAMPLERS.get(name, Path(name))) for name in self.upsamplers]
         return {"decoder": weights_of(self.decoder), "prior": prior, "upsamplers": upsamplers, "precision": self.precision}
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """bfloat16 where it was asked for."""
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()

@@ -13,6 +13,7 @@ from torch import Tensor
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.errors import UserError
 from unclip_pl.networks.memory import forward_bytes
+from unclip_pl.precision import Precision, autocast
 from unclip_pl.stages.upsampler import Upsampler, Upsampler1024, UpsamplingConfig
 
 SEEDS = 1 << 30
@@ -22,11 +23,12 @@ Callback = Callable[[str, int, int], Any]
 
 
 @contextmanager
-def at_work(part: Any, device: torch.device | str, offload: bool) -> Iterator[None]:
-    """`part` (a stage, or a CLIP) on the device while the body runs; with `offload`, back in the CPU's memory after it."""
+def at_work(part: Any, device: torch.device | str, offload: bool, precision: str = "fp32") -> Iterator[None]:
+    """`part` (a stage, or a CLIP) on the device while the body runs, in that precision; with `offload`, back in the CPU's memory after it."""
     part.to(device)
     try:
-        yield
+        with autocast(precision, device):
+            yield
     finally:
         if offload:
             part.to("cpu")
@@ -56,14 +58,18 @@ class Cascade:
         device: where they run.
         offload: keep on the device only the stage that works; the others wait in the CPU's memory.
         batch_pixels: pictures are drawn together as long as their results have no more pixels than this; one picture always is.
+        precision: "bf16": networks compute in bfloat16 (autocast) on devices that have it.
 
     Raises:
         UserError: the sizes do not follow each other.
     """
 
-    def __init__(self, stages: Sequence[Upsampler], device: str | torch.device = "cpu", offload: bool = False, batch_pixels: int = BATCH_PIXELS) -> None:
+    def __init__(
+        self, stages: Sequence[Upsampler], device: str | torch.device = "cpu", offload: bool = False, batch_pixels: int = BATCH_PIXELS,
+        precision: Precision = "fp32",
+    ) -> None:
         check_order([(source_side(stage), stage.net_config.image_size) for stage in stages])
-        self.device, self.offload, self.batch_pixels = torch.device(device), offload, batch_pixels
+        self.device, self.offload, self.batch_pixels, self.precision = torch.device(device), offload, batch_pixels, precision
         self.stages = [stage.to("cpu" if offload else device).eval() for stage in stages]
 
     @property
@@ -133,7 +139,7 @@ class Cascade:
             if callback is not None:
                 callback(f"upsampler {stage.net_config.image_size}", done, steps)
 
-        with at_work(stage, self.device, self.offload):
+        with at_work(stage, self.device, self.offload, self.precision):
             for first in parts:
                 batch = {"low_res": images[first : first + size].to(self.device)}
                 noise = Noise([seed + offset for seed in seeds[first : first + size]])

@@ -131,6 +131,7 @@ def find_configs(arguments: list[str]) -> list[str]:
 def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     """The parsed command line as a LightningCLI; with `run` its subcommand is carried out."""
     importlib.import_module("unclip_pl._torchvision")  # before lightning
+    import torch
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -139,6 +140,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
 
     from unclip_pl.data import crops, modules  # noqa: F401  short names of the DataModules
     from unclip_pl.pipeline import start_from
+    from unclip_pl.precision import usable
     from unclip_pl.stages import load_all
     from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint, newest_checkpoint
     from unclip_pl.training.ema import EMA
@@ -179,6 +181,8 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
                 kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir or ".", name="", version="")
             if trainer.get("enable_progress_bar") is False:
                 trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, ProgressBar)]
+            if str(trainer.precision).startswith("bf16") and (trainer.accelerator == "cpu" or not torch.accelerator.is_available()):
+                trainer.precision = usable(str(trainer.precision), "cpu", "32-true")
             if SLURMEnvironment.detect():
                 trainer.plugins = [*(trainer.plugins or []), SLURMEnvironment(auto_requeue=False)]
             return super().instantiate_trainer(**kwargs)

@@ -30,6 +30,7 @@ from unclip_pl._open_clip import (
 )
 from unclip_pl.atomic import atomic_folder
 from unclip_pl.errors import UserError
+from unclip_pl.precision import has_instructions
 
 FIXED_CAPTION = "a red apple on a blue table"
 TOLERANCE = 0.04
@@ -72,7 +73,9 @@ class FrozenCLIP:
     def model(self) -> Any:
         """open_clip's model."""
         if self._model is None:
-            self._model = load_model(self.config).eval().requires_grad_(False).to(self.device)
+            model, wanted = load_model(self.config).eval().requires_grad_(False), DTYPES[self.config.precision]
+            self.dtype = wanted if has_instructions(wanted, self.device) else torch.float32  # the weights stay rounded
+            self._model = (model if self.dtype == wanted else model.float()).to(self.device)
         return self._model
 
     @property
@@ -101,8 +104,10 @@ class FrozenCLIP:
 
     def to(self, device: str | torch.device) -> "FrozenCLIP":
         """Move to a device, in place."""
-        self.device = torch.device(device)
-        if self._model is not None:
+        wanted, self.device = DTYPES[self.config.precision], torch.device(device)
+        if self._model is not None and self.dtype != wanted and has_instructions(wanted, self.device):
+            self._model = None  # this device computes in the type that the last one had no instructions for
+        elif self._model is not None:
             self._model.to(self.device)
         return self
 
@@ -116,7 +121,7 @@ class FrozenCLIP:
             images = fitted(images.to(self.device, torch.float32), self.image_size, cfg["resize_mode"], cfg["interpolation"])
             mean, std = (torch.tensor(cfg[key], device=self.device).view(3, 1, 1) for key in ("mean", "std"))
             pixels = torch.addcmul((0.5 - mean) / std, images, 0.5 / std)  # ((images + 1) / 2 - mean) / std at one go
-            return self._image_tower(pixels.to(DTYPES[self.config.precision])).float()
+            return self._image_tower(pixels.to(self.dtype)).float()
 
     def _image_tower(self, pixels: Tensor) -> Tensor:
         """open_clip's `encode_image`; of a ViT that is read at its class token alone, the last block computes that token only."""

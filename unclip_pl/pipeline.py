@@ -17,6 +17,7 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.errors import UserError
+from unclip_pl.precision import Precision
 from unclip_pl.release import Release
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.base import Stage
@@ -119,6 +120,7 @@ class UnCLIP:
         device: where all of it runs.
         upsamplers: in order, the first from the decoder's size.
         offload: keep on the device only the stage that works; the others wait in the CPU's memory.
+        precision: "bf16": prior, decoder and upsamplers compute in bfloat16 (autocast) on devices that have it.
 
     Raises:
         UserError: a stage does not say of which CLIP it is, or is of another one; a prior for a decoder that was trained on text embeddings; an
@@ -127,7 +129,7 @@ class UnCLIP:
 
     def __init__(
         self, decoder: Decoder, prior: Prior | None = None, clip: FrozenCLIP | None = None, device: str = "cpu", upsamplers: Sequence[Upsampler] = (),
-        offload: bool = False,
+        offload: bool = False, precision: Precision = "fp32",
     ) -> None:
         if prior is not None and decoder.condition == "text":
             raise UserError('The decoder was trained on text embeddings and has no use for a prior: leave the prior out and condition on "text".')
@@ -145,19 +147,19 @@ class UnCLIP:
         check_order([(source_side(stage), stage.net_config.image_size) for stage in upsamplers], before=decoder.net_config.image_size)
         self.decoder = decoder.to(home).eval()
         self.prior = None if prior is None else prior.to(home).eval()
-        self.cascade = Cascade(upsamplers, device, offload)
-        self.device, self.offload = torch.device(device), offload
+        self.cascade = Cascade(upsamplers, device, offload, precision=precision)
+        self.device, self.offload, self.precision = torch.device(device), offload, precision
 
     @classmethod
     def load(
         cls, decoder: str | os.PathLike = DEFAULT_DECODER, prior: str | os.PathLike | None = None, clip: FrozenCLIP | None = None, device: str = "cpu",
-        upsamplers: Sequence[str | os.PathLike] = (), offload: bool = False,
+        upsamplers: Sequence[str | os.PathLike] = (), offload: bool = False, precision: Precision = "fp32",
     ) -> "UnCLIP":
         """From release folders or checkpoints; `prior` may be "diffusion" or "ar", `upsamplers` may have "256" and "1024": those in the package, as the
         decoder is by default."""
         unclip_pl.stages.load_all()
         found: Any = None if prior is None else load_stage(DEFAULT_PRIORS.get(str(prior), Path(prior)), DiffusionPrior, ARPrior)
-        return cls(load_stage(decoder, Decoder), found, clip, device, load_upsamplers(upsamplers), offload)
+        return cls(load_stage(decoder, Decoder), found, clip, device, load_upsamplers(upsamplers), offload, precision)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -196,7 +198,7 @@ class UnCLIP:
         if self.prior is None:
             raise UserError('There is no prior to draw embeddings from captions: load one (prior="diffusion"), or condition on "text" or "caption".')
         text = self._text(captions)
-        with at_work(self.prior, self.device, self.offload):
+        with at_work(self.prior, self.device, self.offload, self.precision):
             return self.prior.sample(text, Noise([seed + PRIOR_SEEDS for seed in seeds]), sampling, callback)
 
     def decode(
@@ -218,7 +220,7 @@ class UnCLIP:
             float32 (B, 3, 64, 64) in [-1, 1] on the pipeline's device.
         """
         batch = self._conditions(image_embed, captions)
-        with at_work(self.decoder, self.device, self.offload):
+        with at_work(self.decoder, self.device, self.offload, self.precision):
             return self.decoder.sample(batch, Noise(seeds), sampling, callback, x_T)
 
     @torch.no_grad()
@@ -233,7 +235,7 @@ class UnCLIP:
         settings = sampling or self.decoder.sampling
         schedule = self.decoder.process.schedule.respaced(settings.steps)
         batch = self._conditions(image_embed, captions)
-        with at_work(self.decoder, self.device, self.offload):
+        with at_work(self.decoder, self.device, self.offload, self.precision):
             return way(self.decoder.predictor(batch, size, schedule, settings), schedule)
 
     def _conditions(self, image_embed: Tensor | None, captions: Sequence[str] | None) -> dict[str, Tensor | None]:

@@ -13,7 +13,7 @@ from unclip_pl.stages.base import OptimizerConfig, as_config, plain
 
 class Watch(Callback):
     def __init__(self):
-        self.norms, self.rates, self.weights, self.draws = [], [], [], []
+        self.freed, self.rates, self.weights, self.draws = [], [], [], []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.rates.append(optimizer.param_groups[0]["lr"])
@@ -22,7 +22,7 @@ class Watch(Callback):
         self.draws.append(torch.rand(()).item())
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        self.norms.append(torch.stack([p.grad.norm() for p in pl_module.parameters()]).norm().item() if pl_module.net.weight.grad is not None else 0)
+        self.freed.append(all(p.grad is None for p in pl_module.parameters()))
         self.weights.append(pl_module.net.weight.detach().clone())
 
 
@@ -44,6 +44,13 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
     module.configure_gradient_clipping(optimizer)
     norm = torch.stack([p.grad.norm() for p in module.parameters()]).norm()
     assert abs(norm.item() - 0.01) < 1e-5
+
+
+def test_gradients_do_not_outlive_the_step_that_used_them(tmp_path):
+    watch = Watch()
+    trainer(tmp_path, watch, steps=3, accumulate_grad_batches=2).fit(Toy(), loader())
+    assert watch.freed == [False, True] * 3
+    assert len({weight.sum().item() for weight in watch.weights}) == 4  # those it began with, and one for each step
 
 
 def test_rate_rises_linearly_then_falls_as_a_half_cosine(tmp_path):

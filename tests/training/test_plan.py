@@ -1,6 +1,8 @@
 """The plan's counts are those of the closed forms, and of what others counted by hand for the paper's networks."""
 
 import functools
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 
@@ -49,6 +51,18 @@ def test_activations_of_a_transformer_are_the_closed_form():
     block = tokens * width * (2 * 4 + 2 * 2 + 3 * 2 + 2 + 2 * 4 * 2)
     assert needs.activations == pytest.approx(depth * block, rel=0.1)
     assert needs.checkpointed == pytest.approx(depth * tokens * width * 4 + block, rel=0.2)
+
+
+def test_what_is_made_again_is_not_counted_and_takes_no_part_in_checkpointing():
+    needs, _, _, stage = planned("decoder")
+    net = stage.net
+    attended = [layer.attention for layer in net.down if layer.attention]
+    sides = [side for side in net.config.sides if side in net.config.attention for _ in range(net.config.depth)]
+    projected = sum(3 * 2 * attention.qkv.in_features * side**2 for attention, side in zip(attended, sides, strict=True))  # bfloat16, on the way down
+    with mock.patch("unclip_pl.networks.unet.recomputed", lambda make, *inputs, **_: nullcontext(make(*inputs))):
+        plain = plan.count(stage)
+    assert plain.checkpointed == needs.checkpointed and plain.flops == needs.flops
+    assert needs.activations < plain.activations - 2 * projected  # the way up has one more a side
 
 
 def test_state_is_20_bytes_a_parameter_and_fsdp_shares_it_out():

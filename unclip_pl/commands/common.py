@@ -58,12 +58,15 @@ def upsampling(command: argparse.ArgumentParser, steps: str) -> None:
     command.add_argument("--upsampler-1024", type=Path, help="a checkpoint or release of the upsampler 256 to 1024; by default the one in the package")
     command.add_argument(steps, type=int, help="sampling steps of each upsampler; by default its own")
     command.add_argument("--offload", action="store_true", help="keep on the device only the stage that works: less of its memory, some time for the moves")
+    command.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: networks compute in bfloat16, on devices that have it")
 
 
-def check_offload(arguments: argparse.Namespace, device: str) -> None:
-    """A sentence where there is nothing to move stages to."""
+def placement(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Where and how the networks run, as `UnCLIP.load` and `Cascade` take it; a sentence where there is nothing to move stages to."""
+    device = pick_device(arguments.device)
     if arguments.offload and device == "cpu":
         raise UserError("--offload lets stages wait in the CPU's memory, and they run on the CPU here: leave it out, or choose another --device.")
+    return {"device": device, "offload": arguments.offload, "precision": arguments.precision}
 
 
 def chosen(arguments: argparse.Namespace, stage: Any, prefix: str = "") -> Any:

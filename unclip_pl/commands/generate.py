@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unclip_pl.commands.common import Command, check_offload, chosen, drawing, pick_device, upsampling
+from unclip_pl.commands.common import Command, chosen, drawing, placement, upsampling
 from unclip_pl.errors import UserError
 
 GRID = 2048
@@ -97,8 +97,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
         raise UserError("--strength is for --init: name a picture to start from, or leave --strength out.")
     prior = (arguments.prior or "diffusion") if arguments.condition == "prior" else None
     upsamplers = upsamplers_of(arguments)
-    check_offload(arguments, device := pick_device(arguments.device))
-    unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, prior, device=device, upsamplers=upsamplers, offload=arguments.offload)
+    unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, prior, upsamplers=upsamplers, **placement(arguments))
     decode = None if arguments.init is None else from_picture(unclip, arguments)
     sampling = chosen(arguments, unclip.decoder)
     by_size = {size: chosen(arguments, stage, "upsampler_") for size, stage in zip(unclip.cascade.sizes, unclip.cascade.stages)}

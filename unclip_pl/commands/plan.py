@@ -75,15 +75,20 @@ def configured(stage: str, overlays: list[str]) -> tuple[Any, Any, int]:
     path = Path(stage)
     files = [str(path.parent.parent / path.name), stage] if path.parent.name == "paper" else [stage]
     files += overlays
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     import torch
 
     here = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto", "precision": "32-true"}
     flags = [word for key, value in here.items() for word in (f"--trainer.{key}", value)]
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        cli = build_cli([*find_configs([part for file in files for part in ("-c", file)]), *flags], run=False)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            cli = build_cli([*find_configs([part for file in files for part in ("-c", file)]), *flags], run=False)
+        finally:
+            for logger, level in loggers.items():
+                logger.setLevel(level)
     if not isinstance(cli.model, Stage) or not hasattr(cli.model, "net_config"):
         raise UserError(f"{stage} trains a {type(cli.model).__name__}, which cannot be planned: give a prior's, the decoder's or an upsampler's.")
     return cli.model, cli.datamodule, cli.trainer.max_steps

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from unclip_pl.commands.common import check_offload, chosen, pick_device, seed, upsampling
+from unclip_pl.commands.common import chosen, placement, seed, upsampling
 from unclip_pl.commands.generate import GRID, upsamplers_of
 from unclip_pl.errors import UserError
 
@@ -68,8 +68,7 @@ class Studio:
 
         self.arguments, self.out = arguments, arguments.out
         upsamplers = upsamplers_of(arguments)
-        check_offload(arguments, device := pick_device(arguments.device))
-        self.unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, prior, device=device, upsamplers=upsamplers, offload=arguments.offload)
+        self.unclip = UnCLIP.load(arguments.decoder or DEFAULT_DECODER, prior, upsamplers=upsamplers, **placement(arguments))
         stages = zip(self.unclip.cascade.sizes, self.unclip.cascade.stages)
         self.upsampling = {size: chosen(arguments, stage, "upsampler_") for size, stage in stages}
         self.size = self.unclip.decoder.net_config.image_size

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from unclip_pl.commands.common import Command, check_offload, chosen, pick_device, seed, upsampling
+from unclip_pl.commands.common import Command, chosen, placement, seed, upsampling
 from unclip_pl.errors import UserError
 
 
@@ -40,9 +40,9 @@ def run_upsample(arguments: argparse.Namespace) -> None:
     pictures = [load_image(path)[None] for path in arguments.images]
     sides = [max(picture.shape[-2:]) for picture in pictures]
     times = [arguments.times or 4 if arguments.size is None else times_for(path, side, arguments.size) for path, side in zip(arguments.images, sides)]
-    check_offload(arguments, device := pick_device(arguments.device))
+    where = placement(arguments)
     paths = [arguments.upsampler_256 or "256", arguments.upsampler_1024 or "1024"]
-    cascade = Cascade(load_upsamplers(paths), device, arguments.offload)
+    cascade = Cascade(load_upsamplers(paths), **where)
     by_size = {size: chosen(arguments, stage) for size, stage in zip(cascade.sizes, cascade.stages)}
     names = dict(zip(cascade.sizes, paths))
     arguments.out.mkdir(parents=True, exist_ok=True)

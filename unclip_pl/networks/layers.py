@@ -3,8 +3,8 @@
 Attention takes tokens (B, N, heads, head width), context keys first, and one bool mask (True: visible) only where something is hidden.
 """
 
-import contextlib
 import math
+from contextlib import nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -170,7 +170,7 @@ def attend(q: Tensor, kv: Tensor, mask: Tensor | None = None, causal: bool = Fal
         visible, causal = upto if visible is None else visible & upto, False
     causal = causal and queries > 1
     cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    with torch.autocast("cpu", enabled=False) if cpu else contextlib.nullcontext():  # on CPUs the backward pass of bfloat16 is 4 times as slow
+    with torch.autocast("cpu", enabled=False) if cpu else nullcontext():  # on CPUs the backward pass of bfloat16 is 4 times as slow
         q, (k, v) = (q.float(), kv.float().unbind(2)) if cpu else (q, kv.unbind(2))
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible, is_causal=causal)
     out = out.bfloat16() if cpu else out

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip_pl.networks.layers import GroupNorm32, Unit, attend, norm_silu, run, timestep_embedding, upsampled_conv, zero_module
+from unclip_pl.networks.recompute import recomputed
 from unclip_pl.networks.winograd import Conv3x3
 
 
@@ -92,7 +93,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, resize: float = 1) -> None:
         super().__init__()
-        self.resize, self.scale_shift, self.dropout = resize, config.scale_shift, config.dropout
+        self.resize, self.scale_shift, self.dropout, self.checkpointing = resize, config.scale_shift, config.dropout, config.checkpointing
         self.norm1 = GroupNorm32(in_channels)
         self.conv1 = Conv3x3(in_channels, out_channels)
         self.time = nn.Linear(4 * config.width, (2 if config.scale_shift else 1) * out_channels)
@@ -123,7 +124,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: UNetConfig, channels: int) -> None:
         super().__init__()
-        self.heads = channels // config.head_width
+        self.heads, self.checkpointing = channels // config.head_width, config.checkpointing
         self.norm = GroupNorm32(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.context = nn.Linear(config.context_width, 2 * channels) if config.context_width else None
@@ -135,15 +136,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, C, H, W); context (B, S, context_width), or projected; mask (B, S) bool -> (B, C, H, W)."""
-        pixels = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, C): a view if channels_last
-        qkv = self.qkv(pixels).unflatten(-1, (3, self.heads, -1))
-        kv = qkv[:, :, 1:]
-        if context is not None:
-            before = context if context.dim() == 5 else self.project(context)
-            kv = torch.cat([before.to(kv.dtype), kv], dim=1)
-            mask = None if mask is None else F.pad(mask, (0, pixels.shape[1]), value=True)
-        out = self.proj(attend(qkv[:, :, 0], kv, mask))
-        return x + out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        before = None if context is None else context if context.dim() == 5 else self.project(context)
+        mask = None if mask is None or before is None else F.pad(mask, (0, x.shape[2:].numel()), value=True)
+
+        def project(x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            pixels = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, C): a view if channels_last
+            qkv = self.qkv(pixels).unflatten(-1, (3, self.heads, -1))
+            kv = qkv[:, :, 1:]
+            return pixels, qkv, kv if before is None else torch.cat([before.to(kv.dtype), kv], dim=1)
+
+        with recomputed(project, x, before, wanted=not self.checkpointing) as (_, qkv, kv):
+            out = attend(qkv[:, :, 0], kv, mask)
+        return x + self.proj(out).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 class Layer(Unit):
@@ -160,10 +164,14 @@ class Layer(Unit):
         return cast(Attention, self.attention).project(context)
 
     def forward(self, x: Tensor, skip: Tensor | None, time: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        x = self.block(x if skip is None else torch.cat([x, skip], dim=1), time)
+        if skip is None:
+            h = self.block(x, time)
+        else:
+            with recomputed(lambda *both: (torch.cat(both, dim=1),), x, skip, wanted=not self.block.checkpointing) as (joined,):
+                h = self.block(joined, time)
         if self.attention is not None:
-            x = self.attention(x, context, mask)
-        return x if self.last is None else self.last(x, time)
+            h = self.attention(h, context, mask)
+        return h if self.last is None else self.last(h, time)
 
 
 class UNet(nn.Module):

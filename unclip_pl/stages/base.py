@@ -169,6 +169,10 @@ class Stage(LightningModule):
         share = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()  # the trainer's own comes after the next forward pass, which would lie beside these gradients
+
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         # A step whose gradients are not finite is skipped inside the fused kernel (`found_inf`): no value travels to the host.
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_config.clip_norm)

@@ -134,11 +134,31 @@ def count(stage: LightningModule, crop: int | None = None) -> Needs:
     if (quantizer := cast(Any, getattr(stage, "quantizer", None))) is not None:
         quantizer.codes = quantizer.max_codes  # as many as there may be: the data decide when training starts
     units = {name: module for name, module in stage.named_modules() if isinstance(module, Unit)}
+    sizes = [sum(p.numel() for p in unit.parameters()) for unit in units.values()]
+    parameters = sum(p.numel() for p in stage.parameters())
+    saved, _, flops = _kept(stage, units, crop, checkpointing=False)
+    whole = {number: size for part in saved.values() for number, size in part.items()}
+    saved, inputs, _ = _kept(stage, units, crop, checkpointing=True)
+    between = inputs | saved.pop("")
+    largest = max(sum(size for number, size in unit.items() if number not in between) for unit in saved.values())
+    return Needs(parameters, max(sizes), parameters - sum(sizes), 3 * flops, sum(whole.values()), sum(between.values()) + largest)
+
+
+def _kept(
+    stage: LightningModule, units: dict[str, Unit], crop: int | None, checkpointing: bool
+) -> tuple[dict[str, dict[int, int]], dict[int, int], float]:
+    """What the loss of one sample keeps in each unit ("" outside), and the inputs of the units: bytes by storage; operations.
+
+    With `checkpointing`, what a unit keeps when it is computed again alone.
+    """
+    for module in stage.modules():
+        if isinstance(getattr(module, "checkpointing", None), bool):
+            cast(Any, module).checkpointing = checkpointing
     weights = {_storage(parameter) for parameter in stage.parameters()}
     kept: list[Tensor] = []  # alive, so that no storage is given another's number
     inside: list[str] = []
-    saved: dict[str, dict[int, int]] = {name: {} for name in ("", *units)}  # by unit, "" outside: storage -> bytes
-    inputs: dict[int, int] = {}  # what checkpointing keeps
+    saved: dict[str, dict[int, int]] = {name: {} for name in ("", *units)}
+    inputs: dict[int, int] = {}
     half = _Autocast()
 
     def keep(tensor: Any, where: dict[int, int]) -> None:
@@ -160,18 +180,13 @@ def count(stage: LightningModule, crop: int | None = None) -> Needs:
     with (
         mock.patch("torch.autocast", lambda *_, **__: nullcontext()),  # the meta device knows none
         mock.patch("unclip_pl.networks.layers.checkpoint", lambda module, *given, **_: module(*given)),
+        mock.patch("unclip_pl.networks.recompute.keep", pack),
         FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), half,
     ):
         cast(Any, stage).loss(example(stage, crop))
     for hook in hooks:
         hook.remove()
-    sizes = [sum(p.numel() for p in unit.parameters()) for unit in units.values()]
-    parameters = sum(p.numel() for p in stage.parameters())
-    whole = {number: size for part in saved.values() for number, size in part.items()}
-    between = inputs | saved.pop("")
-    largest = max(sum(size for number, size in unit.items() if number not in between) for unit in saved.values())
-    flops = counter.get_total_flops() + half.flops
-    return Needs(parameters, max(sizes), parameters - sum(sizes), 3 * flops, sum(whole.values()), sum(between.values()) + largest)
+    return saved, inputs, counter.get_total_flops() + half.flops
 
 
 def _storage(tensor: Tensor) -> int:
