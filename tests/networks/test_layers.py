@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from unclip_pl.networks import layers
 from unclip_pl.networks.layers import GroupNorm32, norm_silu, upsampled_conv
 
 
@@ -138,3 +139,26 @@ def test_a_frozen_convolution_is_left_alone():
     conv.requires_grad_(False)
     norm_silu(norm, *given, conv=conv).sum().backward()
     assert given[0].grad is not None and conv.weight.grad is None and conv.bias.grad is None
+
+
+@pytest.mark.parametrize(("part", "count"), [(1, 3), (64 * 64, 3), (2 * 64 * 64, 2)])
+def test_samples_worked_on_apart_give_the_same(part, count, monkeypatch):
+    norm, conv, given = half_block(torch.float32)
+    found = []
+    for numbers in (2**20, part):
+        monkeypatch.setattr(layers, "PART", numbers)
+        assert len(layers._parts(given[0])) == (1 if numbers == 2**20 else count)
+        torch.manual_seed(0)
+        out = norm_silu(norm, *given, conv=conv)
+        gradients = torch.autograd.grad((out * torch.randn(out.shape)).sum(), [*given, norm.weight, norm.bias, conv.weight, conv.bias])
+        found.append([out, *gradients])
+    for whole, apart in zip(*found, strict=True):
+        torch.testing.assert_close(apart, whole, rtol=1e-4, atol=1e-5)
+        assert apart.stride() == whole.stride()
+
+
+def test_a_batch_of_none_goes_through():
+    norm, conv, _ = half_block(torch.float32)
+    x = torch.zeros(0, 64, 8, 8, requires_grad=True)
+    norm_silu(norm, x, conv=conv).sum().backward()
+    assert x.grad.shape == x.shape and not conv.weight.grad.any()

@@ -3,7 +3,9 @@
 Attention takes tokens (B, N, heads, head width), context keys first, and one bool mask (True: visible) only where something is hidden.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar, cast
 
@@ -49,6 +51,25 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+PART = 2**20
+"""Numbers of a feature map that a CPU works on together where a map is larger: of what comes and goes meanwhile little is needed, and caches hold it."""
+
+
+def _parts(x: Tensor) -> list[slice]:
+    """Samples of x (B, ...), as many together as `PART` allows."""
+    each = max(1, PART // max(1, x[0].numel())) if x.device.type == "cpu" and len(x) else max(1, len(x))
+    return [slice(i, i + each) for i in range(0, len(x), each)] or [slice(0)]
+
+
+def _of(some: slice, *tensors: Tensor | None) -> list[Any]:
+    return [None if tensor is None else tensor[some] for tensor in tensors]
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Of some samples -> of all; None of None."""
+    return parts[0] if parts[0] is None or len(parts) == 1 else torch.cat(cast(list[Tensor], list(parts)))
+
+
 class _NormSiLU(torch.autograd.Function):
     """conv(dropout(silu((1 + scale) GN(x) + shift))), all but the convolution in float32, or without one: of all its stages it keeps x and the statistics.
 
@@ -60,48 +81,65 @@ class _NormSiLU(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float,
         kernel: Tensor | None, kernel_bias: Tensor | None, dropout: float,
     ) -> Tensor:  # fmt: skip
-        size, channels, *sides = x.shape
-        y, mean, rstd = torch.native_group_norm(dense(x.float()), weight, bias, size, channels, math.prod(sides), groups, eps)
-        if scale is not None and shift is not None:
-            y = torch.addcmul(shift, y, 1 + scale)
-        y, kept = torch.native_dropout(F.silu(y, inplace=True), dropout, True) if dropout else (F.silu(y, inplace=True), None)
+        found = []
+        for some in _parts(x):
+            part, a, b = _of(some, x, scale, shift)
+            size, channels, *sides = part.shape
+            y, *statistics = torch.native_group_norm(dense(part.float()), weight, bias, size, channels, math.prod(sides), groups, eps)
+            if scale is not None:
+                y = torch.addcmul(b, y, 1 + a)
+            y, kept = torch.native_dropout(F.silu(y, inplace=True), dropout, True) if dropout else (F.silu(y, inplace=True), None)
+            found.append((y.to(x.dtype) if kernel is None else convolution(y.to(kernel.dtype), kernel, kernel_bias), *statistics, kept))
+        out, mean, rstd, kept = map(_joined, zip(*found))
         ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd, kernel, kept)
         ctx.groups, ctx.dropout = groups, dropout
-        if kernel is None:
-            return y.to(x.dtype)
-        return convolution(y.to(kernel.dtype), kernel, kernel_bias)
+        return cast(Tensor, out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, scale, shift, mean, rstd, kernel, kept = ctx.saved_tensors
+        found = [
+            _NormSiLU._part(ctx.groups, ctx.dropout, ctx.needs_input_grad[7:9], weight, bias, kernel, *_of(some, grad, x, scale, shift, mean, rstd, kept))
+            for some in _parts(x)
+        ]
+        grad_x, grad_scale, grad_shift, *shares = zip(*found)
+        grad_weight, grad_bias, grad_kernel, grad_kernel_bias = (None if share[0] is None else functools.reduce(torch.add, share) for share in shares)
+        return (
+            _joined(grad_x), grad_weight, grad_bias, _joined(grad_scale), _joined(grad_shift), None, None, grad_kernel, grad_kernel_bias, None
+        )  # fmt: skip
+
+    @staticmethod
+    def _part(
+        groups: int, dropout: float, wanted: Sequence[bool], weight: Tensor, bias: Tensor, kernel: Tensor | None,
+        grad: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor, rstd: Tensor, kept: Tensor | None,
+    ) -> list[Tensor | None]:  # fmt: skip
+        """For some samples the gradients of x, scale and shift, and their shares of those of the norm's weight and bias, the kernel and its bias."""
         size, channels, *sides = x.shape
-        each = channels // ctx.groups
-        slope = rstd.repeat_interleave(each, 1) * weight  # GN(x) = slope x + offset, (B, C)
-        offset = bias - mean.repeat_interleave(each, 1) * slope
-        a, b = (slope[..., None, None], offset[..., None, None]) if scale is None else (slope[..., None, None] * (1 + scale),
-                                                                                       torch.addcmul(shift, offset[..., None, None], 1 + scale))
+        slope = rstd.repeat_interleave(channels // groups, 1) * weight  # GN(x) = slope x + offset, (B, C)
+        offset = bias - mean.repeat_interleave(channels // groups, 1) * slope
+        slope, offset = slope[..., None, None], offset[..., None, None]
+        film = None if scale is None else 1 + scale
         dtype, x = x.dtype, x.float()
-        before = torch.addcmul(b, x, a)
+        before = torch.addcmul(offset, x, slope) if film is None or shift is None else torch.addcmul(torch.addcmul(shift, offset, film), x, slope * film)
         grad_kernel = grad_kernel_bias = None
         if kernel is not None:
-            y = F.silu(before) if kept is None else torch.ops.aten.native_dropout_backward(F.silu(before), kept, 1 / (1 - ctx.dropout))
-            wanted = True, *ctx.needs_input_grad[7:9]
-            found, grad_kernel, grad_kernel_bias = convolution_backward(grad, y.to(kernel.dtype), kernel, wanted)
+            y = F.silu(before) if kept is None else torch.ops.aten.native_dropout_backward(F.silu(before), kept, 1 / (1 - dropout))
+            found, grad_kernel, grad_kernel_bias = convolution_backward(grad, y.to(kernel.dtype), kernel, (True, *wanted))
             grad = cast(Tensor, found)
             del y
-        grad = grad.float() if kept is None else torch.ops.aten.native_dropout_backward(grad.float(), kept, 1 / (1 - ctx.dropout))
+        grad = grad.float() if kept is None else torch.ops.aten.native_dropout_backward(grad.float(), kept, 1 / (1 - dropout))
         grad = torch.ops.aten.silu_backward(grad, before)
         del before
         grad_scale = grad_shift = None
-        if scale is not None:
+        if film is not None:
             grad_shift = grad.sum((2, 3), keepdim=True)
-            grad_scale = slope[..., None, None] * (grad * x).sum((2, 3), keepdim=True) + offset[..., None, None] * grad_shift
-            grad = grad * (1 + scale)
+            grad_scale = slope * (grad * x).sum((2, 3), keepdim=True) + offset * grad_shift
+            grad *= film
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
-            dense(grad, x), dense(x), mean, rstd, weight, size, channels, math.prod(sides), ctx.groups, [True, True, True]
+            dense(grad, x), dense(x), mean, rstd, weight, size, channels, math.prod(sides), groups, [True, True, True]
         )
-        return grad_x.to(dtype), grad_weight, grad_bias, grad_scale, grad_shift, None, None, grad_kernel, grad_kernel_bias, None
+        return [grad_x.to(dtype), grad_scale, grad_shift, grad_weight, grad_bias, grad_kernel, grad_kernel_bias]
 
 
 def norm_silu(
