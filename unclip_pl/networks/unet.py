@@ -108,6 +108,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, C, H, W), time (B, 4 width) after SiLU -> (B, out, H', W')."""
+        short = self.shortcut(self._resized(x))  # first, and so last in the backward pass, where its gradient would lie beside the rest
         if self.resize == 1:
             h = norm_silu(self.norm1, x, conv=self.conv1)
         else:
@@ -116,7 +117,7 @@ class ResBlock(nn.Module):
         time = self.time(time).to(h.dtype)[..., None, None]
         scale, shift = time.chunk(2, dim=1) if self.scale_shift else (None, None)
         h = norm_silu(self.norm2, h if self.scale_shift else h + time, scale, shift, self.conv2, self.dropout if self.training else 0.0)
-        return self.shortcut(self._resized(x)) + h
+        return short + h
 
 
 class Attention(nn.Module):
