@@ -72,6 +72,19 @@ def test_a_graph_that_is_dropped_frees_its_tensors_without_the_garbage_collector
         gc.enable()
 
 
+def test_a_failure_leaves_no_hooks_behind(parts):
+    _, weight = parts
+
+    def fail(_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise ValueError("too large")
+
+    with pytest.raises(ValueError, match="too large"), recomputed(fail, weight):
+        pass
+    with pytest.raises(RuntimeError, match="apart"), recomputed(lambda x: (2 * x.detach(),), weight):
+        raise RuntimeError("apart")
+    (weight * weight).grad_fn._raw_saved_self.register_hooks(lambda x: x, lambda x: x)  # an error where there are any
+
+
 def test_without_a_gradient_nothing_is_made_twice(parts):
     make, weight = parts
     with torch.no_grad():

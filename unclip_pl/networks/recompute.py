@@ -34,7 +34,11 @@ class Recomputed:
     def __enter__(self) -> tuple[Tensor, ...]:
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self.hooks.__enter__()
-        made = self.make(*self.inputs)
+        try:
+            made = self.make(*self.inputs)
+        except BaseException:
+            self.__exit__()  # else all that follows, elsewhere too, would be kept by these hooks
+            raise
         self.first = {tensor.untyped_storage()._cdata: place for place, tensor in enumerate(made)}
         for kept in self.early:
             self._drop(kept)
