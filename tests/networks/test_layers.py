@@ -8,6 +8,13 @@ from unclip_pl.networks import layers
 from unclip_pl.networks.layers import GroupNorm32, norm_silu, upsampled_conv
 
 
+@pytest.fixture(autouse=True, params=["kernels", "formulas"])
+def way(request, monkeypatch):
+    """By torch's kernels, as training goes on CPUs, and by formulas, as it goes on GPUs."""
+    if request.param == "formulas":
+        monkeypatch.setattr(layers, "NATIVE", ())
+
+
 def plain(norm: GroupNorm32, x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
     """One after the other, in float64."""
     y = F.group_norm(x.double(), norm.num_groups, norm.weight.double(), norm.bias.double(), norm.eps)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from unclip_pl.networks import formulas
 from unclip_pl.networks.winograd import convolution, convolution_backward
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -32,6 +33,10 @@ class LayerNorm32(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
+NATIVE = ("cpu", "meta")
+"""Devices whose GroupNorm takes maps in channels_last as they are: training works with it there, and on others with that of `formulas`."""
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -154,8 +159,9 @@ def norm_silu(
         kernel, bias = (None, None) if conv is None else (conv.weight, conv.bias)
         if conv is not None and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             kernel, bias = (value if value is None else value.to(torch.get_autocast_dtype(x.device.type)) for value in (kernel, bias))
+        function = _NormSiLU if x.device.type in NATIVE else formulas.NormSiLU
         with torch.autocast(x.device.type, enabled=False):
-            return _NormSiLU.apply(x, norm.weight.float(), norm.bias.float(), *parts, norm.num_groups, norm.eps, kernel, bias, dropout)
+            return function.apply(x, norm.weight.float(), norm.bias.float(), *parts, norm.num_groups, norm.eps, kernel, bias, dropout)
     y = norm(x)
     if scale is not None and shift is not None:
         y = torch.addcmul(shift, y, 1 + scale)
