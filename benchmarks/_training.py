@@ -31,9 +31,14 @@ class Clock(Callback):
         self.ends.append(time.perf_counter())
 
 
+def on_device(batch: dict[str, Any], device: Any) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
 def trained(module: Stage, batch: dict[str, Any], given: Any) -> list[float]:
     """Seconds a step under a trainer with what `lightning fit` does at each step: EMA, progress bar, monitors, TensorBoard. No checkpoints, no validation."""
     clock, steps = Clock(given.device), given.warmup + given.repeats + 1
+    batch = on_device(batch, given.device)  # as in the other systems' scripts: the loader has its own benchmark
     precision: Any = {"bf16": "bf16-mixed", "fp32": "32-true"}[usable(given.dtype, given.device)]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -48,7 +53,7 @@ def trained(module: Stage, batch: dict[str, Any], given: Any) -> list[float]:
 def plain_step(module: Stage, batch: dict[str, Any], given: Any) -> Callable[[], None]:
     """A training step of the module with its optimiser and EMA, without a trainer."""
     module.to(given.device)
-    batch = {key: value.to(given.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    batch = on_device(batch, given.device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=module.optimizer_config.weight_decay, fused=True)
     averages = [p.detach().clone() for p in module.parameters()]
 
@@ -73,7 +78,7 @@ def measure(job: str, module: Stage, batch: dict[str, Any], given: argparse.Name
     """Time the steps, then count the operations of one, and print the line."""
     times = {"trainer": trained, "bare": bare}[given.mode](module.train(), batch, given)
     peak = peak_mib()  # counting the operations takes memory of its own
-    batch = {key: value.to(module.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    batch = on_device(batch, module.device)
 
     def both_ways() -> None:
         module.loss(batch)["loss"].backward()

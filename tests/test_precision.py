@@ -67,6 +67,7 @@ def test_pictures_in_bfloat16_are_near_those_in_float32(instructions):
     pictures = []
     for kind in ("fp32", "bf16"):
         unclip = UnCLIP.load(precision=kind)
+        assert unclip.precision == unclip.cascade.precision == (kind if instructions else "fp32")  # said when it is loaded, not on the bar's line
         settings = type(unclip.decoder.sampling)(**vars(unclip.decoder.sampling) | {"steps": 3})
         pictures.append(unclip.decode(conditions["image_embed"], [0], None, settings))
     assert torch.equal(*pictures) != instructions

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from unclip_pl.diffusion.noise import Noise
+from unclip_pl.diffusion.replay import Replay
 from unclip_pl.errors import UserError
 from unclip_pl.networks.memory import forward_bytes
-from unclip_pl.precision import Precision, autocast
+from unclip_pl.precision import Precision, autocast, usable
 from unclip_pl.stages.upsampler import Upsampler, Upsampler1024, UpsamplingConfig
 
 SEEDS = 1 << 30
@@ -25,13 +26,21 @@ Callback = Callable[[str, int, int], Any]
 @contextmanager
 def at_work(part: Any, device: torch.device | str, offload: bool, precision: str = "fp32") -> Iterator[None]:
     """`part` (a stage, or a CLIP) on the device while the body runs, in that precision; with `offload`, back in the CPU's memory after it."""
-    part.to(device)
+    if part.device != torch.device(device):
+        part.to(device)
     try:
         with autocast(precision, device):
             yield
     finally:
         if offload:
             part.to("cpu")
+            getattr(part, "replay", Replay()).clear()
+
+
+def resolved(device: torch.device | str) -> torch.device:
+    """A device with its number: "cuda" is the current one."""
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
 def source_side(stage: Upsampler) -> int:
@@ -69,7 +78,8 @@ class Cascade:
         precision: Precision = "fp32",
     ) -> None:
         check_order([(source_side(stage), stage.net_config.image_size) for stage in stages])
-        self.device, self.offload, self.batch_pixels, self.precision = torch.device(device), offload, batch_pixels, precision
+        self.device, self.offload, self.batch_pixels = resolved(device), offload, batch_pixels
+        self.precision = usable(precision, self.device)
         self.stages = [stage.to("cpu" if offload else device).eval() for stage in stages]
 
     @property

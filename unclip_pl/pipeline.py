@@ -11,13 +11,13 @@ from torch import Tensor
 
 import unclip_pl.stages
 from unclip_pl import release
-from unclip_pl.cascade import Cascade, at_work, check_order, source_side
+from unclip_pl.cascade import Cascade, at_work, check_order, resolved, source_side
 from unclip_pl.clip import CLIPConfig, FrozenCLIP, require_same
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.errors import UserError
-from unclip_pl.precision import Precision
+from unclip_pl.precision import Precision, usable
 from unclip_pl.release import Release
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.base import Stage
@@ -133,7 +133,9 @@ class UnCLIP:
     ) -> None:
         if prior is not None and decoder.condition == "text":
             raise UserError('The decoder was trained on text embeddings and has no use for a prior: leave the prior out and condition on "text".')
-        home = "cpu" if offload else device
+        self.device, self.offload = resolved(device), offload
+        self.precision = usable(precision, self.device)  # says at once where it is not
+        home = torch.device("cpu") if offload else self.device
         for name, stage in {"decoder": decoder, "prior": prior}.items():
             if stage is None:
                 continue
@@ -147,8 +149,7 @@ class UnCLIP:
         check_order([(source_side(stage), stage.net_config.image_size) for stage in upsamplers], before=decoder.net_config.image_size)
         self.decoder = decoder.to(home).eval()
         self.prior = None if prior is None else prior.to(home).eval()
-        self.cascade = Cascade(upsamplers, device, offload, precision=precision)
-        self.device, self.offload, self.precision = torch.device(device), offload, precision
+        self.cascade = Cascade(upsamplers, self.device, offload, precision=precision)
 
     @classmethod
     def load(

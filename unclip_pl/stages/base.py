@@ -6,6 +6,7 @@ A stage owns its networks, its loss and how to sample; CLIP, data, EMA, pictures
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from unclip_pl.clip import require_same
 from unclip_pl.diffusion.noise import Noise
+from unclip_pl.diffusion.process import Predict
+from unclip_pl.diffusion.replay import Replay
 from unclip_pl.errors import UserError
 from unclip_pl.training.sharded import shard
 
@@ -99,6 +102,7 @@ class Stage(LightningModule):
         self.save_hyperparameters({"optimizer": plain(self.optimizer_config)} | {k: plain(v) for k, v in arguments.items()})
         self.stage_name = type(self).__name__  # sharding gives the object another class
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
+        self.replay = Replay()
 
     def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Scalars by name, of which "loss" is minimised; "t" (B,) and "per_sample" (B,) may come along for the monitors.
@@ -110,6 +114,10 @@ class Stage(LightningModule):
     def sample(self, batch: dict, noise: Noise) -> Tensor:
         """What the stage draws for the conditions in `batch`: one per sample, image k from generator k of `noise`."""
         raise NotImplementedError
+
+    def replayed(self, make: Callable[[Any], Predict], conditions: Any, kind: Any) -> Predict:
+        """`make(conditions)`, as `Replay` does it with this stage's weights; in training, where other things need the memory, plainly."""
+        return make(conditions) if self._trainer is not None else self.replay(make, conditions, kind, [*self.parameters(), *self.buffers()])
 
     def setup(self, stage: str) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)

@@ -18,7 +18,7 @@ from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.errors import UserError
 from unclip_pl.networks.embedding import EmbeddingNormalizer
 from unclip_pl.networks.text import TextConfig, TextContext
-from unclip_pl.networks.unet import UNet, UNetConfig
+from unclip_pl.networks.unet import EncodedContext, UNet, UNetConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage, as_config, check_clip
 
 
@@ -133,18 +133,18 @@ class Decoder(Stage):
     def predictor(self, batch: dict, size: int, schedule: Schedule, settings: SamplingConfig) -> Predict:
         """predict(x, t) for the conditions in `batch` (see `sample`) of `size` images, guided and thresholded, for a sampler that walks `schedule`."""
         yes, no = (torch.full((size,), keep, device=self.device) for keep in (True, False))
-        conditional = self.conditions(batch, size, yes, yes)
-        adapt = self.process.adapt
-        if settings.guidance_scale == 1:
-            encoded = self.net.encode_context(**conditional)  # once: it does not change from step to step
-            predict = adapt(lambda x, t: self.net(x, t, encoded=encoded), schedule)
-        else:
+        conditions, guide = self.conditions(batch, size, yes, yes), settings.guidance_scale != 1
+        if guide:
             null = self.conditions(batch, size, no, no)
-            pairs = {key: (value, null[key]) for key, value in conditional.items()}
-            doubled = {key: None if given is None or dropped is None else torch.cat([given, dropped]) for key, (given, dropped) in pairs.items()}
-            encoded = self.net.encode_context(**doubled)
-            predict = guided(halves(adapt(lambda x, t: self.net(x, t, encoded=encoded), schedule)), settings.guidance_scale)
-        return thresholded(predict, self.process, settings.threshold)
+            pairs = {key: (value, null[key]) for key, value in conditions.items()}
+            conditions = {key: None if given is None or dropped is None else torch.cat([given, dropped]) for key, (given, dropped) in pairs.items()}
+
+        def predict(encoded: EncodedContext) -> Predict:
+            found = self.process.adapt(lambda x, t: self.net(x, t, encoded=encoded), schedule)
+            found = guided(halves(found), settings.guidance_scale) if guide else found
+            return thresholded(found, self.process, settings.threshold)
+
+        return self.replayed(predict, self.net.encode_context(**conditions), (schedule.timesteps.tolist(), settings))  # encoded once, not at each step
 
     @torch.no_grad()
     def sample(self, batch: dict, noise: Noise, sampling: SamplingConfig | None = None, callback: Any = None, x_T: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from unclip_pl.diffusion.guidance import thresholded
 from unclip_pl.diffusion.losses import simple
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.diffusion.process import DiffusionConfig, Process
+from unclip_pl.diffusion.process import DiffusionConfig, Predict, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.errors import UserError
 from unclip_pl.networks.unet import UNet, UNetConfig
@@ -152,8 +152,11 @@ class Upsampler(Stage):
         enlarged = F.pad(enlarged, (0, right, 0, down), "reflect" if down < height and right < width else "replicate")
         enlarged = enlarged.contiguous(memory_format=torch.channels_last)
         schedule = self.process.schedule.respaced(settings.steps)
-        predict = self.process.adapt(lambda x, t: self.predict(x, t, enlarged)[0], schedule)
-        predict = thresholded(predict, self.process, settings.threshold)
+
+        def make(enlarged: Tensor) -> Predict:
+            return thresholded(self.process.adapt(lambda x, t: self.predict(x, t, enlarged)[0], schedule), self.process, settings.threshold)
+
+        predict = self.replayed(make, enlarged, (schedule.timesteps.tolist(), settings))
         x = noise(enlarged.shape[1:], self.device)
         return SAMPLERS[settings.sampler](predict, x, schedule, noise=noise, eta=settings.eta, callback=callback)[..., :height, :width].clamp(-1, 1)
 
