@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.diffusion.replay import Replay
 from unclip_pl.errors import UserError
 from unclip_pl.networks.memory import forward_bytes
 from unclip_pl.precision import Precision, autocast, usable
+from unclip_pl.stages.base import Stage
 from unclip_pl.stages.upsampler import Upsampler, Upsampler1024, UpsamplingConfig
 
 SEEDS = 1 << 30
@@ -34,7 +34,8 @@ def at_work(part: Any, device: torch.device | str, offload: bool, precision: str
     finally:
         if offload:
             part.to("cpu")
-            getattr(part, "replay", Replay()).clear()
+            if isinstance(part, Stage):
+                part.replay.clear()
 
 
 def resolved(device: torch.device | str) -> torch.device:

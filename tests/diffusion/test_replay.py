@@ -62,7 +62,10 @@ def test_runs_of_a_kind_share_a_recording_and_draw_the_same(sampler, half):
         kept = []
         for seed in (1, 2, 3):
             drawn = stage.sample(embeds(seed), Noise([seed, 9]), settings)
-            near(drawn, plainly(stage, embeds(seed), Noise([seed, 9]), settings))
+            plain = plainly(stage, embeds(seed), Noise([seed, 9]), settings)
+            if half:
+                torch.testing.assert_close(drawn, plain, rtol=1e-4, atol=1e-4)
+            near(drawn, plain)
             kept.append(stage.replay._kept)
         assert kept[0] is kept[1] is kept[2] and kept[0].graph is not None
         stage.sample(embeds(1, 3), Noise([1, 2, 3]), settings)

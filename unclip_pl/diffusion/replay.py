@@ -22,7 +22,7 @@ class Replay:
     """Keeps the newest recording. `replay(make, conditions, kind, weights)` is `make(conditions)`, from that recording where it pays.
 
     It pays on a GPU where kernels are done sooner than the host can start them: networks that are small, or few pictures. Elsewhere, with gradients, and on
-    other devices nothing is recorded. Results are those of the same kernels.
+    other devices nothing is recorded. Results are the same but for rounding: the libraries may pick other kernels in a recording.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Replay:
         key = kind, spec, shapes, half, [weight.data_ptr() for weight in weights]
         if self._kept is None or self._kept.key != key:
             self._kept = None  # its memory first
-            self._kept = _Recording(key, make, conditions)
+            self._kept = _Recording(key, make, leaves, spec)
         return _Run(self._kept, leaves)
 
     def clear(self) -> None:
@@ -73,16 +73,14 @@ class _Run:
 class _Recording:
     """Calls plainly at first, looks whether the GPU had to wait, then records and replays."""
 
-    def __init__(self, key: Any, make: Make, conditions: Any) -> None:
-        leaves, spec = tree_flatten(conditions)
-        self.key, self.owner = key, None
+    def __init__(self, key: Any, make: Make, leaves: list[Any], spec: Any) -> None:
+        self.key = key
+        self.owner: _Run | None = None
         self.leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.predict = make(tree_unflatten(self.leaves, spec))
         self.calls = 0
         self.pays = True
         self.graph: torch.cuda.CUDAGraph | None = None
-
-    owner: _Run | None
 
     def fill(self, leaves: list[Any]) -> None:
         for mine, theirs in zip(self.leaves, leaves, strict=True):

@@ -104,4 +104,3 @@ def gradients(
     grad_x = whole * grad + _channels(bend, x)[..., None, None] * wide + _channels(rest, x)[..., None, None]
     grad_weight = (_channels(rstd, x) * (products - _channels(mean, x) * sums)).sum(0)
     return grad_x.to(x.dtype), grad_weight, sums.sum(0), grad_scale, grad_shift
-

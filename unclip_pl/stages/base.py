@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -117,7 +118,7 @@ class Stage(LightningModule):
 
     def replayed(self, make: Callable[[Any], Predict], conditions: Any, kind: Any) -> Predict:
         """`make(conditions)`, as `Replay` does it with this stage's weights; in training, where other things need the memory, plainly."""
-        return make(conditions) if self._trainer is not None else self.replay(make, conditions, kind, [*self.parameters(), *self.buffers()])
+        return make(conditions) if self._trainer is not None else self.replay(make, conditions, kind, chain(self.parameters(), self.buffers()))
 
     def setup(self, stage: str) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)
