@@ -4,15 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unclip_pl.networks import layers
-from unclip_pl.networks.layers import GroupNorm32, norm_silu, upsampled_conv
+from unclip_pl.networks import norm_silu as half
+from unclip_pl.networks.layers import GroupNorm32, halved, upsampled_conv
+from unclip_pl.networks.norm_silu import norm_silu
 
 
-@pytest.fixture(autouse=True, params=["kernels", "formulas"])
+@pytest.fixture(autouse=True, params=["cpu", "gpu"])
 def way(request, monkeypatch):
-    """By torch's kernels, as training goes on CPUs, and by formulas, as it goes on GPUs."""
-    if request.param == "formulas":
-        monkeypatch.setattr(layers, "NATIVE", ())
+    """The norm by torch's kernel, as training has it on CPUs, and by formulas, as on GPUs."""
+    if request.param == "gpu":
+        monkeypatch.setattr(half, "NATIVE", ())
 
 
 def plain(norm: GroupNorm32, x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
@@ -47,6 +48,18 @@ def test_values_and_gradients_against_float64(film, dtype):
         torch.testing.assert_close(norm_silu(norm, *given).double(), found[0][0], rtol=3 * limit, atol=3 * limit)  # rounds after each stage
 
 
+def test_means_of_four_pixels_keep_nothing_and_have_the_gradient_of_torch():
+    x = torch.randn(2, 5, 6, 8, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        found = halved(x)
+    exact = F.avg_pool2d(x, 2)
+    weigh = torch.randn_like(exact)
+    assert not kept and torch.equal(found, exact)
+    ours, theirs = (torch.autograd.grad((out * weigh).sum(), [x])[0] for out in (found, exact))
+    assert torch.equal(ours, theirs) and ours.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_only_the_input_is_kept_of_the_feature_maps():
     norm, given = inputs(film=True)
     kept = []
@@ -75,6 +88,15 @@ def test_an_enlarged_convolution_equals_enlarging_and_convolving(size, layout):
         found.append([out, *torch.autograd.grad((out * out.detach().cos()).sum(), [given, module.weight, module.bias])])
     for ours, slow in zip(*found, strict=True):
         torch.testing.assert_close(ours.double(), slow, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_of_an_enlarged_convolution_is_not_kept():
+    conv, kept = torch.nn.Conv2d(5, 7, 3, padding=1), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        upsampled_conv(conv, torch.zeros(1, 5, 6, 6))
+        assert kept == []  # by hooks of its own
+        upsampled_conv(conv, torch.zeros(1, 5, 6, 6), checkpointing=True)
+    assert kept == [(1, 5, 6, 6), (5, 7, 4, 4)] or kept == [(5, 7, 4, 4), (1, 5, 6, 6)]
 
 
 def test_enlarging_and_convolving_takes_four_products_a_pixel():
@@ -153,8 +175,8 @@ def test_samples_worked_on_apart_give_the_same(part, count, monkeypatch):
     norm, conv, given = half_block(torch.float32)
     found = []
     for numbers in (2**20, part):
-        monkeypatch.setattr(layers, "PART", numbers)
-        assert len(layers._parts(given[0])) == (1 if numbers == 2**20 else count)
+        monkeypatch.setattr(half, "PART", numbers)
+        assert len(half._parts(given[0])) == (1 if numbers == 2**20 else count)
         torch.manual_seed(0)
         out = norm_silu(norm, *given, conv=conv)
         gradients = torch.autograd.grad((out * torch.randn(out.shape)).sum(), [*given, norm.weight, norm.bias, conv.weight, conv.bias])
@@ -162,6 +184,29 @@ def test_samples_worked_on_apart_give_the_same(part, count, monkeypatch):
     for whole, apart in zip(*found, strict=True):
         torch.testing.assert_close(apart, whole, rtol=1e-4, atol=1e-5)
         assert apart.stride() == whole.stride()
+
+
+@pytest.mark.parametrize("part", [1, 2**20])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_skip_behind_counts_as_if_joined_and_has_a_gradient_of_its_own(layout, part, monkeypatch):
+    monkeypatch.setattr(half, "PART", part)
+    norm, conv, given = half_block(torch.float32)
+    whole, *film = given
+    whole = whole.detach().contiguous(memory_format=layout).requires_grad_()
+    maps = [some.detach().contiguous(memory_format=layout).requires_grad_() for some in whole.split((40, 24), dim=1)]
+    weigh = torch.randn(3, 32, 8, 8)
+    leaves = [*film, norm.weight, norm.bias, conv.weight, conv.bias]
+    found = []
+    for x, skip, mine in ((maps[0], maps[1], maps), (whole, None, [whole])):
+        torch.manual_seed(0)
+        out = norm_silu(norm, x, *film, conv=conv, dropout=0.25, skip=skip)
+        gradients = torch.autograd.grad((out * weigh).sum(), [*mine, *leaves])
+        found.append([out, torch.cat(gradients[: len(mine)], dim=1), *gradients[len(mine) :]])
+        assert all(gradient.untyped_storage().nbytes() == 4 * gradient.numel() for gradient in gradients[: len(mine)])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(norm_silu(norm, maps[0], *film, conv=conv, skip=maps[1]), norm_silu(norm, whole, *film, conv=conv))
 
 
 def test_a_batch_of_none_goes_through():

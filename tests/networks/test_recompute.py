@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import unclip_pl.networks.unet as unet
+from unclip_pl.networks.norm_silu import norm_silu
 from unclip_pl.networks.recompute import recomputed
 from unclip_pl.networks.unet import UNet, UNetConfig
 
@@ -127,9 +128,13 @@ def test_a_unet_keeps_neither_joined_maps_nor_projections():
             net(torch.randn(1, 3, 16, 16), torch.zeros(1, dtype=torch.int64))
         return list(kept)
 
+    def joined_first(norm, x, *film, skip=None, **more):
+        return norm_silu(norm, x if skip is None else torch.cat([x, skip], dim=1), *film, **more)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unclip_pl.networks.recompute.keep", note)
         ours = shapes()
+        patch.setattr(unet, "norm_silu", joined_first)
         patch.setattr(unet, "recomputed", lambda make, *inputs, **_: nullcontext(make(*inputs)))
         plain = shapes()
     heads, joined = (1, 2, 64, 32), {(1, 128, 8, 8), (1, 96, 8, 8), (1, 96, 16, 16)}

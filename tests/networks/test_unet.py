@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from unclip_pl.networks import unet
 from unclip_pl.networks.layers import GroupNorm32, attend, timestep_embedding
 from unclip_pl.networks.unet import UNet, UNetConfig
 
@@ -158,7 +159,7 @@ def test_checkpointing_gives_equal_gradients():
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_patches_round_trip_and_place():
+def test_patches_round_trip_and_place(monkeypatch):
     """With identity instead of the body the image comes back; a patch sees the same pixels on the way in and out."""
     config = replace(PLAIN, patch_size=2, image_size=32, out_channels=3)
     net = UNet(config).eval()
@@ -167,12 +168,15 @@ def test_patches_round_trip_and_place():
     nn.init.zeros_(net.enter.bias)
     nn.init.dirac_(net.exit.weight)
     seen = []
-    hook = net.enter.register_forward_hook(lambda module, args, out: seen.append(out))
-    cut = net.exit.register_forward_pre_hook(lambda module, args: (seen[-1],))
+    net.enter.register_forward_hook(lambda module, args, out: seen.append(out))
+    halves = unet.norm_silu
+
+    def without_body(*given, **more):
+        return net.exit(seen[-1]) if more.get("conv") is net.exit else halves(*given, **more)
+
+    monkeypatch.setattr(unet, "norm_silu", without_body)
     x, t = inputs(side=32)
     assert torch.equal(net(x, t), x)
-    hook.remove()
-    cut.remove()
 
 
 def test_images_are_channels_last_throughout_whatever_the_layout_of_weights():

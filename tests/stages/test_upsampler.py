@@ -162,7 +162,8 @@ def test_a_crop_is_drawn_as_the_same_place_of_the_whole(monkeypatch):
     """
     import unclip_pl.networks.unet as unet
 
-    def without_norm(norm, x, scale=None, shift=None, conv=None, dropout=0.0):
+    def without_norm(norm, x, scale=None, shift=None, conv=None, dropout=0.0, skip=None):
+        x = x if skip is None else torch.cat([x, skip], 1)
         y = F.silu(x if scale is None else x * (1 + scale) + shift)
         return y if conv is None else conv(y)
 

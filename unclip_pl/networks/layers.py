@@ -3,9 +3,7 @@
 Attention takes tokens (B, N, heads, head width), context keys first, and one bool mask (True: visible) only where something is hidden.
 """
 
-import functools
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar, cast
 
@@ -15,8 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from unclip_pl.networks import formulas
-from unclip_pl.networks.winograd import convolution, convolution_backward
+from unclip_pl.networks.recompute import recomputed
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -35,10 +32,6 @@ class LayerNorm32(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
-NATIVE = ("cpu", "meta")
-"""Devices whose GroupNorm takes maps in channels_last as they are: training works with it there, and on others with that of `formulas`."""
-
-
 class GroupNorm32(nn.GroupNorm):
     """GroupNorm with 32 groups whose statistics are float32 whatever the input's type, which the output has again. (B, C, ...) -> same."""
 
@@ -49,135 +42,38 @@ class GroupNorm32(nn.GroupNorm):
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
-def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """x without gaps, in the order (NCHW or channels last) of `like`, or its own: kernels that are called directly do not look."""
-    like = x if like is None else like
-    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-PART = 2**20
-"""Numbers of a feature map that a CPU works on together where a map is larger: of what comes and goes meanwhile little is needed, and caches hold it."""
-
-
-def _parts(x: Tensor) -> list[slice]:
-    """Samples of x (B, ...), as many together as `PART` allows."""
-    each = max(1, PART // max(1, x[0].numel())) if x.device.type == "cpu" and len(x) else max(1, len(x))
-    return [slice(i, i + each) for i in range(0, len(x), each)] or [slice(0)]
-
-
-def _of(some: slice, *tensors: Tensor | None) -> list[Any]:
-    return [None if tensor is None else tensor[some] for tensor in tensors]
-
-
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Of some samples -> of all; None of None."""
-    return parts[0] if parts[0] is None or len(parts) == 1 else torch.cat(cast(list[Tensor], list(parts)))
-
-
-class _NormSiLU(torch.autograd.Function):
-    """conv(dropout(silu((1 + scale) GN(x) + shift))), all but the convolution in float32, or without one: of all its stages it keeps x and the statistics.
-
-    What the convolution was given is computed again in the backward pass, from one multiplication, one addition and one SiLU an element.
-    """
-
+class _Halved(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float,
-        kernel: Tensor | None, kernel_bias: Tensor | None, dropout: float,
-    ) -> Tensor:  # fmt: skip
-        found = []
-        for some in _parts(x):
-            part, a, b = _of(some, x, scale, shift)
-            size, channels, *sides = part.shape
-            y, *statistics = torch.native_group_norm(dense(part.float()), weight, bias, size, channels, math.prod(sides), groups, eps)
-            if scale is not None:
-                y = torch.addcmul(b, y, 1 + a)
-            y, kept = torch.native_dropout(F.silu(y, inplace=True), dropout, True) if dropout else (F.silu(y, inplace=True), None)
-            found.append((y.to(x.dtype) if kernel is None else convolution(y.to(kernel.dtype), kernel, kernel_bias), *statistics, kept))
-        out, mean, rstd, kept = map(_joined, zip(*found))
-        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd, kernel, kept)
-        ctx.groups, ctx.dropout = groups, dropout
-        return cast(Tensor, out)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, scale, shift, mean, rstd, kernel, kept = ctx.saved_tensors
-        found = [
-            _NormSiLU._part(ctx.groups, ctx.dropout, ctx.needs_input_grad[7:9], weight, bias, kernel, *_of(some, grad, x, scale, shift, mean, rstd, kept))
-            for some in _parts(x)
-        ]
-        grad_x, grad_scale, grad_shift, *shares = zip(*found)
-        grad_weight, grad_bias, grad_kernel, grad_kernel_bias = (None if share[0] is None else functools.reduce(torch.add, share) for share in shares)
-        return (
-            _joined(grad_x), grad_weight, grad_bias, _joined(grad_scale), _joined(grad_shift), None, None, grad_kernel, grad_kernel_bias, None
-        )  # fmt: skip
-
-    @staticmethod
-    def _part(
-        groups: int, dropout: float, wanted: Sequence[bool], weight: Tensor, bias: Tensor, kernel: Tensor | None,
-        grad: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor, rstd: Tensor, kept: Tensor | None,
-    ) -> list[Tensor | None]:  # fmt: skip
-        """For some samples the gradients of x, scale and shift, and their shares of those of the norm's weight and bias, the kernel and its bias."""
-        size, channels, *sides = x.shape
-        slope = rstd.repeat_interleave(channels // groups, 1) * weight  # GN(x) = slope x + offset, (B, C)
-        offset = bias - mean.repeat_interleave(channels // groups, 1) * slope
-        slope, offset = slope[..., None, None], offset[..., None, None]
-        film = None if scale is None else 1 + scale
-        dtype, x = x.dtype, x.float()
-        before = torch.addcmul(offset, x, slope) if film is None or shift is None else torch.addcmul(torch.addcmul(shift, offset, film), x, slope * film)
-        grad_kernel = grad_kernel_bias = None
-        if kernel is not None:
-            y = F.silu(before) if kept is None else torch.ops.aten.native_dropout_backward(F.silu(before), kept, 1 / (1 - dropout))
-            found, grad_kernel, grad_kernel_bias = convolution_backward(grad, y.to(kernel.dtype), kernel, (True, *wanted))
-            grad = cast(Tensor, found)
-            del y
-        grad = grad.float() if kept is None else torch.ops.aten.native_dropout_backward(grad.float(), kept, 1 / (1 - dropout))
-        grad = torch.ops.aten.silu_backward(grad, before)
-        del before
-        grad_scale = grad_shift = None
-        if film is not None:
-            grad_shift = grad.sum((2, 3), keepdim=True)
-            grad_scale = slope * (grad * x).sum((2, 3), keepdim=True) + offset * grad_shift
-            grad *= film
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
-            dense(grad, x), dense(x), mean, rstd, weight, size, channels, math.prod(sides), groups, [True, True, True]
-        )
-        return [grad_x.to(dtype), grad_scale, grad_shift, grad_weight, grad_bias, grad_kernel, grad_kernel_bias]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return F.interpolate(grad * 0.25, scale_factor=2.0, mode="nearest")
 
 
-def norm_silu(
-    norm: GroupNorm32, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, conv: nn.Conv2d | None = None, dropout: float = 0.0
-) -> Tensor:
-    """silu((1 + scale) norm(x) + shift), then dropout and the convolution if given: half of a residual block, of which training keeps x alone.
-
-    x (B, C, H, W); scale and shift (B, C, 1, 1), both or neither; conv 3x3 with padding 1 -> (B, C or out, H, W) in the type of x.
-    """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler finds its own way
-        parts = (None, None) if scale is None or shift is None else (scale.float(), shift.float())
-        kernel, bias = (None, None) if conv is None else (conv.weight, conv.bias)
-        if conv is not None and not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            kernel, bias = (value if value is None else value.to(torch.get_autocast_dtype(x.device.type)) for value in (kernel, bias))
-        function = _NormSiLU if x.device.type in NATIVE else formulas.NormSiLU
-        with torch.autocast(x.device.type, enabled=False):
-            return function.apply(x, norm.weight.float(), norm.bias.float(), *parts, norm.num_groups, norm.eps, kernel, bias, dropout)
-    y = norm(x)
-    if scale is not None and shift is not None:
-        y = torch.addcmul(shift, y, 1 + scale)
-    y = F.dropout(F.silu(y, inplace=not torch.is_grad_enabled()), dropout, training=dropout > 0)
-    return y if conv is None else conv(y)
+def halved(x: Tensor) -> Tensor:
+    """Means of 2x2 pixels: (B, C, 2H, 2W) -> (B, C, H, W). Unlike torch's, its gradient does not keep x."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return F.avg_pool2d(x, 2)
+    return cast(Tensor, _Halved.apply(x))
 
 
-def upsampled_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def upsampled_conv(conv: nn.Conv2d, x: Tensor, checkpointing: bool = False) -> Tensor:
     """`conv` (3x3, padding 1) of x (B, C, H, W) made twice as large by nearest neighbour -> (B, out, 2H, 2W), from 4 products a pixel in place of 9.
 
-    Enlarging is a transposed convolution with a 2x2 box, so both together are one with the box convolved by the turned kernel, 4x4; the large x is never made.
+    Enlarging is a transposed convolution with a 2x2 box, so both together are one with the box convolved by the turned kernel, 4x4; the large x is never made,
+    and that kernel made again in the backward pass, unless all is (`checkpointing`).
     """
-    turned = conv.weight.flip(2, 3)
-    rows = F.pad(turned, (0, 0, 0, 1)) + F.pad(turned, (0, 0, 1, 0))
-    kernel = F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))  # sums in the weights' own type, also under autocast
-    return F.conv_transpose2d(x, kernel.transpose(0, 1), conv.bias, stride=2, padding=1)
+
+    def box(weight: Tensor) -> tuple[Tensor]:
+        turned = weight.flip(2, 3)
+        rows = F.pad(turned, (0, 0, 0, 1)) + F.pad(turned, (0, 0, 1, 0))
+        return (F.pad(rows, (0, 1)) + F.pad(rows, (1, 0)),)  # sums in the weights' own type, also under autocast
+
+    with recomputed(box, conv.weight, wanted=not checkpointing) as (kernel,):
+        return F.conv_transpose2d(x, kernel.transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
 def zero_module(module: Module) -> Module:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_pl.networks.layers import GroupNorm32, Unit, attend, norm_silu, run, timestep_embedding, upsampled_conv, zero_module
+from unclip_pl.networks.layers import GroupNorm32, Unit, attend, halved, run, timestep_embedding, upsampled_conv, zero_module
+from unclip_pl.networks.norm_silu import norm_silu
 from unclip_pl.networks.recompute import recomputed
 from unclip_pl.networks.winograd import Conv3x3
 
@@ -104,16 +105,24 @@ class ResBlock(nn.Module):
     def _resized(self, x: Tensor) -> Tensor:
         if self.resize == 1:
             return x
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resize > 1 else F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resize > 1 else halved(x)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x (B, C, H, W), time (B, 4 width) after SiLU -> (B, out, H', W')."""
-        short = self.shortcut(self._resized(x))  # first, and so last in the backward pass, where its gradient would lie beside the rest
+    def _short(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        if skip is None:
+            return self.shortcut(self._resized(x))
+        if not isinstance(self.shortcut, nn.Conv2d):
+            return torch.cat([x, skip], dim=1)
+        for_x, for_skip = self.shortcut.weight.split((x.shape[1], skip.shape[1]), dim=1)
+        return F.conv2d(x, for_x, self.shortcut.bias) + F.conv2d(skip, for_skip)
+
+    def forward(self, x: Tensor, time: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), time (B, 4 width) after SiLU, skip (B, C', H, W), channels behind those of x, without resizing -> (B, out, H', W')."""
+        short = self._short(x, skip)  # first, and so last in the backward pass, where its gradient would lie beside the rest
         if self.resize == 1:
-            h = norm_silu(self.norm1, x, conv=self.conv1)
+            h = norm_silu(self.norm1, x, conv=self.conv1, skip=skip)
         else:
             h = norm_silu(self.norm1, x)
-            h = upsampled_conv(self.conv1, h) if self.resize > 1 else self.conv1(self._resized(h))
+            h = upsampled_conv(self.conv1, h, self.checkpointing) if self.resize > 1 else self.conv1(self._resized(h))
         time = self.time(time).to(h.dtype)[..., None, None]
         scale, shift = time.chunk(2, dim=1) if self.scale_shift else (None, None)
         h = norm_silu(self.norm2, h if self.scale_shift else h + time, scale, shift, self.conv2, self.dropout if self.training else 0.0)
@@ -143,11 +152,11 @@ class Attention(nn.Module):
         def project(x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
             pixels = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, C): a view if channels_last
             qkv = self.qkv(pixels).unflatten(-1, (3, self.heads, -1))
-            kv = qkv[:, :, 1:]
-            return pixels, qkv, kv if before is None else torch.cat([before.to(kv.dtype), kv], dim=1)
+            q, kv = qkv.split((1, 2), dim=2)
+            return pixels, q, kv if before is None else torch.cat([before.to(kv.dtype), kv], dim=1)
 
-        with recomputed(project, x, before, wanted=not self.checkpointing) as (_, qkv, kv):
-            out = attend(qkv[:, :, 0], kv, mask)
+        with recomputed(project, x, before, wanted=not self.checkpointing) as (_, q, kv):
+            out = attend(q.squeeze(2), kv, mask)
         return x + self.proj(out).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
@@ -165,11 +174,7 @@ class Layer(Unit):
         return cast(Attention, self.attention).project(context)
 
     def forward(self, x: Tensor, skip: Tensor | None, time: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        if skip is None:
-            h = self.block(x, time)
-        else:
-            with recomputed(lambda *both: (torch.cat(both, dim=1),), x, skip, wanted=not self.block.checkpointing) as (joined,):
-                h = self.block(joined, time)
+        h = self.block(x, time, skip)
         if self.attention is not None:
             h = self.attention(h, context, mask)
         return h if self.last is None else self.last(h, time)
@@ -303,5 +308,5 @@ class UNet(nn.Module):
         x = apply(self.middle, x)
         for layer in self.up:
             x = apply(layer, x, skips.pop())
-        x = self.exit(norm_silu(self.norm, x))
+        x = norm_silu(self.norm, x, conv=self.exit)
         return (F.pixel_shuffle(x, config.patch_size) if config.patch_size > 1 else x).to(dtype)

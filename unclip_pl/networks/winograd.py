@@ -25,6 +25,7 @@ SLICE = 2**21
 def _both(matrix: Tensor, tiles: Tensor) -> Tensor:
     """matrix @ tile @ matrix^T for tiles (b, b, ...), matrix (a, b) -> (a * a, ...) flattened to two dimensions."""
     rows = torch.mm(matrix, tiles.reshape(matrix.shape[1], -1)).view(matrix.shape[0], matrix.shape[1], -1)
+    del tiles  # their memory serves for the result, if nobody else has them
     return torch.matmul(matrix, rows).flatten(0, 1)
 
 
@@ -63,6 +64,10 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def _added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
+
+
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, image: bool, kernel: bool) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and of the weight, by the transposed transforms; those wanted."""
     (size, height, width, channels), out = x.shape, len(weight)
@@ -72,11 +77,11 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, image: bool, kernel: bool
     if image:
         padded[:, height:].zero_()
         padded[:, :, width:].zero_()
-    products = x.new_zeros(36, out, channels) if kernel else x
+    products: Tensor | None = None
     for some in _slices(x, max(channels, out)):
         tiles = _both(OUTPUT.t(), _tiled(grad[some])).unflatten(1, (-1, out))
         if kernel:
-            products.baddbmm_(tiles.transpose(1, 2), _input_tiles(x[some]))
+            products = _added(products, tiles.transpose(1, 2), _input_tiles(x[some]))
         if image:
             cells = _tiled(padded[some])
             found = _both(INPUT.t(), torch.bmm(tiles, kernels).unflatten(0, (6, 6)))
@@ -87,7 +92,7 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, image: bool, kernel: bool
             cells[:2, :2, :, 1:, 1:] += found[4:, 4:]
     return (
         padded[:, 1 : height + 1, 1 : width + 1].contiguous() if image else None,
-        _both(KERNEL.t(), products.unflatten(0, (6, 6))).view(3, 3, out, channels).permute(2, 3, 0, 1) if kernel else None,
+        None if products is None else _both(KERNEL.t(), products.unflatten(0, (6, 6))).view(3, 3, out, channels).permute(2, 3, 0, 1),
     )
 
 
