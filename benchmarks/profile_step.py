@@ -22,8 +22,13 @@ KINDS = {
 }
 
 
-def kind_of(name: str) -> str:
-    """The kind of an operation by its name; the first that fits."""
+def kind_of(name: str, shapes: list[list[int]]) -> str:
+    """The kind of an operation by its name, the first that fits; products of tiles and with the small matrices that transform them by their shapes."""
+    if name in ("aten::mm", "aten::bmm", "aten::baddbmm_") and shapes and shapes[0]:
+        if len(shapes[0]) == 3 and shapes[0][0] == 36:
+            return "convolution by tiles, products"
+        if max(shapes[0]) <= 6:
+            return "convolution by tiles, transforms"
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "element by element, and other")
 
 
@@ -34,15 +39,16 @@ def main() -> None:
     for _ in range(given.warmup):
         step()
     cuda = given.device.startswith("cuda")
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])], record_shapes=True) as found:
         for _ in range(given.repeats):
             step()
     spent: dict[str, float] = {}
-    for event in found.key_averages():
+    for event in found.key_averages(group_by_input_shape=True):
         if event.device_type != DeviceType.CPU:  # a kernel, whose time the operation that started it has too
             continue
         took = event.self_device_time_total if cuda else event.self_cpu_time_total
-        spent[kind_of(event.key)] = spent.get(kind_of(event.key), 0.0) + took / given.repeats / 1e6
+        kind = kind_of(event.key, event.input_shapes)
+        spent[kind] = spent.get(kind, 0.0) + took / given.repeats / 1e6
     total = sum(spent.values())
     print(f"{total:.2f} s a step of {given.batch} images, {given.dtype}, {given.device}\n\n| part | s | share |\n|---|---|---|")
     for kind, seconds in sorted(spent.items(), key=lambda item: -item[1]):
