@@ -39,6 +39,11 @@ def _joined(x: Tensor, skip: Tensor | None) -> Tensor:
     return x if skip is None else torch.cat([x, skip], dim=1)
 
 
+def _dense(x: Tensor) -> Tensor:
+    """x without gaps, in the order that it has, NCHW or channels last: kernels that are called directly do not look."""
+    return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
+
+
 def _by_parts(x: Tensor, skip: Tensor | None, compute: Callable[[slice], tuple[Rows, Rows]]) -> tuple[Rows, Rows]:
     """What `compute` finds for some samples of x, for all: a row for each sample in the first list, sums over samples in the second."""
     first, *others = _parts(x, skip)
@@ -95,9 +100,7 @@ def _normalised(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(1 + scale) GN(x) + shift of a float32 x, and of its groups of channels mean and 1 / standard deviation, (B, groups) each."""
     if x.device.type in NATIVE:
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)  # called directly, the kernel does not look
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, len(x), x.shape[1], x.shape[2:].numel(), groups, eps)
+        y, mean, rstd = torch.native_group_norm(_dense(x), weight, bias, len(x), x.shape[1], x.shape[2:].numel(), groups, eps)
         return y if scale is None or shift is None else torch.addcmul(shift, y, 1 + scale), mean, rstd
     variance, mean = torch.var_mean(x.unflatten(1, (groups, -1)), dim=(2, 3, 4), correction=0)
     rstd = torch.rsqrt(variance + eps)
@@ -119,11 +122,6 @@ def _line(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -
 def _modulated(slope: Tensor, offset: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     """Slope and offset of (1 + scale) GN(x) + shift."""
     return (slope, offset) if scale is None or shift is None else (slope * (1 + scale), torch.addcmul(shift, offset, 1 + scale))
-
-
-def _own(part: Tensor) -> Tensor:
-    """Some channels in memory of their own: the gradient of a skip waits long, and would hold the others'."""
-    return part.contiguous(memory_format=torch.channels_last if part.stride(1) == 1 else torch.contiguous_format)
 
 
 def _gradients(
@@ -163,7 +161,8 @@ def _gradients(
     grad_x = torch.addcmul(_channels(rest, x)[..., None, None], x, _channels(bend, x)[..., None, None]).addcmul_(grad, whole)
     grad_weight = (_channels(rstd, x) * (products - _channels(mean, x) * sums)).sum(0)
     grad_x = grad_x.to(dtype)
-    first, behind = (grad_x, None) if skip is None else (_own(grad_x[:, :channels]), _own(grad_x[:, channels:]))
+    # apart, for the gradient of a skip waits long, and would hold the memory of all channels
+    first, behind = (grad_x, None) if skip is None else (_dense(grad_x[:, :channels]), _dense(grad_x[:, channels:]))
     return [first, behind, grad_scale, grad_shift], [grad_weight, sums.sum(0), grad_kernel, grad_kernel_bias]
 
 

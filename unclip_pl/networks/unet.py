@@ -110,10 +110,9 @@ class ResBlock(nn.Module):
     def _short(self, x: Tensor, skip: Tensor | None) -> Tensor:
         if skip is None:
             return self.shortcut(self._resized(x))
-        if not isinstance(self.shortcut, nn.Conv2d):
-            return torch.cat([x, skip], dim=1)
-        for_x, for_skip = self.shortcut.weight.split((x.shape[1], skip.shape[1]), dim=1)
-        return F.conv2d(x, for_x, self.shortcut.bias) + F.conv2d(skip, for_skip)
+        shortcut = cast(nn.Conv2d, self.shortcut)  # with a skip, more channels come in than go out
+        for_x, for_skip = shortcut.weight.split((x.shape[1], skip.shape[1]), dim=1)
+        return F.conv2d(x, for_x, shortcut.bias) + F.conv2d(skip, for_skip)
 
     def forward(self, x: Tensor, time: Tensor, skip: Tensor | None = None) -> Tensor:
         """x (B, C, H, W), time (B, 4 width) after SiLU, skip (B, C', H, W), channels behind those of x, without resizing -> (B, out, H', W')."""

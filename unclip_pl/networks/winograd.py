@@ -65,6 +65,7 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b, the products in place of a total of None."""
     return torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
 
 
