@@ -1,17 +1,24 @@
-# `make demo` and `make test` need nothing done before: each makes the virtual environment when it is missing.
+# `make demo` and `make test` need nothing done before: each makes the virtual environment when it is
+# missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Processes of the tests, one thread each; a test file stays in one process, with its fixtures.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-fast lint clean
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/'
 
 demo: $(VENV)/.installed  ## data, embeddings, a short decoder training, pictures (runs/demo)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m unclip_pl.demo
 
 test: $(VENV)/.installed-test  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: $(VENV)/.installed-test  ## the tests of less than about five seconds
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

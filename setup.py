@@ -43,7 +43,10 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         # diffusers, clean-fid: second opinions in the tests; clean-fid's distance needs a scipy that still has sqrtm(disp=)
-        "test": ["pytest>=8", "pytest-timeout", "diffusers>=0.33", "transformers", "pyarrow>=14", "clean-fid>=0.1.35", "scipy<1.18"],
+        "test": [
+            "pytest>=8", "pytest-timeout", "pytest-xdist>=3.5", "diffusers>=0.33", "transformers",
+            "pyarrow>=14", "clean-fid>=0.1.35", "scipy<1.18",
+        ],
         "dev": ["ruff", "mypy"],
     },
     entry_points={"console_scripts": ["lightning = unclip_pl.cli:main", "unclip = unclip_pl.app:main"]},

@@ -1,4 +1,5 @@
-"""What the benchmarks share: arguments, memory, floating-point operations, and the one JSON line that each prints."""
+"""What the benchmarks share: arguments, memory, floating-point operations, and the one JSON line
+that each prints and, with `--results`, writes."""
 
 import argparse
 import gc
@@ -15,28 +16,57 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from unclip_pl.allocator import keep_freed_memory
-
-keep_freed_memory()  # as our commands do, and before torch
-import unclip_pl._torchvision  # noqa: E402, F401
+import unclip_pl._torchvision  # noqa: F401
 
 # isort: split
-import torch  # noqa: E402
+import torch
+from _results import about, save
 
-from unclip_pl.precision import usable  # noqa: E402
+from unclip_pl.precision import usable
 
 
-def parser(doc: str | None, repeats: int, warmup: int, batch: int | None = None) -> argparse.ArgumentParser:
-    """The arguments that every job has."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parser(
+    doc: str | None, repeats: int, warmup: int, batch: int | None = None
+) -> argparse.ArgumentParser:
+    """The arguments that every timed job has."""
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     made.add_argument("--repeats", type=int, default=repeats, help="timed steps")
     made.add_argument("--warmup", type=int, default=warmup, help="steps before, not timed")
-    made.add_argument("--threads", type=int, default=2)
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (embed: weights in bfloat16); float32 on a CPU without it")
+    made.add_argument("--threads", type=int, default=2, help="of torch, on the CPU")
+    made.add_argument("--device", default="cpu", help="cpu or cuda")
+    made.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32",
+        help="bf16: autocast (embed: weights in bfloat16); float32 on a CPU without it",
+    )  # fmt: skip
     if batch is not None:
         made.add_argument("--batch", type=int, default=batch)
+    results_option(made)
     return made
+
+
+def results_option(arguments: argparse.ArgumentParser) -> None:
+    """Add the folder for results."""
+    arguments.add_argument(
+        "--results", metavar="DIR", help="write a JSON file here (of the table: benchmarks/results)"
+    )
+
+
+def compile_option(arguments: argparse.ArgumentParser) -> None:
+    """Add whether the networks are compiled."""
+    arguments.add_argument(
+        "--compile", action="store_true",
+        help="torch.compile of the repeated blocks, done in the steps of the warm-up",
+    )  # fmt: skip
+
+
+def sampling_options(arguments: argparse.ArgumentParser) -> None:
+    """Add what speeds up drawing."""
+    compile_option(arguments)
+    arguments.add_argument(
+        "--cuda-graphs", action="store_true", help="record a sampling step once and replay it"
+    )
 
 
 def begin(arguments: argparse.Namespace) -> float:
@@ -47,11 +77,15 @@ def begin(arguments: argparse.Namespace) -> float:
 
 
 def peak_mib() -> float:
-    """Largest resident memory of this process so far, MiB (on Linux VmHWM: unlike ru_maxrss not inherited from the parent)."""
+    """Largest resident memory of this process so far, MiB.
+
+    On Linux VmHWM, which unlike ru_maxrss is not inherited from the parent.
+    """
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+    unit = 2**20 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def wait(device: str) -> None:
@@ -61,7 +95,8 @@ def wait(device: str) -> None:
 
 
 def timed(step: Callable[[], Any], arguments: argparse.Namespace) -> list[float]:
-    """Seconds of each of `repeats` calls, after the warm-up."""
+    """Seconds of each of `repeats` calls, after the warm-up; `first_s` of the arguments becomes
+    those of the first call of all, which compiles."""
     times = []
     for i in range(arguments.warmup + arguments.repeats):
         if i == arguments.warmup:
@@ -71,29 +106,62 @@ def timed(step: Callable[[], Any], arguments: argparse.Namespace) -> list[float]
         step()
         wait(arguments.device)
         times.append(time.perf_counter() - start)
+    arguments.first_s = times[0]
     return times[arguments.warmup :]
 
 
 def flops_of(step: Callable[[], Any]) -> int:
-    """Floating-point operations of matrix products, convolutions and attention, two for a multiply-add, as torch counts them."""
+    """Floating-point operations of matrix products, convolutions and attention, as torch counts
+    them, two for a multiply-add. What is compiled runs uncompiled here: its kernels hide them."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
 
-def report(job: str, arguments: argparse.Namespace, times: list[float], items: int, before: float, impl: str = "unclip_pl", **more: Any) -> None:
-    """Print the line: items (samples, images) a step and the seconds of each step; `before` is what `begin` returned."""
-    median = statistics.median(times)
-    flops = more.get("flops_per_step")
+def report(
+    job: str,
+    arguments: argparse.Namespace,
+    times: list[float],
+    items: int,
+    before: float,
+    impl: str = "unclip_pl",
+    **more: Any,
+) -> dict[str, Any]:
+    """Print the line, and write it where `--results` says.
+
+    Args:
+        job: its name.
+        times: seconds of each step.
+        items: samples or images of a step.
+        before: what `begin` returned.
+        impl: whose code; settings other than the default are added to it.
+        more: further keys of the line; `peak_tflops` of the device gives the share reached, `mfu`.
+    """
+    median, device = statistics.median(times), arguments.device
+    mode = "compiled" if getattr(arguments, "compile", False) else "eager"
+    checkpointing = getattr(arguments, "checkpointing", "none")
+    graphs = getattr(arguments, "cuda_graphs", False)
+    settings = [mode] * (mode != "eager") + [checkpointing] * (checkpointing != "none")
+    settings += ["cuda_graphs"] * graphs
+    flops, peak = more.get("flops_per_step"), more.pop("peak_tflops", None)
     line = {
-        "job": job, "impl": impl, "median_s": median, "min_s": min(times), "max_s": max(times), "n": len(times), "items": items,
-        "items_per_s": items / median, "params": None, "flops_per_step": None, "gflop_per_s": flops / median / 1e9 if flops else None,
-        "peak_rss_mib": peak_mib(), "rss_before_mib": before, "dtype": arguments.dtype, "computed_in": usable(arguments.dtype, arguments.device),
-        "device": arguments.device, "threads": arguments.threads, "torch": torch.__version__, **more, "times_s": times,
-    }
-    if arguments.device.startswith("cuda"):
+        "job": job, "impl": "/".join([impl, *settings]),
+        "median_s": median, "min_s": min(times), "max_s": max(times), "n": len(times),
+        "items": items, "items_per_s": items / median, "params": None, "flops_per_step": None,
+        "gflop_per_s": flops / median / 1e9 if flops else None,
+        "first_s": getattr(arguments, "first_s", None),
+        "peak_rss_mib": peak_mib(), "rss_before_mib": before,
+        "dtype": arguments.dtype, "computed_in": usable(arguments.dtype, device),
+        "mode": mode, "checkpointing": checkpointing, "cuda_graphs": graphs,
+        "threads": arguments.threads, **about(device), **more, "times_s": times,
+    }  # fmt: skip
+    if peak and flops:
+        line["mfu"] = flops / median / (peak * 1e12)
+    if device.startswith("cuda"):
         line["peak_cuda_mib"] = torch.cuda.max_memory_allocated() / 2**20
     sys.stdout.flush()
     print(json.dumps(line), flush=True)
+    save(line, arguments.results)
+    return line

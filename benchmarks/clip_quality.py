@@ -1,15 +1,21 @@
-"""How well a CLIP does on shards: retrieval in both directions over all pairs, and zero-shot accuracy among the shards' own captions.
+"""How well a CLIP does on shards: retrieval in both directions over all pairs, and zero-shot
+accuracy among the shards' own captions.
 
-    python benchmarks/clip_quality.py                              OpenMoji's held-out drawings, the embedded CLIP
+    python benchmarks/clip_quality.py                              OpenMoji's held-out drawings
     python benchmarks/clip_quality.py --shards 'data/{0..2}.tar'   other drawings
 
-A caption that occurs several times, or a picture that is the same to the pixel, is right whichever of its twins is found.
+A caption that occurs several times, or a picture that is the same to the pixel, is right whichever
+of its twins is found.
 """
 
+from _common import results_option  # sets what must be set before torch
+
+# isort: split
 import argparse
 import json
 
 import torch
+from _results import save_rows
 
 from unclip_pl.clip import CLIPConfig, FrozenCLIP
 from unclip_pl.data.modules import resolve
@@ -19,35 +25,45 @@ from unclip_pl.data.shards import ErrorBudget, decode, expand, raw_samples
 def recall(similarity: torch.Tensor, right: torch.Tensor, k: int) -> float:
     """Share of rows with a right answer (bool, same shape) among the k best."""
     best = similarity.topk(min(k, similarity.shape[1]), dim=1).indices
-    return right.gather(1, best).any(1).double().mean().item()
+    return round(right.gather(1, best).any(1).double().mean().item(), 4)
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--shards", nargs="+")
     arguments.add_argument("--model", default="openmoji")
     arguments.add_argument("--pretrained")
+    results_option(arguments)
     given = arguments.parse_args()
     clip = FrozenCLIP(CLIPConfig(given.model, given.pretrained))
     shards = expand(given.shards) if given.shards else resolve("openmoji", "val", 64)
     budget = ErrorBudget(0.5)
-    samples = [sample for shard in shards for sample in raw_samples(shard, budget) if sample["caption"]]
+    samples = [
+        sample for shard in shards for sample in raw_samples(shard, budget) if sample["caption"]
+    ]
     images = torch.stack([decode(sample["image"], clip.image_size) for sample in samples])
     captions = [sample["caption"] for sample in samples]
     image = torch.cat([clip.embed_images(part) for part in images.split(128)])
-    text = torch.cat([clip.embed_text(clip.tokenize(captions[i : i + 128])).embed for i in range(0, len(captions), 128)])
+    parts = [captions[i : i + 128] for i in range(0, len(captions), 128)]
+    text = torch.cat([clip.embed_text(clip.tokenize(part)).embed for part in parts])
     cosine = clip.similarity(image, text)
     flat = images.flatten(1)
-    twins = torch.stack([(flat == row).all(1) for row in flat]) | torch.tensor([[a == b for b in captions] for a in captions])
+    same_image = torch.stack([(flat == row).all(1) for row in flat])
+    same_caption = torch.tensor([[a == b for b in captions] for a in captions])
+    twins = same_image | same_caption
     classes = sorted(set(captions))
     of_class = torch.tensor([[caption == name for name in classes] for caption in captions])
     by_class = torch.stack([cosine[:, captions.index(name)] for name in classes], dim=1)
-    print(json.dumps({
-        "images": len(samples), "classes": len(classes),
-        **{f"{name}_r{k}": round(recall(table, twins, k), 4) for name, table in (("image_to_text", cosine), ("text_to_image", cosine.T)) for k in (1, 5)},
-        "zero_shot_top1": round(recall(by_class, of_class, 1), 4), "zero_shot_top5": round(recall(by_class, of_class, 5), 4),
-        "by_chance_top1": round(1 / len(classes), 4),
-    }))  # fmt: skip
+    found = {"images": len(samples), "classes": len(classes)}
+    for k in (1, 5):
+        found[f"image_to_text_r{k}"] = recall(cosine, twins, k)
+        found[f"text_to_image_r{k}"] = recall(cosine.T, twins, k)
+        found[f"zero_shot_top{k}"] = recall(by_class, of_class, k)
+    found["by_chance_top1"] = round(1 / len(classes), 4)
+    print(json.dumps(found))
+    save_rows("clip_quality", given.results, found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Tar shards of JPEGs to float tensors of 64 pixels, as the loaders decode them (no network, no CLIP), in this process or in workers."""
+"""Tar shards of JPEGs to float tensors of 64 pixels, as the loaders decode them (no network, no
+CLIP), in this process or in workers."""
 
 from _common import begin, parser, report, timed
 
@@ -18,7 +19,10 @@ def main() -> None:
     arguments = parser(__doc__, repeats=5, warmup=1, batch=64)
     arguments.add_argument("--shards", required=True, help="brace pattern of tars")
     arguments.add_argument("--image-size", type=int, default=64)
-    arguments.add_argument("--workers", type=int, choices=[0, 1], default=0, help="loader processes; for more see loader_rates.py")
+    arguments.add_argument(
+        "--workers", type=int, choices=[0, 1], default=0,
+        help="loader processes; for more see loader_rates.py",
+    )  # fmt: skip
     given = arguments.parse_args()
     before = begin(given)
     shards = expand(given.shards)
@@ -28,10 +32,12 @@ def main() -> None:
 
     def step() -> None:
         nonlocal seen
-        seen = sum(len(batch["key"]) for batch in ValidationLoader(SamplesInOrder(shards, given.image_size, config, as_is, total=total)))
+        samples = SamplesInOrder(shards, given.image_size, config, as_is, total=total)
+        seen = sum(len(batch["key"]) for batch in ValidationLoader(samples))
 
     times = timed(step, given)
-    report("decode", given, times, seen, before, f"unclip_pl/{given.image_size}/w{given.workers}")
+    impl = f"unclip_pl/{given.image_size}/w{given.workers}"
+    report("decode", given, times, seen, before, impl)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Drawing two 64x64 pictures in 5 steps with guidance by the decoder of `decoder_train.py` (random weights): `Decoder.sample` as the pipeline calls it."""
+"""Drawing two 64x64 pictures in 5 steps with guidance by the decoder of `decoder_train.py` (random
+weights): `Decoder.sample` as the pipeline calls it."""
 
 from _common import begin, parser  # sets what must be set before torch
 
@@ -12,8 +13,10 @@ def main() -> None:
     options(arguments, steps=5)
     given = arguments.parse_args()
     before = begin(given)
-    batch = {key: value for key, value in batch_of(given.batch).items() if key not in ("key", "image")}
-    measure("decoder_sample", decoder(), batch, given, before)
+    batch = batch_of(given.batch)
+    del batch["key"], batch["image"]
+    settings = {"steps": given.steps, "guidance_scale": given.guidance_scale}
+    measure("decoder_sample", decoder(), batch, given, before, **settings)
 
 
 if __name__ == "__main__":

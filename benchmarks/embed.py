@@ -1,6 +1,8 @@
-"""Filling an embedding store from tar shards: read, decode, CLIP images and captions, write; a repeat is the whole job, the model loaded before.
+"""Filling an embedding store from tar shards: read, decode, CLIP images and captions, write; a
+repeat is the whole job, the model loaded before.
 
-The operations are those of the image tower alone, as in the scripts of the systems that embed no captions.
+The operations are those of the image tower only, as in the scripts of the systems that embed no
+captions.
 """
 
 from _common import begin, flops_of, parser, peak_mib, report, timed
@@ -19,32 +21,54 @@ from unclip_pl.data.shards import expand
 
 TINY = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": 224, "layers": 4, "width": 192, "head_width": 64, "patch_size": 32},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2},
+    "vision_cfg": {
+        "image_size": 224, "layers": 4, "width": 192, "head_width": 64, "patch_size": 32,
+    },
+    "text_cfg": {
+        "context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2,
+    },
+}  # fmt: skip
+PREPROCESS = {
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
 }
-PREPROCESS = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711], "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
 def random_clip(name: str, folder: Path) -> str:
-    """Write a CLIP of random weights as an open_clip folder; returns its name. `tiny` is a ViT of 4 layers and width 192 on 224 px."""
+    """Write a CLIP of random weights as an open_clip folder; returns its name.
+
+    `tiny` is a ViT of 4 layers and width 192 on 224 px.
+    """
     open_clip = import_open_clip()
     config = TINY if name == "tiny" else open_clip.get_model_config(name)
-    quick = bool(config.get("quick_gelu"))
-    network = open_clip.model.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"], quick_gelu=quick)
+    parts = (config[part] for part in ("embed_dim", "vision_cfg", "text_cfg"))
+    network = open_clip.model.CLIP(*parts, quick_gelu=bool(config.get("quick_gelu")))
     save_clip(network, folder, json.loads(json.dumps(config)), PREPROCESS)
     return f"local-dir:{folder}"
+
+
+def image_tower_flops(clip: FrozenCLIP) -> int:
+    """Operations of one image."""
+    side, dtype = clip.image_size, clip.model.visual.proj.dtype
+    picture = torch.randn(1, 3, side, side, dtype=dtype, device=clip.device)
+    with torch.enable_grad():  # otherwise attention takes a fused path that the counter misses
+        return flops_of(lambda: clip.model.encode_image(picture))
 
 
 def main() -> None:
     arguments = parser(__doc__, repeats=3, warmup=1, batch=64)
     arguments.add_argument("--shards", required=True, help="brace pattern of tars")
-    arguments.add_argument("--model", default="ViT-B-32", help="an open_clip name, or tiny; weights are random")
+    arguments.add_argument(
+        "--model", default="ViT-B-32", help="an open_clip name, or tiny; weights are random"
+    )
     given = arguments.parse_args()
     before = begin(given)
     shards = expand(given.shards)
     with tempfile.TemporaryDirectory() as folder:
         name = random_clip(given.model, Path(folder) / "clip")
-        clip = FrozenCLIP(CLIPConfig(name, precision="bf16" if given.dtype == "bf16" else "fp32"), given.device)
+        clip = FrozenCLIP(CLIPConfig(name, precision=given.dtype), given.device)
         clip.fingerprint()  # loads it
         rows = 0
 
@@ -56,12 +80,12 @@ def main() -> None:
                 rows = sum(store.rows(shards))
 
         times = timed(step, given)
-        peak = peak_mib()
-        with torch.enable_grad():  # without gradients attention takes a fused path that the counter does not see
-            picture = torch.randn(1, 3, clip.image_size, clip.image_size, dtype=clip.model.visual.proj.dtype, device=given.device)
-            flops = flops_of(lambda: clip.model.encode_image(picture))
-        params = sum(p.numel() for p in clip.model.parameters())
-        report("embed", given, times, rows, before, f"unclip_pl/{given.model}", params=params, flops_per_step=flops * rows, peak_rss_mib=peak)
+        peak = peak_mib()  # counting the operations takes memory of its own
+        report(
+            "embed", given, times, rows, before, f"unclip_pl/{given.model}",
+            params=sum(p.numel() for p in clip.model.parameters()),
+            flops_per_step=image_tower_flops(clip) * rows, peak_rss_mib=peak,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,26 +1,39 @@
-"""What each fault costs a run on a real Slurm of two nodes: steps done twice, samples lost, time to resume. Markdown, then whether all ended alike.
+"""What each fault costs a run on a real Slurm of two nodes: steps done twice, samples lost, time to
+resume. It prints Markdown, then whether all ended alike. From the checkout's root:
 
-    PYTHONPATH=. python benchmarks/faults.py --local-slurm PATH/local-slurm --out /tmp/faults        from the checkout's root
+    PYTHONPATH=. python benchmarks/faults.py --local-slurm PATH/local-slurm --out /tmp/faults
 
-One run of a small decoder, 2 nodes x `--ranks`, each with a loader's worker, goes through every fault one after the other; another is left in peace.
-`local-slurm` runs two nodes on one machine and can crash one. Slurm lets a requeued job wait two minutes; that wait is cut short and not counted.
+One run of a small decoder, 2 nodes x `--ranks`, each with a loader's worker, goes through every
+fault one after the other; another is left in peace. `local-slurm` runs two nodes on one machine and
+can crash one. Slurm lets a requeued job wait two minutes; that wait is cut short and not counted.
 """
 
+from _common import results_option  # sets what must be set before torch
+
+# isort: split
 import argparse
 import json
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from _results import save_rows
 
 from tests.slurmkit import Job, Slurm, shell
 from unclip_pl.training.checkpoint import newest_checkpoint, read_checkpoint
 
-NET = '{"width": 32, "mults": [1, 2], "depth": 1, "patch_size": 8, "attention": [4], "head_width": 16}'
+NET = {
+    "width": 32, "mults": [1, 2], "depth": 1, "patch_size": 8, "attention": [4], "head_width": 16,
+}  # fmt: skip
 EVERY = 10  # steps between two checkpoints
 START = "0: Resuming from"
+COLUMNS = (
+    "fault", "at step", "reached", "went on from", "steps done twice", "seconds to a new step",
+    "queued (not counted)",
+)  # fmt: skip
 
 
 class Run:
@@ -30,11 +43,15 @@ class Run:
         self.slurm, self.again, self.rows = slurm, again, []
         self.job = again()
 
-    def fault(self, name: str, after: int, strike: Callable[[], object], queued: bool = True) -> None:
-        """Strike at step `after` or soon after it, see the job through the queue where it goes there, and wait for the first step of the new start."""
+    def fault(
+        self, name: str, after: int, strike: Callable[[], object], queued: bool = True
+    ) -> None:
+        """Strike at step `after` or soon after it, see the job through the queue where it goes
+        there, and wait for the first step of the new start."""
         job = self.job
         job.until(lambda: job.step() >= after, 900)
-        starts, struck, waited, at = job.said().count(START), time.monotonic(), 0.0, job.step()
+        starts, at, waited = job.said().count(START), job.step(), 0.0
+        struck = time.monotonic()
         strike()
         if queued:
             job.until(lambda: job.state() in ("PENDING", "", "CANCELLED"), 300)
@@ -51,26 +68,64 @@ class Run:
         reached, count = job.step(), len(job.lines())
         job.until(lambda: len(job.lines()) > count, 900)
         again = job.lines()[count]["step"]
-        self.rows.append((name, at, reached, again - 1, reached - again + 1, time.monotonic() - struck - waited, waited))
+        steps = at, reached, again - 1, reached - again + 1
+        self.rows.append((name, *steps, time.monotonic() - struck - waited, waited))
         print(*self.rows[-1], flush=True)
 
 
+def outcome(run: Job, straight: Job) -> dict[str, Any]:
+    """Whether the run that went through all faults ended like the one that was left in peace."""
+    lines, whole = run.lines(), straight.lines()
+    place = {(line["step"], line["rank"]): (line["keys"], line["loss"]) for line in whole}
+    same = all(place[line["step"], line["rank"]] == (line["keys"], line["loss"]) for line in lines)
+    last = {(line["step"], line["rank"]): line["keys"] for line in lines}
+    seen = Counter(key for keys in last.values() for key in keys)
+    wanted = Counter(key for line in whole for key in line["keys"])
+    ours, theirs = (read_checkpoint(newest_checkpoint(job.folder)) for job in (run, straight))
+    equal = all(
+        torch.equal(value, theirs[part][name])
+        for part in ("state_dict", "current_model_state")
+        for name, value in ours[part].items()
+    )
+    return {
+        "same samples and losses": same,
+        "samples lost": sum((wanted - seen).values()),
+        "weights equal bit for bit": equal,
+        "steps": ours["global_step"],
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--local-slurm", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ranks", type=int, default=1, help="of a node")
     parser.add_argument("--steps", type=int, default=105)
+    results_option(parser)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True)
     options = [
-        "--ranks", str(arguments.ranks), "--trainer.max_steps", str(arguments.steps), "--newest.every_n_train_steps", str(EVERY), "--model.net", NET,
-        "--data.loader.batch_size", "4", "--data.loader.num_workers", "1", "--data.val", "null", "--preemption.ask_every", "1", "--warn", "45",
+        "--ranks", str(arguments.ranks), "--trainer.max_steps", str(arguments.steps),
+        "--newest.every_n_train_steps", str(EVERY), "--model.net", json.dumps(NET),
+        "--data.loader.batch_size", "4", "--data.loader.num_workers", "1", "--data.val", "null",
+        "--preemption.ask_every", "1", "--warn", "45",
     ]  # fmt: skip
     with Slurm(arguments.local_slurm, str(out / "slurm"), 26900) as slurm:
         part = arguments.steps // 7
-        run = Run(slurm, lambda: Job(out / "faults", *options, stage="stages/decoder.yaml", slow=0.3, diary={"kill_once": 2 * part + 5}))
+        killed = {"kill_once": 2 * part + 5}
+
+        def start() -> Job:
+            stage = "stages/decoder.yaml"
+            return Job(out / "faults", *options, stage=stage, slow=0.3, diary=killed)
+
+        run = Run(slurm, start)
+
+        def urgent() -> None:
+            how = "--partition=urgent --nodes=2 --exclusive --output=/dev/null --wrap=true"
+            shell(f"sbatch {how}")
 
         def limit() -> None:
             minutes = int(shell(f"squeue -h -j {run.job.id} -o %M").strip().split(":")[0]) + 2
@@ -78,28 +133,25 @@ def main() -> None:
             run.job.until(lambda: run.job.state() == "PENDING", 300)
             shell(f"scontrol update JobId={run.job.id} TimeLimit=60")
 
-        run.fault("preempted by `urgent`", part, lambda: shell("sbatch --partition=urgent --nodes=2 --exclusive --output=/dev/null --wrap=true"))
-        run.fault("kill -9 of a rank", 2 * part + 5, lambda: None, queued=False)  # the rank kills itself there
+        run.fault("preempted by `urgent`", part, urgent)
+        # here the rank kills itself
+        run.fault("kill -9 of a rank", killed["kill_once"], lambda: None, queued=False)
         run.fault("crash of a node", 3 * part + 5, lambda: slurm("crash", "n2"))
         run.fault("time limit", 4 * part + 5, limit)
-        run.fault("scancel, submitted again", 5 * part + 5, lambda: shell(f"scancel {run.job.id}"))
+        cancel = lambda: shell(f"scancel {run.job.id}")  # noqa: E731
+        run.fault("scancel, submitted again", 5 * part + 5, cancel)
         straight = Job(out / "straight", *options, stage="stages/decoder.yaml")
         for one in (run.job, straight):
             if one.ended() != "COMPLETED":
                 raise SystemExit(one.said()[-3000:])
 
-    print("\n| fault | at step | reached | went on from | steps done twice | seconds to a new step | queued (not counted) |\n|---|---|---|---|---|---|---|")
+    print(f"\n| {' | '.join(COLUMNS)} |\n|" + "---|" * len(COLUMNS))
     for name, *numbers, seconds, waited in run.rows:
         print(f"| {name} | {' | '.join(map(str, numbers))} | {seconds:.0f} | {waited:.0f} |")
-    lines, whole = run.job.lines(), straight.lines()
-    place = {(line["step"], line["rank"]): (line["keys"], line["loss"]) for line in whole}
-    same = all(place[line["step"], line["rank"]] == (line["keys"], line["loss"]) for line in lines)
-    last = {(line["step"], line["rank"]): line["keys"] for line in lines}
-    seen, wanted = (Counter(key for keys in given for key in keys) for given in (last.values(), (line["keys"] for line in whole)))
-    ours, theirs = (read_checkpoint(newest_checkpoint(one)) for one in (run.job.folder, straight.folder))
-    equal = all(torch.equal(value, theirs[part][name]) for part in ("state_dict", "current_model_state") for name, value in ours[part].items())
-    print(json.dumps({"same samples and losses": same, "samples lost": sum((wanted - seen).values()), "weights equal bit for bit": equal,
-                      "steps": ours["global_step"]}))  # fmt: skip
+    ended = outcome(run.job, straight)
+    print(json.dumps(ended))
+    rows = [dict(zip(COLUMNS, row)) for row in run.rows]
+    save_rows("faults", arguments.results, {"faults": rows, "outcome": ended})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The resizing before Inception, 256 to 299 px: ours, or clean-fid's loop over images and channels; `off` is their largest difference, in levels."""
+"""The resizing before Inception, 256 to 299 px: ours, or clean-fid's loop over images and channels;
+`off` is their largest difference, in levels."""
 
 from _common import begin, parser, report, timed
 
@@ -17,15 +18,21 @@ def main() -> None:
     from cleanfid.resize import build_resizer
 
     resizer, before = build_resizer("clean"), begin(given)
-    pixels = np.random.default_rng(0).integers(0, 256, (given.batch, given.size, given.size, 3), dtype=np.uint8)
+    shape = (given.batch, given.size, given.size, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(given.device)
 
-    def theirs() -> torch.Tensor:
-        return torch.stack([torch.from_numpy(resizer(image)).permute(2, 0, 1) for image in pixels])
+    def ours() -> torch.Tensor:
+        return clean_resize(images)
 
-    off = (clean_resize(images).cpu() - theirs()).abs().max().item()
-    times = timed((lambda: clean_resize(images)) if given.impl == "ours" else theirs, given)
-    report("fid_resize", given, times, given.batch, before, given.impl, off=off)
+    def theirs() -> torch.Tensor:
+        resized = (torch.from_numpy(resizer(image)) for image in pixels)
+        return torch.stack([image.permute(2, 0, 1) for image in resized])
+
+    off = (ours().cpu() - theirs()).abs().max().item()
+    times = timed(ours if given.impl == "ours" else theirs, given)
+    impl = "unclip_pl" if given.impl == "ours" else given.impl
+    report("fid_resize", given, times, given.batch, before, impl, off=off)
 
 
 if __name__ == "__main__":

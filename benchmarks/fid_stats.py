@@ -1,23 +1,37 @@
-"""FID without its network: 2 x 5,000 features of width 2,048, in batches of 50, to the distance. --impl ours, cleanfid or torchmetrics; `value` is the same.
+"""FID without its network: 2 x 5,000 features of width 2,048, in batches of 50, to the distance.
 
-`stage_s` is the share of each part: accumulate (features to mean and covariance) and distance.
+`--impl` is ours, cleanfid or torchmetrics; `value` is the same. `stage_s` is the share of each
+part: accumulate (features to mean and covariance) and distance.
 """
 
 from _common import begin, parser, report, timed
 
 # isort: split
+import argparse
+import importlib
 import time
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
+
+Sides = tuple[Tensor, Tensor]
+MODULES = {
+    "ours": "eval.metrics",
+    "cleanfid": "cleanfid.fid",
+    "torchmetrics": "torchmetrics.image.fid",
+}
 
 
-def features(rng: np.random.Generator, n: int, dim: int, shift: float) -> torch.Tensor:
+def features(rng: np.random.Generator, n: int, dim: int, shift: float) -> Tensor:
     """(N, D) float32 with a decaying spectrum, not negative, as Inception's are."""
     base = np.random.default_rng(1).standard_normal((256, dim), dtype=np.float32) / 16
-    z = rng.standard_normal((n, 256), dtype=np.float32) / np.sqrt(1 + np.arange(256, dtype=np.float32))
-    return torch.from_numpy(np.maximum(z @ base + 0.3 + shift + 0.05 * rng.standard_normal((n, dim), dtype=np.float32), 0))
+    z = rng.standard_normal((n, 256), dtype=np.float32)
+    z = z / np.sqrt(1 + np.arange(256, dtype=np.float32))
+    noise = 0.05 * rng.standard_normal((n, dim), dtype=np.float32)
+    return torch.from_numpy(np.maximum(z @ base + 0.3 + shift + noise, 0))
 
 
 class Rows(torch.nn.Module):
@@ -27,53 +41,76 @@ class Rows(torch.nn.Module):
         super().__init__()
         self.num_features = dim
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1)
+
+
+def clean_fid(sides: Sides, given: argparse.Namespace) -> Callable[[], float]:
+    """Accumulates as clean-fid does, and returns what computes the distance."""
+    from cleanfid.fid import frechet_distance
+
+    moments = []
+    for x in sides:
+        whole = np.concatenate([rows.numpy() for rows in x.split(given.batch)])
+        moments += [np.mean(whole, axis=0), np.cov(whole, rowvar=False)]
+
+    def distance() -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return float(frechet_distance(*moments))
+
+    return distance
+
+
+def running(sides: Sides, given: argparse.Namespace) -> Callable[[], float]:
+    """Accumulates in our metric or torchmetrics', and returns what computes the distance."""
+    if given.impl == "ours":
+        from eval.metrics import FrechetDistance
+
+        metric = FrechetDistance(given.dim)
+    else:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        shape = (1, 1, given.dim)
+        metric = FrechetInceptionDistance(feature=Rows(given.dim), input_img_size=shape)
+    metric.to(given.device)
+    for x, is_real in zip(sides, (True, False)):
+        for rows in x.split(given.batch):
+            metric.update(rows.to(given.device), real=is_real)
+
+    def distance() -> float:
+        found = metric.compute()
+        return found["fid"] if given.impl == "ours" else found.item()
+
+    return distance
 
 
 def main() -> None:
     arguments = parser(__doc__, repeats=3, warmup=1, batch=50)
-    arguments.add_argument("--impl", choices=["ours", "cleanfid", "torchmetrics"], default="ours")
+    arguments.add_argument("--impl", choices=list(MODULES), default="ours")
     arguments.add_argument("--n", type=int, default=5000)
     arguments.add_argument("--dim", type=int, default=2048)
     given = arguments.parse_args()
-    if given.impl == "cleanfid":
-        from cleanfid.fid import frechet_distance
-    elif given.impl == "torchmetrics":
-        from torchmetrics.image.fid import FrechetInceptionDistance
-    else:
-        from eval.metrics import FrechetDistance
+    importlib.import_module(MODULES[given.impl])  # neither its time nor its memory is counted
     before, rng = begin(given), np.random.default_rng(0)
-    real, fake = features(rng, given.n, given.dim, 0.0), features(rng, given.n, given.dim, 0.02)
+    sides = tuple(features(rng, given.n, given.dim, shift) for shift in (0.0, 0.02))
+    accumulate = clean_fid if given.impl == "cleanfid" else running
     stage, value = {"accumulate": 0.0, "distance": 0.0}, 0.0
 
     def step() -> None:
         nonlocal value
         start = time.perf_counter()
-        if given.impl == "cleanfid":
-            moments = []
-            for x in (real, fake):
-                whole = np.concatenate([rows.numpy() for rows in x.split(given.batch)])
-                moments += [np.mean(whole, axis=0), np.cov(whole, rowvar=False)]
-            middle = time.perf_counter()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                value = float(frechet_distance(*moments))
-        else:
-            ours = given.impl == "ours"
-            metric = FrechetDistance(given.dim) if ours else FrechetInceptionDistance(feature=Rows(given.dim), input_img_size=(1, 1, given.dim))
-            metric.to(given.device)
-            for x, is_real in ((real, True), (fake, False)):
-                for rows in x.split(given.batch):
-                    metric.update(rows.to(given.device), real=is_real)
-            middle = time.perf_counter()
-            value = metric.compute()["fid"] if ours else metric.compute().item()
+        distance = accumulate(sides, given)
+        middle = time.perf_counter()
+        value = distance()
         stage["accumulate"] += middle - start
         stage["distance"] += time.perf_counter() - middle
 
     times = timed(step, given)
     steps = given.repeats + given.warmup
-    report("fid_stats", given, times, 2 * given.n, before, given.impl, value=value, stage_s={name: seconds / steps for name, seconds in stage.items()})
+    impl = "unclip_pl" if given.impl == "ours" else given.impl
+    parts = {name: seconds / steps for name, seconds in stage.items()}
+    report("fid_stats", given, times, 2 * given.n, before, impl, value=value, stage_s=parts)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""How fast training data come: images/s of the train loader by image size and number of workers, rows/s of the priors' loader and the store. Markdown.
+"""How fast training data come: images/s of the train loader by image size and number of workers,
+rows/s of the priors' loader and the store. It prints Markdown.
 
-    python benchmarks/loader_rates.py                                   OpenMoji at 64, 256 and 1024 px, drawn on the first use of a size
+    python benchmarks/loader_rates.py                                   OpenMoji, drawn on first use
     python benchmarks/loader_rates.py --sizes 64 --workers 0 4 8        other sizes and workers
     python benchmarks/loader_rates.py --data 'data/{00000..00009}.tar'  other images
 
-An image counts from the tar to the batch: read, decoded, resized, its caption varied and tokenised. Nothing else should run meanwhile.
+An image counts from the tar to the batch: read, decoded, resized, its caption varied and tokenised.
+Nothing else should run meanwhile.
 """
 
 import argparse
@@ -18,6 +20,8 @@ import warnings
 from pathlib import Path
 
 import torch
+from _common import results_option
+from _results import save_rows
 
 from unclip_pl.clip import CLIPConfig, FrozenCLIP
 from unclip_pl.data.embeddings import EmbeddingStore
@@ -27,11 +31,16 @@ from unclip_pl.data.rows import RowsConfig
 from unclip_pl.data.shards import expand
 
 warnings.filterwarnings("ignore", module="torchdata")
+PRIOR_BATCHES = (64, 512, 2048)
 
 
-def loader_rate(shards, size, workers, batch_size, seconds):
+def loader_rate(
+    shards: list[str], size: int, workers: int, batch_size: int, seconds: float
+) -> float:
     """Images/s once the first batch and what was prefetched with it are through."""
-    config = LoaderConfig(batch_size=batch_size, num_workers=workers, max_bad_rate=0.5, steps_per_epoch=1 << 40)
+    config = LoaderConfig(
+        batch_size=batch_size, num_workers=workers, max_bad_rate=0.5, steps_per_epoch=1 << 40
+    )
     data = ImageTextData(shards, None, size, loader=config)
     data.setup("fit")
     batches = iter(data.train_dataloader())
@@ -43,8 +52,9 @@ def loader_rate(shards, size, workers, batch_size, seconds):
     return images / (time.monotonic() - start)
 
 
-def store_rates(shard, samples, seconds):
-    """(rows/s written, from the tar through CLIP to the file; rows/s read, by key in random order, as tensors)."""
+def store_rates(shard: str, samples: int, seconds: float) -> tuple[float, float]:
+    """Rows/s written, from the tar through CLIP to the file; rows/s read, by key in random order,
+    as tensors."""
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / "part.tar"
         with tarfile.open(shard) as whole, tarfile.open(part, "w") as tar:
@@ -78,25 +88,38 @@ def prior_rate(batch_size: int, seconds: float) -> float:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024])
     arguments.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     arguments.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     arguments.add_argument("--batch-size", type=int, default=32)
     arguments.add_argument("--rows", type=int, default=512, help="samples embedded for the store")
     arguments.add_argument("--data", nargs="+", help="shards; OpenMoji without it")
+    results_option(arguments)
     given = arguments.parse_args()
-    print(f"{os.cpu_count()} CPU cores, batches of {given.batch_size}, {torch.get_num_threads()} threads of torch. Images/s:\n")
-    print("| px | " + " | ".join(f"{workers} workers" for workers in given.workers) + " |")
+    found: dict[str, float] = {}
+    threads = torch.get_num_threads()
+    print(f"{os.cpu_count()} CPU cores, {threads} threads of torch, batches of {given.batch_size}")
+    print("\nImages/s:\n\n| px | " + " | ".join(f"{n} workers" for n in given.workers) + " |")
     print("|---" * (1 + len(given.workers)) + "|")
     for size in given.sizes:
         shards = expand(given.data) if given.data else resolve("openmoji", "train", size)
-        rates = [loader_rate(shards, size, workers, given.batch_size, given.seconds) for workers in given.workers]
+        rates = [
+            loader_rate(shards, size, workers, given.batch_size, given.seconds)
+            for workers in given.workers
+        ]
+        found |= {f"{size} px, {n} workers": rate for n, rate in zip(given.workers, rates)}
         print(f"| {size} | " + " | ".join(f"{rate:.0f}" for rate in rates) + " |", flush=True)
     shards = expand(given.data) if given.data else resolve("openmoji", "train", given.sizes[0])
     written, read = store_rates(shards[0], given.rows, given.seconds)
-    print("\nPriors' loader: " + ", ".join(f"{prior_rate(size, given.seconds):,.0f} rows/s in batches of {size}" for size in (64, 512, 2048)) + ".")
-    print(f"Embedding store: {written:.0f} rows/s written by the embedded CLIP, {read:.0f} rows/s read by key.")
+    prior = {f"{size}": prior_rate(size, given.seconds) for size in PRIOR_BATCHES}
+    said = ", ".join(f"{rate:,.0f} rows/s in batches of {size}" for size, rate in prior.items())
+    print(f"\nPriors' loader: {said}.")
+    print(f"Embedding store: {written:.0f} rows/s written by the embedded CLIP, {read:.0f} read.")
+    found |= {f"priors, batches of {size}": rate for size, rate in prior.items()}
+    save_rows("loader_rates", given.results, found | {"written": written, "read": read})
 
 
 if __name__ == "__main__":

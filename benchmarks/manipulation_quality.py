@@ -1,22 +1,24 @@
 """What the manipulations do to held-out drawings, in numbers: what `docs/manipulations.md` states.
 
-    python benchmarks/manipulation_quality.py inversion          PSNR of the way to the latent and back, by steps, explicit and implicit
-    python benchmarks/manipulation_quality.py variations         distance and CLIP similarity to the original by eta, beside fresh noise and other drawings
-    python benchmarks/manipulation_quality.py edits              text diffs between two skin tones or genders of the same drawing
-    python benchmarks/manipulation_quality.py pca                CLIP similarity to the original by the number of components
+    python benchmarks/manipulation_quality.py inversion     PSNR of the way to the latent and back
+    python benchmarks/manipulation_quality.py variations    distance to the original by eta
+    python benchmarks/manipulation_quality.py edits         text diffs between skin tones or genders
+    python benchmarks/manipulation_quality.py pca           CLIP similarity by components kept
 
-Each prints a Markdown table. Drawings: OpenMoji's held-out ones, in the order of the split (a hash).
+Each prints a Markdown table. The drawings are OpenMoji's held-out ones, in the order of the split
+(a hash).
 """
 
+from _common import results_option  # sets what must be set before torch
+
+# isort: split
 import argparse
 import re
 import time
 from collections.abc import Callable, Iterator
 
-import unclip_pl._torchvision  # noqa: F401
-
-# isort: split
 import torch
+from _results import save_rows
 from torch import Tensor
 
 from unclip_pl.clip import CLIPConfig
@@ -24,7 +26,15 @@ from unclip_pl.data.modules import ImageEmbeddingData
 from unclip_pl.data.openmoji import TONES, Drawing, composition_split, records
 from unclip_pl.diffusion import samplers
 from unclip_pl.images import psnr
-from unclip_pl.manipulate import Latent, decode, deterministic, invert, reconstruct, text_diff, vary
+from unclip_pl.manipulate import (
+    Latent,
+    decode,
+    deterministic,
+    invert,
+    reconstruct,
+    text_diff,
+    vary,
+)
 from unclip_pl.pipeline import UnCLIP
 
 GENDERS = (("woman", "man"), ("women", "men"), ("girl", "boy"))
@@ -47,8 +57,13 @@ def similar(unclip: UnCLIP, a: Tensor, b: Tensor) -> Tensor:
     return torch.cosine_similarity(unclip.embed_images(a), unclip.embed_images(b))
 
 
-def inversion(unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace) -> Iterator[list[str]]:
-    yield ["steps", "explicit, dB", "implicit, dB", "least of implicit", "standard deviation of x_T", "with x_0 clamped on the way back, dB"]
+def inversion(
+    unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace
+) -> Iterator[list[str]]:
+    yield [
+        "steps", "explicit, dB", "implicit, dB", "least of implicit", "standard deviation of x_T",
+        "with x_0 clamped on the way back, dB",
+    ]  # fmt: skip
     _, images = held_out(data, given.count)
     embed = unclip.embed_images(images)
     for steps in given.steps:
@@ -57,32 +72,56 @@ def inversion(unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespac
         def explicit(predict: Callable, schedule: samplers.Schedule) -> Tensor:
             return samplers.invert(predict, images, schedule)
 
-        plain = Latent(embed, unclip.walk(explicit, len(images), embed, sampling=settings), steps)
+        x_T = unclip.walk(explicit, len(images), embed, sampling=settings)
         latent = invert(unclip, images, steps)
-        found = psnr(reconstruct(unclip, latent), images)
-        cells = [psnr(reconstruct(unclip, plain), images).mean(), found.mean(), found.min()]
-        clamped = decode(unclip, latent, range(len(latent)), sampling=deterministic(unclip, steps, threshold="static"))
-        yield [str(steps), *(f"{float(cell):.1f}" for cell in cells), f"{float(latent.x_T.std()):.2f}", f"{float(psnr(clamped, images).mean()):.1f}"]
+        by_explicit = psnr(reconstruct(unclip, Latent(embed, x_T, steps)), images)
+        by_implicit = psnr(reconstruct(unclip, latent), images)
+        static = deterministic(unclip, steps, threshold="static")
+        clamped = psnr(decode(unclip, latent, range(len(latent)), sampling=static), images)
+        yield [
+            str(steps),
+            *decimals(1, by_explicit.mean(), by_implicit.mean(), by_implicit.min()),
+            *decimals(2, latent.x_T.std()),
+            *decimals(1, clamped.mean()),
+        ]
 
 
-def variations(unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace) -> Iterator[list[str]]:
-    yield ["drawn", "mean absolute distance to the original (0 to 255)", "CLIP similarity to the original"]
+def decimals(digits: int, *values: Tensor) -> list[str]:
+    """Numbers as cells."""
+    return [f"{float(value):.{digits}f}" for value in values]
+
+
+def variations(
+    unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace
+) -> Iterator[list[str]]:
+    yield [
+        "drawn", "mean absolute distance to the original (0 to 255)",
+        "CLIP similarity to the original",
+    ]  # fmt: skip
     _, images = held_out(data, given.count)
     latent = invert(unclip, images, given.steps[0])
     seeds = range(len(images))
-    drawn = {f"eta {eta:g}, inverted noise": vary(unclip, latent, seeds, eta) for eta in (0.0, 0.25, 0.5, 0.75, 1.0)}
-    drawn["fresh noise"] = unclip.decode(latent.image_embed, seeds, sampling=deterministic(unclip, given.steps[0]))
+    drawn = {
+        f"eta {eta:g}, inverted noise": vary(unclip, latent, seeds, eta)
+        for eta in (0.0, 0.25, 0.5, 0.75, 1.0)
+    }
+    settings = deterministic(unclip, given.steps[0])
+    drawn["fresh noise"] = unclip.decode(latent.image_embed, seeds, sampling=settings)
     drawn["fresh noise, of another drawing"] = drawn["fresh noise"].roll(1, 0)
     drawn["another drawing itself"] = images.roll(1, 0)
     for name, pictures in drawn.items():
-        yield [name, f"{float((pictures - images).abs().mean() * 127.5):.1f}", f"{float(similar(unclip, pictures, images).mean()):.3f}"]
+        distance = (pictures - images).abs().mean() * 127.5
+        similarity = similar(unclip, pictures, images).mean()
+        yield [name, *decimals(1, distance), *decimals(3, similarity)]
 
 
 def counterparts(drawing: Drawing, known: dict[str, Drawing]) -> Iterator[tuple[str, str]]:
-    """(what differs, caption) of what a drawing is with another skin tone or gender, of the captions that exist."""
+    """(what differs, caption) of what a drawing is with another skin tone or gender, of the
+    captions that exist."""
     if len(drawing.tones) == 1:
+        own = f"{drawing.tones[0]} skin tone"
         for tone in TONES.values():
-            caption = drawing.caption.replace(f"{drawing.tones[0]} skin tone", f"{tone} skin tone")
+            caption = drawing.caption.replace(own, f"{tone} skin tone")
             if tone != drawing.tones[0] and caption in known:
                 yield "skin tone", caption
     for pair in GENDERS:
@@ -92,36 +131,52 @@ def counterparts(drawing: Drawing, known: dict[str, Drawing]) -> Iterator[tuple[
                 yield "gender", caption
 
 
-def edits(unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace) -> Iterator[list[str]]:
-    yield ["what changes", "pairs", "theta", "nearer to the target caption", "without the edit", "the target's own drawing", "similarity to the original"]
+def edits(
+    unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace
+) -> Iterator[list[str]]:
+    yield [
+        "what changes", "pairs", "theta", "nearer to the target caption", "without the edit",
+        "the target's own drawing", "similarity to the original",
+    ]  # fmt: skip
     train, val = composition_split(records())
     known, by_key = {d.caption: d for d in [*train, *val]}, {d.hexcode: d for d in val}
     keys, images = held_out(data, given.count)
-    pairs = [(row, kind, caption) for row, key in enumerate(keys) for kind, caption in counterparts(by_key[key], known)]
+    pairs = [
+        (row, kind, caption)
+        for row, key in enumerate(keys)
+        for kind, caption in counterparts(by_key[key], known)
+    ]
     latent = invert(unclip, images, given.steps[0])
     sources = unclip.embed_text([by_key[keys[row]].caption for row, _, _ in pairs])
     targets = unclip.embed_text([caption for _, _, caption in pairs])
     rows = [row for row, _, _ in pairs]
 
     def nearer(embed: Tensor) -> Tensor:
-        return torch.cosine_similarity(embed, targets) > torch.cosine_similarity(embed, sources)
+        to_target = torch.cosine_similarity(embed, targets)
+        return to_target > torch.cosine_similarity(embed, sources)
 
     before = nearer(latent.image_embed[rows])
-    theirs = {key: value for shard in [*data.train_shards, *data.val_shards] for key, value in stored(data, shard)}
+    shards = [*data.train_shards, *data.val_shards]
+    theirs = {key: value for shard in shards for key, value in stored(data, shard)}
     own = nearer(torch.stack([theirs[known[caption].hexcode] for _, _, caption in pairs]))
     for theta in given.theta:
         after = []
         for part in [pairs[i : i + 32] for i in range(0, len(pairs), 32)]:
             where = [row for row, _, _ in part]
-            captions = [by_key[keys[row]].caption for row in where], [caption for _, _, caption in part]
-            after.append(unclip.embed_images(text_diff(unclip, latent[where], *captions, torch.full((len(part),), theta))))
+            captions = [by_key[keys[row]].caption for row in where]
+            wanted = [caption for _, _, caption in part]
+            thetas = torch.full((len(part),), theta)
+            edited = text_diff(unclip, latent[where], captions, wanted, thetas)
+            after.append(unclip.embed_images(edited))
         moved = torch.cat(after)
         kept = torch.cosine_similarity(moved, latent.image_embed[rows])
         for kind in ("skin tone", "gender"):
             of = torch.tensor([kind == this for _, this, _ in pairs])
             if of.any():
-                shares = [f"{float(right[of].float().mean()):.1%}" for right in (nearer(moved), before, own)]
-                yield [kind, str(int(of.sum())), f"{theta:g}", *shares, f"{float(kept[of].mean()):.3f}"]
+                flags = (nearer(moved), before, own)
+                shares = [f"{float(right[of].float().mean()):.1%}" for right in flags]
+                head = [kind, str(int(of.sum())), f"{theta:g}"]
+                yield [*head, *shares, *decimals(3, kept[of].mean())]
 
 
 def stored(data: ImageEmbeddingData, shard: str) -> Iterator[tuple[str, Tensor]]:
@@ -137,32 +192,41 @@ def pca(unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace) -> 
     components = PrincipalComponents.of(data.store.statistics(data.train_shards))
     _, images = held_out(data, given.count)
     embed = unclip.embed_images(images)
+    settings = deterministic(unclip, given.steps[0])
     for k in [*paper_dimensions(components.dim), components.dim]:
         z = components.reconstruct(embed, k)
-        drawn = unclip.decode(z, range(len(images)), sampling=deterministic(unclip, given.steps[0]))
-        cells = [torch.cosine_similarity(z, embed).mean(), torch.cosine_similarity(unclip.embed_images(drawn), embed).mean()]
-        yield [str(k), f"{components.share(k):.1%}", *(f"{float(cell):.3f}" for cell in cells)]
+        drawn = unclip.embed_images(unclip.decode(z, range(len(images)), sampling=settings))
+        cosines = [torch.cosine_similarity(found, embed).mean() for found in (z, drawn)]
+        yield [str(k), f"{components.share(k):.1%}", *decimals(3, *cosines)]
 
 
 JOBS = {"inversion": inversion, "variations": variations, "edits": edits, "pca": pca}
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("job", choices=JOBS)
     arguments.add_argument("--count", type=int, default=32, help="drawings")
     arguments.add_argument("--steps", type=int, nargs="+", default=[25])
     arguments.add_argument("--theta", type=float, nargs="+", default=[0.25, 0.5])
     arguments.add_argument("--decoder")
+    results_option(arguments)
     given = arguments.parse_args()
     data = ImageEmbeddingData(clip=CLIPConfig(), image_size=64)
     data.prepare_data()
     data.setup("validate")
     unclip = UnCLIP.load(given.decoder) if given.decoder else UnCLIP.load()
-    start = time.monotonic()
-    for number, cells in enumerate(JOBS[given.job](unclip, data, given)):
-        print(f"| {' | '.join(cells)} |" + ("\n|" + "---|" * len(cells) if number == 0 else ""), flush=True)
-    print(f"\n{given.count} held-out drawings, {given.job}, steps {given.steps}, {time.monotonic() - start:.0f} s")
+    start, rows = time.monotonic(), []
+    for cells in JOBS[given.job](unclip, data, given):
+        print(f"| {' | '.join(cells)} |", flush=True)
+        if not rows:
+            print("|" + "---|" * len(cells))
+        rows.append(cells)
+    seconds = time.monotonic() - start
+    print(f"\n{given.count} held-out drawings, {given.job}, steps {given.steps}, {seconds:.0f} s")
+    save_rows(f"manipulation_quality_{given.job}", given.results, rows)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,23 @@
-"""From a caption to a 256x256 picture by `UnCLIP.generate`, random weights: text tower, 5 steps of the prior, 5 of the decoder, 2 of the upsampler.
+"""From a caption to a 256x256 picture by `UnCLIP.generate`, random weights: text tower, 5 steps of
+the prior, 5 of the decoder, 2 of the upsampler.
 
-The shapes are those that the other systems are timed with: text tower and prior of width 512, 6 blocks and 8 heads on 77 tokens; decoder of
-`decoder_train.py`; upsampler of 32 channels x 1, 2, 3, 4 with two blocks a level. Prior and decoder draw with guidance, the prior one candidate.
+The shapes are those that the other systems are timed with: text tower and prior of width 512, 6
+blocks and 8 heads on 77 tokens; decoder of `decoder_train.py`; upsampler of 32 channels x 1, 2, 3,
+4 with two blocks per level. Prior and decoder draw with guidance, the prior one candidate.
 """
 
-from _common import begin, flops_of, parser, peak_mib, report, timed  # sets what must be set before torch
+from _common import (  # sets what must be set before torch
+    begin,
+    flops_of,
+    parser,
+    peak_mib,
+    report,
+    sampling_options,
+    timed,
+)
 
 # isort: split
+import argparse
 import tempfile
 import time
 from collections import Counter
@@ -16,48 +27,63 @@ from typing import Any
 from decoder_train import decoder
 from embed import PREPROCESS
 from prior_train import DIM, prior
+from upsampler_train import upsampler
 
 from unclip_pl._open_clip import import_open_clip
 from unclip_pl.clip import CLIPConfig, FrozenCLIP, save_clip
-from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.pipeline import UnCLIP
-from unclip_pl.precision import Precision
 from unclip_pl.stages.decoder import SamplingConfig
 from unclip_pl.stages.diffusion_prior import PriorSamplingConfig
-from unclip_pl.stages.upsampler import NET, Upsampler256, UpsamplingConfig
+from unclip_pl.stages.upsampler import UpsamplingConfig
 
+CAPTION = "a red circle on a coloured cloud"
 CLIP = {
     "embed_dim": DIM,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 64, "patch_size": 32},  # no picture is embedded
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": DIM, "heads": 8, "layers": 6},
-}
+    "vision_cfg": {  # no picture is embedded
+        "image_size": 32, "layers": 1, "width": 64, "head_width": 64, "patch_size": 32,
+    },
+    "text_cfg": {
+        "context_length": 77, "vocab_size": 49408, "width": DIM, "heads": 8, "layers": 6,
+    },
+}  # fmt: skip
+STEPS = {"prior": 5, "decoder": 5, "upsampler": 2}
 
 
-def built(folder: Path, device: str, precision: Precision) -> UnCLIP:
+def built(folder: Path, given: argparse.Namespace) -> UnCLIP:
     """The pipeline of the comparison, with a CLIP of random weights in `folder`."""
     save_clip(import_open_clip().model.CLIP(**CLIP), folder, CLIP, PREPROCESS)
     clip = FrozenCLIP(CLIPConfig(f"local-dir:{folder}"))
-    stages = prior(), decoder()
-    for stage in stages:
+    first, second = prior(), decoder()
+    for stage in (first, second):
         stage.clip_fingerprint = clip.fingerprint()
-    upsampler = Upsampler256(UNetConfig(image_size=256, width=32, mults=(1, 2, 3, 4), depth=2, dropout=0.0, **NET))
-    return UnCLIP(stages[1], stages[0], clip, device, [upsampler], precision=precision)
+    stages = [first, second, upsampler(width=32)]
+    for stage in stages:
+        stage.requires_grad_(False)  # as loaded stages are
+    return UnCLIP(
+        second,
+        first,
+        clip,
+        given.device,
+        stages[2:],
+        precision=given.dtype,
+        compile=given.compile,
+        cuda_graphs=given.cuda_graphs,
+    )
 
 
-def main() -> None:
-    arguments = parser(__doc__, repeats=5, warmup=1, batch=1)
-    for name, steps in {"prior": 5, "decoder": 5, "upsampler": 2}.items():
-        arguments.add_argument(f"--{name}-steps", type=int, default=steps)
-    given = arguments.parse_args()
-    before = begin(given)
+def measure(given: argparse.Namespace, before: float) -> None:
+    """Time the pipeline, count its operations, and print the line."""
     settings: dict[str, Any] = {
-        "prior_sampling": PriorSamplingConfig("ddpm", given.prior_steps, guidance_scale=4.0, num_candidates=1),
+        "prior_sampling": PriorSamplingConfig(
+            "ddpm", given.prior_steps, guidance_scale=4.0, num_candidates=1
+        ),
         "sampling": SamplingConfig("ddpm", given.decoder_steps, guidance_scale=8.0),
         "upsampling": {256: UpsamplingConfig(steps=given.upsampler_steps)},
     }
+    captions, seeds = [CAPTION] * given.batch, range(given.batch)
     seconds: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        unclip = built(Path(folder) / "clip", given.device, given.dtype)
+        unclip = built(Path(folder) / "clip", given)
 
         def step() -> None:
             last = time.perf_counter()
@@ -68,16 +94,29 @@ def main() -> None:
                 seconds[stage] += now - last
                 last = now
 
-            unclip.generate(["a red circle on a coloured cloud"] * given.batch, range(given.batch), callback=told, **settings)
+            unclip.generate(captions, seeds, callback=told, **settings)
 
         times = timed(step, given)
         peak, rounds = peak_mib(), given.repeats + given.warmup
         by_stage = {stage: spent / rounds for stage, spent in seconds.items()}
-        for stage in (unclip.prior, unclip.decoder, *unclip.cascade.stages):
-            stage.replay = lambda make, conditions, *_: make(conditions)  # operations of a recording are not seen
-        modules = [unclip.clip.model.transformer, unclip.prior, unclip.decoder, *unclip.cascade.stages]
-        params = sum(p.numel() for module in modules for p in module.parameters())
-        report("pipeline", given, times, given.batch, before, params=params, flops_per_step=flops_of(step), peak_rss_mib=peak, stage_s=by_stage)
+        stages = [unclip.prior, unclip.decoder, *unclip.cascade.stages]
+        for stage in stages:
+            stage.cuda_graphs = False  # a replay hides its operations
+        modules = [unclip.clip.model.transformer, *stages]
+        report(
+            "pipeline", given, times, given.batch, before,
+            params=sum(p.numel() for module in modules for p in module.parameters()),
+            flops_per_step=flops_of(step), peak_rss_mib=peak, stage_s=by_stage,
+        )  # fmt: skip
+
+
+def main() -> None:
+    arguments = parser(__doc__, repeats=5, warmup=1, batch=1)
+    for name, steps in STEPS.items():
+        arguments.add_argument(f"--{name}-steps", type=int, default=steps)
+    sampling_options(arguments)
+    given = arguments.parse_args()
+    measure(given, begin(given))
 
 
 if __name__ == "__main__":

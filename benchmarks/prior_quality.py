@@ -1,18 +1,22 @@
-"""How near a prior's embeddings come to the true ones, on all held-out captions, beside two baselines that need no prior.
+"""How near a prior's embeddings come to the true ones, on all held-out captions, next to two
+baselines that need no prior.
 
-    python benchmarks/prior_quality.py                       both priors of the package, OpenMoji's held-out captions
-    python benchmarks/prior_quality.py --prior FOLDER_OR_CKPT --train 'data/{0..98}.tar' --val data/99.tar --store data/embeddings
+    python benchmarks/prior_quality.py            both priors of the package, OpenMoji's captions
+    python benchmarks/prior_quality.py --prior FOLDER_OR_CKPT --train 'data/{0..98}.tar' \\
+        --val data/99.tar --store data/embeddings
 
-Prints a Markdown table: cosine to the true image embedding; to the caption's text embedding (the true image's own stands in the last row) and to those
-of other captions; place of the true image among all held-out ones; spread, the mean cosine of four draws of one caption.
+It prints a Markdown table: cosine to the true image embedding; to the caption's text embedding (the
+true image's own stands in the last row) and to those of other captions; place of the true image
+among all held-out ones; spread, the mean cosine of four draws of one caption.
 """
 
-import argparse
-
-import unclip_pl._torchvision  # noqa: F401
+from _common import results_option  # sets what must be set before torch
 
 # isort: split
+import argparse
+
 import torch
+from _results import save_rows
 
 from unclip_pl.clip import CLIPConfig
 from unclip_pl.data.modules import PriorData
@@ -24,45 +28,69 @@ COLUMNS = ("cosine_image", "cosine_text", "cosine_text_other", "rank", "r1", "r5
 
 
 def nearest(train: dict[str, torch.Tensor], text_embed: torch.Tensor) -> torch.Tensor:
-    """The image embedding of the training caption that is nearest to each text embedding. (N, D) -> (N, D)."""
-    ours, theirs = (torch.nn.functional.normalize(z.float(), dim=1) for z in (text_embed, train["text_embed"]))
+    """The image embedding of the training caption that is nearest to each text embedding.
+
+    (N, D) -> (N, D).
+    """
+    pair = (text_embed, train["text_embed"])
+    ours, theirs = (torch.nn.functional.normalize(z.float(), dim=1) for z in pair)
     return train["image_embed"][(ours @ theirs.T).argmax(1)]
 
 
 def rows_of(loader: object) -> dict[str, torch.Tensor]:
     """All batches of a loader as one."""
     batches = list(loader)
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0] if torch.is_tensor(batches[0][name])}
+    names = [name for name, value in batches[0].items() if torch.is_tensor(value)]
+    return {name: torch.cat([batch[name] for batch in batches]) for name in names}
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--prior", nargs="+", default=list(DEFAULT_PRIORS))
     arguments.add_argument("--train", default="openmoji")
     arguments.add_argument("--val", default="openmoji")
     arguments.add_argument("--store")
     arguments.add_argument("--model", default="openmoji", help="the CLIP")
     arguments.add_argument("--pretrained")
+    results_option(arguments)
     given = arguments.parse_args()
-    data = PriorData(train=given.train, val=given.val, clip=CLIPConfig(given.model, given.pretrained), store=given.store)
+    clip = CLIPConfig(given.model, given.pretrained)
+    data = PriorData(train=given.train, val=given.val, clip=clip, store=given.store)
     data.prepare_data()
     data.setup("fit")
     val = rows_of(data.val_dataloader())
     shards = [data.store.shard(shard) for shard in data.train_shards]
-    train = {name: torch.cat([torch.from_numpy(getattr(rows, name).copy()) for rows in shards]) for name in ("image_embed", "text_embed")}
+    train = {
+        name: torch.cat([torch.from_numpy(getattr(rows, name).copy()) for rows in shards])
+        for name in ("image_embed", "text_embed")
+    }
     image, text = val["image_embed"].float(), val["text_embed"].float()
-    found = {"z_t in the place of z_i": (text, None), "nearest training caption's image": (nearest(train, text).float(), None)}
+    found = {
+        "z_t in the place of z_i": (text, None),
+        "nearest training caption's image": (nearest(train, text).float(), None),
+    }
     for name in given.prior:
         unclip = UnCLIP.load(prior=name)
         states = data.clip.embed_text(val["tokens"])
         batch = val | {"text_states": states.states, "text_mask": states.mask}
         few = torch.arange(min(64, len(image))).repeat_interleave(4)
-        draws = unclip.prior.sample({key: value[few] for key, value in batch.items()}, Noise(range(len(few))))
-        found[f"{type(unclip.prior).__name__} ({name})"] = unclip.prior.sample(batch, Noise(range(len(image)))), mean_pairwise(draws, few)
-    print(f"{len(image)} held-out captions\n\n| | {' | '.join(COLUMNS)} | spread |\n|---|{'---|' * (len(COLUMNS) + 1)}")
-    for name, (drawn, spread) in (found | {"the true z_i": (image, None)}).items():
+        repeated = {key: value[few] for key, value in batch.items()}
+        draws = unclip.prior.sample(repeated, Noise(range(len(few))))
+        drawn = unclip.prior.sample(batch, Noise(range(len(image))))
+        found[f"{type(unclip.prior).__name__} ({name})"] = drawn, mean_pairwise(draws, few)
+    found["the true z_i"] = (image, None)
+    print(f"{len(image)} held-out captions\n\n| | {' | '.join(COLUMNS)} | spread |")
+    print("|---" * (len(COLUMNS) + 2) + "|")
+    rows = {}
+    for name, (drawn, spread) in found.items():
         values = measure(drawn, image, text)
-        print(f"| {name} | {' | '.join(f'{values[column]:.3g}' for column in COLUMNS)} | {'' if spread is None else f'{spread:.3f}'} |")
+        rows[name] = {column: float(values[column]) for column in COLUMNS}
+        rows[name]["spread"] = None if spread is None else float(spread)
+        cells = [f"{values[column]:.3g}" for column in COLUMNS]
+        print(f"| {name} | {' | '.join(cells)} | {'' if spread is None else f'{spread:.3f}'} |")
+    save_rows("prior_quality", given.results, rows)
 
 
 if __name__ == "__main__":

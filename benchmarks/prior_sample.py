@@ -1,4 +1,5 @@
-"""Drawing the embeddings of two captions by the prior of `prior_train.py`: 16 steps with guidance, two candidates each, of which one is kept.
+"""Drawing the embeddings of two captions by the prior of `prior_train.py`: 16 steps with guidance,
+two candidates each, of which one is kept.
 
 Captions of 38 tokens, as in the script that times diffusers.
 """
@@ -15,8 +16,10 @@ def main() -> None:
     options(arguments, steps=16)
     given = arguments.parse_args()
     before = begin(given)
-    batch = {key: value for key, value in batch_of(given.batch, LENGTH // 2).items() if key not in ("key", "image_embed")}
-    measure("prior_sample", prior(), batch, given, before)
+    batch = batch_of(given.batch, LENGTH // 2)
+    del batch["key"], batch["image_embed"]
+    settings = {"steps": given.steps, "guidance_scale": given.guidance_scale}
+    measure("prior_sample", prior(), batch, given, before, **settings)
 
 
 if __name__ == "__main__":

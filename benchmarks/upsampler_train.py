@@ -1,6 +1,8 @@
-"""One training step of the upsampler 64 -> 256 on 64-pixel crops: the real stage, AdamW, clipping, EMA and logger, under our Lightning trainer.
+"""One training step of the upsampler 64 -> 256 on 64-pixel crops: the real stage, AdamW, clipping,
+EMA and logger, under our Lightning trainer.
 
-The network has the shape that the other systems are timed with: 64 channels x 1, 2, 3, 4, two blocks a level, no attention.
+The network has the shape that the other systems are timed with: 64 channels x 1, 2, 3, 4, two
+blocks per level, no attention.
 """
 
 from typing import Any
@@ -11,27 +13,39 @@ from _training import arguments_of, measure  # sets what must be set before torc
 import torch
 from _common import parser
 
+from unclip_pl.networks.checkpointing import Checkpointing
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.upsampler import NET, Upsampler256
 
 
-def upsampler(checkpointing: bool = False) -> Upsampler256:
+def upsampler(width: int = 64, checkpointing: Checkpointing = "none") -> Upsampler256:
     """The upsampler of the comparison, with random weights."""
-    net = UNetConfig(image_size=256, width=64, mults=(1, 2, 3, 4), depth=2, dropout=0.0, checkpointing=checkpointing, **NET)
+    net = UNetConfig(
+        image_size=256,
+        width=width,
+        mults=(1, 2, 3, 4),
+        depth=2,
+        dropout=0.0,
+        checkpointing=checkpointing,
+        **NET,
+    )
     return Upsampler256(net, optimizer=OptimizerConfig(lr=1e-4, warmup_steps=0))
 
 
 def batch_of(size: int) -> dict[str, Any]:
     """Random crops and conditions, as the DataModule gives them."""
-    return {"key": [str(i) for i in range(size)], "image": torch.rand(size, 3, 64, 64) * 2 - 1, "low_res": torch.rand(size, 3, 16, 16) * 2 - 1}
+    return {
+        "key": [str(i) for i in range(size)],
+        "image": torch.rand(size, 3, 64, 64) * 2 - 1,
+        "low_res": torch.rand(size, 3, 16, 16) * 2 - 1,
+    }
 
 
 def main() -> None:
-    arguments = parser(__doc__, repeats=7, warmup=2, batch=4)
-    arguments.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass")
-    given, before = arguments_of(arguments)
-    measure("upsampler_train", upsampler(given.checkpointing), batch_of(given.batch), given, before)
+    given, before = arguments_of(parser(__doc__, repeats=7, warmup=2, batch=4))
+    stage = upsampler(checkpointing=given.checkpointing)
+    measure("upsampler_train", stage, batch_of(given.batch), given, before)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ In YAML: trainer.callbacks+: [{class_path: eval.callback.Evaluate, init_args: {e
 
 from typing import cast
 
+import unclip_pl._torchvision  # noqa: F401  before the first import of lightning
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from unclip_pl.allocator import keep_freed_memory
 from unclip_pl.atomic import atomic_file
 from unclip_pl.commands.common import Help, pick_device, seed
 from unclip_pl.errors import UserError
@@ -23,6 +22,11 @@ def parser(doc: str | None, prog: str, batch_size: int = 64) -> argparse.Argumen
     made = argparse.ArgumentParser(prog=f"python -m {prog}", description=doc, formatter_class=Help)
     made.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; with several ranks each takes its own GPU")
     made.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks; distances are always float64")
+    made.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the networks that draw (torch.compile): minutes at first, faster on GPUs",
+    )
     made.add_argument("--batch-size", type=positive, default=batch_size, help="images a batch, on each rank")
     made.add_argument("--seed", type=seed, default=0, help="image k is drawn with seed + k; also of the bootstrap")
     made.add_argument("--out", type=Path, help="a folder for the figures as a file; by default they are only printed")
@@ -42,7 +46,6 @@ def command(made: argparse.ArgumentParser, run: Callable[[argparse.Namespace], F
 
     With --out the same is written to OUT/NAME.json, NAME being the command's.
     """
-    keep_freed_memory()
     given = made.parse_args(arguments)
     name = made.prog.rpartition(".")[2]
     try:

@@ -70,7 +70,7 @@ def arms_of(given: argparse.Namespace, model: Model, captions: Sequence[Caption]
     seed, said = given.seed, []
     found = [arms.of_caption(model, captions, seed), arms.of_text(model, captions, seed)]
     if given.text_decoder:
-        other = Model(given.text_decoder, device=given.device, precision=given.precision)
+        other = Model(given.text_decoder, device=given.device, precision=given.precision, compile=given.compile)
         if other.unclip.decoder.condition != "text":
             raise UserError(f"The decoder {given.text_decoder} was trained on image embeddings: give --text-decoder one of stages/decoder_text.yaml.")
         require_same(decoder.clip_fingerprint or {}, other.unclip.clip.fingerprint(), "The decoder")
@@ -98,7 +98,7 @@ def arms_of(given: argparse.Namespace, model: Model, captions: Sequence[Caption]
 
 def run(given: argparse.Namespace) -> Figures:
     """Draw, judge, compare; rank 0 writes the tables, the pictures and the page."""
-    model = Model(str(DEFAULT_DECODER) if given.decoder == "openmoji" else given.decoder, None, given.device, given.precision)
+    model = Model(str(DEFAULT_DECODER) if given.decoder == "openmoji" else given.decoder, None, given.device, given.precision, compile=given.compile)
     captions = read_captions(given.captions, given.num_captions, model.size)
     ways, said = arms_of(given, model, captions)
     if given.baseline not in [arm.name for arm in ways]:

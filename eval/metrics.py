@@ -7,9 +7,8 @@ import logging
 import math
 from typing import Any
 
-import unclip_pl._torchvision  # noqa: F401
+import unclip_pl._torchvision  # noqa: F401  before the first import of torchmetrics
 
-# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor

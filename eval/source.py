@@ -217,7 +217,7 @@ def open_source(arguments: argparse.Namespace) -> Source:
     if condition != "prior" and arguments.prior:
         raise UserError(f"--prior is given, and --condition {condition} uses none: leave one of them out.")
     prior = (arguments.prior or "diffusion") if condition == "prior" else None
-    model = Model(decoder, prior, arguments.device, arguments.precision, arguments.upsamplers or ())
+    model = Model(decoder, prior, arguments.device, arguments.precision, arguments.upsamplers or (), arguments.compile)
     captions = read_captions(arguments.captions or "openmoji", arguments.num_captions, model.size)
     sampling = chosen(arguments, model.unclip.decoder)
     prior_sampling = chosen(arguments, model.unclip.prior, "prior_") if model.unclip.prior else None
@@ -250,6 +250,7 @@ class Model:
         prior: "diffusion", "ar", a checkpoint or release, or None.
         upsamplers: "256", "1024", checkpoints or releases, in order; pictures are then of the last one's size.
         precision: "fp32", or "bf16" on a device that has it.
+        compile: compile the networks; the pictures are the same up to rounding.
     """
 
     decoder: str
@@ -257,13 +258,14 @@ class Model:
     device: str = "cpu"
     precision: Precision = "fp32"
     upsamplers: Sequence[str] = ()
+    compile: bool = False
 
     def __post_init__(self) -> None:
         self.precision = cast(Precision, usable(self.precision, self.device))  # pictures are kept by what they were computed in
 
     @cached_property
     def unclip(self) -> UnCLIP:
-        return UnCLIP.load(self.decoder, self.prior, device=self.device, upsamplers=self.upsamplers, precision=self.precision)
+        return UnCLIP.load(self.decoder, self.prior, device=self.device, upsamplers=self.upsamplers, precision=self.precision, compile=self.compile)
 
     @property
     def size(self) -> int:

@@ -82,7 +82,7 @@ def run(given: argparse.Namespace) -> Figures:
         raise UserError(f"--prior is given, and --condition {given.condition} uses none: leave one of them out.")
     given.prior = given.prior or "diffusion"
     decoder = str(DEFAULT_DECODER) if given.ckpt == "openmoji" else given.ckpt
-    model = Model(decoder, given.prior if given.condition == "prior" else None, given.device, given.precision)
+    model = Model(decoder, given.prior if given.condition == "prior" else None, given.device, given.precision, compile=given.compile)
     captions = read_captions(given.captions, given.num_captions, model.size)
     if not given.reference and not all(caption.image for caption in captions):
         raise UserError(f"The captions of {given.captions} have no pictures to compare with: give real ones with --reference.")

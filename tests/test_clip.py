@@ -14,11 +14,20 @@ import open_clip
 import pytest
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 import unclip_pl
 from unclip_pl import _open_clip
-from unclip_pl.clip import CLIPConfig, ClipMismatch, FrozenCLIP, build_clip, require_same, save_clip
+from unclip_pl.clip import (
+    CLIPConfig,
+    ClipMismatch,
+    FrozenCLIP,
+    build_clip,
+    fitted,
+    require_same,
+    save_clip,
+)
 from unclip_pl.errors import UserError
 
 MODEL = {
@@ -82,7 +91,16 @@ def refusal(config: CLIPConfig, *words: str) -> str:
 
 
 @pytest.mark.parametrize("kind", [CLIP, CustomTextCLIP])
-@pytest.mark.parametrize("text", [{}, {"pool_type": "eos", "eos_id": 49407}, {"proj_bias": True}])
+@pytest.mark.parametrize(
+    "text",
+    [
+        {},
+        {"pool_type": "eos", "eos_id": 49407},
+        {"proj_bias": True},
+        {"proj_type": "none", "width": 24},
+        {"no_causal_mask": True},
+    ],
+)
 def test_embedding_is_that_of_encode_text(tmp_path, kind, text):
     cfg = MODEL | {"text_cfg": MODEL["text_cfg"] | text}
     clip = FrozenCLIP(CLIPConfig(written(tmp_path / "c", model_cfg=cfg | ({"custom_text": True} if kind is CustomTextCLIP else {}), kind=kind)))
@@ -92,7 +110,9 @@ def test_embedding_is_that_of_encode_text(tmp_path, kind, text):
         torch.testing.assert_close(got.embed, clip.model.encode_text(tokens))
         full = clip.tokenize([*CAPTIONS, "word " * 100])  # nothing to cut: the same arithmetic, bit for bit
         assert torch.equal(clip.embed_text(full).embed, clip.model.encode_text(full))
-    assert type(clip.model) is kind and got.states.shape == (3, 16, 32) and got.embed.shape == (3, 24) == (3, clip.embed_dim)
+    assert type(clip.model) is kind
+    assert got.states.shape == (3, 16, clip.states_width)
+    assert got.embed.shape == (3, 24) == (3, clip.embed_dim)
     assert got.embed.dtype == got.states.dtype == torch.float32 and not got.embed.requires_grad
     assert not torch.allclose(got.embed.norm(dim=-1), torch.ones(3), atol=0.01)
 
@@ -127,6 +147,18 @@ def test_short_captions_run_through_as_many_positions_as_they_need(clip, monkeyp
         torch.testing.assert_close(clip.embed_text(tokens[i : i + 1]).states[0], got.states[i])
 
 
+@pytest.mark.parametrize("kind", [CLIP, CustomTextCLIP])
+def test_states_of_short_captions_are_those_of_the_full_length(tmp_path, kind):
+    cfg = MODEL | ({"custom_text": True} if kind is CustomTextCLIP else {})
+    clip = FrozenCLIP(CLIPConfig(written(tmp_path / "c", model_cfg=cfg, kind=kind)))
+    tokens = clip.tokenize(CAPTIONS)
+    got = clip.embed_text(tokens)
+    assert got.mask.sum(-1).max() < 16
+    with torch.no_grad():
+        full = clip.model.forward_intermediates(text=tokens, normalize_intermediates=True)
+    torch.testing.assert_close(got.states[got.mask], full["text_intermediates"][-1][got.mask])
+
+
 def test_long_captions_are_cut_and_keep_their_end_token(clip):
     tokens = clip.tokenize(["word " * 100])
     assert tokens.shape == (1, clip.context_length) == (1, 16) and tokens.dtype == torch.int64 and tokens[0, -1] == 49407
@@ -145,6 +177,24 @@ def test_image_embedding_is_that_of_open_clips_own_pipeline(tiny, clip):
         theirs = model.eval().encode_image(transform(Image.fromarray(pixels))[None])
     ours = clip.embed_images(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (20, 20), (90, 50), (50, 97), (31, 33)])
+@pytest.mark.parametrize("mode", [{}, {"interpolation": "bilinear"}, {"resize_mode": "squash"}])
+def test_tensor_preprocessing_is_that_of_pil(size, mode):
+    noise = torch.rand(1, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+    smooth = torch.nn.functional.interpolate(noise, size, mode="bicubic").clamp(0, 1)
+    pixels = (smooth[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    settings = PREPROCESS | mode | {"mean": [0.5] * 3, "std": [0.5] * 3}
+    transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
+    theirs = transform(Image.fromarray(pixels))
+    picture = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    ours = fitted(picture, 32, settings["resize_mode"], settings["interpolation"])[0]
+    assert ours.shape == (3, 32, 32)
+    difference = (ours - theirs).abs()
+    # five levels of 255 where an overshoot is clipped between PIL's two passes, a third of a level
+    # (its rounding) elsewhere
+    assert difference.max() < 0.045 and difference.mean() < 0.003
 
 
 def test_images_must_be_floats_of_three_channels(clip):

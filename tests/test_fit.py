@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from tests.disk import read_only
+from tests.training.forks import Ranks
 from unclip_pl.cli import build_cli, main, resume
 from unclip_pl.data import openmoji
 from unclip_pl.training.checkpoint import newest_checkpoint, read_checkpoint
@@ -20,11 +21,15 @@ from unclip_pl.training.checkpoint import newest_checkpoint, read_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 LAST = 40  # steps; an epoch has 6
 KILLS = {5: "step", 11: "step", 20: "save"}  # all in mid-epoch; with a checkpoint every 4 steps the runs go on from 4, 8 and 16, and 20 steps follow
+NET = {"width": 32, "mults": [1, 2], "depth": 1, "patch_size": 8, "attention": [4], "head_width": 16}
+SMALL = [
+    *("--model.net", json.dumps(NET), "--data.loader.batch_size", "4", "--model.sampling.steps", "2"),
+    *("--trainer.enable_progress_bar", "false"),
+]
 TINY = [
-    "--model.net", '{"width": 32, "mults": [1, 2], "depth": 1, "patch_size": 8, "attention": [4], "head_width": 16}', "--data.loader.batch_size", "4",
-    "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu", "--trainer.limit_val_batches", "1", "--model.sampling.steps", "2",
-    "--pictures.count", "3", "--trainer.log_every_n_steps", "1",
-]  # fmt: skip
+    *(*SMALL, "--trainer.accelerator", "cpu", "--trainer.limit_val_batches", "1"),
+    *("--pictures.count", "3", "--trainer.log_every_n_steps", "1"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +66,24 @@ def whole(request, shards, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(whole, shards, tmp_path_factory):
-    """Folder of a run that was killed in mid-epoch at three steps and resumed each time."""
+    """Folder of a run that was killed in mid-epoch at three steps and resumed each time.
+
+    The second part is a process of its own, the others are forks, which need not import torch.
+    """
     folder, environment = tmp_path_factory.mktemp("killed"), os.environ | {"OMP_NUM_THREADS": "1"}
     flags = ["--data.loader.num_workers", str(whole[2]), "--resume", "auto"]
-    for step, when in KILLS.items():
-        command = [sys.executable, "-m", "unclip_pl", *arguments(folder, shards, *flags, *diary(folder, **{f"kill_at_{when}": step}))]
-        with (folder / "said.txt").open("w") as said:  # no pipe: the workers of a killed run would hold it open for a while
-            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=said, stderr=said, timeout=200).returncode
-        assert code == -signal.SIGKILL, (folder / "said.txt").read_text()[-3000:]
+    for part, (step, when) in enumerate(KILLS.items()):
+        kill = diary(folder, **{f"kill_at_{when}": step})
+        given, said = arguments(folder, shards, *flags, *kill), folder / "rank-0.txt"
+        if part == 1:
+            command = [sys.executable, "-m", "unclip_pl", *given]
+            with said.open("a") as file:  # a pipe would be held open by workers of a killed run
+                code = subprocess.run(
+                    command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=200
+                ).returncode
+        else:
+            (code,) = Ranks(folder, given).wait(200)
+        assert code == -signal.SIGKILL, said.read_text()[-3000:]
         assert [path.name[:20] for path in (folder / "checkpoints").glob(".*.tmp")] == [".newest-step=20.ckpt"] * (when == "save")
         assert newest_checkpoint(folder).name == f"newest-step={(step - 1) // 4 * 4}.ckpt"
     build_cli(resume(arguments(folder, shards, *flags, *diary(folder))))
@@ -94,7 +109,7 @@ def test_a_run_killed_three_times_ends_with_the_same_weights_bit_for_bit(whole, 
         assert ours[part].keys() == theirs[part].keys()
         for name, value in ours[part].items():
             assert torch.equal(value, theirs[part][name]), (part, name)
-    assert not torch.equal(ours["state_dict"]["net.exit.weight"], ours["current_model_state"]["net.exit.weight"])
+    assert not torch.equal(ours["state_dict"]["net.conv_out.weight"], ours["current_model_state"]["net.conv_out.weight"])
     names = sorted(path.name for path in (killed / "checkpoints").iterdir() if "newest" in path.name)
     assert names == [f"newest-step={LAST}.ckpt"]  # and nothing of what the kills left behind
 
@@ -137,6 +152,17 @@ def test_fine_tuning_starts_from_the_averaged_weights_with_a_new_optimiser_and_g
         assert torch.equal(ours["state_dict"][name], theirs["state_dict"][name]), name
     build_cli(resume(arguments(tmp_path, shards, "--init", "gone.ckpt", *flags[2:-1], "2", "--resume", "auto")))  # now the weights come from the run
     assert read_checkpoint(newest_checkpoint(tmp_path))["global_step"] == 2
+
+
+def test_the_debug_overlay_does_two_steps_of_everything_on_the_device(shards, tmp_path, device):
+    data = ["--data.train", str(shards / "train-*.tar"), "--data.val", str(shards / "val-*.tar")]
+    data += ["--data.store", str(shards / "store"), "--data.loader.num_workers", "0"]
+    folder = ["--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", device]
+    overlay = str(ROOT / "lightning_config" / "debug.yaml")
+    cli = build_cli(["fit", "-c", "stages/decoder.yaml", "-c", overlay, *SMALL, *data, *folder])
+    assert cli.trainer.global_step == 2 and cli.trainer.callback_metrics["val/loss"].isfinite()
+    assert (tmp_path / "pictures" / "step-0000002.png").is_file()
+    assert newest_checkpoint(tmp_path).name == "newest-step=2.ckpt"
 
 
 def test_width_that_does_not_fit_the_clip_is_a_sentence(shards, tmp_path, capsys):

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unclip_pl.errors import UserError
 
@@ -105,6 +105,43 @@ def pooling(model: Any) -> tuple[str, int]:
     if hasattr(model, "text"):
         return getattr(model.text, "pool_type", "none"), getattr(model.text, "eos_id", -1)
     return model.text_pool_type, model.text_eos_id
+
+
+def text_features(
+    model: Any, tokens: Tensor, end_B: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """A model's text embeddings (B, D) and token states after the final norm (B, n, W).
+
+    Args:
+        model: open_clip's, with a text tower that `load_model` accepts.
+        tokens: (B, L), L being the context length.
+        end_B: the end token's place in each caption.
+        length: of the longest caption. What follows is left out (n = `length`) unless tokens see
+            those after them (then n = L).
+    """
+    text = getattr(model, "text", model)
+    if length == text.context_length or text.attn_mask is None:
+        output = model.forward_intermediates(
+            text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
+        )
+        return output["text_features"], output["text_intermediates"][-1]
+    return _short_text_features(text, tokens[:, :length], end_B)
+
+
+def _short_text_features(text: Any, tokens: Tensor, end_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by hand, because open_clip runs captions of the full context length only.
+
+    A caption of 8 tokens would take as long as one of 77.
+    """
+    length, dtype = tokens.shape[1], text.transformer.get_cast_dtype()
+    x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
+    x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
+    states_BLW = text.ln_final(x)
+    embed = states_BLW[torch.arange(len(tokens), device=tokens.device), end_B]
+    project = text.text_projection
+    if project is not None:
+        embed = project(embed) if isinstance(project, nn.Linear) else embed @ project
+    return embed, states_BLW
 
 
 def folder_of(name: str) -> Path | None:

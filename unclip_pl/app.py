@@ -4,7 +4,6 @@ import argparse
 import sys
 
 from unclip_pl import __version__
-from unclip_pl.allocator import keep_freed_memory
 from unclip_pl.commands import data, export, generate, manipulate, plan, probe, submit, upsample
 from unclip_pl.commands.common import command_of
 from unclip_pl.errors import UserError
@@ -26,7 +25,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `unclip`; returns the exit code."""
-    keep_freed_memory()
     root = parser()
     parsed, flags = root.parse_known_args(arguments)
     if flags and not hasattr(parsed, "flags"):  # a command that passes flags on has this default

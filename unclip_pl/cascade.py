@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.errors import UserError
-from unclip_pl.networks.memory import forward_bytes
+from unclip_pl.networks.compilation import compile_blocks
 from unclip_pl.precision import Precision, autocast, usable
 from unclip_pl.stages.base import Stage
 from unclip_pl.stages.upsampler import Upsampler, Upsampler1024, UpsamplingConfig
@@ -20,6 +19,8 @@ from unclip_pl.stages.upsampler import Upsampler, Upsampler1024, UpsamplingConfi
 SEEDS = 1 << 30
 """Added to a seed for the first upsampler's draws, three times for the second's: all stages share the 32 bits that a generator reads of a seed."""
 BATCH_PIXELS = 1 << 20
+FINEST_MAPS = 10
+"""A U-Net's forward pass holds at least so many maps of its finest level at one time."""
 Callback = Callable[[str, int, int], Any]
 
 
@@ -34,8 +35,6 @@ def at_work(part: Any, device: torch.device | str, offload: bool, precision: str
     finally:
         if offload:
             part.to("cpu")
-            if isinstance(part, Stage):
-                part.replay.clear()
 
 
 def resolved(device: torch.device | str) -> torch.device:
@@ -60,6 +59,16 @@ def check_order(sides: Sequence[tuple[int, int]], before: int | None = None) -> 
             )
 
 
+def prepare_sampling(
+    stages: Sequence[Stage], device: torch.device, compile: bool, cuda_graphs: bool
+) -> None:
+    """Compile the blocks of stages that will run on `device`, and let them record CUDA graphs."""
+    for stage in stages:
+        stage.cuda_graphs = cuda_graphs
+        if compile:
+            compile_blocks(stage, device)
+
+
 class Cascade:
     """Upsamplers, each of which goes on where the one before ends.
 
@@ -69,6 +78,7 @@ class Cascade:
         offload: keep on the device only the stage that works; the others wait in the CPU's memory.
         batch_pixels: pictures are drawn together as long as their results have no more pixels than this; one picture always is.
         precision: "bf16": networks compute in bfloat16 (autocast) on devices that have it.
+        compile, cuda_graphs: as in `UnCLIP`.
 
     Raises:
         UserError: the sizes do not follow each other.
@@ -76,12 +86,13 @@ class Cascade:
 
     def __init__(
         self, stages: Sequence[Upsampler], device: str | torch.device = "cpu", offload: bool = False, batch_pixels: int = BATCH_PIXELS,
-        precision: Precision = "fp32",
+        precision: Precision = "fp32", compile: bool = False, cuda_graphs: bool = False,
     ) -> None:
         check_order([(source_side(stage), stage.net_config.image_size) for stage in stages])
         self.device, self.offload, self.batch_pixels = resolved(device), offload, batch_pixels
         self.precision = usable(precision, self.device)
         self.stages = [stage.to("cpu" if offload else device).eval() for stage in stages]
+        prepare_sampling(self.stages, self.device, compile, cuda_graphs)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -130,7 +141,8 @@ class Cascade:
         route, (height, width) = self.route(max(images.shape[-2:]), times), images.shape[-2:]
         for stage in route:  # before any is drawn
             height, width = height * stage.factor, width * stage.factor
-            self._check_memory(stage, height, width, min(len(images), self._at_once(height, width)))
+            count = min(len(images), self._at_once(height, width))
+            self._require_memory(stage, height, width, count)
         for stage in route:
             images = self._enlarged(stage, images, seeds, (sampling or {}).get(stage.net_config.image_size), callback)
         return images
@@ -167,23 +179,20 @@ class Cascade:
         """How many pictures of this size are drawn together."""
         return max(1, self.batch_pixels // (height * width))
 
-    def _check_memory(self, stage: Upsampler, height: int, width: int, count: int) -> None:
-        """UserError where `count` pictures certainly need more memory than is free: their activations alone, which grow with the pixels."""
-        side = stage.net_config.image_size
-        needed = forward_bytes(stage.net_config, side, side) * count * height * width / side**2
-        if (free := free_bytes(self.device)) is not None and needed > free:
+    def _require_memory(self, stage: Upsampler, height: int, width: int, count: int) -> None:
+        """UserError where `count` pictures certainly need more memory than this machine has.
+
+        Only on CPUs, where the system would kill the program. A GPU says itself what is missing.
+        """
+        if self.device.type != "cpu" or not hasattr(os, "sysconf"):
+            return
+        config, bytes_per_number = stage.net_config, 2 if self.precision == "bf16" else 4
+        numbers = FINEST_MAPS * config.width * count * height * width / config.patch_size**2
+        needed = bytes_per_number * numbers
+        if needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+            pictures = "1 picture takes" if count == 1 else f"{count} pictures take"
             raise UserError(
-                f"{count} picture{'s' * (count > 1)} of {width}x{height} pixels at a time take{'s' * (count == 1)} {needed / 1e9:.1f} GB on {self.device}, "
-                f"and {free / 1e9:.1f} GB are free: give smaller ones, or cut them into parts."
+                f"{pictures} at least {needed / 1e9:.0f} GB of memory at {width}x{height} pixels, "
+                f"and this machine has {memory / 1e9:.0f} GB: give a smaller one, or cut it into "
+                "parts."
             )
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device, torch's own reserve included; None where it cannot be asked."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    table = Path("/proc/meminfo")
-    if device.type != "cpu" or not os.access(table, os.R_OK):
-        return None
-    lines = [line.split() for line in table.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable:")]
-    return int(lines[0][1]) * 1024 if lines else None

@@ -4,7 +4,6 @@ Layers, each says only what differs: dataclass defaults < lightning_config/defau
 """
 
 import difflib
-import importlib
 import logging
 import os
 import re
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from unclip_pl import __version__, signals
-from unclip_pl.allocator import keep_freed_memory
 from unclip_pl.atomic import REASONS
 from unclip_pl.errors import SharedError, UserError
 
@@ -80,7 +78,7 @@ def known_keys() -> set[str]:
     from unclip_pl.stages.base import Stage
     from unclip_pl.training import checkpoint, ema, pictures, preemption, startup, watchdog
 
-    keys: set[str] = {"model", "data", "trainer", "seed_everything", "ckpt_path", "init", "init_args", "class_path"}
+    keys: set[str] = {"model", "data", "trainer", "seed_everything", "ckpt_path", "init", "compile", "init_args", "class_path"}
     keys |= {"ema", "newest", "best", "pictures", "preemption", "startup", "watchdog"}
 
     def add(kind: type) -> None:
@@ -130,7 +128,9 @@ def find_configs(arguments: list[str]) -> list[str]:
 
 def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     """The parsed command line as a LightningCLI; with `run` its subcommand is carried out."""
-    importlib.import_module("unclip_pl._torchvision")  # before lightning
+    from unclip_pl.stages import load_all
+
+    load_all()  # first, so that lightning can import torchvision
     import torch
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.callbacks import ProgressBar
@@ -141,7 +141,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     from unclip_pl.data import crops, modules  # noqa: F401  short names of the DataModules
     from unclip_pl.pipeline import start_from
     from unclip_pl.precision import usable
-    from unclip_pl.stages import load_all
+    from unclip_pl.stages.base import Stage
     from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint, newest_checkpoint
     from unclip_pl.training.ema import EMA
     from unclip_pl.training.pictures import Pictures
@@ -149,7 +149,6 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     from unclip_pl.training.startup import StartupCheck
     from unclip_pl.training.watchdog import Watchdog
 
-    load_all()
     always = {
         "preemption": Preemption, "startup": StartupCheck, "watchdog": Watchdog, "ema": EMA, "newest": NewestCheckpoint, "best": BestCheckpoint,
         "pictures": Pictures,
@@ -167,6 +166,13 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
             for key, callback in always.items():
                 parser.add_lightning_class_args(callback, key)
             parser.add_argument("--init", type=str | None, help="a release or checkpoint of the same stage whose weights training starts from")
+            parser.add_argument(
+                "--compile",
+                type=bool,
+                default=False,
+                help="compile the blocks of all networks (torch.compile): the first steps take "
+                "minutes, later ones less time on GPUs",
+            )
 
         def _parse_ckpt_path(self) -> None:
             """Files and flags win over what a checkpoint remembers of its own run (Lightning's default is the other way round)."""
@@ -194,6 +200,8 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
             except ValueError as error:
                 raise UserError(sentence(str(error))) from error
             config = self.config[self.subcommand] if self.subcommand else self.config
+            if config.get("compile") and isinstance(self.model, Stage):
+                self.model.compile_networks = True
             if config.get("init") and not config.get("ckpt_path"):  # else a run that is resumed has its weights from there
                 start_from(self.model, config["init"])
 
@@ -227,7 +235,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unclip_pl {__version__}")
         return 0
     signals.listen(training=arguments[0] == "fit")  # before torch is imported, which takes its time
-    keep_freed_memory()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for message in (
         ".*LeafSpec.*", ".*does not have many workers.*", ".*has `__len__` defined.*", ".*set_vital.*", ".*`weights_only` was not set.*",

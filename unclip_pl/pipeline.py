@@ -11,12 +11,20 @@ from torch import Tensor
 
 import unclip_pl.stages
 from unclip_pl import release
-from unclip_pl.cascade import Cascade, at_work, check_order, resolved, source_side
+from unclip_pl.cascade import (
+    Cascade,
+    at_work,
+    check_order,
+    prepare_sampling,
+    resolved,
+    source_side,
+)
 from unclip_pl.clip import CLIPConfig, FrozenCLIP, require_same
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.errors import UserError
+from unclip_pl.networks.renamed import rename, upgrade_settings
 from unclip_pl.precision import Precision, usable
 from unclip_pl.release import Release
 from unclip_pl.stages.ar_prior import ARPrior
@@ -50,7 +58,11 @@ def read_weights(path: str | os.PathLike) -> Release:
     if missing:
         raise UserError(f"{path} is no checkpoint of a stage of ours ({', '.join(missing)} missing): give a .ckpt of `lightning fit` or a release.")
     return Release(
-        checkpoint["stage"], checkpoint["hyper_parameters"], checkpoint.get("clip_fingerprint"), checkpoint["state_dict"], checkpoint["global_step"]
+        checkpoint["stage"],
+        upgrade_settings(checkpoint["hyper_parameters"]),
+        checkpoint.get("clip_fingerprint"),
+        rename(checkpoint["stage"], checkpoint["state_dict"]),
+        checkpoint["global_step"],
     )
 
 
@@ -121,15 +133,21 @@ class UnCLIP:
         upsamplers: in order, the first from the decoder's size.
         offload: keep on the device only the stage that works; the others wait in the CPU's memory.
         precision: "bf16": prior, decoder and upsamplers compute in bfloat16 (autocast) on devices that have it.
+        compile: compile the blocks of prior, decoder and upsamplers (torch.compile): the first
+            picture of each shape takes minutes longer, the next ones less time on a GPU.
+        cuda_graphs: on a GPU, record each denoising step once per run and replay it: for small
+            networks and few pictures.
 
     Raises:
-        UserError: a stage does not say of which CLIP it is, or is of another one; a prior for a decoder that was trained on text embeddings; an
+        UserError: `compile` without a C++ compiler on a CPU; a stage does not say of which CLIP it
+            is, or is of another one; a prior for a decoder that was trained on text embeddings; an
             upsampler is not for the size before it.
     """
 
     def __init__(
         self, decoder: Decoder, prior: Prior | None = None, clip: FrozenCLIP | None = None, device: str = "cpu", upsamplers: Sequence[Upsampler] = (),
         offload: bool = False, precision: Precision = "fp32",
+        compile: bool = False, cuda_graphs: bool = False,
     ) -> None:
         if prior is not None and decoder.condition == "text":
             raise UserError('The decoder was trained on text embeddings and has no use for a prior: leave the prior out and condition on "text".')
@@ -150,17 +168,35 @@ class UnCLIP:
         self.decoder = decoder.to(home).eval()
         self.prior = None if prior is None else prior.to(home).eval()
         self.cascade = Cascade(upsamplers, self.device, offload, precision=precision)
+        prepare_sampling(self.stages, self.device, compile, cuda_graphs)
 
     @classmethod
     def load(
         cls, decoder: str | os.PathLike = DEFAULT_DECODER, prior: str | os.PathLike | None = None, clip: FrozenCLIP | None = None, device: str = "cpu",
         upsamplers: Sequence[str | os.PathLike] = (), offload: bool = False, precision: Precision = "fp32",
+        compile: bool = False, cuda_graphs: bool = False,
     ) -> "UnCLIP":
         """From release folders or checkpoints; `prior` may be "diffusion" or "ar", `upsamplers` may have "256" and "1024": those in the package, as the
         decoder is by default."""
         unclip_pl.stages.load_all()
         found: Any = None if prior is None else load_stage(DEFAULT_PRIORS.get(str(prior), Path(prior)), DiffusionPrior, ARPrior)
-        return cls(load_stage(decoder, Decoder), found, clip, device, load_upsamplers(upsamplers), offload, precision)
+        return cls(
+            load_stage(decoder, Decoder),
+            found,
+            clip,
+            device,
+            load_upsamplers(upsamplers),
+            offload,
+            precision,
+            compile,
+            cuda_graphs,
+        )
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Prior (if any), decoder and upsamplers, in the order in which they run."""
+        prior = [] if self.prior is None else [self.prior]
+        return [*prior, self.decoder, *self.cascade.stages]
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -19,8 +19,10 @@ from torch import Tensor
 from unclip_pl import __version__
 from unclip_pl.atomic import atomic_folder
 from unclip_pl.errors import UserError
+from unclip_pl.networks.renamed import rename, upgrade_settings
 
-FORMAT = 1
+FORMAT = 2
+"""1 had other names of parameters; it is renamed while it is read."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,16 @@ def read(folder: str | os.PathLike) -> Release:
         tensors = load_file(folder / "model.safetensors")
         if config["format"] > FORMAT:
             raise UserError(f"The release {folder} has format {config['format']} and this version reads up to {FORMAT}: update unclip_pl.")
+        if config["format"] < FORMAT:
+            tensors = rename(config["stage"], tensors)
+            config["hyper_parameters"] = upgrade_settings(config["hyper_parameters"])
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         return Release(
-            config["stage"], config["hyper_parameters"], config["clip_fingerprint"],
-            {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, config["steps"],
+            config["stage"],
+            config["hyper_parameters"],
+            config["clip_fingerprint"],
+            tensors,
+            config["steps"],
         )
     except FileNotFoundError as error:
         raise UserError(f"{folder} is no release ({Path(error.filename).name} is missing): give a folder that `unclip export` wrote.") from None

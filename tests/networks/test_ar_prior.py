@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unclip_pl.networks.ar_prior import ARPriorConfig, ARPriorNet, pick
+from unclip_pl.networks.ar_prior import ARPriorConfig, ARPriorNet, sample_top_p
 from unclip_pl.networks.text import TextConfig
 
 CONFIG = ARPriorConfig(embed_dim=12, width=32, depth=2, heads=4, max_codes=6, buckets=16)
@@ -57,7 +57,7 @@ def test_every_part_of_the_text_matters_and_padding_does_not(net):
     plain = net.prefix(YES, **given)
     changed = {"text_embed": given["text_embed"] + 1, "dot": (given["dot"] + 1) % 16}
     if net.length:
-        part = "states" if net.padding is not None else "tokens"
+        part = "states" if net.padding_embedding is not None else "tokens"
         changed[part] = given[part].clone()
         changed[part][:, 1] += 1
         hidden = given[part].clone()
@@ -87,7 +87,7 @@ def plain_draw(net, prefix, uniform, null=None, scale=1.0, temperature=1.0, top_
         if null is not None:
             without = net(null, codes)[:, -1]
             logits = without + scale * (logits - without)
-        codes = torch.cat([codes, pick(logits, uniform[:, k], temperature, top_p)[:, None]], dim=1)
+        codes = torch.cat([codes, sample_top_p(logits, uniform[:, k], temperature, top_p)[:, None]], dim=1)
     return codes
 
 
@@ -97,7 +97,7 @@ def test_cached_drawing_equals_the_plain_one(net, scale):
     prefix, null = net.prefix(YES, **text()), None if scale == 1 else net.prefix(NO, **text())
     before = prefix.clone()
     steps = []
-    cached = net.draw(prefix, uniform, null, scale, 0.8, 0.9, callback=lambda *step: steps.append(step))
+    cached = net.generate(prefix, uniform, null, scale, 0.8, 0.9, callback=lambda *step: steps.append(step))
     assert torch.equal(cached, plain_draw(net, prefix, uniform, null, scale, 0.8, 0.9))
     assert steps == [(k, 6) for k in range(1, 7)] and torch.equal(prefix, before)
     assert len({tuple(row) for row in cached.tolist()}) == 3
@@ -105,8 +105,8 @@ def test_cached_drawing_equals_the_plain_one(net, scale):
 
 def test_guidance_of_one_equals_none(net):
     uniform, prefix, null = torch.rand(3, 6), net.prefix(YES, **text()), net.prefix(NO, **text())
-    assert torch.equal(net.draw(prefix, uniform), net.draw(prefix, uniform, null, 1.0))
-    assert not torch.equal(net.draw(prefix, uniform), net.draw(prefix, uniform, null, 20.0))
+    assert torch.equal(net.generate(prefix, uniform), net.generate(prefix, uniform, null, 1.0))
+    assert not torch.equal(net.generate(prefix, uniform), net.generate(prefix, uniform, null, 20.0))
 
 
 def test_every_parameter_gets_a_gradient(net):
@@ -144,17 +144,17 @@ def test_temperature_and_nucleus_against_a_slow_reference(temperature, top_p):
     torch.manual_seed(4)
     logits, u = torch.randn(300, 12).double() * 2, torch.rand(300)
     expected = [slow_pick(row.tolist(), float(v), temperature, top_p) for row, v in zip(logits, u, strict=True)]
-    assert pick(logits, u.double(), temperature, top_p).tolist() == expected
+    assert sample_top_p(logits, u.double(), temperature, top_p).tolist() == expected
 
 
 def test_draws_have_the_distribution_and_zero_temperature_has_the_mode():
     logits = torch.tensor([0.5, 2.0, -1.0, 1.0, -1e9])
-    drawn = pick(logits.expand(40000, -1), torch.rand(40000, generator=torch.Generator().manual_seed(0)))
+    drawn = sample_top_p(logits.expand(40000, -1), torch.rand(40000, generator=torch.Generator().manual_seed(0)))
     assert (drawn.bincount(minlength=5) / 40000 - logits.softmax(0)).abs().max() < 0.01
-    assert (pick(logits.expand(9, -1), torch.rand(9), temperature=0) == 1).all()
-    assert pick(logits[None], torch.tensor([1 - 2**-24])).item() == 3  # never one of no probability
+    assert (sample_top_p(logits.expand(9, -1), torch.rand(9), temperature=0) == 1).all()
+    assert sample_top_p(logits[None], torch.tensor([1 - 2**-24])).item() == 3  # never one of no probability
     before = logits.clone()
-    pick(logits[None], torch.tensor([0.5]), 0.5, 0.5)
+    sample_top_p(logits[None], torch.tensor([0.5]), 0.5, 0.5)
     assert torch.equal(logits, before)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from unclip_pl.networks.blocks import Attention, ResBlock, UNetBlock
 from unclip_pl.networks.text import TextConfig, TextContext
-from unclip_pl.networks.unet import Attention, Layer, ResBlock, UNet, UNetConfig
+from unclip_pl.networks.unet import UNet, UNetConfig
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -34,8 +35,14 @@ def theirs() -> nn.Module:
     )
 
 
-RES = {"norm1": "norm1", "conv1": "conv1", "time": "time_emb_proj", "norm2": "norm2", "conv2": "conv2", "shortcut": "conv_shortcut"}
-HEAD = {"enter": "conv_in", "time.0": "time_embedding.linear_1", "time.2": "time_embedding.linear_2", "norm": "conv_norm_out", "exit": "conv_out"}
+RES = {"norm1": "norm1", "conv1": "conv1", "emb_proj": "time_emb_proj", "norm2": "norm2", "conv2": "conv2", "shortcut": "conv_shortcut"}
+HEAD = {
+    "conv_in": "conv_in",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "norm_out": "conv_norm_out",
+    "conv_out": "conv_out",
+}
 
 
 def fill(ours: nn.Module, source: dict[str, Tensor], *names: str) -> None:
@@ -44,31 +51,33 @@ def fill(ours: nn.Module, source: dict[str, Tensor], *names: str) -> None:
         getattr(ours, kind).data.copy_(torch.cat([source.pop(f"{name}.{kind}") for name in names]))
 
 
-def fill_layer(layer: Layer, source: dict[str, Tensor], block: str, attention: str, last: str) -> None:
-    for mine, name in ((layer.block, block), (layer.last, last)):
+def fill_block(
+    block: UNetBlock, source: dict[str, Tensor], res1: str, attention: str, res2: str
+) -> None:
+    for mine, name in ((block.res1, res1), (block.res2, res2)):
         if isinstance(mine, ResBlock):
             for ours, other in RES.items():
                 if not isinstance(mine.get_submodule(ours), nn.Identity):
                     fill(mine.get_submodule(ours), source, f"{name}.{other}")
-    if isinstance(layer.attention, Attention):
-        fill(layer.attention.norm, source, f"{attention}.group_norm")
-        fill(layer.attention.qkv, source, *(f"{attention}.to_{x}" for x in "qkv"))
-        fill(layer.attention.context, source, *(f"{attention}.add_{x}_proj" for x in "kv"))
-        fill(layer.attention.proj, source, f"{attention}.to_out.0")
+    if isinstance(block.attention, Attention):
+        fill(block.attention.norm, source, f"{attention}.group_norm")
+        fill(block.attention.qkv, source, *(f"{attention}.to_{x}" for x in "qkv"))
+        fill(block.attention.context_kv, source, *(f"{attention}.add_{x}_proj" for x in "kv"))
+        fill(block.attention.proj, source, f"{attention}.to_out.0")
 
 
 def fill_unet(ours: UNet, source: dict[str, Tensor]) -> None:
     for mine, name in HEAD.items():
         fill(ours.get_submodule(mine), source, name)
-    for index, layer in enumerate(ours.down):
+    for index, block in enumerate(ours.down_blocks):
         level, i = divmod(index, DEPTH + 1)
         name = f"down_blocks.{level}"
-        fill_layer(layer, source, f"{name}.resnets.{i}" if i < DEPTH else f"{name}.downsamplers.0", f"{name}.attentions.{i}", "")
-    fill_layer(ours.middle, source, "mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
-    for index, layer in enumerate(ours.up):
+        fill_block(block, source, f"{name}.resnets.{i}" if i < DEPTH else f"{name}.downsamplers.0", f"{name}.attentions.{i}", "")
+    fill_block(ours.middle_block, source, "mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
+    for index, block in enumerate(ours.up_blocks):
         level, i = divmod(index, DEPTH + 1)
         name = f"up_blocks.{level}"
-        fill_layer(layer, source, f"{name}.resnets.{i}", f"{name}.attentions.{i}", f"{name}.upsamplers.0")
+        fill_block(block, source, f"{name}.resnets.{i}", f"{name}.attentions.{i}", f"{name}.upsamplers.0")
 
 
 def distance(ours: Tensor, reference: Tensor) -> float:
@@ -104,10 +113,10 @@ def test_unet_and_projections_equal_karlo(pair):
     nn.init.normal_(project.text_encoder_hidden_states_norm.weight, mean=1.0, std=0.2)
     text = TextContext(TEXT, CONTEXT, 4 * 32, CLIP).eval()
     source = dict(project.state_dict())
-    fill(ours.embed_time, source, "clip_image_embeddings_project_to_time_embeddings")
-    fill(ours.embed_context, source, "clip_extra_context_tokens_proj")
-    fill(text.encoder.pool, source, "embedding_proj")
-    fill(text.encoder.project, source, "encoder_hidden_states_proj")
+    fill(ours.clip_to_time, source, "clip_image_embeddings_project_to_time_embeddings")
+    fill(ours.clip_to_tokens, source, "clip_extra_context_tokens_proj")
+    fill(text.encoder.pooled_proj, source, "embedding_proj")
+    fill(text.encoder.proj, source, "encoder_hidden_states_proj")
     fill(text.encoder.norm, source, "text_encoder_hidden_states_norm")
     assert set(source) == {"learned_classifier_free_guidance_embeddings"}  # the stage's
 
@@ -122,14 +131,16 @@ def test_unet_and_projections_equal_karlo(pair):
     caption = text(mask=mask, text_embed=z_t, states=states)
     conditions = {"embed": z_i, "pooled": caption.pooled, "context": caption.context, "context_mask": caption.mask}
     encoded = ours.encode_context(**conditions)
-    assert distance(encoded.added, added) < 1e-6
+    assert distance(encoded.emb, added) < 1e-6
     assert expected.std() > 0.01
     assert distance(ours(x, t, **conditions), expected) < 1e-5
     assert distance(ours(x, t, encoded=encoded), expected) < 1e-5
     last = ours.to(memory_format=torch.channels_last)
     assert distance(last(x, t, **conditions), expected) < 1e-5
     unmasked = reference(x, t, encoder_hidden_states=context, class_labels=added).sample
-    assert distance(ours(x, t, **(conditions | {"context_mask": None})), unmasked) < 1e-5
+    everything = text(mask=torch.ones_like(mask), text_embed=z_t, states=states)
+    conditions |= {"context": everything.context, "context_mask": None}
+    assert distance(ours(x, t, **conditions), unmasked) < 1e-5
     assert distance(unmasked, expected) > 1e-4
 
 
@@ -142,7 +153,7 @@ def test_the_comparison_can_fail(pair):
     expected = reference(x, t, encoder_hidden_states=context, class_labels=torch.zeros(1, 128)).sample
     assert distance(plain(x, t, context=context), expected) < 1e-5
     assert distance(plain(x, t + 1, context=context), expected) > 1e-4
-    weight = plain.up[3].attention.context.weight
+    weight = plain.up_blocks[3].attention.context_kv.weight
     weight.copy_(weight.roll(1, 0))
     assert distance(plain(x, t, context=context), expected) > 1e-5
 
@@ -152,8 +163,8 @@ def test_karlo_is_the_size_of_karlo():
     big = UNetConfig(width=320, embed_dim=768, context_width=1536)
     with torch.device("meta"):
         net = UNet(big)
-    own = sum(p.numel() for name, p in net.named_parameters() if not name.startswith("embed_"))
-    projections = sum(p.numel() for name, p in net.named_parameters() if name.startswith("embed_"))
+    own = sum(p.numel() for name, p in net.named_parameters() if not name.startswith("clip_to_"))
+    projections = sum(p.numel() for name, p in net.named_parameters() if name.startswith("clip_to_"))
     assert projections == 769 * (1280 + 6144)
     with torch.device("meta"):
         reference = diffusers.UNet2DConditionModel(

@@ -17,7 +17,7 @@ def _seed():
 
 def network(kind: str = "states", padding: str = "learned") -> PriorTransformer:
     net = PriorTransformer(NET, PriorTextConfig(kind, states_width=10, vocab_size=100, context_length=7, padding=padding))
-    for name in ("null_text", "null_embed", "query", "position"):
+    for name in ("null_text", "null_text_embed", "query", "position_embedding"):
         torch.nn.init.normal_(getattr(net, name))
     return net.double()
 
@@ -45,10 +45,10 @@ def test_karlos_prior_is_one_configuration_of_it(padded):
         torch.nn.init.normal_(parameter, std=0.3)
     ours = PriorTransformer(NET, PriorTextConfig("states", states_width=12, context_length=7, padding="masked"))
     source = dict(theirs.state_dict())
-    state = {"position": source.pop("positional_embedding")[0], "query": source.pop("prd_embedding")[0, 0]}
+    state = {"position_embedding": source.pop("positional_embedding")[0], "query": source.pop("prd_embedding")[0, 0]}
     heads = {
-        "time.0": "time_embedding.linear_1", "time.2": "time_embedding.linear_2", "enter": "proj_in", "embed": "embedding_proj",
-        "encode": "encoder_hidden_states_proj", "transformer.norm": "norm_out", "exit": "proj_to_clip_embeddings",
+        "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "proj_in": "proj_in", "text_embed_proj": "embedding_proj",
+        "text_proj": "encoder_hidden_states_proj", "transformer.norm": "norm_out", "proj_out": "proj_to_clip_embeddings",
     }
     blocks = {"norm1": "norm1", "norm2": "norm3", "proj": "attn1.to_out.0", "mlp.0": "ff.net.0.proj", "mlp.2": "ff.net.2"}
     for kind in ("weight", "bias"):
@@ -59,7 +59,7 @@ def test_karlos_prior_is_one_configuration_of_it(padded):
             state[f"{at}qkv.{kind}"] = torch.cat([source.pop(f"{there}attn1.to_{letter}.{kind}") for letter in "qkv"])
     assert set(source) <= {"clip_mean", "clip_std", "causal_attention_mask"}
     missing = ours.load_state_dict(state, strict=False)
-    assert set(missing.missing_keys) == {"null_text", "null_embed"} and not missing.unexpected_keys
+    assert set(missing.missing_keys) == {"null_text", "null_text_embed"} and not missing.unexpected_keys
 
     given = inputs(length=7)
     given |= {"states": torch.randn(3, 7, 12), "text_embed": given["text_embed"].float()}
@@ -83,7 +83,7 @@ def test_denoising_from_the_cached_prefix_equals_one_pass(kind, padding):
         torch.testing.assert_close(net.denoise(x, times, prefix), net(x, times, **given, keep=keep))
     assert all(torch.equal(a, b) for a, b in zip(before, prefix.past, strict=True))
     turned = net(x, t, **{key: value.flip(0) for key, value in given.items()}, keep=keep.flip(0))
-    torch.testing.assert_close(net.denoise(x, t, prefix.rows(torch.tensor([2, 1, 0]))), turned)
+    torch.testing.assert_close(net.denoise(x, t, prefix.index_select(torch.tensor([2, 1, 0]))), turned)
 
 
 def test_masked_padding_is_left_out_of_the_sequence():
@@ -104,7 +104,7 @@ def test_no_position_sees_what_comes_after_it(padding):
     net.transformer.register_forward_pre_hook(lambda module, args: sequence.append(args[0].requires_grad_()))
     outputs = []
     for block in net.transformer.blocks[:-1]:
-        block.register_forward_hook(lambda module, args, result: outputs.append(result[0] if args[4] is None else args[4].unpack(result[0], args[5])))
+        block.register_forward_hook(lambda module, args, result: outputs.append(result[0]))
     net(x, t, **given)
     length = sequence[0].shape[1]
     assert length == (7 if padding == "learned" else 5) + 4 and len(outputs) == 2

@@ -37,7 +37,7 @@ def prior(padding: str = "learned", kind: str = "states", **changes) -> Diffusio
     text = PriorTextConfig(kind, states_width=10, vocab_size=50_000, context_length=7, padding=padding)
     stage = DiffusionPrior(net=NET, text=text, **changes).eval()
     torch.nn.init.normal_(stage.net.null_text)
-    torch.nn.init.normal_(stage.net.null_embed)
+    torch.nn.init.normal_(stage.net.null_text_embed)
     stage.x0_error.copy_(torch.linspace(0.01, 0.2, 1000))
     return stage
 
@@ -100,7 +100,7 @@ def test_null_branch_depends_on_x_t_and_on_nothing_of_the_text(padding):
     """Rows behind the conditional ones are the null branch's: other captions leave them, other x_t change them."""
     stage, one, two = prior(padding), batch(), batch(seed=2)
     x, t = torch.randn(4, 12), torch.full((4,), 300)
-    null = [stage.encode_text(given, 4, null=True).rows(torch.full((4,), 4)) for given in (one, two)]
+    null = [stage.encode_text(given, 4, null=True).index_select(torch.full((4,), 4)) for given in (one, two)]
     torch.testing.assert_close(stage.net.denoise(x, t, null[0]), stage.net.denoise(x, t, null[1]), rtol=0, atol=0)
     assert (stage.net.denoise(x, t, null[0]) - stage.net.denoise(x + 0.1, t, null[0])).abs().min(1).values.max() > 1e-5
     torch.testing.assert_close(stage.net.denoise(x, t, null[0]), stage.net(x, t, keep=torch.zeros(4, dtype=torch.bool)), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,7 @@
-"""Ranks for tests that cost no import of torch: forks of this process, each with an output file of its own, that meet over gloo on this machine."""
+"""Ranks for tests that cost no import of torch: forks of this process that meet over gloo.
+
+Each has an output file of its own. They compute on the CPU: a CUDA context does not survive a fork.
+"""
 
 import os
 import signal
@@ -7,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,40 +19,58 @@ from unclip_pl.cli import main
 
 
 class Ranks:
-    """`count` forks that run `lightning` with these arguments; `pids`, and `said(rank)`, what it printed.
+    """`count` forks that run `lightning`, or a function; `pids`, and `said(rank)`, what it printed.
 
     Args:
         folder: for the outputs, `rank-K.txt`.
-        arguments: of `lightning`.
+        work: arguments of `lightning`; or a function, whose result is the exit code (None: 0).
         count: how many; 1 is a run without a process group.
+        strategy: of the trainer for several ranks; None: that of the arguments.
         environment: variables that the forks have on top of ours.
     """
 
-    def __init__(self, folder: Path, arguments: list[str], count: int = 1, **environment: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        work: list[str] | Callable[[], int | None],
+        count: int = 1,
+        strategy: str | None = "ddp",
+        **environment: str,
+    ) -> None:
         folder.mkdir(exist_ok=True)
-        self.folder, self.codes = folder, {}
+        self.folder = folder
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        several = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "NODE_RANK": "0"} if count > 1 else {}
-        flags = ["--trainer.devices", str(count), "--trainer.strategy", "ddp"] if count > 1 else []
-        self.pids = [self._start(rank, [*arguments, *flags], several | environment, count) for rank in range(count)]
+        flags = []
+        if count > 1:
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            environment = {**address, "WORLD_SIZE": str(count), "NODE_RANK": "0", **environment}
+            flags = ["--trainer.devices", str(count)]
+            flags += ["--trainer.strategy", strategy] if strategy else []
+        run = work if callable(work) else partial(main, [*work, *flags])
+        self.pids = []
+        for rank in range(count):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+            self.pids.append(self._start(rank, run, environment | own))
 
-    def _start(self, rank: int, arguments: list[str], environment: dict[str, str], count: int) -> int:
+    def _start(self, rank: int, run: Callable[[], int | None], environment: dict[str, str]) -> int:
         if pid := os.fork():
             return pid
         code = 99
         try:
-            output = os.open(self.folder / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            file = self.folder / f"rank-{rank}.txt"
+            output = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.stdout = sys.__stdout__ = os.fdopen(1, "w", buffering=1, closefd=False)
             sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, closefd=False)
-            os.environ.update(environment | ({"LOCAL_RANK": str(rank)} if count > 1 else {}))
+            os.environ.update(environment)
+            torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
             torch.set_num_threads(1)
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(signum, signal.SIG_DFL)
-            code = main(arguments)
+            code = run() or 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
         except BaseException:
@@ -65,7 +87,8 @@ class Ranks:
         """Wait for a condition while all ranks run."""
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end and not any(os.waitpid(pid, os.WNOHANG)[0] for pid in self.pids), self.said()[-3000:]
+            ended = any(os.waitpid(pid, os.WNOHANG)[0] for pid in self.pids)
+            assert time.monotonic() < end and not ended, self.said()[-3000:]
             time.sleep(0.05)
 
     def wait(self, seconds: float = 120) -> list[int]:
@@ -79,6 +102,7 @@ class Ranks:
                 for pid in self.pids:
                     if pid not in codes:
                         os.kill(pid, signal.SIGKILL)
-                raise AssertionError(f"still running after {seconds} s: {self.said()[-3000:]}")
+                said = self.said()[-3000:]
+                raise AssertionError(f"still running after {seconds} s: {said}")
             time.sleep(0.05)
         return [codes[pid] for pid in self.pids]

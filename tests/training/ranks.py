@@ -7,7 +7,6 @@ from pathlib import Path
 
 import unclip_pl._torchvision  # noqa: F401  before the first import of lightning
 
-# isort: split
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -35,25 +34,26 @@ from unclip_pl.training.variance import AnalyticVariance
 STEPS, HALF, DIM, LENGTH = 4, 2, 16, 8
 # With a smaller eps AdamW makes whole steps of the rounding noise in gradients that are zero (a convolution's bias before GroupNorm).
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-3, warmup_steps=2, weight_decay=0.01, clip_norm=0.5)
-TEXT = TextConfig(kind="transformer", vocab_size=64, context_length=LENGTH, width=24, depth=1, heads=2, checkpointing=True)
+TEXT = TextConfig(kind="transformer", vocab_size=64, context_length=LENGTH, width=24, depth=1, heads=2, checkpointing="full")
 
 
 def decoder() -> Decoder:
     net = UNetConfig(
-        image_size=16, width=32, mults=(1, 2), depth=1, attention=(8,), head_width=16, dropout=0.1, embed_dim=DIM, context_width=20, checkpointing=True
+        image_size=16, width=32, mults=(1, 2), depth=1, attention=(8,), head_width=16, dropout=0.1, embed_dim=DIM, context_width=20,
+        checkpointing="selective",
     )
     return Decoder(net, TEXT, dropout=DropoutConfig(), sampling=DecoderSampling("ddim", steps=2, guidance_scale=2.0), optimizer=OPTIMIZER)
 
 
 def prior() -> DiffusionPrior:
-    net = PriorTransformerConfig(embed_dim=DIM, width=32, depth=2, heads=2, checkpointing=True)
+    net = PriorTransformerConfig(embed_dim=DIM, width=32, depth=2, heads=2, checkpointing="full")
     text = PriorTextConfig(kind="tokens", vocab_size=64, context_length=LENGTH)
     process = DiffusionConfig(timesteps=8, parametrization="x0", variance="fixed_small")
     return DiffusionPrior(net, text, process, sampling=PriorSamplingConfig("ddpm", steps=2, guidance_scale=2.0), optimizer=OPTIMIZER)
 
 
 def ar_prior() -> ARPrior:
-    stage = ARPrior(ARPriorConfig(embed_dim=DIM, width=32, depth=2, heads=2, max_codes=4, buckets=8, checkpointing=True), TEXT, 0.0, optimizer=OPTIMIZER)
+    stage = ARPrior(ARPriorConfig(embed_dim=DIM, width=32, depth=2, heads=2, max_codes=4, buckets=8, checkpointing="selective"), TEXT, 0.0, optimizer=OPTIMIZER)
     rows = torch.randn(512, DIM, generator=torch.Generator().manual_seed(0))
     stage.quantizer.fit(rows.mean(0), rows.T.cov(), rows, rows.roll(1, 1))
     return stage

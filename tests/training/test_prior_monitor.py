@@ -96,7 +96,7 @@ def test_mean_pairwise_cosine_is_over_pairs_of_one_group():
 def test_values_are_logged_at_validation_from_the_averaged_weights(tmp_path):
     stage, seen = prior(), []
     sample = stage.sample
-    stage.sample = lambda batch, noise: (seen.append((stage.net.exit.weight.clone(), len(noise))), sample(batch, noise))[1]
+    stage.sample = lambda batch, noise: (seen.append((stage.net.proj_out.weight.clone(), len(noise))), sample(batch, noise))[1]
     ema = EMA(0.5)
     run = trainer(tmp_path, PriorMonitor(captions=12, draws=3), ema, steps=4, val_check_interval=2, check_val_every_n_epoch=None)
     run.loggers = [CSVLogger(tmp_path)]
@@ -105,8 +105,8 @@ def test_values_are_logged_at_validation_from_the_averaged_weights(tmp_path):
     assert names == {"cosine_image", "cosine_text", "cosine_text_data", "cosine_text_other", "rank", "r1", "r5", "spread", "spread_all"}
     assert all(torch.isfinite(run.logged_metrics[f"val/prior/{name}"]) for name in names)
     assert [count for _, count in seen] == [8, 3, 4] * 2
-    torch.testing.assert_close(seen[-1][0], ema._averages["net.exit.weight"])
-    assert not torch.equal(seen[-1][0], stage.net.exit.weight)
+    torch.testing.assert_close(seen[-1][0], ema._averages["net.proj_out.weight"])
+    assert not torch.equal(seen[-1][0], stage.net.proj_out.weight)
 
 
 def test_real_images_of_one_caption_are_compared_where_there_are_several(tmp_path):
@@ -166,7 +166,7 @@ def test_variance_is_estimated_with_the_averaged_weights_when_training_ends(tmp_
         again.estimate_variance(batches, 1)
         for part in ("state_dict", "current_model_state"):
             torch.testing.assert_close(checkpoint[part]["x0_error"], again.x0_error)
-    assert torch.equal(stage.net.exit.weight, read_checkpoint(newest_checkpoint(tmp_path))["current_model_state"]["net.exit.weight"])
+    assert torch.equal(stage.net.proj_out.weight, read_checkpoint(newest_checkpoint(tmp_path))["current_model_state"]["net.proj_out.weight"])
 
 
 def test_variance_can_be_added_to_a_checkpoint(tmp_path):

@@ -124,12 +124,14 @@ def test_a_rank_that_hangs_says_where_and_ends(tmp_path):
     assert "toy.py" in run.said() and "in hang_here" in run.said() and run.said().count("hread 0x") >= 2
 
 
+@pytest.mark.slow
 def test_ranks_that_wait_for_one_that_hangs_end_as_well(tmp_path):
     codes, run = fit(tmp_path, ("Hang", {"step": 5, "rank": 1}), "--watchdog.minutes", "0.1", ranks=2)
     assert codes[1] == 70 and codes[0] != 0
     assert "rank 1 on" in run.said(1) and "in hang_here" in run.said(1) and "in hang_here" not in run.said(0)
 
 
+@pytest.mark.slow
 def test_a_run_in_which_every_step_is_slow_goes_on(tmp_path):
     codes, run = fit(tmp_path, ("Slow", {"seconds": 0.3}), "--watchdog.minutes", "0.08")  # the run takes longer than that, no step does
     assert codes == [0] and "no progress" not in run.said()

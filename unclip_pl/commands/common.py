@@ -59,6 +59,16 @@ def upsampling(command: argparse.ArgumentParser, steps: str) -> None:
     command.add_argument(steps, type=int, help="sampling steps of each upsampler; by default its own")
     command.add_argument("--offload", action="store_true", help="keep on the device only the stage that works: less of its memory, some time for the moves")
     command.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: networks compute in bfloat16, on devices that have it")
+    command.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the networks (torch.compile): minutes at the first picture, faster on GPUs",
+    )
+    command.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="on a GPU, record each denoising step and replay it: for small networks",
+    )
 
 
 def placement(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -66,7 +76,8 @@ def placement(arguments: argparse.Namespace) -> dict[str, Any]:
     device = pick_device(arguments.device)
     if arguments.offload and device == "cpu":
         raise UserError("--offload lets stages wait in the CPU's memory, and they run on the CPU here: leave it out, or choose another --device.")
-    return {"device": device, "offload": arguments.offload, "precision": arguments.precision}
+    names = ("offload", "precision", "compile", "cuda_graphs")
+    return {"device": device} | {name: getattr(arguments, name) for name in names}
 
 
 def chosen(arguments: argparse.Namespace, stage: Any, prefix: str = "") -> Any:

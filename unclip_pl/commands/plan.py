@@ -23,7 +23,12 @@ def add(command: Command) -> None:
     plan.add_argument("--mfu", type=float, default=0.4, help="share of the GPUs' peak that is reached")
     plan.add_argument("--peak-tflops", type=float, default=989.0, help="of one GPU: 989 is an H100 SXM in dense bfloat16")
     plan.add_argument("--gpu-memory", type=float, default=80.0, help="GB of one GPU, of which nine tenths are used")
-    plan.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
+    plan.add_argument(
+        "--checkpointing",
+        choices=["none", "selective", "full"],
+        default="full",
+        help="which activations are computed again in the backward pass",
+    )
 
 
 def run_plan(arguments: argparse.Namespace) -> None:
@@ -47,16 +52,19 @@ def report(stage: str, arguments: argparse.Namespace) -> str:
         raise UserError(f"{stage} does not say how long it trains: lay a file with trainer.max_steps over it with -c.")
     needs = plan.count(model, getattr(data, "crop", None))
     batch = arguments.batch or data.config.batch_size
+    megabytes = {kind: f"{size / 1e6:,.0f} MB" for kind, size in needs.activations.items()}
     lines = [
-        f"**{Path(stage).stem}**: {needs.parameters / 1e6:,.0f} M parameters; {needs.flops / 1e9:,.0f} GFLOP a sample in training; activations "
-        f"{needs.activations / 1e6:,.0f} MB a sample, {needs.checkpointed / 1e6:,.0f} MB with checkpointing; {steps:,} steps of {batch:,}.\n",
+        f"**{Path(stage).stem}**: {needs.parameters / 1e6:,.0f} M parameters; "
+        f"{needs.flops / 1e9:,.0f} GFLOP per sample in training; activations per sample "
+        f"{megabytes['none']}, {megabytes['selective']} with selective and {megabytes['full']} "
+        f"with full checkpointing; {steps:,} steps of {batch:,}.\n",
         "| " + COLUMNS.replace("|", " | ") + " |", "|---" * (COLUMNS.count("|") + 1) + "|",
     ]  # fmt: skip
     for gpus in arguments.gpus:
         for strategy in ("ddp", "fsdp") if gpus > 1 else ("ddp",):
             row = plan.row(
                 needs, gpus, strategy, batch, steps, mfu=arguments.mfu, peak=arguments.peak_tflops * 1e12, memory=0.9e9 * arguments.gpu_memory,
-                checkpointing=not arguments.no_checkpointing,
+                checkpointing=arguments.checkpointing,
             )
             held = [row.weights, row.gradients, row.optimizer, row.ema, row.gathered]
             passes = f"{row.micro_batch} x {row.accumulate}" if row.micro_batch else "does not fit"

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import unclip_pl._torchvision  # noqa: F401
+import unclip_pl._torchvision  # noqa: F401  before the first import of lightning
 
-# isort: split
 import torch
 from braceexpand import braceexpand
 from lightning.pytorch import LightningDataModule, Trainer

@@ -25,10 +25,9 @@ def simple(output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor, pr
 
     x0, x_t, noise (B, C, ...), t int64 (B,). ValueError where the output has other channels than the process needs.
     """
-    with torch.autocast(x_t.device.type, enabled=False):
-        predicted, _ = process.split(output, x_t)
-        mse = _mean(_error(predicted, x0, t, noise, process).square())
-        return Losses(mse, mse, None)
+    predicted, _ = process.split(output, x_t)
+    mse = _mean(_error(predicted, x0, t, noise, process).square())
+    return Losses(mse, mse, None)
 
 
 def hybrid(
@@ -41,11 +40,10 @@ def hybrid(
     """
     if process.config.variance != "learned_range":
         return simple(output, x0, x_t, t, noise, process)
-    with torch.autocast(x_t.device.type, enabled=False):
-        predicted, v = process.split(output, x_t)
-        mse = _mean(_error(predicted, x0, t, noise, process).square())
-        vb = _vlb_term(predicted.detach(), v, x0.float(), x_t.float(), t, process)
-        return Losses(mse + vlb_weight * process.config.timesteps * vb, mse, vb)
+    predicted, v = process.split(output, x_t)
+    mse = _mean(_error(predicted, x0, t, noise, process).square())
+    vb = _vlb_term(predicted.detach(), v, x0.float(), x_t.float(), t, process)
+    return Losses(mse + vlb_weight * process.config.timesteps * vb, mse, vb)
 
 
 def _error(predicted: Tensor, x0: Tensor, t: Tensor, noise: Tensor, process: Process) -> Tensor:

@@ -1,11 +1,14 @@
-"""The autoregressive prior's network (unCLIP section 2.2): a causal Transformer over caption, z_t, dot-product token and the codes of z_i.
+"""The autoregressive prior's network (unCLIP section 2.2).
 
-    encoded caption (L) | z_t | z_i . z_t | code 1 | ... | code K-1      reads
-                                  code 1  | code 2 | ... | code K        predicts, K logits over the buckets
+A causal Transformer over caption, z_t, dot-product token and the codes of z_i:
 
-The paper's latent decoder has 384 positions, too few for 256 text tokens and 319 codes; its text says prefix, and so it is one here. What a
-prefix lacks stands as learned embeddings and not as a mask. Without its text a prefix is nothing but learned embeddings: the dot product is
-dropped along with caption and z_t, for it tells of z_t too, so that guidance moves away from what neither caption nor match has shaped.
+    reads     encoded caption (L) | z_t | z_i . z_t | code 1 | ... | code K-1
+    predicts                                code 1  | code 2 | ... | code K
+
+The prediction is K logits over the buckets. The paper's latent decoder has 384 positions, too few
+for 256 text tokens and 319 codes; its text says prefix, and so it is one here. Learned embeddings,
+not a mask, fill what a prefix lacks. A dropped text drops the dot product along with caption and
+z_t, because it tells of z_t too.
 """
 
 from collections.abc import Callable
@@ -15,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip_pl.networks.checkpointing import Checkpointing, check_checkpointing
 from unclip_pl.networks.embedding import EmbeddingNormalizer
 from unclip_pl.networks.text import TextConfig, TextContext
 from unclip_pl.networks.transformer import Past, Transformer
@@ -22,7 +26,7 @@ from unclip_pl.networks.transformer import Past, Transformer
 
 @dataclass(frozen=True)
 class ARPriorConfig:
-    """The causal Transformer. The caption takes as many positions as `context_length` of its `TextConfig`, of any kind."""
+    """The causal Transformer. The caption takes `context_length` positions of its `TextConfig`."""
 
     embed_dim: int = 256
     """D, the CLIP's."""
@@ -32,8 +36,11 @@ class ARPriorConfig:
     max_codes: int = 64
     """The most codes an embedding may have; the data decides (see `EmbeddingQuantizer`)."""
     buckets: int = 1024
-    checkpointing: bool = False
-    """Compute activations again in the backward pass."""
+    checkpointing: Checkpointing = "none"
+    """Activations computed again in the backward pass: "none", "selective" or "full"."""
+
+    def __post_init__(self) -> None:
+        check_checkpointing(self.checkpointing, "ARPriorConfig")
 
 
 class ARPriorNet(nn.Module):
@@ -41,7 +48,8 @@ class ARPriorNet(nn.Module):
 
     Args:
         config: its sizes.
-        text: the caption: "states" (CLIP's token states), "transformer" (trained on the tokens; `depth: 0` is their embeddings alone) or "none".
+        text: the caption: "states" (CLIP's token states), "transformer" (trained on the tokens;
+            `depth: 0` is their embeddings only) or "none".
     """
 
     def __init__(self, config: ARPriorConfig, text: TextConfig) -> None:
@@ -49,14 +57,24 @@ class ARPriorNet(nn.Module):
         width = config.width
         self.config, self.length = config, 0 if text.kind == "none" else text.context_length
         self.text = TextContext(text, width, 0, config.embed_dim)
-        self.padding = nn.Parameter(torch.randn(self.length, width) * 0.01) if text.kind == "states" else None  # a "transformer" pads by itself
+        self.padding_embedding = (
+            nn.Parameter(torch.randn(self.length, width) * 0.01) if text.kind == "states" else None
+        )  # a "transformer" pads by itself
         self.normalizer = EmbeddingNormalizer(config.embed_dim, "unit")
-        self.embed = nn.Linear(config.embed_dim, width)
-        self.null_embed = nn.Parameter(torch.randn(width) * 0.01)
-        self.dot_embedding = nn.Embedding(config.buckets + 1, width)  # the last one stands for a dropped text
-        self.code_embedding = nn.Embedding(config.buckets, width)  # of all dimensions: a bucket is the same quantile in each
-        self.positions = nn.Parameter(torch.randn(self.length + 1 + config.max_codes, width) * 0.01)
-        self.transformer = Transformer(width, config.depth, config.heads, causal=True, checkpointing=config.checkpointing)
+        self.text_embed_proj = nn.Linear(config.embed_dim, width)
+        self.null_text_embed = nn.Parameter(torch.randn(width) * 0.01)
+        self.dot_embedding = nn.Embedding(
+            config.buckets + 1, width
+        )  # the last one stands for a dropped text
+        self.code_embedding = nn.Embedding(
+            config.buckets, width
+        )  # of all dimensions: a bucket is the same quantile in each
+        self.position_embedding = nn.Parameter(
+            torch.randn(self.length + 1 + config.max_codes, width) * 0.01
+        )
+        self.transformer = Transformer(
+            width, config.depth, config.heads, causal=True, checkpointing=config.checkpointing
+        )
         self.head = nn.Linear(width, config.buckets)
         with torch.no_grad():
             for table in (self.dot_embedding, self.code_embedding, self.head):
@@ -65,7 +83,12 @@ class ARPriorNet(nn.Module):
             self.head.bias.zero_()
 
     def prefix(
-        self, keep: Tensor, dot: Tensor | None = None, text_embed: Tensor | None = None, tokens: Tensor | None = None, mask: Tensor | None = None,
+        self,
+        keep: Tensor,
+        dot: Tensor | None = None,
+        text_embed: Tensor | None = None,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
         states: Tensor | None = None,
     ) -> Tensor:
         """All that stands before the codes; without `text_embed` every text is dropped.
@@ -84,48 +107,75 @@ class ARPriorNet(nn.Module):
         """
         if text_embed is None:
             keep = torch.zeros_like(keep)
-        null = self.null_embed.expand(len(keep), -1)
-        z_t = null if text_embed is None else torch.where(keep[:, None], self.embed(self.normalizer.normalize(text_embed).to(null.dtype)), null)
+        null = self.null_text_embed.expand(len(keep), -1)
+        z_t = (
+            null
+            if text_embed is None
+            else torch.where(
+                keep[:, None],
+                self.text_embed_proj(self.normalizer.normalize(text_embed).to(null.dtype)),
+                null,
+            )
+        )
         none = torch.full_like(keep, self.config.buckets, dtype=torch.int64)
         bucket = none if dot is None else torch.where(keep, dot, none)
         x = torch.stack([z_t, self.dot_embedding(bucket).to(z_t.dtype)], dim=1)
         if self.length:
+            if states is not None and states.shape[1] > self.length:
+                raise ValueError(
+                    f"A caption has {states.shape[1]} tokens and text.context_length is "
+                    f"{self.length}: raise it to that."
+                )
             caption = self.text(tokens, mask, states=states, keep=keep)
             x = torch.cat([self._padded(caption.context, caption.mask).to(x.dtype), x], dim=1)
-        return x + self.positions[: x.shape[1]]
+        return x + self.position_embedding[: x.shape[1]]
 
     def _padded(self, context: Tensor, mask: Tensor | None) -> Tensor:
-        """The caption at full length, learned embeddings where it has no token. (B, S, width), (B, S) -> (B, L, width)."""
-        missing = self.length - context.shape[1]
-        if missing < 0:
-            raise ValueError(f"A caption has {context.shape[1]} tokens and text.context_length is {self.length}: raise it to that.")
-        if self.padding is None or mask is None:
+        """The caption at full length, learned embeddings where it has no token.
+
+        (B, S, width), (B, S) -> (B, L, width).
+        """
+        if self.padding_embedding is None:
             return context
-        return torch.where(F.pad(mask, (0, missing))[..., None], F.pad(context, (0, 0, 0, missing)), self.padding)
+        if mask is None:
+            mask = context.new_ones(context.shape[:2], dtype=torch.bool)
+        missing = self.length - context.shape[1]
+        mask, context = F.pad(mask, (0, missing)), F.pad(context, (0, 0, 0, missing))
+        return torch.where(mask[..., None], context, self.padding_embedding)
 
     def embed_codes(self, codes: Tensor, first: int = 0) -> Tensor:
-        """Codes `first`, `first` + 1, ... of the sequence as tokens. (B, n) int64 -> (B, n, width)."""
+        """Codes from index `first` on as tokens. (B, n) int64 -> (B, n, width)."""
         start = self.length + 2 + first
-        return self.code_embedding(codes) + self.positions[start : start + codes.shape[1]]
+        return self.code_embedding(codes) + self.position_embedding[start : start + codes.shape[1]]
 
     def forward(self, prefix: Tensor, codes: Tensor) -> Tensor:
-        """Logits of the code after the prefix and after each of `codes`. (B, P, width), (B, n) int64 -> (B, n + 1, buckets)."""
+        """Logits of the code after the prefix and after each of `codes`.
+
+        (B, P, width), (B, n) int64 -> (B, n + 1, buckets).
+        """
         x = torch.cat([prefix, self.embed_codes(codes).to(prefix.dtype)], dim=1)
         return self.head(self.transformer(x, last=codes.shape[1] + 1))
 
     @torch.no_grad()
-    def draw(
-        self, prefix: Tensor, uniform: Tensor, null: Tensor | None = None, guidance_scale: float = 1.0, temperature: float = 1.0, top_p: float = 1.0,
+    def generate(
+        self,
+        prefix: Tensor,
+        uniform: Tensor,
+        null: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
         callback: Callable[[int, int], object] | None = None,
     ) -> Tensor:
-        """Draw one code after another, each from one pass over the newest token alone: keys and values of the earlier ones are kept.
+        """Draw one code after another; keys and values of earlier tokens are kept.
 
         Args:
             prefix: (B, P, width), with its text.
-            uniform: (B, K) in [0, 1), one number a code.
+            uniform: (B, K) in [0, 1), one number per code.
             null: (B, P, width), without text; None for no guidance.
-            guidance_scale: s of null + s (conditional - null), on the logits; not used without `null`.
-            temperature, top_p: see `pick`.
+            guidance_scale: s of null + s (conditional - null), on the logits; not used without
+                `null`.
+            temperature, top_p: see `sample_top_p`.
             callback: called with (step, steps) after each code.
 
         Returns:
@@ -139,35 +189,47 @@ class ARPriorNet(nn.Module):
             if null is not None:
                 conditional, without = logits.chunk(2)
                 logits = without + guidance_scale * (conditional - without)
-            codes.append(pick(logits, uniform[:, k], temperature, top_p))
+            codes.append(sample_top_p(logits, uniform[:, k], temperature, top_p))
             if k + 1 < steps:
-                x = self.embed_codes(codes[-1][:, None], k).to(prefix.dtype).repeat(1 if null is None else 2, 1, 1)
+                x = (
+                    self.embed_codes(codes[-1][:, None], k)
+                    .to(prefix.dtype)
+                    .repeat(1 if null is None else 2, 1, 1)
+                )
             if callback:
                 callback(k + 1, steps)
         return torch.stack(codes, dim=1)
 
     def step(self, x: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        """The last hidden state after further tokens (B, n, width): (B, width), and the past that includes them."""
+        """Read further tokens (B, n, width): the last hidden state (B, width), and the new past."""
         hidden, past = self.transformer.extend(x, past, last=1)
         return hidden[:, 0], past
 
 
 def smooth_table(buckets: int, width: int, waves: int = 16) -> Tensor:
-    """Random smooth functions of the bucket, of unit variance, (buckets, width): buckets are ordered, and neighbours begin alike."""
+    """Random smooth functions of the bucket, of unit variance, (buckets, width).
+
+    Buckets are ordered, so that neighbours begin alike.
+    """
     level = (torch.arange(buckets) + 0.5) / buckets
     frequency = torch.arange(1, waves + 1)
     waves_of = torch.cos(torch.pi * level[:, None] * frequency) * frequency**-0.5
     return waves_of @ torch.randn(waves, width) * (2 / (1 / frequency).sum()).sqrt()
 
 
-def pick(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """Draw from softmax(logits / temperature), cut to its nucleus, by inverting the distribution function in the buckets' order.
+def sample_top_p(
+    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p: float = 1.0
+) -> Tensor:
+    """Draw from softmax(logits / temperature), cut to its nucleus.
+
+    The distribution function is inverted in the buckets' order.
 
     Args:
         logits: (B, N) float32.
         uniform: (B,) in [0, 1); numbers close to each other give buckets close to each other.
         temperature: 0 takes the most probable.
-        top_p: share of probability kept: the fewest most probable buckets that hold at least so much (Holtzman et al. 2020); 1 keeps all.
+        top_p: share of probability kept: the fewest most probable buckets that hold at least so
+            much (Holtzman et al. 2020); 1 keeps all.
 
     Returns:
         (B,) int64.
@@ -181,5 +243,7 @@ def pick(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p: float
         share = share * torch.zeros_like(kept).scatter(-1, order, kept)
     upto = share.cumsum(-1)
     total = upto[:, -1:]
-    target = torch.minimum(uniform.to(upto)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    target = torch.minimum(
+        uniform.to(upto)[:, None] * total, torch.nextafter(total, torch.zeros_like(total))
+    )
     return torch.searchsorted(upto, target, right=True)[:, 0]

@@ -4,6 +4,7 @@ The paper says how many (319 of 1,024 dimensions lose under 1 % of the variance;
 quantiles: each holds as many of the fitted embeddings as any other, and stands for their mean. Up to `buckets` distinct values are kept exactly.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -158,13 +159,13 @@ class EmbeddingQuantizer(nn.Module):
     def project(self, z: Tensor) -> Tensor:
         """Coordinates along the kept directions, in float32 whatever the precision around. (B, D) -> (B, K)."""
         self._fitted()
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             return (z.float() - self.mean) @ self.components[: self.codes].T
 
     def unproject(self, coordinates: Tensor) -> Tensor:
         """(B, K) -> (B, D) float32 on CLIP's scale."""
         self._fitted()
-        with torch.autocast(coordinates.device.type, enabled=False):
+        with full_precision(coordinates):
             return coordinates.float() @ self.components[: self.codes] + self.mean
 
     def encode(self, image_embed: Tensor) -> Tensor:
@@ -205,3 +206,8 @@ class EmbeddingQuantizer(nn.Module):
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """(B, D) and (B, D), any float type -> (B,) float32."""
     return (F.normalize(a.float(), dim=-1) * F.normalize(b.float(), dim=-1)).sum(-1)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """Switches autocast off on the device of `x`; the meta device has none."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

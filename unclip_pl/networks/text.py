@@ -1,6 +1,7 @@
-"""The caption as context tokens and as an addition to the timestep embedding: from CLIP's token states (Karlo) or a trained Transformer (GLIDE).
+"""The caption as context tokens and as an addition to the timestep embedding.
 
-Masks are True where a token is visible; `keep` False drops a caption. A dropped caption never takes a parameter out of the graph.
+From CLIP's token states (Karlo) or a trained Transformer (GLIDE). Masks are True where a token is
+visible; `keep` False drops a caption. A dropped caption never takes a parameter out of the graph.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip_pl.networks.checkpointing import Checkpointing, check_checkpointing
 from unclip_pl.networks.transformer import Transformer
 
 
@@ -18,7 +20,8 @@ class TextConfig:
     """How a caption becomes context. Widths that the kind does not use are ignored."""
 
     kind: Literal["states", "transformer", "none"] = "none"
-    """"states": CLIP's token states, linear layer, LayerNorm; "transformer": trained on the tokens; "none": no caption."""
+    """"states": CLIP's token states, linear layer, LayerNorm; "transformer": trained on the tokens;
+    "none": no caption."""
     states_width: int = 0
     """states: width of CLIP's token states."""
     vocab_size: int = 49408
@@ -28,20 +31,34 @@ class TextConfig:
     width: int = 512
     depth: int = 6
     heads: int = 8
-    checkpointing: bool = False
-    """transformer: compute activations again in the backward pass."""
+    checkpointing: Checkpointing = "none"
+    """transformer: activations computed again in the backward pass ("selective" or "full")."""
 
     def __post_init__(self) -> None:
+        check_checkpointing(self.checkpointing, "TextConfig")
         if self.kind not in ("states", "transformer", "none"):
-            raise ValueError(f'TextConfig does not know the kind "{self.kind}": use "states", "transformer" or "none".')
+            raise ValueError(
+                f'TextConfig does not know the kind "{self.kind}": use "states", "transformer" or '
+                '"none".'
+            )
         if self.kind == "states" and self.states_width < 1:
-            raise ValueError("TextConfig of kind \"states\" needs states_width: set it to the width of CLIP's token states.")
+            raise ValueError(
+                'TextConfig of kind "states" needs states_width: set it to the width of CLIP\'s '
+                "token states."
+            )
         if self.kind == "transformer" and (self.heads < 1 or self.width % self.heads):
-            raise ValueError(f"TextConfig.width {self.width} is no multiple of heads {self.heads}: choose heads that divide it.")
+            raise ValueError(
+                f"TextConfig.width {self.width} is no multiple of heads {self.heads}: choose heads "
+                "that divide it."
+            )
 
 
 class Context(NamedTuple):
-    """`context` (B, S, context_width), `mask` (B, S) bool or None (all visible), `pooled` (B, pooled_width); None where there is none."""
+    """What a caption gives to the U-Net; None where there is none.
+
+    `context` (B, S, context_width), `mask` (B, S) bool, or None if all is visible, `pooled`
+    (B, pooled_width).
+    """
 
     context: Tensor | None
     mask: Tensor | None
@@ -49,29 +66,64 @@ class Context(NamedTuple):
 
 
 def caption_mask(tokens: Tensor) -> Tensor:
-    """True up to and including EOT, the largest id of CLIP's vocabulary (the first, if it is also the padding). (B, L) -> (B, L) bool."""
+    """True up to and including EOT, the largest id of CLIP's vocabulary. (B, L) -> (B, L) bool.
+
+    Where EOT is also the padding, its first place counts.
+    """
     return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(dim=1, keepdim=True)
+
+
+def trim_padding(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Cut tokens after the last one that is visible in any row: exact, for nothing sees the rest.
+
+    On a GPU nothing is cut, since the host would have to wait for the mask.
+
+    Args:
+        x: (B, L, width).
+        mask: (B, L) bool, True where the token is visible; None: all.
+
+    Returns:
+        x (B, n, width) and the mask (B, n), None where all that is left is visible.
+    """
+    if mask is None or mask.device.type != "cpu":
+        return x, mask
+    length = int(mask.any(0).nonzero().max()) + 1
+    x, mask = x[:, :length], mask[:, :length]
+    return x, None if bool(mask.all()) else mask
 
 
 class StatesText(nn.Module):
     """CLIP's token states -> Linear -> LayerNorm, and Linear of its text embedding (Karlo).
 
-    A dropped caption is two learned states and a learned embedding in the place of CLIP's for the empty caption (SOT, EOT): put those there
-    and it is Karlo's.
+    A dropped caption is two learned states and a learned embedding instead of CLIP's for the empty
+    caption (SOT, EOT): set them to those and it is Karlo's.
     """
 
-    def __init__(self, config: TextConfig, context_width: int, pooled_width: int, embed_dim: int) -> None:
+    def __init__(
+        self, config: TextConfig, context_width: int, pooled_width: int, embed_dim: int
+    ) -> None:
         super().__init__()
-        self.project = nn.Linear(config.states_width, context_width)
+        self.proj = nn.Linear(config.states_width, context_width)
         self.norm = nn.LayerNorm(context_width)
         self.null_states = nn.Parameter(torch.randn(2, config.states_width))
-        self.pool = nn.Linear(embed_dim, pooled_width) if pooled_width else None
-        self.null_embed = nn.Parameter(torch.randn(embed_dim)) if pooled_width else None
+        self.pooled_proj = nn.Linear(embed_dim, pooled_width) if pooled_width else None
+        self.null_text_embed = nn.Parameter(torch.randn(embed_dim)) if pooled_width else None
 
-    def forward(self, tokens: Tensor | None, mask: Tensor | None, text_embed: Tensor | None, states: Tensor | None, keep: Tensor) -> Context:
+    def forward(
+        self,
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        text_embed: Tensor | None,
+        states: Tensor | None,
+        keep: Tensor,
+    ) -> Context:
         null: Tensor = self.null_states
         if states is None:
-            states, mask, keep_states = null.new_zeros(len(keep), *null.shape), None, torch.zeros_like(keep)
+            states, mask, keep_states = (
+                null.new_zeros(len(keep), *null.shape),
+                None,
+                torch.zeros_like(keep),
+            )
         else:
             keep_states = keep
             mask = caption_mask(tokens) if mask is None and tokens is not None else mask
@@ -80,42 +132,71 @@ class StatesText(nn.Module):
         first = torch.arange(length, device=states.device) < len(null)
         mask = torch.where(keep_states[:, None], mask, first)
         null = F.pad(null, (0, 0, 0, length - len(null)))
-        context = self.norm(self.project(torch.where(keep_states[:, None, None], states.to(null.dtype), null)))
-        if self.pool is None or self.null_embed is None:
+        states = torch.where(keep_states[:, None, None], states.to(null.dtype), null)
+        states, mask = trim_padding(states, mask)
+        context = self.norm(self.proj(states))
+        if self.pooled_proj is None or self.null_text_embed is None:
             return Context(context, mask, None)
-        null = self.null_embed.expand(len(keep), -1)
-        pooled = self.pool(null if text_embed is None else torch.where(keep[:, None], text_embed.to(null.dtype), null))
+        null = self.null_text_embed.expand(len(keep), -1)
+        pooled = self.pooled_proj(
+            null
+            if text_embed is None
+            else torch.where(keep[:, None], text_embed.to(null.dtype), null)
+        )
         return Context(context, mask, pooled)
 
 
 class TransformerText(nn.Module):
-    """GLIDE's text encoder: token + position, a learned embedding per padded position, no causal mask; `pooled` from the last token.
+    """GLIDE's text encoder: token + position, a learned embedding per padded position.
 
-    A dropped caption is one of padding alone. All tokens are context: there is no mask.
+    Attention is not causal, and `pooled` comes from the last token. A dropped caption is padding
+    only. All tokens are context: there is no mask.
     """
 
-    def __init__(self, config: TextConfig, context_width: int, pooled_width: int, embed_dim: int) -> None:
+    def __init__(
+        self, config: TextConfig, context_width: int, pooled_width: int, embed_dim: int
+    ) -> None:
         super().__init__()
         self.length = config.context_length
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Parameter(torch.randn(self.length, config.width) * 0.01)
         self.padding_embedding = nn.Parameter(torch.randn(self.length, config.width) * 0.01)
-        self.transformer = Transformer(config.width, config.depth, config.heads, checkpointing=config.checkpointing)
-        self.project = nn.Identity() if context_width == config.width else nn.Linear(config.width, context_width)
-        self.pool = nn.Linear(config.width, pooled_width) if pooled_width else None
+        self.transformer = Transformer(
+            config.width, config.depth, config.heads, checkpointing=config.checkpointing
+        )
+        self.proj = (
+            nn.Identity()
+            if context_width == config.width
+            else nn.Linear(config.width, context_width)
+        )
+        self.pooled_proj = nn.Linear(config.width, pooled_width) if pooled_width else None
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
-    def forward(self, tokens: Tensor | None, mask: Tensor | None, text_embed: Tensor | None, states: Tensor | None, keep: Tensor) -> Context:
+    def forward(
+        self,
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        text_embed: Tensor | None,
+        states: Tensor | None,
+        keep: Tensor,
+    ) -> Context:
         if tokens is None:
             tokens = keep.new_zeros(len(keep), self.length, dtype=torch.int64)
             mask = torch.zeros_like(tokens, dtype=torch.bool)
         if tokens.shape[1] > self.length:
-            raise ValueError(f"A caption has {tokens.shape[1]} tokens and context_length is {self.length}: raise it or tokenize to fewer.")
+            raise ValueError(
+                f"A caption has {tokens.shape[1]} tokens and context_length is {self.length}: "
+                "raise it or tokenize to fewer."
+            )
         missing = self.length - tokens.shape[1]
         mask = F.pad((caption_mask(tokens) if mask is None else mask) & keep[:, None], (0, missing))
-        x = self.token_embedding(F.pad(tokens, (0, missing))) + self.position_embedding  # (B, length, width)
+        x = (
+            self.token_embedding(F.pad(tokens, (0, missing))) + self.position_embedding
+        )  # (B, length, width)
         x = self.transformer(torch.where(mask[..., None], x, self.padding_embedding))
-        return Context(self.project(x), None, None if self.pool is None else self.pool(x[:, -1]))
+        return Context(
+            self.proj(x), None, None if self.pooled_proj is None else self.pooled_proj(x[:, -1])
+        )
 
 
 class TextContext(nn.Module):
@@ -124,20 +205,30 @@ class TextContext(nn.Module):
     Args:
         config: the kind and its own sizes.
         context_width: width of the context tokens, the U-Net's.
-        pooled_width: width of what is added to the timestep embedding, four times the U-Net's `width`; 0: nothing.
+        pooled_width: width of what is added to the timestep embedding, four times the U-Net's
+            `width`; 0: nothing.
         embed_dim: width of CLIP's text embedding, the source of `pooled` for "states".
 
     Raises:
         ValueError: a caption without `context_width`.
     """
 
-    def __init__(self, config: TextConfig, context_width: int = 0, pooled_width: int = 0, embed_dim: int = 0) -> None:
+    def __init__(
+        self, config: TextConfig, context_width: int = 0, pooled_width: int = 0, embed_dim: int = 0
+    ) -> None:
         super().__init__()
         if config.kind != "none" and context_width < 1:
-            raise ValueError(f'Text of kind "{config.kind}" needs a context to go into: set context_width of the U-Net.')
+            raise ValueError(
+                f'Text of kind "{config.kind}" needs a context to go into: set context_width of '
+                "the U-Net."
+            )
         self.config, self.pooled_width = config, pooled_width
         kinds = {"states": StatesText, "transformer": TransformerText}
-        self.encoder = kinds[config.kind](config, context_width, pooled_width, embed_dim) if config.kind != "none" else None
+        self.encoder = (
+            kinds[config.kind](config, context_width, pooled_width, embed_dim)
+            if config.kind != "none"
+            else None
+        )
 
     def forward(
         self,
@@ -166,10 +257,16 @@ class TextContext(nn.Module):
             need["text_embed"] = text_embed
         missing = [name for name, value in need.items() if value is None]
         if missing and self.training and torch.is_grad_enabled():
-            raise ValueError(f'Text of kind "{self.config.kind}" trains on {" and ".join(missing)}, which the batch lacks: let the data give it.')
+            raise ValueError(
+                f'Text of kind "{self.config.kind}" trains on {" and ".join(missing)}, which the '
+                "batch lacks: let the data give it."
+            )
         if keep is None:
             given = [value for value in (tokens, states, text_embed) if value is not None]
             if not given:
-                raise ValueError("TextContext needs a caption, or `keep` to say for how many samples it is dropped.")
+                raise ValueError(
+                    "TextContext needs a caption, or `keep` to say for how many samples it is "
+                    "dropped."
+                )
             keep = torch.ones(len(given[0]), dtype=torch.bool, device=given[0].device)
         return self.encoder(tokens, mask, text_embed, states, keep)

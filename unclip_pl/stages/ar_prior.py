@@ -153,7 +153,7 @@ class ARPrior(Stage):
         keep = torch.ones(size, dtype=torch.bool, device=self.device)
         prefix = self.prefix(batch, keep, dot)
         null = None if settings.guidance_scale == 1 else self.prefix(batch, ~keep, dot)
-        codes = self.net.draw(prefix, uniform[:, 1:], null, settings.guidance_scale, settings.temperature, settings.top_p, callback)
+        codes = self.net.generate(prefix, uniform[:, 1:], null, settings.guidance_scale, settings.temperature, settings.top_p, callback)
         return self.quantizer.decode(codes)
 
 

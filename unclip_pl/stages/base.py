@@ -6,9 +6,7 @@ A stage owns its networks, its loss and how to sample; CLIP, data, EMA, pictures
 import dataclasses
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -18,10 +16,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from unclip_pl.clip import require_same
+from unclip_pl.diffusion.cuda_graph import cuda_graphed
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
-from unclip_pl.diffusion.replay import Replay
 from unclip_pl.errors import UserError
+from unclip_pl.networks.compilation import compile_blocks
+from unclip_pl.networks.renamed import rename
 from unclip_pl.training.sharded import shard
 
 Config = TypeVar("Config")
@@ -96,6 +96,10 @@ class Stage(LightningModule):
 
     clip_fingerprint: dict | None = None
     """The CLIP whose embeddings this stage was trained on, as `Fingerprint` data; kept in checkpoints and releases."""
+    cuda_graphs: bool = False
+    """Sampling on a GPU records the denoising step as a CUDA graph."""
+    compile_networks: bool = False
+    """Training compiles the blocks of all networks."""
     skipped_steps: Tensor
 
     def remember(self, optimizer: OptimizerConfig | dict, **arguments: Any) -> None:
@@ -103,7 +107,6 @@ class Stage(LightningModule):
         self.save_hyperparameters({"optimizer": plain(self.optimizer_config)} | {k: plain(v) for k, v in arguments.items()})
         self.stage_name = type(self).__name__  # sharding gives the object another class
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
-        self.replay = Replay()
 
     def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Scalars by name, of which "loss" is minimised; "t" (B,) and "per_sample" (B,) may come along for the monitors.
@@ -116,9 +119,9 @@ class Stage(LightningModule):
         """What the stage draws for the conditions in `batch`: one per sample, image k from generator k of `noise`."""
         raise NotImplementedError
 
-    def replayed(self, make: Callable[[Any], Predict], conditions: Any, kind: Any) -> Predict:
-        """`make(conditions)`, as `Replay` does it with this stage's weights; in training, where other things need the memory, plainly."""
-        return make(conditions) if self._trainer is not None else self.replay(make, conditions, kind, chain(self.parameters(), self.buffers()))
+    def with_cuda_graph(self, predict: Predict) -> Predict:
+        """`predict`, recorded as a CUDA graph if `cuda_graphs` is set."""
+        return cuda_graphed(predict) if self.cuda_graphs else predict
 
     def setup(self, stage: str) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)
@@ -133,6 +136,8 @@ class Stage(LightningModule):
     def configure_model(self) -> None:
         if self.device_mesh is not None:  # a sharded run
             shard(self, self.device_mesh["data_parallel"], self.trainer.precision)
+        if self.compile_networks:
+            compile_blocks(self, self.trainer.strategy.root_device)
 
     def check_data(self, data: Any) -> None:
         """Raise a sentence where the DataModule does not fit the stage (widths, image size)."""
@@ -202,6 +207,9 @@ class Stage(LightningModule):
                 f"The checkpoint holds a {theirs or 'model of another program'}, and this run trains a {self.stage_name}: "
                 "give a checkpoint of the same stage, or leave --ckpt_path out to start anew."
             )
+        for part in ("state_dict", "current_model_state"):
+            if part in checkpoint:
+                checkpoint[part] = rename(self.stage_name, checkpoint[part])
         if checkpoint.get("clip_fingerprint") and self.clip_fingerprint:
             require_same(checkpoint["clip_fingerprint"], self.clip_fingerprint, "The checkpoint")
         self.clip_fingerprint = checkpoint.get("clip_fingerprint") or self.clip_fingerprint

@@ -18,7 +18,7 @@ from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.errors import UserError
 from unclip_pl.networks.embedding import EmbeddingNormalizer
 from unclip_pl.networks.text import TextConfig, TextContext
-from unclip_pl.networks.unet import EncodedContext, UNet, UNetConfig
+from unclip_pl.networks.unet import UNet, UNetConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage, as_config, check_clip
 
 
@@ -118,7 +118,7 @@ class Decoder(Stage):
         return {"embed": embed, "context": context.context, "context_mask": context.mask, "pooled": context.pooled}
 
     def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        image = batch["image"]
+        image = batch["image"].contiguous(memory_format=torch.channels_last)
         size, device = len(image), image.device
         where = generator.device if generator else device
         t = torch.randint(self.process.config.timesteps, (size,), generator=generator, device=where).to(device)
@@ -132,19 +132,20 @@ class Decoder(Stage):
 
     def predictor(self, batch: dict, size: int, schedule: Schedule, settings: SamplingConfig) -> Predict:
         """predict(x, t) for the conditions in `batch` (see `sample`) of `size` images, guided and thresholded, for a sampler that walks `schedule`."""
-        yes, no = (torch.full((size,), keep, device=self.device) for keep in (True, False))
-        conditions, guide = self.conditions(batch, size, yes, yes), settings.guidance_scale != 1
-        if guide:
-            null = self.conditions(batch, size, no, no)
-            pairs = {key: (value, null[key]) for key, value in conditions.items()}
-            conditions = {key: None if given is None or dropped is None else torch.cat([given, dropped]) for key, (given, dropped) in pairs.items()}
-
-        def predict(encoded: EncodedContext) -> Predict:
-            found = self.process.adapt(lambda x, t: self.net(x, t, encoded=encoded), schedule)
-            found = guided(halves(found), settings.guidance_scale) if guide else found
-            return thresholded(found, self.process, settings.threshold)
-
-        return self.replayed(predict, self.net.encode_context(**conditions), (schedule.timesteps.tolist(), settings))  # encoded once, not at each step
+        use_guidance = settings.guidance_scale != 1
+        keep = torch.ones(size, dtype=torch.bool, device=self.device)
+        if use_guidance:  # first the conditional rows, then the same rows with everything dropped
+            keep = torch.cat([keep, ~keep])
+            batch = {
+                key: torch.cat([value, value]) if torch.is_tensor(value) else value
+                for key, value in batch.items()
+            }
+        conditions = self.conditions(batch, len(keep), keep, keep)
+        encoded = self.net.encode_context(**conditions)  # once, not at each step
+        predict = self.process.adapt(lambda x, t: self.net(x, t, encoded=encoded), schedule)
+        if use_guidance:
+            predict = guided(halves(predict), settings.guidance_scale)
+        return self.with_cuda_graph(thresholded(predict, self.process, settings.threshold))
 
     @torch.no_grad()
     def sample(self, batch: dict, noise: Noise, sampling: SamplingConfig | None = None, callback: Any = None, x_T: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from unclip_pl.diffusion.analytic import ErrorByTimestep, with_analytic_variance
 from unclip_pl.diffusion.guidance import guided, halves, thresholded
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.diffusion.process import DiffusionConfig, Predict, Process
+from unclip_pl.diffusion.process import DiffusionConfig, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.networks.embedding import EmbeddingNormalizer
 from unclip_pl.networks.prior import Prefix, PriorTextConfig, PriorTransformer, PriorTransformerConfig
@@ -153,17 +153,20 @@ class DiffusionPrior(Stage):
         schedule = self.process.schedule.respaced(settings.steps)
         guide = settings.guidance_scale != 1
         rows = torch.arange(size, device=self.device).repeat_interleave(count)
-        prefix = self.encode_text(batch, size, null=guide).rows(torch.cat([rows, torch.full_like(rows, size)]) if guide else rows)
+        if guide:  # the last row of the prefix is the dropped caption
+            rows = torch.cat([rows, torch.full_like(rows, size)])
+        prefix = self.encode_text(batch, size, null=guide).index_select(rows)
 
-        def make(prefix: Prefix) -> Predict:
-            def denoise(x: Tensor, t: Tensor) -> Tensor:  # candidates are further rows of the Transformer: (N, C, D)
-                return self.net.denoise(x.flatten(0, 1), t.repeat_interleave(count), prefix).unflatten(0, x.shape[:2])
+        def denoise(x: Tensor, t: Tensor) -> Tensor:  # candidates are further rows: x (N, C, D)
+            z = self.net.denoise(x.flatten(0, 1), t.repeat_interleave(count), prefix)
+            return z.unflatten(0, x.shape[:2])
 
-            found = self.process.adapt(denoise, schedule)
-            found = guided(halves(found), settings.guidance_scale) if guide else found
-            return found if settings.threshold is None else thresholded(found, self.process, "static", limit=settings.threshold)
-
-        predict = self.replayed(make, prefix, (schedule.timesteps.tolist(), settings, count))
+        predict = self.process.adapt(denoise, schedule)
+        if guide:
+            predict = guided(halves(predict), settings.guidance_scale)
+        if settings.threshold is not None:
+            predict = thresholded(predict, self.process, "static", limit=settings.threshold)
+        predict = self.with_cuda_graph(predict)
         if settings.sampler == "analytic" and not bool(self.x0_error.isnan().any()):
             predict = with_analytic_variance(predict, schedule, self.x0_error)
         draw = SAMPLERS["ddpm" if settings.sampler == "analytic" else settings.sampler]

@@ -13,7 +13,7 @@ from torch import Tensor
 from unclip_pl.diffusion.guidance import thresholded
 from unclip_pl.diffusion.losses import simple
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.diffusion.process import DiffusionConfig, Predict, Process
+from unclip_pl.diffusion.process import DiffusionConfig, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.errors import UserError
 from unclip_pl.networks.unet import UNet, UNetConfig
@@ -121,7 +121,7 @@ class Upsampler(Stage):
         return mean + scale * output, scale
 
     def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        image = batch["image"]
+        image = batch["image"].contiguous(memory_format=torch.channels_last)
         size, device = len(image), image.device
         where = generator.device if generator else device
         t = torch.randint(self.process.config.timesteps, (size,), generator=generator, device=where).to(device)
@@ -153,10 +153,8 @@ class Upsampler(Stage):
         enlarged = enlarged.contiguous(memory_format=torch.channels_last)
         schedule = self.process.schedule.respaced(settings.steps)
 
-        def make(enlarged: Tensor) -> Predict:
-            return thresholded(self.process.adapt(lambda x, t: self.predict(x, t, enlarged)[0], schedule), self.process, settings.threshold)
-
-        predict = self.replayed(make, enlarged, (schedule.timesteps.tolist(), settings))
+        predict = self.process.adapt(lambda x, t: self.predict(x, t, enlarged)[0], schedule)
+        predict = self.with_cuda_graph(thresholded(predict, self.process, settings.threshold))
         x = noise(enlarged.shape[1:], self.device)
         return SAMPLERS[settings.sampler](predict, x, schedule, noise=noise, eta=settings.eta, callback=callback)[..., :height, :width].clamp(-1, 1)
 

@@ -5,11 +5,10 @@ the forward pass, and what checkpointing computes again is not counted, as MFU i
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from unclip_pl.networks.layers import Unit
+from unclip_pl.networks.checkpointing import Checkpointing, apply_checkpointing
+from unclip_pl.networks.layers import Block
 
 GB = 1e9
 Strategy = Literal["ddp", "fsdp"]
@@ -29,16 +29,16 @@ class Needs:
     """What one stage needs, counted by `count`; bytes for training in "bf16-mixed"."""
 
     parameters: int
-    largest_unit: int
-    """Parameters of the largest `Unit`."""
+    largest_block: int
+    """Parameters of the largest `Block`."""
     outside: int
-    """Parameters outside of all units, which FSDP gathers once a step and holds."""
+    """Parameters outside of all blocks, which FSDP gathers once per step and holds."""
     flops: float
-    """Of a training step, a sample."""
-    activations: float
-    """Bytes a sample of all that the backward pass needs, without checkpointing."""
-    checkpointed: float
-    """Bytes a sample with checkpointing: what stands between units, and all of the unit that needs most."""
+    """Of a training step, per sample."""
+    activations: dict[Checkpointing, float]
+    """Bytes per sample of what the backward pass needs, for each kind of checkpointing. "none": all
+    that autograd saves; "full": what lies between blocks, and all of the block that needs most;
+    "selective": as "full", and the results of products, convolutions and attention."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Row:
     optimizer: float
     ema: float
     gathered: float
-    """Copies in the precision of the computation, and unsharded gradients, of the units under way."""
+    """Copies in the precision of the computation, and unsharded gradients, of the blocks under way."""
     activations: float
     micro_batch: int
     """Samples a GPU and pass; 0: not even one fits."""
@@ -67,17 +67,21 @@ class Row:
 
 
 class _Autocast(TorchFunctionMode):
-    """bfloat16 autocast as GPUs have it, on the meta device, which has none; attention as its fast kernels do it, which keep no scores.
+    """bfloat16 autocast on the meta device, which has none, with attention as a fused kernel.
 
-    `copies` are the weights in bfloat16 by their storage; `flops` those of attention.
+    `copies` are the weights in bfloat16 by their storage; `flops` those of attention; `results` is
+    called with what products, convolutions and attention return.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, results: Callable[[Tensor], None]) -> None:
         super().__init__()
         self.copies: dict[int, Tensor] = {}
         self.flops = 0.0
+        self.results = results
 
-    def __torch_function__(self, func: Callable, types: Any, args: Sequence = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: Sequence = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             q, k, v = (self._half(x) for x in args[:3])
@@ -85,10 +89,17 @@ class _Autocast(TorchFunctionMode):
             if kwargs.get("is_causal"):
                 pairs = q.shape[-2] * (2 * k.shape[-2] - q.shape[-2] + 1) / 2
             self.flops += 4 * math.prod(q.shape[:-2]) * pairs * q.shape[-1]
-            return _Attention.apply(q, k, v)
-        if func in (F.linear, F.conv2d, F.conv_transpose2d):
-            args = tuple(self._half(x, weight=place > 0) if isinstance(x, Tensor) else x for place, x in enumerate(args))
-        return func(*args, **kwargs)
+            result = _Attention.apply(q, k, v)
+        elif func in (F.linear, F.conv2d):
+            args = tuple(
+                self._half(x, weight=place > 0) if isinstance(x, Tensor) else x
+                for place, x in enumerate(args)
+            )
+            result = func(*args, **kwargs)
+        else:
+            return func(*args, **kwargs)
+        self.results(result)
+        return result
 
     def _half(self, x: Tensor, weight: bool = False) -> Tensor:
         half = x.bfloat16()
@@ -129,94 +140,148 @@ def example(stage: Any, crop: int | None = None) -> dict[str, Any]:
 
 
 def count(stage: LightningModule, crop: int | None = None) -> Needs:
-    """Parameters, operations and activations of a stage, which is moved to the meta device for it."""
+    """Parameters, operations and activations of a stage, which is moved to the meta device."""
     stage = stage.to("meta").train()
+    apply_checkpointing(stage, "none")
     if (quantizer := cast(Any, getattr(stage, "quantizer", None))) is not None:
-        quantizer.codes = quantizer.max_codes  # as many as there may be: the data decide when training starts
-    units = {name: module for name, module in stage.named_modules() if isinstance(module, Unit)}
-    sizes = [sum(p.numel() for p in unit.parameters()) for unit in units.values()]
+        quantizer.codes = quantizer.max_codes  # the data decide how many when training starts
+    blocks = {name: module for name, module in stage.named_modules() if isinstance(module, Block)}
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks.values()]
     parameters = sum(p.numel() for p in stage.parameters())
-    saved, _, flops = _kept(stage, units, crop, checkpointing=False)
-    whole = {number: size for part in saved.values() for number, size in part.items()}
-    saved, inputs, _ = _kept(stage, units, crop, checkpointing=True)
-    between = inputs | saved.pop("")
-    largest = max(sum(size for number, size in unit.items() if number not in between) for unit in saved.values())
-    return Needs(parameters, max(sizes), parameters - sum(sizes), 3 * flops, sum(whole.values()), sum(between.values()) + largest)
+    saved, flops = _count_saved(stage, blocks, crop)
+
+    between = saved.inputs | saved.tensors.pop("")
+    everything = dict(between)
+    for tensors in saved.tensors.values():
+        everything |= tensors
+    kept = between | saved.results
+    own = [_bytes(tensors, but=between) for tensors in saved.tensors.values()]
+    recomputed = [_bytes(tensors, but=kept) for tensors in saved.tensors.values()]
+    activations: dict[Checkpointing, float] = {
+        "none": _bytes(everything),
+        "selective": _bytes(kept) + max(recomputed),
+        "full": _bytes(between) + max(own),
+    }
+    return Needs(parameters, max(sizes), parameters - sum(sizes), 3 * flops, activations)
 
 
-def _kept(
-    stage: LightningModule, units: dict[str, Unit], crop: int | None, checkpointing: bool
-) -> tuple[dict[str, dict[int, int]], dict[int, int], float]:
-    """What the loss of one sample keeps in each unit ("" outside), and the inputs of the units: bytes by storage; operations.
+def _bytes(tensors: dict[int, int], but: Container[int] = ()) -> int:
+    return sum(size for storage, size in tensors.items() if storage not in but)
 
-    With `checkpointing`, what a unit keeps when it is computed again alone.
-    """
-    for module in stage.modules():
-        if isinstance(getattr(module, "checkpointing", None), bool):
-            cast(Any, module).checkpointing = checkpointing
+
+class _Saved:
+    """Bytes by storage of what autograd saves for one sample."""
+
+    def __init__(self, blocks: Iterable[str]) -> None:
+        self.tensors: dict[str, dict[int, int]] = {name: {} for name in ("", *blocks)}
+        """Saved within each block ("": outside)."""
+        self.inputs: dict[int, int] = {}
+        """The inputs of blocks."""
+        self.results: dict[int, int] = {}
+        """Results of products, convolutions and attention within blocks."""
+
+
+def _count_saved(
+    stage: LightningModule, blocks: dict[str, Block], crop: int | None
+) -> tuple[_Saved, float]:
+    """What the loss of one sample saves, and its operations."""
     weights = {_storage(parameter) for parameter in stage.parameters()}
-    kept: list[Tensor] = []  # alive, so that no storage is given another's number
+    alive: list[Tensor] = []  # so that no storage gets another's number
     inside: list[str] = []
-    saved: dict[str, dict[int, int]] = {name: {} for name in ("", *units)}
-    inputs: dict[int, int] = {}
-    half = _Autocast()
+    saved = _Saved(blocks)
 
-    def keep(tensor: Any, where: dict[int, int]) -> None:
-        if isinstance(tensor, Tensor) and (number := _storage(tensor)) not in weights and number not in half.copies:
-            where[number] = tensor.untyped_storage().nbytes()
-            kept.append(tensor)
+    def record_result(result: Tensor) -> None:
+        if inside:
+            record(result, saved.results)
+
+    autocast = _Autocast(record_result)
+
+    def record(tensor: Any, where: dict[int, int]) -> None:
+        if not isinstance(tensor, Tensor):
+            return
+        storage = _storage(tensor)
+        if storage not in weights and storage not in autocast.copies:
+            where[storage] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
 
     def pack(tensor: Tensor) -> Tensor:
-        keep(tensor, saved[inside[-1] if inside else ""])
+        record(tensor, saved.tensors[inside[-1] if inside else ""])
         return tensor
 
-    def enter(name: str, given: tuple) -> None:
+    def enter(name: str, inputs: tuple) -> None:
         inside.append(name)
-        for tensor in given:
-            keep(tensor, inputs)
+        for tensor in inputs:
+            record(tensor, saved.inputs)
 
-    hooks = [unit.register_forward_pre_hook(lambda _, given, name=name: enter(name, given)) for name, unit in units.items()]
-    hooks += [unit.register_forward_hook(lambda *_: inside.pop() and None) for unit in units.values()]
+    hooks = []
+    for name, block in blocks.items():
+        pre_hook = partial(lambda name, _, inputs: enter(name, inputs), name)
+        hooks.append(block.register_forward_pre_hook(pre_hook))
+        hooks.append(block.register_forward_hook(lambda *_: inside.pop() and None))
     with (
-        mock.patch("torch.autocast", lambda *_, **__: nullcontext()),  # the meta device knows none
-        mock.patch("unclip_pl.networks.layers.checkpoint", lambda module, *given, **_: module(*given)),
-        mock.patch("unclip_pl.networks.recompute.keep", pack),
-        FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), half,
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        autocast,
     ):
         cast(Any, stage).loss(example(stage, crop))
     for hook in hooks:
         hook.remove()
-    return saved, inputs, counter.get_total_flops() + half.flops
+    return saved, counter.get_total_flops() + autocast.flops
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def row(needs: Needs, gpus: int, strategy: Strategy, batch: int, steps: int, *, mfu: float, peak: float, memory: float, checkpointing: bool = True) -> Row:
+def row(
+    needs: Needs,
+    gpus: int,
+    strategy: Strategy,
+    batch: int,
+    steps: int,
+    *,
+    mfu: float,
+    peak: float,
+    memory: float,
+    checkpointing: Checkpointing = "full",
+) -> Row:
     """A run of `steps` steps of `batch` samples on `gpus` GPUs.
 
-    Weights, gradients and average are float32, AdamW has two numbers a weight; FSDP shares them out.
+    Weights, gradients and average are float32, AdamW has two numbers per weight; FSDP shares them.
 
     Args:
         needs: what the stage needs.
-        batch: samples a step, of all GPUs together.
+        batch: samples per step, of all GPUs together.
         mfu: share of `peak` that is reached.
-        peak: operations a second of a GPU.
-        memory: bytes of a GPU that may be used; as many samples go through at a time as fit.
-        checkpointing: activations are computed again in the backward pass.
+        peak: operations per second of a GPU.
+        memory: bytes of a GPU that may be used; as many samples are computed at a time as fit.
+        checkpointing: which activations are computed again in the backward pass.
     """
     each = 4 * needs.parameters / (gpus if strategy == "fsdp" else 1)
-    if strategy == "fsdp":  # the root in float32, and two units, of which one is being fetched, in bfloat16; for all of them gradients not yet shared out
-        gathered = 8.0 * needs.outside + 2 * (2 + 2) * needs.largest_unit + 4 * needs.largest_unit
+    largest = needs.largest_block
+    if strategy == "fsdp":
+        # the rest in float32; two blocks, one of them being fetched, in bfloat16; and gradients
+        # that are not yet shared out
+        gathered = 8.0 * needs.outside + 2 * (2 + 2) * largest + 4 * largest
     else:  # autocast's copies of the weights in use
-        gathered = 2.0 * (needs.largest_unit if checkpointing else needs.parameters)
-    sample = needs.checkpointed if checkpointing else needs.activations
+        gathered = 2.0 * (needs.parameters if checkpointing == "none" else largest)
+    sample = needs.activations[checkpointing]
     mine = math.ceil(batch / gpus)
     fits = int(max(0.0, memory - 5 * each - gathered) // sample)
     accumulate = math.ceil(mine / fits) if fits else 0
     micro = math.ceil(mine / accumulate) if fits else 0
     seconds = needs.flops * batch / (gpus * peak * mfu)
     return Row(
-        gpus, strategy, each, each, 2 * each, each, gathered, micro * sample, micro, accumulate, 3600 / seconds, seconds * steps / 3600
+        gpus,
+        strategy,
+        weights=each,
+        gradients=each,
+        optimizer=2 * each,
+        ema=each,
+        gathered=gathered,
+        activations=micro * sample,
+        micro_batch=micro,
+        accumulate=accumulate,
+        steps_an_hour=3600 / seconds,
+        hours=seconds * steps / 3600,
     )

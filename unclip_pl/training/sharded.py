@@ -1,4 +1,4 @@
-"""Fully sharded training (FSDP2): each rank keeps its part of weights, gradients, optimiser and average, and gathers a unit's weights to compute it."""
+"""Fully sharded training (FSDP2): each rank keeps its part of weights, gradients, optimiser and average, and gathers a block's weights to compute it."""
 
 import os
 import warnings
@@ -16,18 +16,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from unclip_pl.errors import UserError
-from unclip_pl.networks.layers import Unit
+from unclip_pl.networks.layers import Block
 from unclip_pl.training.checkpoint import read_checkpoint, unwritten
 from unclip_pl.training.distributed import mapped, write_folder
 
-ENTRIES = ("loss", "sample", "estimate_variance", "embed")
+FSDP_METHODS = ("loss", "sample", "estimate_variance", "embed")
 """Methods of a stage through which others run its networks: as in `forward`, the weights must be there."""
 
 
 def shard(stage: LightningModule, mesh: DeviceMesh, precision: str) -> None:
-    """Shard a stage's parameters over `mesh`: each `Unit` by itself, all others, also those outside of the networks, together.
+    """Shard a stage's parameters over `mesh`: each `Block` by itself, all others, also those outside of the networks, together.
 
-    With "bf16-mixed" units are gathered in bfloat16, as autocast would use them, and gradients summed in float32.
+    With "bf16-mixed" blocks are gathered in bfloat16, as autocast would use them, and gradients summed in float32.
 
     Raises:
         UserError: a parameter is a single number, which cannot be sharded.
@@ -37,14 +37,14 @@ def shard(stage: LightningModule, mesh: DeviceMesh, precision: str) -> None:
     if single := [name for name, parameter in stage.named_parameters() if parameter.ndim == 0]:
         raise UserError(f"The {type(stage).__name__} cannot be sharded, for {single[0]} is a single number: use lightning_config/ddp.yaml.")
     stage.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 takes no other
-    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")  # of a Block's keys and values, which nothing changes in place
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")  # of a TransformerBlock's keys and values, which nothing changes in place
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if precision == "bf16-mixed" else MixedPrecisionPolicy()
-    for unit in [module for module in stage.modules() if isinstance(module, Unit)]:
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
-        for method in unit.entries:
-            register_fsdp_forward_method(unit, method)
+    for block in [module for module in stage.modules() if isinstance(module, Block)]:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+        for method in block.fsdp_methods:
+            register_fsdp_forward_method(block, method)
     fully_shard(stage, mesh=mesh, reshard_after_forward=True)  # so that validation's and training's ends find the parts and not the whole
-    for method in ENTRIES:
+    for method in FSDP_METHODS:
         if hasattr(stage, method):
             register_fsdp_forward_method(stage, method)
 

@@ -1,0 +1,261 @@
+"""Everything that is worth measuring on a GPU, the most valuable first; `gpu.sh` runs it.
+
+    python benchmarks/gpu.py --seconds 520                   on a GPU
+    python benchmarks/gpu.py --tiny --device cpu             every part with tiny shapes on a CPU
+    python benchmarks/gpu.py --only 'decoder.*compiled'      some parts (a regular expression)
+
+Each part has its own limit and writes its file when it is done. A part that fails or runs out of
+time leaves its error in a file of its own, and the next one starts.
+"""
+
+from mfu import free, largest_batch, train  # sets what must be set before torch
+
+# isort: split
+import argparse
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import cascade
+import pipeline
+import torch
+import yaml
+from _common import begin
+from _paper import KINDS, build, conditions_for
+from _results import HERE, RESULTS, about, name_of, write
+from _sampling import measure as measure_sampling
+
+ROOT = HERE.parent
+TRAINED = ["diffusion_prior", "decoder", "upsampler_1024", "upsampler_256", "ar_prior"]
+"""In the order of what is worth most."""
+TESTS = ["tests/test_device.py", "tests/test_gpu.py"]
+LEAST = 5
+"""Seconds below which nothing is begun."""
+
+
+class OutOfTime(BaseException):
+    """No Exception, so that nobody on the way takes it for an error of their own."""
+
+
+class Part(NamedTuple):
+    """Something that is measured."""
+
+    name: str
+    seconds: float
+    run: Callable[[], Any]
+
+
+@contextlib.contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Raise `OutOfTime` in the body after so many seconds, and again while it goes on."""
+
+    def stop(*_: Any) -> None:
+        raise OutOfTime(f"cut off after {seconds:.0f} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+class Parts:
+    """All parts, for one device and budget."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        self.before = begin(given)
+        self.batches: dict[str, int] = {}
+        """The largest micro-batches, found once per stage."""
+
+    def settings(self, **more: Any) -> argparse.Namespace:
+        """The arguments of the other scripts."""
+        common = {
+            "device": self.given.device, "dtype": "bf16", "threads": self.given.threads,
+            "results": self.given.results, "repeats": 2 if self.given.tiny else 5, "warmup": 2,
+            "compile": False, "cuda_graphs": False, "checkpointing": "none", "mode": "bare",
+        }  # fmt: skip
+        return argparse.Namespace(**common | more)
+
+    def in_order(self) -> Iterator[Part]:
+        """All of them, in order."""
+        yield from self.training(TRAINED[:4], "none", compile=False)
+        yield Part("tests", 120, self.tests)
+        yield from self.training(TRAINED[:2], "none", compile=True)
+        yield from self.sampling(compile=False)
+        for graphs in (False, True):
+            yield Part(f"pipeline{suffix(False, graphs)}", 30, lambda g=graphs: self.pipeline(g))
+            yield Part(f"cascade{suffix(False, graphs)}", 40, lambda g=graphs: self.cascade(g))
+        yield from self.training(TRAINED[2:4], "none", compile=True)
+        yield from self.training(TRAINED[:4], "selective", compile=False)
+        for checkpointing in ("none", "selective"):
+            yield from self.training(["ar_prior"], checkpointing, compile=False)
+        yield from self.training(TRAINED, "selective", compile=True)
+        yield from self.training(["ar_prior"], "none", compile=True)
+        yield from self.sampling(compile=True)
+        yield Part("pipeline/compiled", 90, lambda: self.pipeline(compile=True))
+        yield Part("cascade/compiled", 90, lambda: self.cascade(compile=True))
+
+    def training(self, names: list[str], checkpointing: str, compile: bool) -> Iterator[Part]:
+        """A training step of each stage; MFU where the device's peak is known."""
+        for name in names:
+            more = {"checkpointing": checkpointing, "compile": compile}
+            label = f"train/{name}/{checkpointing}{suffix(compile)}"
+            yield Part(label, 150 if compile else 40, lambda n=name, m=more: self.train(n, **m))
+
+    def train(self, name: str, **more: Any) -> None:
+        """One stage, in all settings with the largest micro-batch that the plain one takes."""
+        tiny = self.given.tiny
+        if name not in self.batches:
+            start = 2 if tiny else KINDS[name].batch
+            self.batches[name] = largest_batch(name, self.settings(), start, tiny)
+            free()
+        train(name, self.settings(batch=self.batches[name], **more), self.before, tiny)
+
+    def sampling(self, compile: bool) -> Iterator[Part]:
+        """Draws of each stage; the AR prior has no step that could be recorded."""
+        for name in TRAINED:
+            for graphs in (False, True):
+                if graphs and (compile or name == "ar_prior"):
+                    continue
+                label = f"sample/{name}{suffix(compile, graphs)}"
+                more = {"compile": compile, "cuda_graphs": graphs}
+                seconds = 90 if compile else 40
+                yield Part(label, seconds, lambda n=name, m=more: self.sample(n, **m))
+
+    def sample(self, name: str, **more: Any) -> None:
+        """A batch of draws in a few steps."""
+        tiny, paper = self.given.tiny, KINDS[name]
+        given = self.settings(batch=2 if tiny else paper.draws, repeats=2, warmup=1, **more)
+        stage: Any = build(name, given.device, tiny=tiny)
+        conditions = conditions_for(name, stage, given.batch)
+        steps = {} if paper.steps is None else {"steps": 4 if tiny else paper.steps}
+        job = f"{'tiny' if tiny else 'paper'}_{name}_sample"
+        measure_sampling(job, stage, conditions, given, self.before, **steps)
+
+    def pipeline(self, cuda_graphs: bool = False, compile: bool = False) -> None:
+        """A caption to 256 px with random weights, in the shapes of the comparison."""
+        steps = {f"{name}_steps": count for name, count in pipeline.STEPS.items()}
+        if self.given.tiny:
+            steps, compile = dict.fromkeys(steps, 1), False  # its networks take minutes to compile
+        given = self.settings(batch=1, cuda_graphs=cuda_graphs, compile=compile, **steps)
+        pipeline.measure(given, self.before)
+
+    def cascade(self, cuda_graphs: bool = False, compile: bool = False) -> None:
+        """Captions to 1024 px with the weights of the package."""
+        tiny = self.given.tiny
+        given = self.settings(
+            batch=1 if tiny else 4, repeats=1, warmup=0 if tiny else 1, prior="diffusion",
+            upsamplers=[] if tiny else ["256", "1024"], cuda_graphs=cuda_graphs, compile=compile,
+        )  # fmt: skip
+        cascade.measure(given, self.before)
+
+    def tests(self) -> None:
+        """The tests that need a GPU, in a process of their own."""
+        with tempfile.TemporaryDirectory() as folder:
+            found = Path(folder) / "tests.xml"
+            # interrupted, pytest still says what it has seen so far
+            command = ["timeout", "-s", "INT", "-k", "8", "110", sys.executable, "-m", "pytest"]
+            options = [
+                *self.given.tests,
+                "-p",
+                "no:logging",
+                "-p",
+                "no:cacheprovider",
+                "-o",
+                "addopts=",
+            ]
+            options += ["-q", "-o", "timeout=60", f"--junitxml={found}"]
+            code = subprocess.run([*command, *options], cwd=ROOT, check=False).returncode
+            counts = {"exit": code}
+            if found.exists():
+                suite = ElementTree.parse(found).getroot()[0]
+                kinds = ("tests", "failures", "errors", "skipped")
+                counts |= {kind: int(suite.get(kind, 0)) for kind in kinds}
+        line = {"job": "tests"} | about(self.given.device)
+        write(Path(self.given.results) / name_of(line), line | counts)
+        if code:
+            raise RuntimeError(f"the tests ended with {code}")
+
+
+def suffix(compile: bool = False, cuda_graphs: bool = False) -> str:
+    """Of a part's name."""
+    return "/compiled" * compile + "/cuda_graphs" * cuda_graphs
+
+
+def attempt(part: Part, seconds: float, given: argparse.Namespace) -> bool:
+    """Run one part within its limit; True if it went well."""
+    start, error = time.monotonic(), None
+    print(f"\n[{part.name}] at most {seconds:.0f} s", flush=True)
+    try:
+        with limit(seconds):
+            part.run()
+    except (Exception, OutOfTime):
+        error = traceback.format_exc().strip()
+    torch._dynamo.reset()
+    free()
+    failures = Path(given.results) / "errors"
+    line = {"job": part.name.replace("/", "_")} | about(given.device)
+    path = failures / name_of(line)
+    path.unlink(missing_ok=True)
+    if error:
+        write(path, line | {"error": error.splitlines()[-1], "traceback": error[-3000:]})
+        print(error[-1500:], flush=True)
+    took = time.monotonic() - start
+    print(f"[{part.name}] {'FAILED' if error else 'done'} in {took:.0f} s", flush=True)
+    return not error
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("--device", default="cuda")
+    arguments.add_argument("--seconds", type=float, default=520, help="for all parts together")
+    arguments.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script")
+    arguments.add_argument("--only", default="", help="parts whose name this expression finds")
+    arguments.add_argument("--threads", type=int, default=1 if torch.cuda.is_available() else 2)
+    arguments.add_argument("--tests", nargs="+", default=TESTS, help="files for pytest")
+    arguments.add_argument("--results", metavar="DIR", help="where the files go")
+    given = arguments.parse_args()
+    if given.device.startswith("cuda") and not torch.cuda.is_available():
+        arguments.error("there is no CUDA device here: try it with --tiny --device cpu")
+    end = time.monotonic() + given.seconds
+    with contextlib.ExitStack() as stack:
+        if given.results is None and given.tiny:
+            given.results = stack.enter_context(tempfile.TemporaryDirectory())
+        given.results = given.results or str(RESULTS)
+        overlay = ROOT / "lightning_config" / "gpu.yaml"  # measured is what a run with it has
+        trainer = yaml.safe_load(overlay.read_text(encoding="utf-8"))["trainer"]
+        torch.backends.cudnn.benchmark = bool(trainer.get("benchmark"))
+        outcome: dict[str, list[str]] = {"done": [], "FAILED": [], "skipped": []}
+        for part in Parts(given).in_order():
+            if not re.search(given.only, part.name):
+                continue
+            left = end - time.monotonic()
+            if left < LEAST:
+                outcome["skipped"].append(part.name)
+            elif attempt(part, min(part.seconds * (3 if given.tiny else 1), left), given):
+                outcome["done"].append(part.name)
+            else:
+                outcome["FAILED"].append(part.name)
+        print()
+        for word, names in outcome.items():
+            print(f"{word}: {len(names)}")
+            if word != "done":
+                print(*(f"    {name}" for name in names), sep="\n")
+        sys.exit(1 if outcome["FAILED"] else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Tiny stages of every kind and batches for them, the same at each call."""
+
+import torch
+from torch import nn
+
+from unclip_pl.diffusion.process import DiffusionConfig
+from unclip_pl.networks.ar_prior import ARPriorConfig
+from unclip_pl.networks.checkpointing import Checkpointing
+from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
+from unclip_pl.networks.text import TextConfig
+from unclip_pl.networks.unet import UNetConfig
+from unclip_pl.stages import ar_prior, decoder, diffusion_prior, upsampler
+from unclip_pl.stages.base import OptimizerConfig, Stage
+
+STAGES = ("decoder", "diffusion_prior", "ar_prior", "upsampler")
+EMBED, STATES, TOKENS = 16, 24, 7  # widths of a CLIP's embeddings and token states; a caption
+
+
+def randomise(module: nn.Module, std: float = 0.05) -> None:
+    """Noise on all parameters: what starts at zero would hide what it is given."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(std * torch.randn_like(parameter))
+
+
+def tiny_stage(
+    name: str,
+    checkpointing: Checkpointing = "none",
+    lr: float = 2e-3,
+    dropout: float = 0.0,
+    parametrization: str = "v",
+) -> Stage:
+    """A stage by its name in `STAGES`, with weights drawn from one seed.
+
+    `dropout` and `parametrization` are those of the U-Nets.
+    """
+    torch.manual_seed(0)
+    optimizer = OptimizerConfig(lr=lr, warmup_steps=0)
+    states = {"states_width": STATES, "context_length": TOKENS}
+    unet = {"width": 32, "mults": (1, 2), "depth": 1, "head_width": 32, "dropout": dropout}
+    unet["checkpointing"] = checkpointing
+    if name == "decoder":
+        net = UNetConfig(image_size=16, attention=(8,), embed_dim=EMBED, context_width=32, **unet)
+        text = TextConfig("states", states_width=STATES)
+        sampling = decoder.SamplingConfig("ddim", steps=6, guidance_scale=2.0)
+        diffusion = DiffusionConfig(parametrization=parametrization)
+        return decoder.Decoder(
+            net, text, diffusion=diffusion, sampling=sampling, optimizer=optimizer
+        )
+    if name == "upsampler":
+        net = UNetConfig(image_size=16, **unet, **upsampler.NET)
+        sampling = upsampler.UpsamplingConfig(steps=6)
+        diffusion = DiffusionConfig(parametrization=parametrization, variance="fixed_small")
+        return upsampler.Upsampler256(net, diffusion, sampling, optimizer=optimizer)
+    transformer = {"embed_dim": EMBED, "width": 64, "depth": 2, "heads": 2}
+    transformer["checkpointing"] = checkpointing
+    if name == "diffusion_prior":
+        net = PriorTransformerConfig(**transformer)
+        sampling = diffusion_prior.PriorSamplingConfig("ddim", steps=6, guidance_scale=2.0)
+        return diffusion_prior.DiffusionPrior(
+            net, PriorTextConfig("states", **states), sampling=sampling, optimizer=optimizer
+        )
+    net = ARPriorConfig(max_codes=8, buckets=16, **transformer)
+    stage = ar_prior.ARPrior(net, TextConfig("states", **states), optimizer=optimizer)
+    data = tiny_batch("ar_prior", 200)
+    exact = data["image_embed"].double()
+    stage.quantizer.fit(
+        exact.mean(0), exact.T.cov(correction=0), data["image_embed"], data["text_embed"]
+    )
+    return stage
+
+
+def tiny_batch(name: str, size: int = 4, seed: int = 1) -> dict:
+    """What a stage trains on and draws for."""
+    generator = torch.Generator().manual_seed(seed)
+    batch: dict = {"key": [str(i) for i in range(size)]}
+    if name in ("decoder", "upsampler"):
+        batch["image"] = torch.rand(size, 3, 16, 16, generator=generator) * 2 - 1
+    if name == "upsampler":
+        batch["low_res"] = torch.nn.functional.avg_pool2d(batch["image"], 4)
+        return batch
+    tokens = torch.randint(1, 100, (size, TOKENS), generator=generator)
+    tokens[:, 5] = 49407  # EOT: the largest
+    return batch | {
+        "image_embed": torch.randn(size, EMBED, generator=generator),
+        "text_embed": torch.randn(size, EMBED, generator=generator),
+        "text_states": torch.randn(size, TOKENS, STATES, generator=generator),
+        "tokens": tokens,
+        "text_mask": torch.arange(TOKENS).repeat(size, 1) <= 5,
+    }
+
+
+def on(batch: dict, device: str) -> dict:
+    """The batch with its tensors on a device."""
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}

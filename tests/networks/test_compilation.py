@@ -1,0 +1,116 @@
+"""Compiled networks compute what plain ones do, under the same names, in training and sampling."""
+
+import pytest
+import torch
+from torch import nn
+
+from unclip_pl.diffusion.noise import Noise
+from unclip_pl.diffusion.process import DiffusionConfig
+from unclip_pl.errors import UserError
+from unclip_pl.networks.ar_prior import ARPriorConfig
+from unclip_pl.networks.compilation import compile_blocks
+from unclip_pl.networks.layers import Block
+from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
+from unclip_pl.networks.text import TextConfig
+from unclip_pl.networks.unet import UNetConfig
+from unclip_pl.stages.ar_prior import ARPrior
+from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.stages.diffusion_prior import DiffusionPrior, PriorSamplingConfig
+from unclip_pl.stages.upsampler import NET, Upsampler256, UpsamplingConfig
+
+DIM, LENGTH = 12, 6
+
+
+def decoder() -> Decoder:
+    net = UNetConfig(
+        image_size=8, width=32, mults=(1,), depth=1, attention=(8,), head_width=16,
+        dropout=0.0, embed_dim=DIM, context_width=16, checkpointing="selective",
+    )  # fmt: skip
+    text = TextConfig(kind="states", states_width=10)
+    return Decoder(net, text, sampling=SamplingConfig("ddim", steps=2, guidance_scale=2.0))
+
+
+def upsampler() -> Upsampler256:
+    net = UNetConfig(image_size=8, width=32, mults=(1,), depth=1, dropout=0.0, **NET)
+    return Upsampler256(net, sampling=UpsamplingConfig(steps=2))
+
+
+def diffusion_prior() -> DiffusionPrior:
+    net = PriorTransformerConfig(embed_dim=DIM, width=16, depth=2, heads=2)
+    text = PriorTextConfig("states", states_width=10, context_length=LENGTH)
+    process = DiffusionConfig(timesteps=8, parametrization="x0", variance="fixed_small")
+    sampling = PriorSamplingConfig("ddpm", steps=2, guidance_scale=2.0)
+    return DiffusionPrior(net, text, process, sampling=sampling)
+
+
+def ar_prior() -> ARPrior:
+    net = ARPriorConfig(embed_dim=DIM, width=16, depth=2, heads=2, max_codes=4, buckets=8)
+    text = TextConfig(kind="states", states_width=10, context_length=LENGTH)
+    stage = ARPrior(net, text, 0.0)
+    rows = torch.randn(512, DIM, generator=torch.Generator().manual_seed(0))
+    stage.quantizer.fit(rows.mean(0), rows.T.cov(), rows, rows.roll(1, 1))
+    return stage
+
+
+STAGES = {
+    "decoder": decoder,
+    "upsampler": upsampler,
+    "diffusion_prior": diffusion_prior,
+    "ar_prior": ar_prior,
+}
+
+
+def batch() -> dict:
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, 60, (2, LENGTH), generator=draw)
+    tokens[0, 3], tokens[1, 5] = 63, 63
+    return {
+        "key": ["0", "1"],
+        "image": torch.rand(2, 3, 8, 8, generator=draw) * 2 - 1,
+        "low_res": torch.rand(2, 3, 2, 2, generator=draw) * 2 - 1,
+        "tokens": tokens,
+        "text_states": torch.randn(2, LENGTH, 10, generator=draw),
+        "text_embed": torch.randn(2, DIM, generator=draw),
+        "image_embed": torch.randn(2, DIM, generator=draw),
+    }
+
+
+def results(stage, given: dict) -> list[torch.Tensor]:
+    """A loss with its gradients, and what the stage draws."""
+    loss = stage.train().loss(given, torch.Generator().manual_seed(2))["loss"]
+    gradients = torch.autograd.grad(loss, list(stage.parameters()), allow_unused=True)
+    drawn = stage.eval().sample(given, Noise(range(2)))
+    return [loss.detach(), drawn, *(gradient for gradient in gradients if gradient is not None)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", STAGES)
+def test_compiled_equals_eager(name, backend, device):
+    """On a CPU, where inductor calls a C++ compiler for a minute per stage, one stage has both."""
+    if backend == "inductor" and device == "cpu" and name != "ar_prior":
+        pytest.skip("a GPU compiles every stage")
+    torch.manual_seed(0)
+    stage = STAGES[name]()
+    for parameter in stage.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    stage = stage.to(device)
+    given = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch().items()}
+    eager, names = results(stage, given), list(stage.state_dict())
+    blocks = [module for module in stage.modules() if isinstance(module, Block)]
+    assert compile_blocks(stage, device, backend) == len(blocks) > 0
+    compiled = results(stage, given)
+    for ours, expected in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+    assert list(stage.state_dict()) == names
+    assert all(block._compiled_call_impl is not None for block in blocks)
+
+
+def test_without_a_cpp_compiler_there_is_one_sentence(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    with pytest.raises(UserError, match="C\\+\\+ compiler") as raised:
+        compile_blocks(diffusion_prior())
+    assert "no-such-compiler" in str(raised.value) and "\n" not in str(raised.value)

@@ -1,0 +1,39 @@
+"""Every module that a program may import first works where torchvision does not fit torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FIRST = (
+    "from unclip_pl.stages.decoder import Decoder",
+    "from unclip_pl.training.ema import EMA",
+    "from unclip_pl.data.modules import ImageTextData",
+    "from unclip_pl.clip import FrozenCLIP; FrozenCLIP().tokenize(['fox'])",
+    "from eval.metrics import FrechetDistance",
+    "from eval.callback import Evaluate",
+)
+CODE = f"""
+import os, sys, traceback
+import torch  # what takes longest, once for all
+for line in {FIRST!r}:
+    if os.fork() == 0:  # a process that has imported nothing else
+        try:
+            exec(line)
+        except BaseException:
+            print(line, traceback.format_exc(), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+for _ in {FIRST!r}:
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_any_module_may_be_imported_first():
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-W", "ignore", "-c", CODE]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr

@@ -1,0 +1,67 @@
+"""`compile: true` in training: nothing in checkpoints tells of it, and a run may go on without."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+from tests.networks.test_compilation import batch, decoder
+from unclip_pl.cli import build_cli
+from unclip_pl.networks.compilation import compile_blocks
+from unclip_pl.networks.layers import Block
+from unclip_pl.stages import base
+from unclip_pl.training.checkpoint import (
+    AtomicCheckpointIO,
+    NewestCheckpoint,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from unclip_pl.training.ema import EMA
+
+
+def fit(folder, compiled: bool, steps: int, resume=None):
+    torch.manual_seed(0)
+    stage = decoder()
+    stage.compile_networks = compiled
+    trainer = Trainer(
+        default_root_dir=folder,
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[EMA(0.5), NewestCheckpoint(every_n_train_steps=1)],
+        plugins=[AtomicCheckpointIO()],
+    )
+    trainer.fit(stage, DataLoader([batch()] * steps, batch_size=None), ckpt_path=resume)
+    return stage, read_checkpoint(newest_checkpoint(folder))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_checkpointed_and_resumed_as_a_plain_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
+    stage, compiled = fit(tmp_path / "compiled", True, 2)
+    assert all(m._compiled_call_impl for m in stage.modules() if isinstance(m, Block))
+    _, plain = fit(tmp_path / "plain", False, 2)
+    for part in ("state_dict", "current_model_state"):
+        assert list(compiled[part]) == list(plain[part])
+        for name, value in compiled[part].items():
+            torch.testing.assert_close(value, plain[part][name], rtol=1e-3, atol=1e-4, msg=name)
+    _, resumed = fit(
+        tmp_path / "resumed", False, 3, resume=newest_checkpoint(tmp_path / "compiled")
+    )
+    assert resumed["global_step"] == 3
+
+
+def test_the_option_reaches_the_stage():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for words, expected in (([], False), (["--compile", "true"], True)):
+            cli = build_cli(
+                ["-c", "stages/decoder.yaml", "--trainer.accelerator", "cpu", *words], run=False
+            )
+            assert cli.model.compile_networks is expected
