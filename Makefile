@@ -1,5 +1,5 @@
-# `make demo` and `make test` need nothing done before: each makes the virtual environment when it is
-# missing.
+# `make demo` and `make test` need nothing done before: each makes the virtual environment when it
+# is missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin

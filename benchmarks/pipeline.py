@@ -59,16 +59,8 @@ def built(folder: Path, given: argparse.Namespace) -> UnCLIP:
     stages = [first, second, upsampler(width=32)]
     for stage in stages:
         stage.requires_grad_(False)  # as loaded stages are
-    return UnCLIP(
-        second,
-        first,
-        clip,
-        given.device,
-        stages[2:],
-        precision=given.dtype,
-        compile=given.compile,
-        cuda_graphs=given.cuda_graphs,
-    )
+    unclip = UnCLIP(second, first, clip, given.device, stages[2:], precision=given.dtype)
+    return unclip.accelerate(given.compile, given.cuda_graphs)
 
 
 def measure(given: argparse.Namespace, before: float) -> None:

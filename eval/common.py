@@ -46,6 +46,8 @@ def command(made: argparse.ArgumentParser, run: Callable[[argparse.Namespace], F
 
     With --out the same is written to OUT/NAME.json, NAME being the command's.
     """
+    # Before torch is imported: threads soon sleep while they wait (docs/cluster.md, "CPUs").
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     given = made.parse_args(arguments)
     name = made.prog.rpartition(".")[2]
     try:

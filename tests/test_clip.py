@@ -20,6 +20,7 @@ from PIL import Image
 import unclip_pl
 from unclip_pl import _open_clip
 from unclip_pl.clip import (
+    CPU_BATCH,
     CLIPConfig,
     ClipMismatch,
     FrozenCLIP,
@@ -145,6 +146,21 @@ def test_short_captions_run_through_as_many_positions_as_they_need(clip, monkeyp
     assert seen == [int(got.mask.sum(-1).max())] and seen[0] < 16
     for i in range(3):  # the neighbours do not matter
         torch.testing.assert_close(clip.embed_text(tokens[i : i + 1]).states[0], got.states[i])
+
+
+def test_large_batches_keep_their_order(clip):
+    """On a CPU they go through in parts, captions sorted by length."""
+    count = 2 * CPU_BATCH + 3
+    images = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    tokens = clip.tokenize(["a " * (k * 7 % 13) + "cat" for k in range(count)])
+    text = clip.embed_text(tokens)
+    embeds = clip.embed_images(images)
+    assert torch.equal(text.mask, clip.caption_mask(tokens))
+    for k in (0, 1, CPU_BATCH, count - 1):
+        alone = clip.embed_text(tokens[k : k + 1])
+        torch.testing.assert_close(text.embed[k], alone.embed[0])
+        torch.testing.assert_close(text.states[k], alone.states[0])
+        torch.testing.assert_close(embeds[k], clip.embed_images(images[k : k + 1])[0])
 
 
 @pytest.mark.parametrize("kind", [CLIP, CustomTextCLIP])

@@ -1,7 +1,8 @@
 """Every shipped YAML builds, alone and in the commands that it names; the paper's have its sizes.
 
-A built command line has its stage, its data and a Trainer with the strategy, as `lightning fit` makes
-them. Eight GPUs are pretended where an overlay is for GPUs: Lightning touches none before it trains.
+A built command line has its stage, its data and a Trainer with the strategy, as `lightning fit`
+makes them. Where an overlay is for GPUs, eight are pretended: Lightning touches none before it
+trains.
 """
 
 import re

@@ -21,10 +21,11 @@ from unclip_pl.training.checkpoint import newest_checkpoint, read_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 LAST = 40  # steps; an epoch has 6
 KILLS = {5: "step", 11: "step", 20: "save"}  # all in mid-epoch; with a checkpoint every 4 steps the runs go on from 4, 8 and 16, and 20 steps follow
-NET = {"width": 32, "mults": [1, 2], "depth": 1, "patch_size": 8, "attention": [4], "head_width": 16}
+SHAPE = {"width": 32, "mults": [1, 2], "depth": 1, "patch_size": 8}
+SHAPE |= {"attention": [4], "head_width": 16}
 SMALL = [
-    *("--model.net", json.dumps(NET), "--data.loader.batch_size", "4", "--model.sampling.steps", "2"),
-    *("--trainer.enable_progress_bar", "false"),
+    *("--model.net", json.dumps(SHAPE), "--data.loader.batch_size", "4"),
+    *("--model.sampling.steps", "2", "--trainer.enable_progress_bar", "false"),
 ]
 TINY = [
     *(*SMALL, "--trainer.accelerator", "cpu", "--trainer.limit_val_batches", "1"),

@@ -31,6 +31,7 @@ for _ in {FIRST!r}:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_any_module_may_be_imported_first():
     root = Path(__file__).resolve().parent.parent

@@ -1,6 +1,7 @@
 """The command `unclip`: what is done with trained stages, data and clusters; the subcommands stand in `commands/`."""
 
 import argparse
+import os
 import sys
 
 from unclip_pl import __version__
@@ -25,6 +26,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `unclip`; returns the exit code."""
+    # Before torch is imported: threads soon sleep while they wait (docs/cluster.md, "CPUs").
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     root = parser()
     parsed, flags = root.parse_known_args(arguments)
     if flags and not hasattr(parsed, "flags"):  # a command that passes flags on has this default

@@ -59,7 +59,7 @@ def check_order(sides: Sequence[tuple[int, int]], before: int | None = None) -> 
             )
 
 
-def prepare_sampling(
+def accelerate_stages(
     stages: Sequence[Stage], device: torch.device, compile: bool, cuda_graphs: bool
 ) -> None:
     """Compile the blocks of stages that will run on `device`, and let them record CUDA graphs."""
@@ -78,7 +78,7 @@ class Cascade:
         offload: keep on the device only the stage that works; the others wait in the CPU's memory.
         batch_pixels: pictures are drawn together as long as their results have no more pixels than this; one picture always is.
         precision: "bf16": networks compute in bfloat16 (autocast) on devices that have it.
-        compile, cuda_graphs: as in `UnCLIP`.
+        compile, cuda_graphs: as in `UnCLIP.accelerate`.
 
     Raises:
         UserError: the sizes do not follow each other.
@@ -92,7 +92,7 @@ class Cascade:
         self.device, self.offload, self.batch_pixels = resolved(device), offload, batch_pixels
         self.precision = usable(precision, self.device)
         self.stages = [stage.to("cpu" if offload else device).eval() for stage in stages]
-        prepare_sampling(self.stages, self.device, compile, cuda_graphs)
+        accelerate_stages(self.stages, self.device, compile, cuda_graphs)
 
     @property
     def sizes(self) -> tuple[int, ...]:

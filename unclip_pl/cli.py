@@ -235,6 +235,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unclip_pl {__version__}")
         return 0
     signals.listen(training=arguments[0] == "fit")  # before torch is imported, which takes its time
+    # Before torch is imported: threads soon sleep while they wait (docs/cluster.md, "CPUs").
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for message in (
         ".*LeafSpec.*", ".*does not have many workers.*", ".*has `__len__` defined.*", ".*set_vital.*", ".*`weights_only` was not set.*",

@@ -13,9 +13,9 @@ import unclip_pl.stages
 from unclip_pl import release
 from unclip_pl.cascade import (
     Cascade,
+    accelerate_stages,
     at_work,
     check_order,
-    prepare_sampling,
     resolved,
     source_side,
 )
@@ -133,21 +133,15 @@ class UnCLIP:
         upsamplers: in order, the first from the decoder's size.
         offload: keep on the device only the stage that works; the others wait in the CPU's memory.
         precision: "bf16": prior, decoder and upsamplers compute in bfloat16 (autocast) on devices that have it.
-        compile: compile the blocks of prior, decoder and upsamplers (torch.compile): the first
-            picture of each shape takes minutes longer, the next ones less time on a GPU.
-        cuda_graphs: on a GPU, record each denoising step once per run and replay it: for small
-            networks and few pictures.
 
     Raises:
-        UserError: `compile` without a C++ compiler on a CPU; a stage does not say of which CLIP it
-            is, or is of another one; a prior for a decoder that was trained on text embeddings; an
+        UserError: a stage does not say of which CLIP it is, or is of another one; a prior for a decoder that was trained on text embeddings; an
             upsampler is not for the size before it.
     """
 
     def __init__(
         self, decoder: Decoder, prior: Prior | None = None, clip: FrozenCLIP | None = None, device: str = "cpu", upsamplers: Sequence[Upsampler] = (),
         offload: bool = False, precision: Precision = "fp32",
-        compile: bool = False, cuda_graphs: bool = False,
     ) -> None:
         if prior is not None and decoder.condition == "text":
             raise UserError('The decoder was trained on text embeddings and has no use for a prior: leave the prior out and condition on "text".')
@@ -168,7 +162,6 @@ class UnCLIP:
         self.decoder = decoder.to(home).eval()
         self.prior = None if prior is None else prior.to(home).eval()
         self.cascade = Cascade(upsamplers, self.device, offload, precision=precision)
-        prepare_sampling(self.stages, self.device, compile, cuda_graphs)
 
     @classmethod
     def load(
@@ -177,7 +170,7 @@ class UnCLIP:
         compile: bool = False, cuda_graphs: bool = False,
     ) -> "UnCLIP":
         """From release folders or checkpoints; `prior` may be "diffusion" or "ar", `upsamplers` may have "256" and "1024": those in the package, as the
-        decoder is by default."""
+        decoder is by default. `compile` and `cuda_graphs` as in `accelerate`."""
         unclip_pl.stages.load_all()
         found: Any = None if prior is None else load_stage(DEFAULT_PRIORS.get(str(prior), Path(prior)), DiffusionPrior, ARPrior)
         return cls(
@@ -188,9 +181,22 @@ class UnCLIP:
             load_upsamplers(upsamplers),
             offload,
             precision,
-            compile,
-            cuda_graphs,
-        )
+        ).accelerate(compile, cuda_graphs)
+
+    def accelerate(self, compile: bool = False, cuda_graphs: bool = False) -> "UnCLIP":
+        """Draw faster, mainly on GPUs; the pictures are the same up to rounding. Returns itself.
+
+        Args:
+            compile: compile the blocks of prior, decoder and upsamplers (torch.compile). The first
+                picture of each shape takes minutes longer.
+            cuda_graphs: on a GPU, record each denoising step once per run and replay it: for small
+                networks and few pictures.
+
+        Raises:
+            UserError: `compile` without a C++ compiler on a CPU.
+        """
+        accelerate_stages(self.stages, self.device, compile, cuda_graphs)
+        return self
 
     @property
     def stages(self) -> list[Stage]:

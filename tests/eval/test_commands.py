@@ -108,7 +108,11 @@ def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys, monkeypatch):
         (fid, ["--images", folder, "--reference", folder, "--features", "inception"], "inception-2015-12-05.pt"),
         (fid, ["--images", folder], "--reference"),
         (fid, ["--reference", folder], "--images"),
-        (fid, ["--images", folder, "--reference", folder, "--device", "cuda:99"], "There is no device cuda:99"),
+        (
+            fid,
+            ["--images", folder, "--reference", folder, "--device", "cuda:99"],
+            "There is no device cuda:99",
+        ),
         (clip_score, ["--images", folder, "--captions", captions], "There are 1 captions and 80 images"),
         (clip_score, ["--images", folder, "--captions", tmp_path / "none.txt"], "none.txt"),
         (clip_score, ["--images", folder, "--clip", "local-dir:/nowhere"], "/nowhere"),

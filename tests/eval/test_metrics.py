@@ -116,7 +116,8 @@ def test_two_ranks_give_the_figures_of_one_also_where_one_has_no_images(tmp_path
     def work() -> None:
         distributed.init_process_group("gloo")
         rank, size = distributed.get_rank(), distributed.get_world_size()
-        found = figures(lambda x: x[rank::size]), figures(lambda x: x if rank == size - 1 else x[:0])
+        last = rank == size - 1
+        found = figures(lambda x: x[rank::size]), figures(lambda x: x if last else x[:0])
         (tmp_path / f"{rank}.json").write_text(json.dumps(found))
         distributed.destroy_process_group()
 

@@ -129,6 +129,7 @@ def test_hyperparameters_rebuild_the_stage():
     assert again.sampling.steps == 7 and again.process.config.parametrization == "v"
 
 
+@pytest.mark.slow
 def test_it_overfits_eight_pictures():
     """Eight flat pictures of different colours, told apart by their embeddings alone: each must come back in its own colour."""
     stage = Decoder(

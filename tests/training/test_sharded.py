@@ -21,6 +21,7 @@ from unclip_pl.errors import UserError
 from unclip_pl.training.checkpoint import newest_checkpoint, read_checkpoint
 from unclip_pl.training.sharded import shard
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
