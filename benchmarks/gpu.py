@@ -37,7 +37,7 @@ from _sampling import measure as measure_sampling
 ROOT = HERE.parent
 TRAINED = ["diffusion_prior", "decoder", "upsampler_1024", "upsampler_256", "ar_prior"]
 """In the order of what is worth most."""
-TESTS = ["tests/test_device.py", "tests/test_gpu.py"]
+TESTS = ["tests/test_device.py", "tests/diffusion/test_cuda_graph.py", "tests/test_gpu.py"]
 LEAST = 5
 """Seconds below which nothing is begun."""
 
