@@ -55,8 +55,8 @@ class TransformerBlock(Block):
             the tokens (B, N or last, width); keys and values of all, (B, M + N, 2, heads,
             head_width).
         """
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        kv = torch.stack([k, v], dim=2)
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, kv = qkv[:, :, 0], qkv[:, :, 1:]
         if past is not None:
             kv = torch.cat([past, kv], dim=1)
         if last is not None:
