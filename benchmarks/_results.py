@@ -91,7 +91,7 @@ def save(line: dict[str, Any], folder: str | os.PathLike | None) -> Path | None:
     before = json.loads(_read(str(path)) or "{}")
     same = all(before.get(key) == setting.get(key) for key in SETTING)
     rounds = before.get("rounds", []) if same else []
-    this.setdefault("round", len(rounds))
+    this.setdefault("round", 1 + max((each["round"] for each in rounds), default=-1))
     rounds = [each for each in rounds if each["round"] != this["round"]]
     return write(path, setting | {"rounds": [*rounds, this]})
 

@@ -24,7 +24,7 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.errors import UserError
-from unclip_pl.networks.renamed import rename, upgrade_settings
+from unclip_pl.networks.renamed import rename
 from unclip_pl.precision import Precision, usable
 from unclip_pl.release import Release
 from unclip_pl.stages.ar_prior import ARPrior
@@ -59,7 +59,7 @@ def read_weights(path: str | os.PathLike) -> Release:
         raise UserError(f"{path} is no checkpoint of a stage of ours ({', '.join(missing)} missing): give a .ckpt of `lightning fit` or a release.")
     return Release(
         checkpoint["stage"],
-        upgrade_settings(checkpoint["hyper_parameters"]),
+        checkpoint["hyper_parameters"],
         checkpoint.get("clip_fingerprint"),
         rename(checkpoint["stage"], checkpoint["state_dict"]),
         checkpoint["global_step"],

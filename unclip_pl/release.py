@@ -19,7 +19,7 @@ from torch import Tensor
 from unclip_pl import __version__
 from unclip_pl.atomic import atomic_folder
 from unclip_pl.errors import UserError
-from unclip_pl.networks.renamed import rename, upgrade_settings
+from unclip_pl.networks.renamed import rename
 
 FORMAT = 2
 """1 had other names of parameters; it is renamed while it is read."""
@@ -76,7 +76,6 @@ def read(folder: str | os.PathLike) -> Release:
             raise UserError(f"The release {folder} has format {config['format']} and this version reads up to {FORMAT}: update unclip_pl.")
         if config["format"] < FORMAT:
             tensors = rename(config["stage"], tensors)
-            config["hyper_parameters"] = upgrade_settings(config["hyper_parameters"])
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         return Release(
             config["stage"],

@@ -8,8 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.networks.test_compilation import STAGES
 from unclip_pl import release
-from unclip_pl.networks.renamed import rename, upgrade_settings
+from unclip_pl.networks.renamed import rename
+from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.pipeline import load_stage
+from unclip_pl.stages.base import as_config
 from unclip_pl.stages.decoder import Decoder
 
 # a few of each stage, as version 0.1.0's first releases had them
@@ -63,13 +65,15 @@ def test_names_of_today_stay(name):
     assert list(rename(type(stage).__name__, state)) == list(state)
 
 
-def test_checkpointing_was_a_bool():
-    old = {"net": {"width": 8, "checkpointing": True}, "text": {"checkpointing": False}, "x": 1}
-    assert upgrade_settings(old) == {
-        "net": {"width": 8, "checkpointing": "full"},
-        "text": {"checkpointing": "none"},
-        "x": 1,
-    }
+@pytest.mark.parametrize(("old", "kind"), [(True, "full"), (False, "none")])
+def test_checkpointing_was_a_bool(old, kind):
+    assert as_config(UNetConfig, {"mults": [1, 2], "checkpointing": old}).checkpointing == kind
+
+
+def test_the_order_of_parameters_is_that_of_older_optimiser_states():
+    children = [name for name, _ in STAGES["decoder"]().net.named_children()]
+    first = ["time_embed", "clip_to_time", "clip_to_tokens", "conv_in"]
+    assert children == [*first, "down_blocks", "up_blocks", "middle_block", "norm_out", "conv_out"]
 
 
 def test_a_release_of_the_first_format_loads(tmp_path):

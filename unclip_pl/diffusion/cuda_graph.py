@@ -1,6 +1,7 @@
 """A predictor that a GPU runs as one CUDA graph instead of a thousand kernels started one by one.
 
-It pays where kernels finish sooner than Python can start them: small networks, few pictures.
+It pays where kernels finish sooner than Python can start them: small networks, few pictures, and
+more than a few steps, since the first two steps of each run take as long as without it.
 `torch.compile(mode="reduce-overhead")` records graphs too, one per compiled block; this wrapper
 records a whole denoising step, compiled or not.
 """
@@ -34,7 +35,8 @@ class CUDAGraphPredict:
             return self.predict(x, t)
         if not self.warm:  # also loads what cuDNN and cuBLAS need, which cannot be recorded
             self.warm = True
-            return self.predict(x, t)
+            with _autocast_without_cache():
+                return self.predict(x, t)
         if self.graph is None:
             self._record(x, t)
         elif (x.shape, x.dtype) != (self.x.shape, self.x.dtype):
@@ -49,12 +51,20 @@ class CUDAGraphPredict:
     def _record(self, x: Tensor, t: Tensor) -> None:
         self.x, self.t = x.clone(), t.clone()
         graph = torch.cuda.CUDAGraph()
-        dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-        # autocast's cache would keep weights that were cast inside of the recording
         with (
-            torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False),
+            _autocast_without_cache(),
             torch.cuda.device(x.device),
             torch.cuda.graph(graph, capture_error_mode="thread_local"),
         ):
             self.output = self.predict(self.x, self.t)
         self.graph = graph
+
+
+def _autocast_without_cache() -> torch.autocast:
+    """autocast as it is, but without its cache, which would keep weights cast in the recording.
+
+    The first step has it as well: compiled networks would be compiled again while they are
+    recorded if anything about autocast differed.
+    """
+    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    return torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)

@@ -8,7 +8,7 @@ A causal Transformer over caption, z_t, dot-product token and the codes of z_i:
 The prediction is K logits over the buckets. The paper's latent decoder has 384 positions, too few
 for 256 text tokens and 319 codes; its text says prefix, and so it is one here. Learned embeddings,
 not a mask, fill what a prefix lacks. A dropped text drops the dot product along with caption and
-z_t, because it tells of z_t too.
+z_t, because it reveals z_t too.
 """
 
 from collections.abc import Callable

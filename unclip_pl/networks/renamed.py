@@ -1,4 +1,4 @@
-"""Names of parameters and settings before version 0.1.0, so that older weights can be loaded."""
+"""Names of parameters before version 0.1.0, so that older weights can be loaded."""
 
 import re
 from typing import Any
@@ -56,14 +56,3 @@ def rename(stage: str, values: dict[str, Any]) -> dict[str, Any]:
             name = re.sub(pattern, replacement, name)
         renamed[name] = value
     return renamed
-
-
-def upgrade_settings(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
-    """Hyperparameters with the values of today: `checkpointing` was a bool."""
-    upgraded = {}
-    for name, setting in hyper_parameters.items():
-        value = setting
-        if isinstance(value, dict) and isinstance(value.get("checkpointing"), bool):
-            value = value | {"checkpointing": "full" if value["checkpointing"] else "none"}
-        upgraded[name] = value
-    return upgraded

@@ -105,7 +105,10 @@ class Transformer(nn.Module):
         Returns:
             (B, N or last, width).
         """
-        return self.extend(x, None, mask, last)[0]
+        for i, block in enumerate(self.blocks):
+            outputs = last if i == len(self.blocks) - 1 else None
+            x, _ = block(x, mask, None, outputs)  # keys and values are not kept
+        return self.norm(x)
 
     def extend(
         self, x: Tensor, past: Past | None, mask: Tensor | None = None, last: int | None = None

@@ -157,13 +157,6 @@ class UNet(nn.Module):
                 down.append(UNetBlock(res_block(out, out, resample="down")))
                 skips.append(out)
 
-        middle = None
-        if config.middle_attention:
-            middle = Attention(current, config.head_width, config.context_width)
-        self.middle_block = UNetBlock(
-            res_block(current, current), middle, res_block(current, current)
-        )
-
         up = []
         for level, out in reversed(list(enumerate(channels))):
             for i in range(config.depth + 1):
@@ -175,6 +168,14 @@ class UNet(nn.Module):
 
         self.down_blocks = nn.ModuleList(down)  # type: ignore[assignment]
         self.up_blocks = nn.ModuleList(up)  # type: ignore[assignment]
+        # Registered last: optimiser states in checkpoints follow the order of parameters.
+        deepest = channels[-1]
+        middle = None
+        if config.middle_attention:
+            middle = Attention(deepest, config.head_width, config.context_width)
+        self.middle_block = UNetBlock(
+            res_block(deepest, deepest), middle, res_block(deepest, deepest)
+        )
         self.norm_out = GroupNorm32(width)
         self.conv_out = zero_module(nn.Conv2d(width, config.out_channels * patch, 3, padding=1))
         apply_checkpointing(self, config.checkpointing)

@@ -53,10 +53,16 @@ def plain(value: Any) -> Any:
 
 
 def as_config(kind: type[Config], value: Config | dict) -> Config:
-    """The dataclass `kind` from an instance or from the plain dict that `plain` made of one; lists become tuples."""
+    """The dataclass `kind` from an instance or from the plain dict that `plain` made of one.
+
+    Lists become tuples, and `checkpointing` may be a bool, as it was before it had three kinds.
+    """
     if not isinstance(value, dict):
         return value
-    return kind(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
+    fields = {k: tuple(item) if isinstance(item, list) else item for k, item in value.items()}
+    if isinstance(fields.get("checkpointing"), bool):
+        fields["checkpointing"] = "full" if fields["checkpointing"] else "none"
+    return kind(**fields)
 
 
 def check_clip(data: Any, embed_dim: int, text: Any) -> None:

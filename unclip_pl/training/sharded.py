@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from unclip_pl.errors import UserError
 from unclip_pl.networks.layers import Block
+from unclip_pl.networks.renamed import rename
 from unclip_pl.training.checkpoint import read_checkpoint, unwritten
 from unclip_pl.training.distributed import mapped, write_folder
 
@@ -85,11 +86,11 @@ class ShardedStrategy(ModelParallelStrategy):
         parameters = self._parameters()
 
         def target(place: str, stored: TensorStorageMetadata) -> Tensor | None:
-            like = parameters.get(_owner(place))
+            like = parameters.get(self._owner(place))
             return None if like is None else torch.empty_like(like, dtype=stored.properties.dtype)
 
         def part(place: str, value: Any) -> Any:
-            like = parameters.get(_owner(place)) if isinstance(value, Tensor) and not isinstance(value, DTensor) else None
+            like = parameters.get(self._owner(place)) if isinstance(value, Tensor) and not isinstance(value, DTensor) else None
             if like is None or value.shape != like.shape:
                 return value
             own = distribute_tensor(value.to(like.device).contiguous(), like.device_mesh, like.placements, src_data_rank=None)
@@ -112,10 +113,12 @@ class ShardedStrategy(ModelParallelStrategy):
             found |= {f"optimizer/{i}/{k}": parameter for k, parameter in enumerate(of_optimizer)}
         return {owner: parameter for owner, parameter in found.items() if isinstance(parameter, DTensor)}
 
-
-def _owner(place: str) -> str:
-    """Whose weight, average or optimiser state stands at `place` of a checkpoint."""
-    part, *names = place.split("/")
-    if part in ("state_dict", "current_model_state"):
-        return f"weight/{names[0]}"
-    return f"optimizer/{names[0]}/{names[2]}" if part == "optimizer_states" and names[1] == "state" else ""
+    def _owner(self, place: str) -> str:
+        """Whose weight, average or optimiser state stands at `place` of a checkpoint."""
+        part, *names = place.split("/")
+        if part in ("state_dict", "current_model_state"):
+            stage: Any = self.lightning_module
+            (name,) = rename(stage.stage_name, {names[0]: None})
+            return f"weight/{name}"
+        is_state = part == "optimizer_states" and names[1] == "state"
+        return f"optimizer/{names[0]}/{names[2]}" if is_state else ""
