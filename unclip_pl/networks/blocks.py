@@ -108,6 +108,7 @@ class UNetBlock(Block):
     """What one skip connection leads to: a ResBlock, attention if any, a second ResBlock if any."""
 
     fsdp_methods = ("project_context",)
+    compile_dynamic = False
 
     def __init__(
         self, res1: ResBlock, attention: Attention | None = None, res2: ResBlock | None = None

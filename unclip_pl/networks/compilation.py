@@ -2,7 +2,7 @@
 
 Each block is compiled in place by `nn.Module.compile`, so that names in checkpoints do not change.
 Blocks of the same shape share the compiled code; the first call of each shape takes seconds to
-minutes.
+minutes. Transformer blocks are compiled for changing lengths, U-Net blocks for each shape.
 """
 
 import torch
@@ -36,7 +36,7 @@ def compile_blocks(
         require_cpp_compiler()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
     for block in blocks:
-        block.compile(backend=backend)
+        block.compile(backend=backend, dynamic=block.compile_dynamic)
     return len(blocks)
 
 

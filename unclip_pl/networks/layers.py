@@ -22,6 +22,8 @@ class Block(nn.Module):
 
     fsdp_methods: tuple[str, ...] = ()
     """Methods other than `forward` that use the block's weights and are called from outside."""
+    compile_dynamic: bool | None = None
+    """`dynamic` of torch.compile. False: compiled for each shape, for blocks that differ in size."""
 
 
 class LayerNorm32(nn.LayerNorm):
