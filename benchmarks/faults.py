@@ -1,7 +1,7 @@
 """What each fault costs a run on a real Slurm of two nodes: steps done twice, samples lost, time to
 resume. It prints Markdown, then whether all ended alike. From the checkout's root:
 
-    PYTHONPATH=. python benchmarks/faults.py --local-slurm PATH/local-slurm --out /tmp/faults
+    PYTHONPATH=. python benchmarks/faults.py --local-slurm PATH/local-slurm --out faults
 
 One run of a small decoder, 2 nodes x `--ranks`, each with a loader's worker, goes through every
 fault one after the other; another is left in peace. `local-slurm` runs two nodes on one machine and

@@ -1,5 +1,5 @@
 """How near an upsampler comes to held-out images, next to bicubic enlargement: whole images, from
-their antialiased reduction (not spoiled), by its own sampler.
+their antialiased reduction (not degraded), by its own sampler.
 
     python benchmarks/upsampler_quality.py 256          that of the package, 64 held-out drawings
     python benchmarks/upsampler_quality.py 1024 --count 12 --picture upsampler.png
