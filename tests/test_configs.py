@@ -276,7 +276,7 @@ def test_files_merge_and_flags_win():
     cli = build("-c", "stages/decoder.yaml", *flags)
     optimizer = cli.model.optimizer_config
     assert optimizer.lr == 5e-4 and optimizer.warmup_steps == 100
-    assert cli.model.net_config.width == 96 and decay(cli) == 0.5
+    assert cli.model.net_config.width == 64 and decay(cli) == 0.5
 
 
 @pytest.mark.parametrize(

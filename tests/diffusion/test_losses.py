@@ -133,6 +133,35 @@ def test_a_fixed_variance_leaves_the_simple_loss(variance):
     assert torch.equal(simple(output, x0, process.diffuse(x0, t, noise), t, noise, process).loss, ours.loss)
 
 
+@pytest.mark.parametrize("parametrization", ["x0", "v"])
+def test_max_snr_weights_the_error_in_x0_whatever_is_predicted(parametrization):
+    process = Process(
+        DiffusionConfig(parametrization=parametrization, variance="fixed_small", max_snr=20.0)
+    )
+    x0, noise, output = torch.randn(5, 8), torch.randn(5, 8), torch.randn(5, 8)
+    t = torch.tensor([0, 50, 300, 700, 999])
+    x_t = process.diffuse(x0, t, noise)
+    abar = process.schedule.alphas_cumprod[t]
+    weight = (abar / (1 - abar)).clamp(max=20) + 1
+    error = (process.to_x0(output, x_t, t) - x0).square().mean(1)
+    found = simple(output, x0, x_t, t, noise, process)
+    torch.testing.assert_close(found.loss, (weight * error).float(), rtol=2e-4, atol=1e-6)
+    assert weight[0] == 21 and float(weight[-1]) == pytest.approx(1, abs=1e-3)
+
+
+def test_max_snr_without_a_limit_is_the_loss_of_v():
+    plain = Process(DiffusionConfig(parametrization="v"))
+    assert torch.equal(plain.loss_weights, torch.ones(1000))
+    held = Process(DiffusionConfig(parametrization="v", max_snr=1e9))
+    torch.testing.assert_close(held.loss_weights, plain.loss_weights, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [{"max_snr": 0.0}, {"parametrization": "eps", "max_snr": 5.0}])
+def test_a_max_snr_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match="max_snr"):
+        DiffusionConfig(**wrong)
+
+
 EXTREMES = [0.0, 1.0, -1.0, 1e2, -1e4, 1e10, 3e38, -3e38, float("inf"), float("-inf")]
 
 

@@ -1,5 +1,7 @@
 """Captions as context: dropping, masks, padding, gradients in every case."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,7 +9,9 @@ from unclip_pl.networks.text import TextConfig, TextContext, caption_mask
 from unclip_pl.networks.transformer import Transformer, TransformerBlock
 
 STATES = TextConfig(kind="states", states_width=10)
-TRANSFORMER = TextConfig(kind="transformer", vocab_size=50, context_length=8, width=32, depth=2, heads=4)
+TRANSFORMER = TextConfig(
+    kind="transformer", vocab_size=50, context_length=8, width=32, depth=2, heads=4
+)
 WIDTHS = {"context_width": 16, "pooled_width": 32, "embed_dim": 6}
 YES, NO = torch.tensor([True, True]), torch.tensor([False, False])
 MIXED = torch.tensor([True, False])
@@ -23,12 +27,21 @@ def captions(length: int = 6) -> dict:
     tokens = torch.zeros(2, length, dtype=torch.int64)
     tokens[0, :4] = torch.tensor([48, 3, 5, 49])
     tokens[1, :3] = torch.tensor([48, 7, 49])
-    return {"tokens": tokens, "mask": caption_mask(tokens), "text_embed": torch.randn(2, 6), "states": torch.randn(2, length, 10)}
+    return {
+        "tokens": tokens,
+        "mask": caption_mask(tokens),
+        "text_embed": torch.randn(2, 6),
+        "states": torch.randn(2, length, 10),
+    }
 
 
 def other(given: dict) -> dict:
     """Other captions of the same lengths."""
-    return given | {"tokens": (given["tokens"] + 11) % 48, "text_embed": given["text_embed"] + 1, "states": given["states"] - 1}
+    return given | {
+        "tokens": (given["tokens"] + 11) % 48,
+        "text_embed": given["text_embed"] + 1,
+        "states": given["states"] - 1,
+    }
 
 
 @pytest.mark.parametrize("config", [STATES, TRANSFORMER], ids=["states", "transformer"])
@@ -88,11 +101,15 @@ def test_hidden_tokens_have_no_influence():
     given = captions()
     transformer = TextContext(TRANSFORMER, **WIDTHS).eval()
     noisy = torch.where(given["mask"], given["tokens"], 33)
-    assert torch.equal(transformer(**given).context, transformer(**(given | {"tokens": noisy})).context)
+    assert torch.equal(
+        transformer(**given).context, transformer(**(given | {"tokens": noisy})).context
+    )
     states = TextContext(STATES, **WIDTHS).eval()
     noisy = torch.where(given["mask"][..., None], given["states"], 9.0)
     a, b = states(**given), states(**(given | {"states": noisy}))
-    assert torch.equal(a.context[a.mask], b.context[b.mask]) and torch.equal(a.mask, given["mask"][:, :4])
+    assert torch.equal(a.context[a.mask], b.context[b.mask]) and torch.equal(
+        a.mask, given["mask"][:, :4]
+    )
 
 
 def test_mask_is_found_from_the_tokens():
@@ -149,6 +166,8 @@ def test_none_gives_nothing():
     [
         ({"kind": "rnn"}, 'kind "rnn"'),
         ({"kind": "states"}, "states_width"),
+        ({"kind": "states", "states_width": 4, "null": "zeros"}, '"learned" or "empty"'),
+        ({"kind": "none", "null": "empty"}, 'kind "states" only'),
         ({"kind": "transformer", "width": 30, "heads": 4}, "heads 4"),
     ],
 )
@@ -160,3 +179,30 @@ def test_impossible_configs_are_refused(arguments, words):
 def test_caption_without_a_context_to_go_into_is_refused():
     with pytest.raises(ValueError, match="set context_width of the U-Net"):
         TextContext(STATES)
+
+
+def test_without_pooled_the_text_embedding_reaches_nothing():
+    text = TextContext(dataclasses.replace(STATES, pooled=False), **WIDTHS).eval()
+    given = captions()
+    a, b = text(**given), text(**given | {"text_embed": given["text_embed"] + 1})
+    assert a.pooled is None and torch.equal(a.context, b.context)
+    text.train()
+    assert text(**given | {"text_embed": None}).context.requires_grad  # nor is it asked for
+
+
+def test_an_empty_null_is_what_the_empty_caption_gives():
+    config = dataclasses.replace(STATES, null="empty")
+    text = TextContext(config, **WIDTHS).eval()
+    states, embed = torch.randn(2, 10), torch.randn(6)
+    text.set_null(states, embed)
+    empty = text(tokens=torch.tensor([[48, 49]]), states=states[None], text_embed=embed[None])
+    dropped = text(**captions(), keep=NO)
+    torch.testing.assert_close(dropped.context[:1], empty.context)
+    torch.testing.assert_close(dropped.pooled[:1], empty.pooled)
+    assert (
+        not {"encoder.null_states", "encoder.null_text_embed"}
+        & dict(text.named_parameters()).keys()
+    )
+    assert "encoder.null_states" in text.state_dict()
+    with pytest.raises(ValueError, match="null: empty"):
+        TextContext(STATES, **WIDTHS).set_null(states, embed)

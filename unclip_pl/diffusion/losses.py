@@ -13,27 +13,40 @@ GAP_BOUND = 1e3  # means further apart than this count as this far: keeps the KL
 
 
 class Losses(NamedTuple):
-    """`loss` (B,): what to minimise; `mse` (B,): its L_simple part; `vb` (B,): the term of L_vlb at t in bits per dimension, or None."""
+    """What a loss gives for each sample, (B,) each.
+
+    `loss`: what to minimise; `mse`: the squared error of the output, not weighted; `vb`: the term
+    of L_vlb at t in bits per dimension, or None.
+    """
 
     loss: Tensor
     mse: Tensor
     vb: Tensor | None
 
 
-def simple(output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor, process: Process) -> Losses:
-    """Mean squared error of the network's raw output (B, C or 2C, ...) against `process.target`; variance channels are left out.
+def simple(
+    output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor, process: Process
+) -> Losses:
+    """Squared error of the network's raw output (B, C or 2C, ...) against `process.target`, weighted
+    by `process.loss_weights`; variance channels are left out.
 
     x0, x_t, noise (B, C, ...), t int64 (B,). ValueError where the output has other channels than the process needs.
     """
     predicted, _ = process.split(output, x_t)
     mse = _mean(_error(predicted, x0, t, noise, process).square())
-    return Losses(mse, mse, None)
+    return Losses(process.loss_weights[t] * mse, mse, None)
 
 
 def hybrid(
-    output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor, process: Process, vlb_weight: float = 0.001
+    output: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    process: Process,
+    vlb_weight: float = 0.001,
 ) -> Losses:
-    """mse + vlb_weight * T * vb: the one t that was drawn stands for the T terms of L_vlb; `simple` where the variance is fixed.
+    """weighted mse + vlb_weight * T * vb: the one t that was drawn stands for the T terms of L_vlb; `simple` where the variance is fixed.
 
     Only the variance learns from vb (the mean is detached). x0 (B, C, ...) in [-1, 1]: the term of t = 0 counts 256 grey levels.
     Never NaN for a finite or infinite output: v is held within VARIANCE_BOUND, the distance of the means within GAP_BOUND.
@@ -43,29 +56,41 @@ def hybrid(
     predicted, v = process.split(output, x_t)
     mse = _mean(_error(predicted, x0, t, noise, process).square())
     vb = _vlb_term(predicted.detach(), v, x0.float(), x_t.float(), t, process)
-    return Losses(mse + vlb_weight * process.config.timesteps * vb, mse, vb)
+    loss = process.loss_weights[t] * mse + vlb_weight * process.config.timesteps * vb
+    return Losses(loss, mse, vb)
 
 
 def _error(predicted: Tensor, x0: Tensor, t: Tensor, noise: Tensor, process: Process) -> Tensor:
     return predicted - process.target(x0.float(), t, noise.float())
 
 
-def _vlb_term(predicted: Tensor, v: Tensor | None, x0: Tensor, x_t: Tensor, t: Tensor, process: Process) -> Tensor:
+def _vlb_term(
+    predicted: Tensor, v: Tensor | None, x0: Tensor, x_t: Tensor, t: Tensor, process: Process
+) -> Tensor:
     """(B,) bits per dimension: KL(q(x_{t-1} | x_t, x_0) || p) for t > 0, -log p(x_0 | x_1) for t = 0.
 
     Both means have the same share of x_t, so they differ by weight_x0 (x0_hat - x0).
     """
     column = (-1,) + (1,) * (x_t.ndim - 1)
-    weight_x0, true_log_var = process.posterior_weights[t, 0].view(column), process.log_variances[t, 0].view(column)
+    weight_x0, true_log_var = (
+        process.posterior_weights[t, 0].view(column),
+        process.log_variances[t, 0].view(column),
+    )
     gap = (weight_x0 * (process.to_x0(predicted, x_t, t) - x0)).clamp(-GAP_BOUND, GAP_BOUND)
     log_var = process.log_variance(v, t, x_t.ndim)
-    nats = torch.where(t.view(column) == 0, discretised_nll(x0, x0 + gap, log_var), gaussian_kl(gap, true_log_var, log_var))
+    nats = torch.where(
+        t.view(column) == 0,
+        discretised_nll(x0, x0 + gap, log_var),
+        gaussian_kl(gap, true_log_var, log_var),
+    )
     return _mean(nats) / math.log(2)
 
 
 def gaussian_kl(gap: Tensor, log_var1: Tensor, log_var2: Tensor) -> Tensor:
     """KL(N(m1, e^log_var1) || N(m2, e^log_var2)) in nats, elementwise, for gap = m2 - m1."""
-    return 0.5 * (-1 + log_var2 - log_var1 + (log_var1 - log_var2).exp() + gap.square() * (-log_var2).exp())
+    return 0.5 * (
+        -1 + log_var2 - log_var1 + (log_var1 - log_var2).exp() + gap.square() * (-log_var2).exp()
+    )
 
 
 def discretised_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:

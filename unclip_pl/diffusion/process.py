@@ -66,6 +66,10 @@ class DiffusionConfig:
     """What the network predicts: eps (the noise), x0 (the clean sample) or v (alpha eps - sigma x0)."""
     variance: str = "learned_range"
     """Variance of a reverse step: learned_range (C more channels), fixed_small (btilde) or fixed_large (beta)."""
+    max_snr: float | None = None
+    """Weight of the squared error in x_0: min(SNR, max_snr) + 1 with SNR = abar / (1 - abar), which is
+    the weight that v gives it, but held where little noise is left. None: the output's own error
+    with weight 1 (L_simple)."""
 
     def __post_init__(self) -> None:
         for field, choices in (("schedule", SCHEDULES), ("parametrization", PARAMETRIZATIONS), ("variance", VARIANCES)):
@@ -73,6 +77,13 @@ class DiffusionConfig:
                 raise ValueError(f"diffusion {field} {getattr(self, field)!r} does not exist: choose one of {', '.join(choices)}")
         if self.timesteps < 2:
             raise ValueError(f"diffusion timesteps must be at least 2: got {self.timesteps}")
+        if self.max_snr is not None and not 0 < self.max_snr < float("inf"):
+            raise ValueError(f"diffusion max_snr must be above 0, or null: got {self.max_snr}")
+        if self.max_snr is not None and self.parametrization == "eps":
+            raise ValueError(
+                "diffusion max_snr weights the error in x0, which parametrization eps cannot do at "
+                "much noise: use parametrization x0 or v, or max_snr null."
+            )
 
 
 class Process(nn.Module):
@@ -88,6 +99,8 @@ class Process(nn.Module):
     eps_of_x0_weights: Tensor
     posterior_weights: Tensor
     log_variances: Tensor
+    loss_weights: Tensor
+    """(T,): what the squared error of the network's output at t counts in the loss."""
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
@@ -103,6 +116,7 @@ class Process(nn.Module):
             "eps_of_x0_weights": _pair(_x0(alpha, sigma).eps),
             "posterior_weights": _pair((self.schedule.posterior_x0_weight, self.schedule.posterior_xt_weight)),
             "log_variances": _pair((self.schedule.posterior_log_variance, self.schedule.betas.log())),
+            "loss_weights": self._loss_weights(meaning).float(),
         }
         for name, table in self._tables.items():
             self.register_buffer(name, table, persistent=False)
@@ -112,6 +126,14 @@ class Process(nn.Module):
         for name, table in self._tables.items():
             setattr(self, name, table.to(getattr(self, name).device))
         return self
+
+    def _loss_weights(self, meaning: Meaning) -> Tensor:
+        """(T,) float64; the error in x_0 is that of the output times `meaning.x0[1]`."""
+        alphas_cumprod = self.schedule.alphas_cumprod
+        if self.config.max_snr is None:
+            return torch.ones_like(alphas_cumprod)
+        snr = alphas_cumprod / (1 - alphas_cumprod)
+        return (snr.clamp(max=self.config.max_snr) + 1) * meaning.x0[1].square()
 
     def out_channels(self, c: int) -> int:
         """Channels that a network must give for samples of `c` channels: 2c with a learned variance."""

@@ -31,6 +31,13 @@ class TextConfig:
     width: int = 512
     depth: int = 6
     heads: int = 8
+    pooled: bool = True
+    """Also add one vector of the caption to the timestep embedding: of CLIP's text embedding for
+    "states" (Karlo), of the last token for "transformer" (GLIDE). False: the caption comes in by
+    attention only, so that with "states" CLIP's text embedding never reaches the network."""
+    null: Literal["learned", "empty"] = "learned"
+    """states: what stands for a dropped caption, learned vectors or CLIP's own for the empty
+    caption (Karlo). "transformer" always encodes padding only (GLIDE)."""
     checkpointing: Checkpointing = "none"
     """transformer: activations computed again in the backward pass ("selective" or "full")."""
 
@@ -40,6 +47,15 @@ class TextConfig:
             raise ValueError(
                 f'TextConfig does not know the kind "{self.kind}": use "states", "transformer" or '
                 '"none".'
+            )
+        if self.null not in ("learned", "empty"):
+            raise ValueError(
+                f'TextConfig.null is "{self.null}": use "learned" or "empty" (the empty caption).'
+            )
+        if self.null == "empty" and self.kind != "states":
+            raise ValueError(
+                'TextConfig.null "empty" is for kind "states" only: leave it "learned" for kind '
+                f'"{self.kind}".'
             )
         if self.kind == "states" and self.states_width < 1:
             raise ValueError(
@@ -95,9 +111,12 @@ def trim_padding(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]
 class StatesText(nn.Module):
     """CLIP's token states -> Linear -> LayerNorm, and Linear of its text embedding (Karlo).
 
-    A dropped caption is two learned states and a learned embedding instead of CLIP's for the empty
-    caption (SOT, EOT): set them to those and it is Karlo's.
+    A dropped caption is two states and an embedding: learned, or CLIP's for the empty caption
+    (SOT, EOT), which `set_null` stores.
     """
+
+    null_states: Tensor
+    null_text_embed: Tensor | None
 
     def __init__(
         self, config: TextConfig, context_width: int, pooled_width: int, embed_dim: int
@@ -105,9 +124,17 @@ class StatesText(nn.Module):
         super().__init__()
         self.proj = nn.Linear(config.states_width, context_width)
         self.norm = nn.LayerNorm(context_width)
-        self.null_states = nn.Parameter(torch.randn(2, config.states_width))
+        kind = nn.Parameter if config.null == "learned" else nn.Buffer
+        self.null_states = kind(torch.randn(2, config.states_width))
         self.pooled_proj = nn.Linear(embed_dim, pooled_width) if pooled_width else None
-        self.null_text_embed = nn.Parameter(torch.randn(embed_dim)) if pooled_width else None
+        self.null_text_embed = kind(torch.randn(embed_dim)) if pooled_width else None
+
+    @torch.no_grad()
+    def set_null(self, states: Tensor, text_embed: Tensor) -> None:
+        """Store CLIP's states (2, states_width) and embedding (D,) of the empty caption."""
+        self.null_states.copy_(states)
+        if self.null_text_embed is not None:
+            self.null_text_embed.copy_(text_embed)
 
     def forward(
         self,
@@ -222,6 +249,7 @@ class TextContext(nn.Module):
                 f'Text of kind "{config.kind}" needs a context to go into: set context_width of '
                 "the U-Net."
             )
+        pooled_width = pooled_width if config.pooled else 0
         self.config, self.pooled_width = config, pooled_width
         kinds = {"states": StatesText, "transformer": TransformerText}
         self.encoder = (
@@ -229,6 +257,12 @@ class TextContext(nn.Module):
             if config.kind != "none"
             else None
         )
+
+    def set_null(self, states: Tensor, text_embed: Tensor) -> None:
+        """Store what stands for a dropped caption with `null: empty`; see `StatesText.set_null`."""
+        if not isinstance(self.encoder, StatesText) or self.config.null != "empty":
+            raise ValueError("Only text of kind states with null: empty stores the empty caption.")
+        self.encoder.set_null(states, text_embed)
 
     def forward(
         self,

@@ -22,6 +22,7 @@ from unclip_pl.diffusion.process import Predict
 from unclip_pl.errors import UserError
 from unclip_pl.networks.compilation import compile_blocks
 from unclip_pl.networks.renamed import rename
+from unclip_pl.training.muon import Muon, hidden_weights
 from unclip_pl.training.sharded import shard
 
 Config = TypeVar("Config")
@@ -29,9 +30,16 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, with the learning rate's course and gradient clipping. `betas`, `eps`, `weight_decay` as in Table 3 of the paper."""
+    """The optimizer, with the learning rate's course and gradient clipping.
 
+    `betas`, `eps`, `weight_decay` of AdamW as in Table 3 of the paper.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """"muon": the kernels and matrices of the blocks by Muon, all else by AdamW."""
     lr: float = 1e-4
+    muon_lr: float = 0.02
+    """muon: learning rate of the weights that Muon trains."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -41,6 +49,10 @@ class OptimizerConfig:
     """After the warm-up: constant, or a half cosine down to 0 at `trainer.max_steps`."""
     clip_norm: float = 1.0
     """Largest norm of all gradients together."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f'There is no optimizer "{self.name}": choose "adamw" or "muon".')
 
 
 def plain(value: Any) -> Any:
@@ -165,12 +177,29 @@ class Stage(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         config = self.optimizer_config
-        decayed = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
-        plain_ones = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
-        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain_ones, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True,
+        muon = config.name == "muon"
+        hidden = hidden_weights(self) if muon else []
+        known = {id(p) for p in hidden}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in rest if p.ndim > 1]},
+            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": hidden, "muon": True, "lr": config.muon_lr},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if muon and any(isinstance(p, DTensor) for p in self.parameters()):
+            raise UserError(
+                "optimizer.name muon needs whole weights, and this run shards them: train with "
+                "lightning_config/ddp.yaml, or with optimizer.name adamw."
+            )
+        settings: dict[str, Any] = {
+            "lr": config.lr,
+            "betas": config.betas,
+            "eps": config.eps,
+            "weight_decay": config.weight_decay,
+        }
+        optimizer: torch.optim.Optimizer = (
+            Muon(groups, **settings) if muon else torch.optim.AdamW(groups, fused=True, **settings)
         )
         optimizer.register_load_state_dict_post_hook(follow_layout)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)

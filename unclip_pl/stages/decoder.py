@@ -47,13 +47,19 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
-            raise ValueError(f'There is no sampler "{self.sampler}" for the decoder: choose one of {", ".join(SAMPLERS)}.')
+            raise ValueError(
+                f'There is no sampler "{self.sampler}" for the decoder: choose one of {", ".join(SAMPLERS)}.'
+            )
         if self.steps < 1:
             raise ValueError(f"The decoder cannot draw in {self.steps} steps: ask for 1 or more.")
         if not 0 <= self.guidance_scale < float("inf"):
-            raise ValueError(f"The decoder's guidance_scale is {self.guidance_scale}: give 1 (none) or more, or 0 for the null branch alone.")
+            raise ValueError(
+                f"The decoder's guidance_scale is {self.guidance_scale}: give 1 (none) or more, or 0 for the null branch alone."
+            )
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta of the decoder's sampler is {self.eta}: give 0 (deterministic) to 1 (as much noise as DDPM).")
+            raise ValueError(
+                f"eta of the decoder's sampler is {self.eta}: give 0 (deterministic) to 1 (as much noise as DDPM)."
+            )
 
 
 class Decoder(Stage):
@@ -82,18 +88,34 @@ class Decoder(Stage):
     ) -> None:
         super().__init__()
         if condition not in ("image", "text"):
-            raise ValueError(f'The decoder knows no condition "{condition}": choose "image" or "text".')
+            raise ValueError(
+                f'The decoder knows no condition "{condition}": choose "image" or "text".'
+            )
         self.condition = condition
         self.remember(
-            optimizer, net=net, text=text, diffusion=diffusion, dropout=dropout, sampling=sampling, normalizer=normalizer, condition=condition
+            optimizer,
+            net=net,
+            text=text,
+            diffusion=diffusion,
+            dropout=dropout,
+            sampling=sampling,
+            normalizer=normalizer,
+            condition=condition,
         )
         self.net_config, self.text_config = as_config(UNetConfig, net), as_config(TextConfig, text)
-        self.dropout, self.sampling = as_config(DropoutConfig, dropout), as_config(SamplingConfig, sampling)
+        self.dropout, self.sampling = (
+            as_config(DropoutConfig, dropout),
+            as_config(SamplingConfig, sampling),
+        )
         self.process = Process(as_config(DiffusionConfig, diffusion))
-        self.process.schedule.respaced(self.sampling.steps)  # refuses what cannot be drawn before training rather than after
+        self.process.schedule.respaced(
+            self.sampling.steps
+        )  # refuses what cannot be drawn before training rather than after
         self.normalizer = EmbeddingNormalizer(self.net_config.embed_dim, normalizer)
         width = self.net_config.width
-        self.text = TextContext(self.text_config, self.net_config.context_width, 4 * width, self.net_config.embed_dim)
+        self.text = TextContext(
+            self.text_config, self.net_config.context_width, 4 * width, self.net_config.embed_dim
+        )
         self.net = UNet(self.net_config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.net_config.out_channels != self.process.out_channels(3):
             raise ValueError(
@@ -101,36 +123,77 @@ class Decoder(Stage):
                 f"{self.process.out_channels(3)}: set it to that."
             )
         learned = self.dropout.null_embed == "learned"
-        null = torch.randn(self.net_config.embed_dim) * 0.5375 if learned else torch.zeros(self.net_config.embed_dim)
+        null = (
+            torch.randn(self.net_config.embed_dim) * 0.5375
+            if learned
+            else torch.zeros(self.net_config.embed_dim)
+        )
         self.null_embed = nn.Parameter(null) if learned else nn.Buffer(null)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and self.text_config.null == "empty" and hasattr(data, "clip"):
+            features = data.clip.embed_text(data.clip.tokenize([""]))
+            self.text.set_null(features.states[0, :2], features.embed[0])
 
     def check_data(self, data: Any) -> None:
         check_clip(data, self.net_config.embed_dim, self.text_config)
         if data.image_size != self.net_config.image_size:
-            raise UserError(f"data.image_size is {data.image_size} and model.net.image_size {self.net_config.image_size}: make them equal.")
+            raise UserError(
+                f"data.image_size is {data.image_size} and model.net.image_size {self.net_config.image_size}: make them equal."
+            )
 
-    def conditions(self, batch: dict, size: int, keep_embed: Tensor, keep_text: Tensor) -> dict[str, Tensor | None]:
+    def conditions(
+        self, batch: dict, size: int, keep_embed: Tensor, keep_text: Tensor
+    ) -> dict[str, Tensor | None]:
         """The U-Net's conditions for `size` samples; where `keep_*` (B,) is False, or the batch has no such entry, the null stands."""
         embed = batch["embed"] if "embed" in batch else batch.get(f"{self.condition}_embed")
         null = self.null_embed.expand(size, -1)
-        embed = null if embed is None else torch.where(keep_embed[:, None], self.normalizer.normalize(embed), null)
-        context = self.text(batch.get("tokens"), batch.get("text_mask"), batch.get("text_embed"), batch.get("text_states"), keep=keep_text)
-        return {"embed": embed, "context": context.context, "context_mask": context.mask, "pooled": context.pooled}
+        embed = (
+            null
+            if embed is None
+            else torch.where(keep_embed[:, None], self.normalizer.normalize(embed), null)
+        )
+        context = self.text(
+            batch.get("tokens"),
+            batch.get("text_mask"),
+            batch.get("text_embed"),
+            batch.get("text_states"),
+            keep=keep_text,
+        )
+        return {
+            "embed": embed,
+            "context": context.context,
+            "context_mask": context.mask,
+            "pooled": context.pooled,
+        }
 
     def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         size, device = len(image), image.device
         where = generator.device if generator else device
-        t = torch.randint(self.process.config.timesteps, (size,), generator=generator, device=where).to(device)
+        t = torch.randint(
+            self.process.config.timesteps, (size,), generator=generator, device=where
+        ).to(device)
         noise = torch.randn(image.shape, generator=generator, device=where).to(device)
         keep = torch.rand(2, size, generator=generator, device=where).to(device)
-        conditions = self.conditions(batch, size, keep[0] >= self.dropout.embed, keep[1] >= self.dropout.text)
+        conditions = self.conditions(
+            batch, size, keep[0] >= self.dropout.embed, keep[1] >= self.dropout.text
+        )
         x_t = self.process.diffuse(image, t, noise)
         losses = hybrid(self.net(x_t, t, **conditions), image, x_t, t, noise, self.process)
-        scalars = {"loss": losses.loss, "mse": losses.mse} | ({} if losses.vb is None else {"vb": losses.vb})
-        return {name: value.mean() for name, value in scalars.items()} | {"t": t, "per_sample": losses.mse}
+        scalars = {"loss": losses.loss, "mse": losses.mse} | (
+            {} if losses.vb is None else {"vb": losses.vb}
+        )
+        return {name: value.mean() for name, value in scalars.items()} | {
+            "t": t,
+            "per_sample": losses.mse,
+        }
 
-    def predictor(self, batch: dict, size: int, schedule: Schedule, settings: SamplingConfig) -> Predict:
+    def predictor(
+        self, batch: dict, size: int, schedule: Schedule, settings: SamplingConfig
+    ) -> Predict:
         """predict(x, t) for the conditions in `batch` (see `sample`) of `size` images, guided and thresholded, for a sampler that walks `schedule`."""
         use_guidance = settings.guidance_scale != 1
         keep = torch.ones(size, dtype=torch.bool, device=self.device)
@@ -148,7 +211,14 @@ class Decoder(Stage):
         return self.with_cuda_graph(thresholded(predict, self.process, settings.threshold))
 
     @torch.no_grad()
-    def sample(self, batch: dict, noise: Noise, sampling: SamplingConfig | None = None, callback: Any = None, x_T: Tensor | None = None) -> Tensor:
+    def sample(
+        self,
+        batch: dict,
+        noise: Noise,
+        sampling: SamplingConfig | None = None,
+        callback: Any = None,
+        x_T: Tensor | None = None,
+    ) -> Tensor:
         """Draw images for the conditions in `batch`.
 
         Args:
@@ -166,7 +236,9 @@ class Decoder(Stage):
         schedule = self.process.schedule.respaced(settings.steps)
         x = noise(self.shape, self.device) if x_T is None else x_T.to(self.device)
         predict = self.predictor(batch, len(noise), schedule, settings)
-        return SAMPLERS[settings.sampler](predict, x, schedule, noise=noise, eta=settings.eta, callback=callback)
+        return SAMPLERS[settings.sampler](
+            predict, x, schedule, noise=noise, eta=settings.eta, callback=callback
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
