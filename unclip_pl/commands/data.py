@@ -11,6 +11,7 @@ def add(command: Command) -> None:
     """The commands, under `unclip data`."""
     openmoji = command("openmoji", run_openmoji, "Draw the OpenMoji data set as tar shards (CC BY-SA 4.0, openmoji.org).")
     openmoji.add_argument("--image-size", type=int, default=64, help="pixels a side")
+    openmoji.add_argument("--line", action="store_true", help="their black lines only: the data set openmoji-line")
     openmoji.add_argument("--cache", type=Path, help="folder; by default $UNCLIP_CACHE or ~/.cache/unclip_pl")
     verify = command("verify", run_verify, "Read an embedding store back and name every missing, doubled, non-finite or stale row.")
     verify.add_argument("store", type=Path, help="the store's folder")
@@ -33,7 +34,8 @@ def add(command: Command) -> None:
 def run_openmoji(arguments: argparse.Namespace) -> None:
     from unclip_pl.data.openmoji import openmoji_shards
 
-    print(openmoji_shards(arguments.image_size, arguments.cache))
+    name = "openmoji-line" if arguments.line else "openmoji"
+    print(openmoji_shards(arguments.image_size, arguments.cache, name=name))
 
 
 def run_verify(arguments: argparse.Namespace) -> None:

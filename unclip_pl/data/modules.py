@@ -1,6 +1,6 @@
 """The DataModules: images with their embeddings, images with captions, and the shards of an embedding job.
 
-`train` and `val` are "openmoji" (drawn on demand) or shards as `data.shards.expand` takes them; `val: null` is no validation.
+`train` and `val` are "openmoji" or "openmoji-line" (drawn on demand) or shards as `data.shards.expand` takes them; `val: null` is no validation.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from unclip_pl.clip import EMBEDDED, CLIPConfig, FrozenCLIP, require_same
 from unclip_pl.data.captions import augment_caption
 from unclip_pl.data.embeddings import EmbeddingStore, Statistics, describe
 from unclip_pl.data.loader import LoaderConfig, Prepare, Samples, SamplesInOrder, TrainLoader, ValidationLoader, steps_of_epoch
-from unclip_pl.data.openmoji import openmoji_shards
+from unclip_pl.data.openmoji import STYLES, openmoji_shards
 from unclip_pl.data.rows import RowLoader, Rows, RowsConfig, RowsInOrder
 from unclip_pl.data.shards import BadSample, ErrorBudget, count_samples, expand, is_url
 from unclip_pl.errors import UserError
@@ -31,11 +31,12 @@ Spec = str | Sequence[str]
 
 
 def resolve(spec: Spec | None, side: str, image_size: int) -> list[str]:
-    """The shards of "openmoji" (`side` is "train" or "val"), drawn now if the cache lacks them, or of any other spec; [] for None."""
+    """The shards of "openmoji" or "openmoji-line" (`side` is "train" or "val"), drawn now if the cache lacks them, or of any other spec; [] for None."""
     if spec is None:
         return []
-    if spec == "openmoji":
-        return sorted(str(path) for path in openmoji_shards(image_size).glob(f"{side}-*.tar"))
+    if isinstance(spec, str) and spec in STYLES:
+        folder = openmoji_shards(image_size, name=spec)
+        return sorted(str(path) for path in folder.glob(f"{side}-*.tar"))
     return expand(spec)
 
 
