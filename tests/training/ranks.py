@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import unclip_pl._torchvision  # noqa: F401  before the first import of lightning
@@ -16,9 +17,11 @@ from unclip_pl.data.loader import collate
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.errors import UserError
 from unclip_pl.networks.ar_prior import ARPriorConfig
+from unclip_pl.networks.compilation import compile_blocks
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
 from unclip_pl.networks.text import TextConfig
 from unclip_pl.networks.unet import UNetConfig
+from unclip_pl.stages import base
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.base import OptimizerConfig, Stage
 from unclip_pl.stages.decoder import Decoder, DropoutConfig
@@ -158,6 +161,18 @@ def seeded(name: str) -> Stage:
     return STAGES[name]()
 
 
+def compiled(folder: Path, name: str) -> dict:
+    """A sharded run of compiled blocks, traced by torch.compile as always but run without generated code."""
+    stage, inductor = seeded(name), base.compile_blocks
+    stage.compile_networks = True
+    base.compile_blocks = partial(compile_blocks, backend="aot_eager")
+    try:
+        results = fit(folder, stage, True, HALF)
+    finally:
+        base.compile_blocks = inductor
+    return results | {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+
 def two(folder: Path) -> dict:
     """All that is compared on two ranks."""
     results = {}
@@ -167,6 +182,8 @@ def two(folder: Path) -> dict:
             results[name, kind] = fit(folder / name / kind, seeded(name), kind == "fsdp", STEPS if name == "decoder" else HALF, callbacks=watching)
     for kind in ("ddp", "fsdp"):
         results["bf16", kind] = fit(folder / "bf16" / kind, seeded("prior"), kind == "fsdp", HALF, precision="bf16-mixed")
+    for name in ("prior", "ar_prior"):
+        results["compiled", name] = compiled(folder / "compiled" / name, name)
     for kind, other in (("ddp", "fsdp"), ("fsdp", "ddp"), ("fsdp", "fsdp")):
         half = folder / "decoder" / kind / "half.ckpt"
         results["resumed", kind, other] = fit(folder / f"{kind} to {other}", seeded("decoder"), other == "fsdp", resume=half)

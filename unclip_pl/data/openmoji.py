@@ -11,7 +11,6 @@ import re
 import shutil
 import sys
 import tarfile
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
+from xml.etree import ElementTree
 
 from PIL import Image
 

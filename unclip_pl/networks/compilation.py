@@ -5,6 +5,8 @@ Blocks of the same shape share the compiled code; the first call of each shape t
 minutes. Transformer blocks are compiled for changing lengths, U-Net blocks for each shape.
 """
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -34,6 +36,8 @@ def compile_blocks(
     blocks = [block for block in module.modules() if isinstance(block, Block)]
     if backend == "inductor" and torch.device(device).type == "cpu":
         require_cpp_compiler()
+    # A note for selective checkpointing on what torch does by design.
+    warnings.filterwarnings("ignore", "Detected that context_fn is passed to torch.utils.checkpoint")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
     for block in blocks:
         block.compile(backend=backend, dynamic=block.compile_dynamic)
