@@ -80,7 +80,7 @@ def running(sides: Sides, given: argparse.Namespace) -> Callable[[], float]:
 
     def distance() -> float:
         found = metric.compute()
-        return found["fid"] if given.impl == "ours" else found.item()
+        return found["fd"] if given.impl == "ours" else found.item()
 
     return distance
 

@@ -20,10 +20,11 @@ from unclip_pl.training.needs import Draws
 
 
 class Evaluate(Callback):
-    """At a validation, with the weights that it uses (the EMA): `eval/fid`, `eval/kid`, `eval/precision`, `eval/recall` of the drawn pictures.
+    """At a validation, with the weights that it uses (the EMA), judge pictures that the stage draws.
 
-    Of a prior, which draws embeddings, the same of these, and `eval/clip_score` of each with its caption. The samples are those of the validation, always
-    with the same noise; torchmetrics reduces over ranks.
+    Logged are `eval/fd_clip` (`eval/fid` where the features are Inception's), `eval/kid`, `eval/precision` and `eval/recall`.
+    Of a prior, which draws embeddings, the same of these, and `eval/clip_score` of each with its caption. The samples are those
+    of the validation, always with the same noise. torchmetrics reduces over ranks.
 
     Args:
         every_n_train_steps: steps from one evaluation to the next at least; the first validation after that many evaluates.
@@ -32,11 +33,25 @@ class Evaluate(Callback):
         seed: the noise of sample k is drawn from `seed + k`, the same whatever the batch.
     """
 
-    def __init__(self, every_n_train_steps: int = 5000, count: int = 256, features: str = "clip", seed: int = 0) -> None:
+    def __init__(
+        self,
+        every_n_train_steps: int = 5000,
+        count: int = 256,
+        features: str = "clip",
+        seed: int = 0,
+    ) -> None:
         if every_n_train_steps < 1 or count < 4:
-            raise ValueError("eval.callback.Evaluate needs every_n_train_steps of at least 1 and count of at least 4.")
-        self.every_n_train_steps, self.count, self.features, self.seed = every_n_train_steps, count, features, seed
+            raise ValueError(
+                "eval.callback.Evaluate needs every_n_train_steps of at least 1 and count of at least 4."
+            )
+        self.every_n_train_steps, self.count, self.features, self.seed = (
+            every_n_train_steps,
+            count,
+            features,
+            seed,
+        )
         self._network: Features | None = None
+        self._frechet = "fd_clip"
         self._metrics: list[Metric] = []
         self._clip_score: CLIPScore | None = None
         self._last = 0
@@ -44,12 +59,21 @@ class Evaluate(Callback):
         self._due = False
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._due = not trainer.sanity_checking and trainer.global_step - self._last >= self.every_n_train_steps
+        self._due = (
+            not trainer.sanity_checking
+            and trainer.global_step - self._last >= self.every_n_train_steps
+        )
         self._seen, self._metrics, self._clip_score = 0, [], None
 
     @torch.no_grad()
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: dict, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: dict,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if not self._due or self._seen >= self.count:
             return
@@ -64,6 +88,7 @@ class Evaluate(Callback):
             self._clip_score.update(drawn, batch["text_embed"])
         else:
             self._network = self._network or named(self.features, pl_module.device)
+            self._frechet = self._network.frechet
             real, fake = (self._network(to_uint8(images)) for images in (batch["image"], drawn))
         for metric in self._of_width(real):
             metric.update(real, real=True)
@@ -72,7 +97,9 @@ class Evaluate(Callback):
     def _of_width(self, features: Tensor) -> list[Metric]:
         """The metrics of this evaluation, made when the width of the features is known."""
         if not self._metrics:
-            self._metrics = [kind(features.shape[1]).to(features.device) for kind in (FrechetDistance, KernelDistance, PrecisionRecall)]
+            dim = features.shape[1]
+            metrics = FrechetDistance(dim, self._frechet), KernelDistance(dim), PrecisionRecall(dim)
+            self._metrics = [metric.to(features.device) for metric in metrics]
         return self._metrics
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,8 +107,18 @@ class Evaluate(Callback):
             return
         self._last = trainer.global_step
         metrics = [*self._metrics, *([self._clip_score] if self._clip_score else [])]
-        figures = {name: value for metric in metrics for name, value in metric.compute().items() if isinstance(value, float)}
-        pl_module.log_dict({f"eval/{name}": torch.tensor(value, dtype=torch.float32) for name, value in figures.items()})
+        figures = {
+            name: value
+            for metric in metrics
+            for name, value in metric.compute().items()
+            if isinstance(value, float)
+        }
+        pl_module.log_dict(
+            {
+                f"eval/{name}": torch.tensor(value, dtype=torch.float32)
+                for name, value in figures.items()
+            }
+        )
         self._metrics, self._clip_score = [], None
 
     def state_dict(self) -> dict:

@@ -53,7 +53,9 @@ def run(given: argparse.Namespace) -> Figures:
     for batch in progress(source.batches(given.batch_size), len(source), "images"):
         for key, caption in zip(batch["keys"], batch["captions"], strict=True):
             if not caption:
-                raise UserError(f"Image {key} of {source.name} has no caption: put it into {key}.txt, or give all of them with --captions.")
+                raise UserError(
+                    f"Image {key} of {source.name} has no caption: put it into {key}.txt, or give all of them with --captions."
+                )
         text = clip.embed_text(clip.tokenize(batch["captions"])).embed
         images = network(batch["images"])
         for metric in metrics:
@@ -85,8 +87,14 @@ def rows(figures: Figures) -> list[tuple[str, str]]:
     return [
         ("images", f"{figures['images']} ({figures['n']})"),
         ("CLIP", figures["clip"]),
-        ("CLIP score", f"{figures['clip_score']:.3f}  [{figures['clip_score_low']:.3f}, {figures['clip_score_high']:.3f}] of 95 %"),
-        ("own caption's rank", f"{figures['rank_mean']:.1f} in the mean, {figures['rank_median']:.0f} in the median, of {figures['captions']}"),
+        (
+            "CLIP score",
+            f"{figures['clip_score']:.3f}  [{figures['clip_score_low']:.3f}, {figures['clip_score_high']:.3f}] of 95 %",
+        ),
+        (
+            "own caption's rank",
+            f"{figures['rank_mean']:.1f} in the mean, {figures['rank_median']:.0f} in the median, of {figures['captions']}",
+        ),
         ("found first, in 5", f"{figures['r1']:.1%}, {figures['r5']:.1%}"),
     ]
 

@@ -20,16 +20,33 @@ Figures = dict[str, Any]
 def parser(doc: str | None, prog: str, batch_size: int = 64) -> argparse.ArgumentParser:
     """A command's parser with the options that all have: --device, --precision, --batch-size, --out, --seed."""
     made = argparse.ArgumentParser(prog=f"python -m {prog}", description=doc, formatter_class=Help)
-    made.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; with several ranks each takes its own GPU")
-    made.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks; distances are always float64")
+    made.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1 ...; with several ranks each takes its own GPU",
+    )
+    made.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="of the networks; distances are always float64",
+    )
     made.add_argument(
         "--compile",
         action="store_true",
         help="compile the networks that draw (torch.compile): minutes at first, faster on GPUs",
     )
-    made.add_argument("--batch-size", type=positive, default=batch_size, help="images a batch, on each rank")
-    made.add_argument("--seed", type=seed, default=0, help="image k is drawn with seed + k; also of the bootstrap")
-    made.add_argument("--out", type=Path, help="a folder for the figures as a file; by default they are only printed")
+    made.add_argument(
+        "--batch-size", type=positive, default=batch_size, help="images a batch, on each rank"
+    )
+    made.add_argument(
+        "--seed", type=seed, default=0, help="image k is drawn with seed + k; also of the bootstrap"
+    )
+    made.add_argument(
+        "--out",
+        type=Path,
+        help="a folder for the figures as a file; by default they are only printed",
+    )
     return made
 
 
@@ -41,7 +58,11 @@ def positive(text: str) -> int:
     return value
 
 
-def command(made: argparse.ArgumentParser, run: Callable[[argparse.Namespace], Figures], arguments: list[str] | None = None) -> int:
+def command(
+    made: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], Figures],
+    arguments: list[str] | None = None,
+) -> int:
     """Parse, run over all ranks, and print what `run` returns as one JSON line, the last of the output; a UserError is a sentence and exit code 1.
 
     With --out the same is written to OUT/NAME.json, NAME being the command's.
@@ -64,7 +85,10 @@ def command(made: argparse.ArgumentParser, run: Callable[[argparse.Namespace], F
         print(f"{made.prog}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"{made.prog}: {error.filename or 'A file'} cannot be used ({error.strerror or error}): check the path and the rights to it.", file=sys.stderr)
+        print(
+            f"{made.prog}: {error.filename or 'A file'} cannot be used ({error.strerror or error}): check the path and the rights to it.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
@@ -112,8 +136,13 @@ def ranks(device: str) -> Iterator[str]:
         from lightning.fabric.plugins.environments import SLURMEnvironment
 
         slurm = SLURMEnvironment(auto_requeue=False)
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)
-    distributed.init_process_group("nccl" if picked.startswith("cuda") else "gloo", rank=rank(), world_size=size)
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = (
+            slurm.main_address,
+            str(slurm.main_port),
+        )
+    distributed.init_process_group(
+        "nccl" if picked.startswith("cuda") else "gloo", rank=rank(), world_size=size
+    )
     try:
         yield picked
     finally:
@@ -124,7 +153,13 @@ def progress(batches: Iterable[Any], total: int | None, what: str) -> Iterator[A
     """The batches (dicts with `images`), with a bar on stderr of images done and the time left; on rank 0 alone."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=what, unit="image", disable=rank() != 0 or None if sys.stderr.isatty() else rank() != 0, mininterval=1.0) as bar:
+    with tqdm(
+        total=total,
+        desc=what,
+        unit="image",
+        disable=rank() != 0 or None if sys.stderr.isatty() else rank() != 0,
+        mininterval=1.0,
+    ) as bar:
         for batch in batches:
             yield batch
             bar.update(len(batch["images"]))

@@ -22,7 +22,8 @@ from eval.captions import Caption, read_captions
 from eval.common import Figures, command, parser, positive, progress, rank, world_size
 from eval.extract import reference
 from eval.folders import Pictures
-from eval.judge import SHOWN, Difference, Judge, Seen, gathered, paired_differences, pictures_of, spread
+from eval.judge import Difference, Judge, Seen, gathered, paired_differences, pictures_of, shown, spread
+from eval.metrics import FRECHET, frechet_key
 from eval.source import Drawn, Model, add_drawing, weights_of
 from unclip_pl.atomic import atomic_file
 from unclip_pl.clip import ClipMismatch, require_same
@@ -54,10 +55,10 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument("--guidance-scale", type=float, help="the fixed scale; by default the decoder's own")
     made.add_argument("--guidance-scales", type=float, nargs="*", default=[1.0, 1.5, 2.0, 3.0], help="the scales to sweep; none: no sweep")
     made.add_argument("--sweep-captions", type=positive, help="sweep over the first so many captions; by default all")
-    made.add_argument("--features", default="clip", help="of FID, KID, precision, recall: clip (the embedded one), inception, NAME/TAG of open_clip")
+    made.add_argument("--features", default="clip", help="of FD, KID, precision, recall: clip (the embedded one), inception, NAME/TAG of open_clip")
     made.add_argument("--score-clip", default="openmoji", help="which CLIP scores: openmoji (the embedded one), NAME/TAG of open_clip, local-dir:/folder")
     made.add_argument("--baseline", default="diffusion", help="the arm from which the others' differences are taken")
-    made.add_argument("--resamples", type=positive, default=200, help="random halves of the captions, for the intervals of FID and of the differences")
+    made.add_argument("--resamples", type=positive, default=200, help="random halves of the captions, for the intervals of FD and of the differences")
     made.add_argument("--pictures", type=positive, default=8, help="columns of the picture side by side")
     return made
 
@@ -181,7 +182,7 @@ class Study:
         scale = self.fixed.guidance_scale
         fixed = {arm.name: self.whole(arm, scale) for arm in self.arms}
         sweeps = {arm.name: {scale: self.figures(arm, scale, self.sweep_count) for scale in self.scales} for arm in self.arms}
-        self.best = {name: min((figures["fid"], scale) for scale, figures in sweep.items())[1] for name, sweep in sweeps.items()}
+        self.best = {name: min((figures[self.judge.network.frechet], scale) for scale, figures in sweep.items())[1] for name, sweep in sweeps.items()}
         return {
             arm.name: {
                 "title": TITLES[arm.name], "sweep": {f"{scale:g}": figures for scale, figures in sweeps[arm.name].items()}, "fixed": fixed[arm.name],
@@ -194,10 +195,11 @@ class Study:
         return self.judge.figures(self.reference(count), self.seen(arm, scale, count), self.text)
 
     def whole(self, arm: Arm, scale: float) -> Figures:
-        """Of all captions, with the interval of FID."""
+        """Of all captions, with the interval of the Frechet distance."""
         count, device = len(self.captions), self.given.device
         real, seen = gathered(self.real, device), gathered(self.seen(arm, scale, count), device)
-        return {"guidance_scale": scale} | self.figures(arm, scale, count) | spread(real, seen, self.given.resamples, self.given.seed)
+        error = spread(real, seen, self.given.resamples, self.given.seed, self.judge.network.frechet)
+        return {"guidance_scale": scale} | self.figures(arm, scale, count) | error
 
     def differences(self) -> dict[str, dict[str, dict[str, Difference]]]:
         """At the fixed scale, and of each arm at its best: what another arm has more than the baseline."""
@@ -207,7 +209,7 @@ class Study:
             scale = {arm.name: self.fixed.guidance_scale if kind == "fixed" else self.best[arm.name] for arm in self.arms}
             seen = {arm.name: gathered(self.seen(arm, scale[arm.name], len(self.captions)), self.given.device) for arm in self.arms}
             found[kind] = {
-                name: paired_differences(seen[given.baseline], other, self.text, real, given.resamples, given.seed, self.paired)
+                name: paired_differences(seen[given.baseline], other, self.text, real, given.resamples, given.seed, self.paired, self.judge.network.frechet)
                 for name, other in seen.items() if name != given.baseline
             }  # fmt: skip
         return found
@@ -226,13 +228,16 @@ class Study:
         return grid(rows, labels), columns
 
 
-HEADERS = ("", "guidance", "FID", "KID x 1000", "CLIP score", "precision", "recall", "own caption first")
+def headers(frechet: str) -> list[str]:
+    """Of the table of figures."""
+    return ["", "guidance", *shown(frechet).values()]
 
 
 def row(arm: str, figures: Figures) -> list[str]:
     """One arm's line of a table."""
+    key = frechet_key(figures)
     return [
-        TITLES[arm], f"{figures['guidance_scale']:g}", f"{figures['fid']:.4g} [{figures['fid_low']:.4g}, {figures['fid_high']:.4g}]",
+        TITLES[arm], f"{figures['guidance_scale']:g}", f"{figures[key]:.4g} [{figures[f'{key}_low']:.4g}, {figures[f'{key}_high']:.4g}]",
         f"{1000 * figures['kid']:.4g} ± {1000 * figures['kid_se']:.2g}",
         score(figures), f"{figures['precision']:.3f}", f"{figures['recall']:.3f}", f"{figures['r1']:.1%}",
     ]  # fmt: skip
@@ -251,7 +256,7 @@ def difference_row(arm: str, differences: dict[str, Difference]) -> list[str]:
         text = f"{one.value * factor:+.{digits}f} [{one.low * factor:+.{digits}f}, {one.high * factor:+.{digits}f}]"
         return text if one.sure else f"({text})"
 
-    return [TITLES[arm], cell("fid", 2), cell("clip_score", 2), cell("r1", 1, 100)]
+    return [TITLES[arm], cell(frechet_key(differences), 2), cell("clip_score", 2), cell("r1", 1, 100)]
 
 
 def write(
@@ -260,31 +265,34 @@ def write(
 ) -> None:
     """compare.md, compare.png, compare.html and TensorBoard's events in `out`; the tables are printed too."""
     picture, columns = study.side_by_side()
+    frechet = study.judge.network.frechet
+    figures = shown(frechet)
     baseline = TITLES[study.given.baseline]
     last = [] if real is None else [["real pictures", "-", "-", "-", score(real), "-", "-", f"{real['r1']:.1%}"]]
     sections: list[tuple[str, Sequence[str], list[list[str]]]] = [
-        (name, HEADERS, [*(row(arm, found[kind]) for arm, found in results.items()), *last])
+        (name, headers(frechet), [*(row(arm, found[kind]) for arm, found in results.items()), *last])
         for kind, name in (
             ("fixed", f"Guidance {study.fixed.guidance_scale:g} for all"),
-            ("best", f"Each at its best guidance (least FID over {study.sweep_count} captions)"),
+            ("best", f"Each at its best guidance (least {FRECHET[frechet]} over {study.sweep_count} captions)"),
         )
     ]
     for kind, what in (("fixed", f"guidance {study.fixed.guidance_scale:g} for all"), ("best", "each at its best guidance")):
-        headers = (f"less the {baseline}: {what}", "FID", "CLIP score", "own caption first, points")
-        sections.append((f"Differences from the {baseline}, {what}", headers, [difference_row(arm, found) for arm, found in differences[kind].items()]))
-    shown = "; ".join(study.captions[k].text for k in columns)
-    markdown = "\n".join(f"### {name}\n\n{report.markdown(headers, rows)}" for name, headers, rows in sections) + "".join(f"\n{text}\n" for text in said)
+        titles = (f"less the {baseline}: {what}", FRECHET[frechet], "CLIP score", "own caption first, points")
+        sections.append((f"Differences from the {baseline}, {what}", titles, [difference_row(arm, found) for arm, found in differences[kind].items()]))
+    captions = "; ".join(study.captions[k].text for k in columns)
+    markdown = "\n".join(f"### {name}\n\n{report.markdown(titles, rows)}" for name, titles, rows in sections) + "".join(f"\n{text}\n" for text in said)
     with atomic_file(out / "compare.md", "w") as file:
         file.write(markdown)
     print(markdown)
-    save_png(picture, out / "compare.png", captions=shown)
+    save_png(picture, out / "compare.png", captions=captions)
     curves = {
-        figure: {TITLES[arm]: [(float(scale), found["sweep"][scale][figure]) for scale in found["sweep"]] for arm, found in results.items()} for figure in SHOWN
+        figure: {TITLES[arm]: [(float(scale), found["sweep"][scale][figure]) for scale in found["sweep"]] for arm, found in results.items()}
+        for figure in figures
     }
-    parts = [part for name, headers, rows in sections for part in (report.heading(name), report.table(headers, rows))]
+    parts = [part for name, titles, rows in sections for part in (report.heading(name), report.table(titles, rows))]
     parts += [report.paragraph(text) for text in ("In brackets: the interval of 95 % holds 0.", *said)]
-    parts += [report.heading("Side by side"), report.picture(picture, "side by side"), report.paragraph(shown), report.heading("Guidance")]
-    parts += [report.plot(lines, "guidance scale", SHOWN[figure]) for figure, lines in curves.items()]
+    parts += [report.heading("Side by side"), report.picture(picture, "side by side"), report.paragraph(captions), report.heading("Guidance")]
+    parts += [report.plot(lines, "guidance scale", figures[figure]) for figure, lines in curves.items()]
     report.write_page(out / "compare.html", "Does a prior help?", parts, settings)
     scalars = {f"{figure}/{name}": line for figure, lines in curves.items() for name, line in lines.items()}
     report.write_tensorboard(out / "tensorboard", scalars, {"side by side": picture})

@@ -31,7 +31,9 @@ class Gaussian(NamedTuple):
 
     def spread(self) -> Tensor:
         """The trace of the covariance."""
-        return self.factored().square().sum() if self.covariance is None else self.covariance.trace()
+        return (
+            self.factored().square().sum() if self.covariance is None else self.covariance.trace()
+        )
 
 
 class Estimate(NamedTuple):
@@ -61,7 +63,9 @@ def gaussian(x: Tensor) -> Gaussian:
 def add_gram(product: Tensor, x: Tensor) -> None:
     """Add x^T x of (N, D) float64 to the lower triangle of (D, D), in place; above it on a CPU nothing is added, which saves half the work."""
     if x.device.type == "cpu":
-        scipy.linalg.blas.dsyrk(1.0, x.numpy().T, beta=1.0, c=product.numpy().T, overwrite_c=True)  # .T: Fortran's order, so in place
+        scipy.linalg.blas.dsyrk(
+            1.0, x.numpy().T, beta=1.0, c=product.numpy().T, overwrite_c=True
+        )  # .T: Fortran's order, so in place
     else:
         product.addmm_(x.T, x)
 
@@ -85,24 +89,34 @@ def _factor(covariance: Tensor) -> Tensor:
 
 def frechet_of(a: Gaussian, b: Gaussian) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (FID: Heusel et al. 2017)."""
-    return ((a.mean - b.mean).square().sum() + a.spread() + b.spread()).item() - 2 * _root_trace(a, b)
+    return ((a.mean - b.mean).square().sum() + a.spread() + b.spread()).item() - 2 * _root_trace(
+        a, b
+    )
 
 
 def _root_trace(a: Gaussian, b: Gaussian) -> float:
     """tr (S_a S_b)^(1/2): of two covariances that are not singular by LAPACK's symmetric eigenvalues of S_a S_b, else the nuclear norm of F_a^T F_b."""
     if a.covariance is not None and b.covariance is not None:
         with contextlib.suppress(scipy.linalg.LinAlgError):  # the second is singular
-            values = scipy.linalg.eigh(a.covariance.cpu().numpy(), b.covariance.cpu().numpy(), type=2, eigvals_only=True, driver="gvx")
+            values = scipy.linalg.eigh(
+                a.covariance.cpu().numpy(),
+                b.covariance.cpu().numpy(),
+                type=2,
+                eigvals_only=True,
+                driver="gvx",
+            )
             return float(np.sqrt(values.clip(min=0)).sum())
     product = a.factored().T @ b.factored()
     if min(product.shape) <= BLOCK:
         return torch.linalg.svdvals(product).sum().item()
-    square = product.T @ product if product.shape[1] < len(product) else product @ product.T  # quicker, and only the least lose digits
+    square = (
+        product.T @ product if product.shape[1] < len(product) else product @ product.T
+    )  # quicker, and only the least lose digits
     return torch.linalg.eigvalsh(square).clamp(min=0).sqrt().sum().item()
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """FID where the features are Inception's: the Frechet distance of the two Gaussians. Biased upwards by about c (1/N + 1/M): compare equal sizes."""
+    """The Frechet distance of the two Gaussians. Biased upwards by about c (1/N + 1/M): compare equal sizes."""
     return frechet_of(gaussian(a), gaussian(b))
 
 
@@ -110,7 +124,13 @@ def frechet_infinity(a: Tensor, b: Tensor, seed: int = 0, points: int = 10) -> f
     """The Frechet distance of sets without end: those of random subsets of half to all of both sets, extended in a line in 1 / size (Chong & Forsyth 2020)."""
     generator = torch.Generator().manual_seed(seed)
     shares = 1 / torch.linspace(1, 2, points, dtype=torch.float64)
-    values = torch.tensor([frechet(_some(a, share, generator), _some(b, share, generator)) for share in shares.tolist()], dtype=torch.float64)
+    values = torch.tensor(
+        [
+            frechet(_some(a, share, generator), _some(b, share, generator))
+            for share in shares.tolist()
+        ],
+        dtype=torch.float64,
+    )
     x = 1 / shares
     slope = ((x - x.mean()) * (values - values.mean())).sum() / (x - x.mean()).square().sum()
     return (values.mean() - slope * x.mean()).item()
@@ -120,7 +140,9 @@ def _some(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
     return x[torch.randperm(len(x), generator=generator)[: round(share * len(x))].to(x.device)]
 
 
-def bootstrap(distance: Distance, a: Tensor, b: Tensor, resamples: int = 100, seed: int = 0) -> Estimate:
+def bootstrap(
+    distance: Distance, a: Tensor, b: Tensor, resamples: int = 100, seed: int = 0
+) -> Estimate:
     """The distance with its standard error: the spread over random halves of both sets, which is that over fresh sets of the whole size.
 
     Drawn without replacement (Politis & Romano 1994): among doubles a covariance loses rank, and where N is about D the error came out three times too large.
@@ -136,11 +158,17 @@ def kernel(a: Tensor, b: Tensor) -> Estimate:
     n, m = len(a), len(b)
     aa, bb, ab, ba = (_row_sums(x, y, _cubic) for x, y in ((a, a), (b, b), (a, b), (b, a)))
     aa, bb = (sums - _cubic_self(x) for sums, x in ((aa, a), (bb, b)))
-    within_a, within_b, across = aa.sum() / (n * (n - 1)), bb.sum() / (m * (m - 1)), ab.sum() / (n * m)
+    within_a, within_b, across = (
+        aa.sum() / (n * (n - 1)),
+        bb.sum() / (m * (m - 1)),
+        ab.sum() / (n * m),
+    )
     without_a = (aa.sum() - 2 * aa) / ((n - 1) * (n - 2)) - 2 * (ab.sum() - ab) / ((n - 1) * m)
     without_b = (bb.sum() - 2 * bb) / ((m - 1) * (m - 2)) - 2 * (ab.sum() - ba) / (n * (m - 1))
     variance = sum((len(each) - 1) * each.var(correction=0) for each in (without_a, without_b))
-    return Estimate((within_a + within_b - 2 * across).item(), torch.as_tensor(variance).sqrt().item())
+    return Estimate(
+        (within_a + within_b - 2 * across).item(), torch.as_tensor(variance).sqrt().item()
+    )
 
 
 def _cubic(x: Tensor, y: Tensor) -> Tensor:
@@ -148,12 +176,21 @@ def _cubic(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cubic_self(x: Tensor) -> Tensor:
-    return torch.cat([(block.double().square().sum(1) / x.shape[1] + 1) ** 3 for block in x.split(BLOCK)])
+    return torch.cat(
+        [(block.double().square().sum(1) / x.shape[1] + 1) ** 3 for block in x.split(BLOCK)]
+    )
 
 
 def _row_sums(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """(N, D), (M, D) -> (N,) the sums of the rows of the kernel's matrix (N, M), which is never whole."""
-    return torch.cat([torch.stack([kernel(rows.double(), columns.double()).sum(1) for columns in y.split(BLOCK)]).sum(0) for rows in x.split(BLOCK)])
+    return torch.cat(
+        [
+            torch.stack(
+                [kernel(rows.double(), columns.double()).sum(1) for columns in y.split(BLOCK)]
+            ).sum(0)
+            for rows in x.split(BLOCK)
+        ]
+    )
 
 
 def cmmd(a: Tensor, b: Tensor) -> float:
@@ -166,7 +203,9 @@ def cmmd(a: Tensor, b: Tensor) -> float:
     def gauss(x: Tensor, y: Tensor) -> Tensor:
         return torch.exp((x @ y.T - 1) / 100)  # |x - y|^2 = 2 - 2 x.y
 
-    within_a, within_b, across = (_row_sums(x, y, gauss).sum() / (len(x) * len(y)) for x, y in ((a, a), (b, b), (a, b)))
+    within_a, within_b, across = (
+        _row_sums(x, y, gauss).sum() / (len(x) * len(y)) for x, y in ((a, a), (b, b), (a, b))
+    )
     return 1000 * (within_a + within_b - 2 * across).item()
 
 

@@ -16,7 +16,10 @@ from unclip_pl.atomic import atomic_file, cache_dir
 
 def extract(network: Features, source: Source, batch_size: int, what: str = "features") -> Tensor:
     """(N, D) float32 on the CPU, of this rank's images."""
-    found = [network(batch["images"]).float().cpu() for batch in progress(source.batches(batch_size), len(source), what)]
+    found = [
+        network(batch["images"]).float().cpu()
+        for batch in progress(source.batches(batch_size), len(source), what)
+    ]
     return torch.cat(found) if found else torch.zeros(0, network.dim)
 
 
@@ -25,7 +28,9 @@ def reference(network: Features, pictures: Pictures, batch_size: int) -> Tensor:
     state = pictures.state()
     if network.key is None or state is None:
         return extract(network, pictures, batch_size, "reference")
-    said = json.dumps([network.key, pictures.rank, pictures.world_size, pictures.max_bad_rate, state])
+    said = json.dumps(
+        [network.key, pictures.rank, pictures.world_size, pictures.max_bad_rate, state]
+    )
     file = cache_dir() / "features" / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.npy"
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged: made anew
         rows = np.load(file, allow_pickle=False)

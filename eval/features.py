@@ -19,7 +19,9 @@ from unclip_pl.clip import CLIPConfig, FrozenCLIP
 from unclip_pl.errors import UserError
 
 INCEPTION = "inception-2015-12-05.pt"
-INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION}"
+INCEPTION_URL = (
+    f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION}"
+)
 NAMES = ("clip", "inception")
 
 
@@ -39,6 +41,10 @@ class Features(Protocol):
     @property
     def is_clip(self) -> bool: ...
 
+    @property
+    def frechet(self) -> str:
+        """The key of the Frechet distance of its features: one of `eval.metrics.FRECHET`."""
+
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
@@ -50,28 +56,44 @@ class Network:
     dim: int
     function: Callable[[Tensor], Tensor]
     key: str | None = None
-    is_clip: bool = False
+    frechet: str = "fd"
+
+    @property
+    def is_clip(self) -> bool:
+        """Whether it is a CLIP's image encoder."""
+        return self.frechet == "fd_clip"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float (B, D)."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"{self.name} was given images {tuple(images.shape)} of {images.dtype}: give uint8 (B, 3, H, W).")
+            raise ValueError(
+                f"{self.name} was given images {tuple(images.shape)} of {images.dtype}: give uint8 (B, 3, H, W)."
+            )
         features = self.function(images)
         if features.shape != (len(images), self.dim):
-            raise UserError(f"{self.name} gave features {tuple(features.shape)} for {len(images)} images, and {(len(images), self.dim)} were expected.")
+            raise UserError(
+                f"{self.name} gave features {tuple(features.shape)} for {len(images)} images, and {(len(images), self.dim)} were expected."
+            )
         return features
 
 
 def named(name: str, device: str | torch.device = "cpu", precision: str = "fp32") -> Features:
-    """"clip" (the embedded one), "inception", or a CLIP as `CLIPConfig` has it: "ViT-L-14-quickgelu/openai", "local-dir:/folder"."""
+    """ "clip" (the embedded one), "inception", or a CLIP as `CLIPConfig` has it: "ViT-L-14-quickgelu/openai", "local-dir:/folder"."""
     if name == "inception":
         return inception(device)
-    return clip_features(FrozenCLIP(CLIPConfig("openmoji", precision=precision) if name == "clip" else clip_config(name, precision), device))
+    return clip_features(
+        FrozenCLIP(
+            CLIPConfig("openmoji", precision=precision)
+            if name == "clip"
+            else clip_config(name, precision),
+            device,
+        )
+    )
 
 
 def clip_config(name: str, precision: str = "fp32") -> CLIPConfig:
-    """"NAME", "NAME/TAG" (open_clip's), "local-dir:/folder" or "openmoji" -> its configuration."""
+    """ "NAME", "NAME/TAG" (open_clip's), "local-dir:/folder" or "openmoji" -> its configuration."""
     if name.startswith("local-dir:"):
         return CLIPConfig(name, precision=precision)
     model, _, tag = name.partition("/")
@@ -80,12 +102,14 @@ def clip_config(name: str, precision: str = "fp32") -> CLIPConfig:
 
 def clip_features(clip: FrozenCLIP) -> Features:
     """The image embeddings of a CLIP, with its own resizing."""
-    digest = hashlib.sha256(json.dumps(clip.fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(clip.fingerprint(), sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
 
     def features(images: Tensor) -> Tensor:
         return clip.embed_images(images.to(clip.device).float() / 127.5 - 1)
 
-    return Network(f"CLIP {clip.config}", clip.embed_dim, features, f"clip-{digest}", is_clip=True)
+    return Network(f"CLIP {clip.config}", clip.embed_dim, features, f"clip-{digest}", "fd_clip")
 
 
 def of_callable(name: str, function: Callable[[Tensor], Tensor], dim: int) -> Features:
@@ -99,13 +123,15 @@ def inception(device: str | torch.device = "cpu") -> Features:
     try:
         layers = torch.jit.load(str(file), map_location=device).eval().layers
     except (RuntimeError, AttributeError, ValueError) as error:
-        raise UserError(f"{file} is not clean-fid's Inception ({str(error).splitlines()[0]}): delete it, or put the right file there.") from error
+        raise UserError(
+            f"{file} is not clean-fid's Inception ({str(error).splitlines()[0]}): delete it, or put the right file there."
+        ) from error
 
     def features(images: Tensor) -> Tensor:
         pixels = clean_resize(images.to(device), 299)
         return layers((pixels - 128) / 128).reshape(len(images), -1)
 
-    return Network("Inception", 2048, features, f"inception-{_digest(file)}")
+    return Network("Inception", 2048, features, f"inception-{_digest(file)}", "fid")
 
 
 def inception_file() -> Path:
@@ -116,7 +142,10 @@ def inception_file() -> Path:
     with file_lock(file.with_suffix(".lock")):
         if not file.exists():
             try:
-                with urllib.request.urlopen(INCEPTION_URL, timeout=30) as answer, atomic_file(file) as target:
+                with (
+                    urllib.request.urlopen(INCEPTION_URL, timeout=30) as answer,
+                    atomic_file(file) as target,
+                ):
                     shutil.copyfileobj(answer, target)
                     expected = answer.headers.get("Content-Length")
                     if expected and target.tell() != int(expected):

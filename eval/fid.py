@@ -1,4 +1,4 @@
-"""How far generated images lie from a reference: FID (the Frechet distance of their features), KID, CMMD, precision and recall.
+"""How far generated images lie from a reference: the Frechet distance of their features (FID: Inception's), KID, CMMD, precision and recall.
 
 The images are those of a folder or of shards (--images), or drawn by a model (--ckpt) for captions.
 """
@@ -23,9 +23,21 @@ def arguments() -> argparse.ArgumentParser:
 
     made = parser(__doc__, "eval.fid")
     add_arguments(made)
-    made.add_argument("--reference", help="the real images: a folder or shards; with --ckpt by default those of the captions' shards")
-    made.add_argument("--features", default="clip", help="clip (the embedded one), inception (clean-fid's), NAME/TAG of open_clip, or local-dir:/folder")
-    made.add_argument("--bootstrap", type=int, default=100, help="halves of the sets that are drawn for the interval of FID; 0: no interval")
+    made.add_argument(
+        "--reference",
+        help="the real images: a folder or shards; with --ckpt by default those of the captions' shards",
+    )
+    made.add_argument(
+        "--features",
+        default="clip",
+        help="clip (the embedded one), inception (clean-fid's), NAME/TAG of open_clip, or local-dir:/folder",
+    )
+    made.add_argument(
+        "--bootstrap",
+        type=int,
+        default=100,
+        help="halves of the sets that are drawn for the interval of the Frechet distance; 0: no interval",
+    )
     return made
 
 
@@ -38,12 +50,24 @@ def run(given: argparse.Namespace) -> Figures:
     source = open_source(given)
     real = reference_of(given, source)
     network = named(given.features, given.device, given.precision)
-    features = reference(network, real, given.batch_size), extract(network, source, given.batch_size, "images")
+    features = (
+        reference(network, real, given.batch_size),
+        extract(network, source, given.batch_size, "images"),
+    )
     figures = judge(network, *features, given.bootstrap, given.seed)
-    said = {"images": source.name, "reference": real.name, "features": network.name, "dim": network.dim}
+    said = {
+        "images": source.name,
+        "reference": real.name,
+        "features": network.name,
+        "dim": network.dim,
+    }
     if rank() == 0:
         print(table([(name, str(value)) for name, value in said.items()] + rows(figures)))
-    return said | figures | {"bad": len(source) - figures["n_fake"], "bad_reference": len(real) - figures["n_real"]}
+    return (
+        said
+        | figures
+        | {"bad": len(source) - figures["n_fake"], "bad_reference": len(real) - figures["n_real"]}
+    )
 
 
 def reference_of(given: argparse.Namespace, source: "Source") -> "Pictures":
@@ -60,22 +84,30 @@ def reference_of(given: argparse.Namespace, source: "Source") -> "Pictures":
         elif not captions.endswith((".txt", ".json")):
             where = captions
     if where is None:
-        raise UserError("There is nothing to compare the images with: name the real ones with --reference, a folder or shards.")
+        raise UserError(
+            "There is nothing to compare the images with: name the real ones with --reference, a folder or shards."
+        )
     return Pictures(where, rank(), world_size(), given.max_bad_rate)
 
 
-def judge(network: "Features", real: "Tensor", fake: "Tensor", bootstrap: int = 100, seed: int = 0) -> Figures:
+def judge(
+    network: "Features", real: "Tensor", fake: "Tensor", bootstrap: int = 100, seed: int = 0
+) -> Figures:
     """All distances between the features of a reference (N, D) and of generated images (M, D), each rank's share; `cmmd` of CLIP's features alone."""
     import torch
     from torch import distributed
 
     from eval import metrics
 
-    chosen: list[metrics.TwoSets] = [metrics.FrechetDistance(network.dim), metrics.KernelDistance(network.dim), metrics.PrecisionRecall(network.dim)]
+    chosen: list[metrics.TwoSets] = [
+        metrics.FrechetDistance(network.dim, network.frechet),
+        metrics.KernelDistance(network.dim),
+        metrics.PrecisionRecall(network.dim),
+    ]
     if network.is_clip:
         chosen.append(metrics.CMMD(network.dim))
     if bootstrap > 0:
-        chosen.append(metrics.FrechetSpread(network.dim, bootstrap, seed))
+        chosen.append(metrics.FrechetSpread(network.dim, bootstrap, seed, network.frechet))
     nccl = distributed.is_initialized() and distributed.get_backend() == "nccl"
     figures: Figures = {}
     for metric in chosen:
@@ -89,14 +121,31 @@ def judge(network: "Features", real: "Tensor", fake: "Tensor", bootstrap: int = 
 
 def rows(figures: Figures) -> list[tuple[str, str]]:
     """The figures for the eye."""
-    spread = f"  [{figures['fid_low']:.4f}, {figures['fid_high']:.4f}] of 95 %" if "fid_low" in figures else ""
-    made = [("sizes", f"{figures['n_fake']} images, {figures['n_real']} of reference"), ("FID", f"{figures['fid']:.4f}{spread}")]
-    if figures.get("fid_infinity") is not None:
-        made.append(("FID, no bias", f"{figures['fid_infinity']:.4f} (extended to sets without end)"))
+    from eval.metrics import FRECHET, frechet_key
+
+    key = frechet_key(figures)
+    value, title = f"{figures[key]:.4f}", FRECHET[key]
+    if f"{key}_low" in figures:
+        value += f"  [{figures[f'{key}_low']:.4f}, {figures[f'{key}_high']:.4f}] of 95 %"
+    made = [
+        ("sizes", f"{figures['n_fake']} images, {figures['n_real']} of reference"),
+        (title, value),
+    ]
+    if figures.get(f"{key}_infinity") is not None:
+        made.append(
+            (
+                f"{title}, no bias",
+                f"{figures[f'{key}_infinity']:.4f} (extended to sets without end)",
+            )
+        )
     made.append(("KID x 1000", f"{1000 * figures['kid']:.4f} +- {1000 * figures['kid_se']:.4f}"))
     if "cmmd" in figures:
         made.append(("CMMD", f"{figures['cmmd']:.4f}"))
-    return [*made, ("precision", f"{figures['precision']:.4f}"), ("recall", f"{figures['recall']:.4f}")]
+    return [
+        *made,
+        ("precision", f"{figures['precision']:.4f}"),
+        ("recall", f"{figures['recall']:.4f}"),
+    ]
 
 
 def main(given: list[str] | None = None) -> int:

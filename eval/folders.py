@@ -12,7 +12,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from unclip_pl.data.shards import IMAGES, BadSample, ErrorBudget, count_samples, decode, expand, is_url, raw_samples
+from unclip_pl.data.shards import (
+    IMAGES,
+    BadSample,
+    ErrorBudget,
+    count_samples,
+    decode,
+    expand,
+    is_url,
+    raw_samples,
+)
 from unclip_pl.errors import UserError
 from unclip_pl.images import to_uint8
 
@@ -49,11 +58,17 @@ class Pictures:
 
     def __post_init__(self) -> None:
         if not self.files and not self.shards:
-            raise UserError(f"There are no images in {self.where}: give a folder with {', '.join(FILES)} files or with .tar shards, or a pattern of shards.")
+            raise UserError(
+                f"There are no images in {self.where}: give a folder with {', '.join(FILES)} files or with .tar shards, or a pattern of shards."
+            )
         if self.captions is not None and self.shards:
-            raise UserError(f"{self.where} are shards, which have captions of their own: leave --captions out.")
+            raise UserError(
+                f"{self.where} are shards, which have captions of their own: leave --captions out."
+            )
         if self.captions is not None and len(self.captions) != len(self.files):
-            raise UserError(f"There are {len(self.captions)} captions and {len(self.files)} images in {self.where}: give one a line, in order of the names.")
+            raise UserError(
+                f"There are {len(self.captions)} captions and {len(self.files)} images in {self.where}: give one a line, in order of the names."
+            )
 
     @property
     def name(self) -> str:
@@ -63,7 +78,15 @@ class Pictures:
     def files(self) -> list[Path]:
         """The image files of a folder, folders inside it included, in the order of their names; none where `where` names shards."""
         folder = Path(self.where).expanduser()
-        return sorted(path for path in folder.rglob("*") if path.suffix.lower()[1:] in FILES and path.is_file()) if folder.is_dir() else []
+        return (
+            sorted(
+                path
+                for path in folder.rglob("*")
+                if path.suffix.lower()[1:] in FILES and path.is_file()
+            )
+            if folder.is_dir()
+            else []
+        )
 
     @cached_property
     def shards(self) -> list[str]:
@@ -71,8 +94,14 @@ class Pictures:
         folder = Path(self.where).expanduser()
         if self.files or (folder.is_dir() and not any(folder.glob("*.tar"))):
             return []
-        if not folder.exists() and not is_url(self.where) and not any(sign in self.where for sign in "{*?["):
-            raise UserError(f"There is no folder {folder}: give a folder of images, or shards as 'data/{{00000..00009}}.tar'.")
+        if (
+            not folder.exists()
+            and not is_url(self.where)
+            and not any(sign in self.where for sign in "{*?[")
+        ):
+            raise UserError(
+                f"There is no folder {folder}: give a folder of images, or shards as 'data/{{00000..00009}}.tar'."
+            )
         return expand(self.where)
 
     def __len__(self) -> int:
@@ -83,7 +112,9 @@ class Pictures:
         if any(is_url(shard) for shard in self.shards):
             return None
         paths = self.files or [Path(shard) for shard in self.shards]
-        return [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        return [
+            (str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths
+        ]
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """This rank's images in batches of one size each, at most `batch_size`; images of equal size keep their order.
@@ -107,7 +138,9 @@ class Pictures:
         raw = self._raw(budget)
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             while window := list(islice(raw, 64)):
-                for (key, where, _, caption), image in zip(window, pool.map(lambda one: _image(one[2]), window), strict=True):
+                for (key, where, _, caption), image in zip(
+                    window, pool.map(lambda one: _image(one[2]), window), strict=True
+                ):
                     if isinstance(image, BadSample):
                         budget.spend(where, image)
                     else:
@@ -122,13 +155,27 @@ class Pictures:
             if self.captions is not None:
                 caption = self.captions[n]
             else:
-                caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else ""
-            yield path.relative_to(Path(self.where).expanduser()).with_suffix("").as_posix(), f"image {path}", path.read_bytes(), caption
+                caption = (
+                    text.read_text(encoding="utf-8", errors="replace").strip()
+                    if text.is_file()
+                    else ""
+                )
+            yield (
+                path.relative_to(Path(self.where).expanduser()).with_suffix("").as_posix(),
+                f"image {path}",
+                path.read_bytes(),
+                caption,
+            )
         number = 0
         for shard in self.shards:
             for sample in raw_samples(shard, budget):
                 if number % self.world_size == self.rank:
-                    yield sample["key"], f"sample {sample['key']} of {shard}", sample["image"], sample["caption"]
+                    yield (
+                        sample["key"],
+                        f"sample {sample['key']} of {shard}",
+                        sample["image"],
+                        sample["caption"],
+                    )
                 number += 1
 
 

@@ -19,10 +19,15 @@ from unclip_pl.errors import UserError
 from unclip_pl.images import to_uint8
 
 log = logging.getLogger(__name__)
-SHOWN = {"fid": "FID", "kid": "KID x 1000", "clip_score": "CLIP score", "precision": "precision", "recall": "recall", "r1": "own caption first"}
-"""The figures of the tables, with their titles."""
-SMALLER = ("fid", "kid", "cmmd", "rank_mean", "rank_median")
+SHOWN = {"kid": "KID x 1000", "clip_score": "CLIP score", "precision": "precision", "recall": "recall", "r1": "own caption first"}
+"""The figures of the tables, with their titles; the Frechet distance comes before them (`shown`)."""
+SMALLER = (*metrics.FRECHET, "kid", "cmmd", "rank_mean", "rank_median")
 """Figures of which the smaller is the better."""
+
+
+def shown(frechet: str) -> dict[str, str]:
+    """The figures of the tables, with their titles, where the Frechet distance has the key `frechet`."""
+    return {frechet: metrics.FRECHET[frechet], **SHOWN}
 
 
 class Seen(NamedTuple):
@@ -83,9 +88,9 @@ class Judge:
         return figures
 
 
-def spread(real: Seen, seen: Seen, resamples: int, seed: int = 0) -> Figures:
-    """`fid_se`, `fid_low`, `fid_high` and `fid_infinity` from the pictures of all ranks in the order of their captions: the same from any number of ranks."""
-    metric = metrics.FrechetSpread(real.features.shape[1], resamples, seed, sync_on_compute=False)  # each rank has all of them
+def spread(real: Seen, seen: Seen, resamples: int, seed: int = 0, frechet: str = "fd") -> Figures:
+    """Error, interval and limit of the Frechet distance from the pictures of all ranks in the order of their captions: the same from any number of ranks."""
+    metric = metrics.FrechetSpread(real.features.shape[1], resamples, seed, frechet, sync_on_compute=False)  # each rank has all of them
     metric.update(real.features, real=True)
     metric.update(seen.features, real=False)
     return metric.compute()
@@ -125,10 +130,13 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def paired_differences(a: Seen, b: Seen, text: Tensor, real: Tensor | None, resamples: int = 500, seed: int = 0, paired: bool = True) -> dict[str, Difference]:
-    """b less a, of `fid`, `clip_score` and `r1`, with what they differ by over random halves of the captions, the same ones for both sets.
+def paired_differences(
+    a: Seen, b: Seen, text: Tensor, real: Tensor | None, resamples: int = 500, seed: int = 0, paired: bool = True, frechet: str = "fd",
+) -> dict[str, Difference]:
+    """b less a, of `frechet` (the Frechet distance's key), `clip_score` and `r1`, with their intervals.
 
-    Halves, drawn without replacement, spread as fresh sets of the whole size do (see `distances.bootstrap`). Where they lie says nothing, for the Frechet
+    These come from random halves of the captions, the same ones for both sets. Drawn without replacement, they spread as fresh sets of the
+    whole size do (see `distances.bootstrap`). Where they lie says nothing, for the Frechet
     distance of halves is more biased: the interval is the value +- 1.96 times the spread. `paired`: row k of the reference belongs to caption k, and goes
     into the halves that it does; else halves of the reference are drawn too.
     """
@@ -147,7 +155,7 @@ def paired_differences(a: Seen, b: Seen, text: Tensor, real: Tensor | None, resa
             _frechet(reference, b.features[half]) - _frechet(reference, a.features[half])
             for half, reference in ((half, distances.gaussian(real[other])) for half, other in (everything, *zip(halves, others, strict=True)))
         )
-        found["fid"] = _interval(value, spread)
+        found[frechet] = _interval(value, spread)
     return found
 
 

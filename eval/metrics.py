@@ -5,6 +5,7 @@ Keep them in a callback or an evaluator, never in a LightningModule: EMA and che
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import unclip_pl._torchvision  # noqa: F401  before the first import of torchmetrics
@@ -18,16 +19,29 @@ from eval import distances
 from unclip_pl.errors import UserError
 
 log = logging.getLogger(__name__)
+FRECHET = {"fid": "FID", "fd_clip": "FD of CLIP", "fd": "FD"}
+"""Keys of the Frechet distance by the network of its features (Inception, a CLIP, any other), with titles."""
+
+
+def frechet_key(figures: Mapping[str, Any]) -> str:
+    """The key that the Frechet distance has in a dict of figures: one of `FRECHET`."""
+    return next(key for key in FRECHET if key in figures)
 
 
 def checked(features: Tensor, dim: int, what: str = "The features") -> Tensor:
     """(B, D) -> the same in float64; one sentence where they are of another form or not finite."""
     if features.ndim != 2 or features.shape[1] != dim:
-        raise UserError(f"{what} are {tuple(features.shape)}, and the metric is for (B, {dim}): give it the dim of the network that made them.")
+        raise UserError(
+            f"{what} are {tuple(features.shape)}, and the metric is for (B, {dim}): give it the dim of the network that made them."
+        )
     features = features.detach().double()
-    bad = int((~features.sum(1).isfinite()).sum())  # one number in a row that is not finite makes the sum so: much cheaper than a look at each
+    bad = int(
+        (~features.sum(1).isfinite()).sum()
+    )  # one number in a row that is not finite makes the sum so: much cheaper than a look at each
     if bad:
-        raise UserError(f"{what} of {bad} of {len(features)} images are not finite (NaN or infinite): look at these images, or compute with --precision fp32.")
+        raise UserError(
+            f"{what} of {bad} of {len(features)} images are not finite (NaN or infinite): look at these images, or compute with --precision fp32."
+        )
     return features
 
 
@@ -50,7 +64,9 @@ class _Rows(Metric):
 
     def sync(self, *arguments: Any, **options: Any) -> None:
         for rows in (getattr(self, name) for name in self.lists):
-            if isinstance(rows, list) and not rows:  # torchmetrics gathers tensors of as many dimensions on each rank
+            if (
+                isinstance(rows, list) and not rows
+            ):  # torchmetrics gathers tensors of as many dimensions on each rank
                 rows.append(torch.zeros(0, self.dim, dtype=torch.float64, device=self.device))
         super().sync(*arguments, **options)
 
@@ -59,7 +75,11 @@ class _Rows(Metric):
         rows = getattr(self, name)
         if isinstance(rows, Tensor):
             return rows
-        return torch.cat(rows) if rows else torch.zeros(0, self.dim, dtype=torch.float64, device=self.device)
+        return (
+            torch.cat(rows)
+            if rows
+            else torch.zeros(0, self.dim, dtype=torch.float64, device=self.device)
+        )
 
 
 class TwoSets(_Rows):
@@ -83,20 +103,34 @@ class TwoSets(_Rows):
 def require_rows(metric: Metric, least: int, *counts: int) -> None:
     """One sentence where a set is too small for the metric to be defined."""
     if min(counts) < least:
-        raise UserError(f"{type(metric).__name__} needs at least {least} images in each set, and they have {' and '.join(map(str, counts))}: add images.")
+        raise UserError(
+            f"{type(metric).__name__} needs at least {least} images in each set, and they have {' and '.join(map(str, counts))}: add images."
+        )
 
 
 class FrechetDistance(TwoSets):
-    """`fid` (FID, where the features are Inception's), from running sums: memory is of 2 D^2 numbers and at most D rows of each set, of any N."""
+    """The Frechet distance under `key`, from running sums: 2 D^2 numbers and at most D rows of each set are kept, for any N.
+
+    Args:
+        dim: D, the width of the features.
+        key: "fid" for Inception's features and for no others, "fd_clip" for a CLIP's, "fd" for any other network's.
+    """
 
     higher_is_better = False
 
-    def __init__(self, dim: int, **metric: Any) -> None:
+    def __init__(self, dim: int, key: str = "fd", **metric: Any) -> None:
         super().__init__(dim, **metric)
+        self.key = key
         for name in ("real", "fake"):
-            self.add_state(f"{name}_count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-            self.add_state(f"{name}_sum", torch.zeros(dim, dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state(f"{name}_product", torch.zeros(dim, dim, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(
+                f"{name}_count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum"
+            )
+            self.add_state(
+                f"{name}_sum", torch.zeros(dim, dtype=torch.float64), dist_reduce_fx="sum"
+            )
+            self.add_state(
+                f"{name}_product", torch.zeros(dim, dim, dtype=torch.float64), dist_reduce_fx="sum"
+            )
 
     def update(self, features: Tensor, real: bool) -> None:
         """Add (B, D) to the reference set (`real`) or to the generated one."""
@@ -111,12 +145,16 @@ class FrechetDistance(TwoSets):
             rows.clear()
 
     def compute(self) -> dict[str, float]:
-        """`fid`, `n_real`, `n_fake`; warns where there are fewer images than features, or sets of two sizes."""
+        """The distance, `n_real`, `n_fake`; warns where there are fewer images than features, or sets of two sizes."""
         gaussians, counts = zip(*(self._gaussian(name) for name in ("real", "fake")), strict=True)
         require_rows(self, self.least, *counts)
         for text in of_sizes(self.dim, *counts):
             log.warning(text)
-        return {"fid": distances.frechet_of(*gaussians), "n_real": counts[0], "n_fake": counts[1]}
+        return {
+            self.key: distances.frechet_of(*gaussians),
+            "n_real": counts[0],
+            "n_fake": counts[1],
+        }
 
     def _gaussian(self, name: str) -> tuple[distances.Gaussian | None, int]:
         rest, count = self.rows(name), int(getattr(self, f"{name}_count"))
@@ -125,7 +163,9 @@ class FrechetDistance(TwoSets):
             return None, total
         if not count:
             return distances.gaussian(rest), total
-        return distances.of_sums(count, getattr(self, f"{name}_sum"), getattr(self, f"{name}_product"), rest), total
+        return distances.of_sums(
+            count, getattr(self, f"{name}_sum"), getattr(self, f"{name}_product"), rest
+        ), total
 
 
 def of_sizes(dim: int, n_real: int, n_fake: int) -> list[str]:
@@ -145,21 +185,32 @@ def of_sizes(dim: int, n_real: int, n_fake: int) -> list[str]:
 
 
 class FrechetSpread(TwoSets):
-    """How sure FID is: `fid_se`, `fid_low`, `fid_high` (95 %) by the bootstrap over halves, and `fid_infinity`, without the bias of finite sets.
+    """How sure the Frechet distance is, and what it would be without the bias of finite sets.
 
-    The last is None where a set has fewer than 4 D images: FID is no line in 1 / N there.
+    With `key` "fid": `fid_se`, `fid_low`, `fid_high` (95 %) by the bootstrap over halves, and `fid_infinity`. The last is None
+    where a set has fewer than 4 D images: the distance is no line in 1 / N there.
     """
 
-    def __init__(self, dim: int, resamples: int = 100, seed: int = 0, **metric: Any) -> None:
+    def __init__(
+        self, dim: int, resamples: int = 100, seed: int = 0, key: str = "fd", **metric: Any
+    ) -> None:
         super().__init__(dim, **metric)
-        self.resamples, self.seed = resamples, seed
+        self.resamples, self.seed, self.key = resamples, seed, key
 
     def compute(self) -> dict[str, float | None]:
-        real, fake = (rows[rows.double().sum(1).argsort()] for rows in self.sets())  # whatever the order in which ranks and batches came
+        real, fake = (
+            rows[rows.double().sum(1).argsort()] for rows in self.sets()
+        )  # whatever the order in which ranks and batches came
         spread = distances.bootstrap(distances.frechet, real, fake, self.resamples, self.seed)
         enough = min(len(real), len(fake)) >= 4 * self.dim
         infinity = distances.frechet_infinity(real, fake, self.seed) if enough else None
-        return {"fid_se": spread.error, "fid_low": spread.interval[0], "fid_high": spread.interval[1], "fid_infinity": infinity}
+        found = {
+            "se": spread.error,
+            "low": spread.interval[0],
+            "high": spread.interval[1],
+            "infinity": infinity,
+        }
+        return {f"{self.key}_{name}": value for name, value in found.items()}
 
 
 class KernelDistance(TwoSets):
@@ -228,7 +279,13 @@ class CLIPScore(Metric):
         variance = max(0.0, self.squares.item() - n * mean**2) / (n - 1) if n > 1 else math.nan
         found = distances.Estimate(mean, math.sqrt(variance / n))
         low, high = found.interval
-        return {"clip_score": mean, "clip_score_se": found.error, "clip_score_low": low, "clip_score_high": high, "n": n}
+        return {
+            "clip_score": mean,
+            "clip_score_se": found.error,
+            "clip_score_low": low,
+            "clip_score_high": high,
+            "n": n,
+        }
 
 
 def clip_scores(image_embed: Tensor, text_embed: Tensor) -> Tensor:
@@ -240,8 +297,13 @@ def clip_scores(image_embed: Tensor, text_embed: Tensor) -> Tensor:
 def _pairs(image_embed: Tensor, text_embed: Tensor) -> tuple[Tensor, Tensor]:
     """Both checked and of length 1."""
     if image_embed.shape != text_embed.shape:
-        raise UserError(f"There are image embeddings {tuple(image_embed.shape)} and caption embeddings {tuple(text_embed.shape)}: give one caption an image.")
-    image, text = checked(image_embed, image_embed.shape[-1]), checked(text_embed, image_embed.shape[-1], "The caption embeddings")
+        raise UserError(
+            f"There are image embeddings {tuple(image_embed.shape)} and caption embeddings {tuple(text_embed.shape)}: give one caption an image."
+        )
+    image, text = (
+        checked(image_embed, image_embed.shape[-1]),
+        checked(text_embed, image_embed.shape[-1], "The caption embeddings"),
+    )
     return F.normalize(image, dim=1), F.normalize(text, dim=1)
 
 
@@ -264,14 +326,21 @@ class RetrievalRank(_Rows):
         require_rows(self, self.least, len(image))
         ranks = retrieval_ranks(image, text).double()
         shares = {f"r{k}": (ranks <= k).double().mean().item() for k in (1, 5)}
-        return {"rank_mean": ranks.mean().item(), "rank_median": ranks.median().item(), **shares, "captions": len(ranks)}
+        return {
+            "rank_mean": ranks.mean().item(),
+            "rank_median": ranks.median().item(),
+            **shares,
+            "captions": len(ranks),
+        }
 
 
 def retrieval_ranks(image_embed: Tensor, text_embed: Tensor) -> Tensor:
     """(N, D), (N, D), of length 1 -> (N,) int64 rank of caption n among the distinct captions for image n, 1 the best; ties count against it."""
     distinct, own = torch.unique(text_embed.round(decimals=6), dim=0, return_inverse=True)
     found = []
-    for rows, right in zip(image_embed.split(distances.BLOCK), own.split(distances.BLOCK), strict=True):
+    for rows, right in zip(
+        image_embed.split(distances.BLOCK), own.split(distances.BLOCK), strict=True
+    ):
         similarity = rows @ distinct.T
         found.append((similarity >= similarity.gather(1, right[:, None])).sum(1))
     return torch.cat(found)

@@ -13,4 +13,11 @@ def clean_resize(images: Tensor, side: int = 299) -> Tensor:
     if images.device.type == "mps":  # has no float64
         return clean_resize(images.cpu(), side).to(images.device)
     parts = images.split(1 if images.device.type == "cpu" else 64)
-    return torch.cat([F.interpolate(part.double(), (side, side), mode="bicubic", antialias=True).clamp_(0, 255).float() for part in parts])
+    return torch.cat(
+        [
+            F.interpolate(part.double(), (side, side), mode="bicubic", antialias=True)
+            .clamp_(0, 255)
+            .float()
+            for part in parts
+        ]
+    )

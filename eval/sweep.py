@@ -1,4 +1,4 @@
-"""FID, CLIP score, precision and recall of a decoder over guidance scales (Fig. 11 and 13 of the paper), and over sampling steps and samplers."""
+"""Frechet distance, CLIP score, precision and recall of a decoder over guidance scales (Fig. 11 and 13 of the paper), and over sampling steps and samplers."""
 
 import argparse
 import logging
@@ -14,7 +14,8 @@ from eval.captions import Caption, read_captions
 from eval.common import Figures, command, parser, progress, rank, world_size
 from eval.extract import reference
 from eval.folders import Pictures
-from eval.judge import SHOWN, Judge, pictures_of
+from eval.judge import Judge, pictures_of, shown
+from eval.metrics import frechet_key
 from eval.source import Model, add_drawing, weights_of
 from unclip_pl.atomic import atomic_file
 from unclip_pl.commands.common import chosen
@@ -23,7 +24,8 @@ from unclip_pl.images import grid, save_png
 from unclip_pl.pipeline import CONDITIONS, DEFAULT_DECODER, DEFAULT_PRIORS
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
 
-HEADERS = ("sampler", "steps", "guidance", *SHOWN.values())
+SETTINGS = ("sampler", "steps", "guidance")
+"""The first columns of the table."""
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -38,7 +40,7 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument("--guidance-scales", type=float, nargs="*", default=[1.0, 1.25, 1.5, 2.0, 3.0, 4.0], help="none: they are not swept")
     made.add_argument("--sweep-steps", type=int, nargs="*", default=[], help="numbers of sampling steps")
     made.add_argument("--sweep-samplers", nargs="*", default=[], choices=["ddpm", "ddim", "dpm_solver_pp"], help="samplers, each with all of --sweep-steps")
-    made.add_argument("--features", default="clip", help="of FID, KID, precision, recall: clip (the embedded one), inception, NAME/TAG of open_clip")
+    made.add_argument("--features", default="clip", help="of FD, KID, precision, recall: clip (the embedded one), inception, NAME/TAG of open_clip")
     made.add_argument("--score-clip", default="openmoji", help="which CLIP scores: openmoji (the embedded one), NAME/TAG of open_clip, local-dir:/folder")
     return made
 
@@ -122,13 +124,15 @@ def place(sampling: SamplingConfig) -> str:
 
 def row(sampling: SamplingConfig, figures: Figures) -> list[str]:
     """One point's line of the table."""
-    shown = {name: figures[name] * (1000 if name == "kid" else 1) for name in SHOWN}
-    return [sampling.sampler, str(sampling.steps), f"{sampling.guidance_scale:g}", *(f"{value:.4g}" for value in shown.values())]
+    values = [figures[name] * (1000 if name == "kid" else 1) for name in shown(frechet_key(figures))]
+    return [sampling.sampler, str(sampling.steps), f"{sampling.guidance_scale:g}", *(f"{value:.4g}" for value in values)]
 
 
 def write(out: Path, results: dict[str, list[Figures]], rows: list[list[str]], settings: dict[str, object], sides: str) -> None:
     """sweep.html, a plot a figure as .svg, the table in sweep.md, TensorBoard's events; the table is printed too."""
-    table = report.markdown(HEADERS, rows)
+    titles = shown(frechet_key(next(iter(results.values()))[0]))
+    headers = [*SETTINGS, *titles.values()]
+    table = report.markdown(headers, rows)
     print(table)
     with atomic_file(out / "sweep.md", "w") as file:
         file.write(table)
@@ -136,7 +140,7 @@ def write(out: Path, results: dict[str, list[Figures]], rows: list[list[str]], s
     samplers = {name: curve for name, curve in results.items() if name != "guidance"}
     plots: list[str] = []
     scalars: dict[str, report.Points] = {}
-    for figure, said in SHOWN.items():
+    for figure, said in titles.items():
         for x, axis, series in (
             ("guidance", "guidance scale", {"guidance": [(one["guidance_scale"], one[figure]) for one in guidance]} if guidance else {}),
             ("steps", "sampling steps", {name: [(one["steps"], one[figure]) for one in curve] for name, curve in samplers.items()}),
@@ -148,8 +152,8 @@ def write(out: Path, results: dict[str, list[Figures]], rows: list[list[str]], s
             with atomic_file(out / f"{figure}-{x}.svg", "w") as file:
                 file.write(plots[-1])
     if guidance:  # Fig. 13 of the paper sets recall against what guidance improves
-        plots.append(report.plot({"guidance": [(one["recall"], one["clip_score"]) for one in guidance]}, "recall", SHOWN["clip_score"]))
-    report.write_page(out / "sweep.html", "Sweep", [report.table(HEADERS, rows), *plots, report.heading("Side by side"), sides], settings)
+        plots.append(report.plot({"guidance": [(one["recall"], one["clip_score"]) for one in guidance]}, "recall", titles["clip_score"]))
+    report.write_page(out / "sweep.html", "Sweep", [report.table(headers, rows), *plots, report.heading("Side by side"), sides], settings)
     report.write_tensorboard(out / "tensorboard", scalars)
 
 

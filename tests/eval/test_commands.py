@@ -40,7 +40,9 @@ def run(capsys, *arguments: object) -> dict:
 
 
 def pixels(images) -> torch.Tensor:
-    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
+    return torch.from_numpy(
+        np.stack([np.asarray(image.convert("RGB")) for image in images])
+    ).permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("how", ["blur", "noise", "others"])
@@ -54,58 +56,106 @@ def test_every_distance_worsens_step_by_step(how, drawings):
         if how == "blur":
             made = pixels([image.filter(ImageFilter.GaussianBlur(1.5 * step)) for image in fake])
         elif how == "noise":
-            noise = 60 * step * torch.randn(40, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+            noise = (
+                60 * step * torch.randn(40, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+            )
             made = (pixels(fake) + noise).clamp(0, 255).to(torch.uint8)
         else:
-            wrong = torch.randint(0, 256, (40, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+            wrong = torch.randint(
+                0,
+                256,
+                (40, 3, 48, 48),
+                dtype=torch.uint8,
+                generator=torch.Generator().manual_seed(0),
+            )
             made = torch.cat([wrong[: 15 * step], pixels(fake[15 * step :])])
         found.append(fid.judge(network, real, network(made), bootstrap=0))
-    for name in ("fid", "kid", "cmmd"):
-        assert all(a[name] < b[name] for a, b in pairwise(found)), (name, [each[name] for each in found])
+    for name in ("fd_clip", "kid", "cmmd"):
+        assert all(a[name] < b[name] for a, b in pairwise(found)), (
+            name,
+            [each[name] for each in found],
+        )
     assert how == "others" or found[0]["recall"] > found[-1]["recall"]
 
 
 def test_a_folder_against_itself_is_at_no_distance(folder, capsys):
     found = run(capsys, "--images", folder, "--reference", folder)
-    assert found["fid"] == pytest.approx(0, abs=1e-4) and found["cmmd"] == pytest.approx(0, abs=1e-9)
+    assert (
+        "fid" not in found
+        and found["fd_clip"] == pytest.approx(0, abs=1e-4)
+        and found["cmmd"] == pytest.approx(0, abs=1e-9)
+    )
     assert (found["precision"], found["recall"], found["n_fake"], found["bad"]) == (1, 1, 80, 0)
     assert found["command"] == "fid" and "256 numbers" in found["said"][0]
 
 
 def test_the_figures_are_written_and_their_interval_holds_the_value(folder, tmp_path, capsys):
-    arguments = ["--device", "cpu", "--images", str(folder), "--reference", str(folder), "--bootstrap", "4", "--out", str(tmp_path / "out")]
+    arguments = [
+        "--device",
+        "cpu",
+        "--images",
+        str(folder),
+        "--reference",
+        str(folder),
+        "--bootstrap",
+        "4",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert fid.main(arguments) == 0
     found = last_line(capsys)
     assert json.loads((tmp_path / "out" / "fid.json").read_text()) == found
-    assert found["fid_low"] <= found["fid"] <= found["fid_high"] and found["fid_infinity"] is None
+    assert (
+        found["fd_clip_low"] <= found["fd_clip"] <= found["fd_clip_high"]
+        and found["fd_clip_infinity"] is None
+    )
 
 
-def test_own_captions_score_above_others_and_the_file_gives_them_line_by_line(folder, drawings, tmp_path, capsys):
+def test_own_captions_score_above_others_and_the_file_gives_them_line_by_line(
+    folder, drawings, tmp_path, capsys
+):
     captions = drawings[1]
     assert clip_score.main(["--device", "cpu", "--images", str(folder)]) == 0
     own = last_line(capsys)
     clip = FrozenCLIP()
-    expected = torch.cosine_similarity(clip.embed_images(pixels(drawings[0]) / 127.5 - 1), clip.embed_text(clip.tokenize(captions)).embed)
+    expected = torch.cosine_similarity(
+        clip.embed_images(pixels(drawings[0]) / 127.5 - 1),
+        clip.embed_text(clip.tokenize(captions)).embed,
+    )
     assert own["clip_score"] == pytest.approx(100 * expected.clamp(min=0).mean().item(), rel=1e-4)
     file = tmp_path / "captions.txt"
     file.write_text("\n\n".join(captions) + "\n")
-    assert clip_score.main(["--device", "cpu", "--images", str(folder), "--captions", str(file)]) == 0
+    assert (
+        clip_score.main(["--device", "cpu", "--images", str(folder), "--captions", str(file)]) == 0
+    )
     assert last_line(capsys)["clip_score"] == pytest.approx(own["clip_score"], rel=1e-9)
     file.write_text("\n".join(captions[7:] + captions[:7]))
-    assert clip_score.main(["--device", "cpu", "--images", str(folder), "--captions", str(file)]) == 0
+    assert (
+        clip_score.main(["--device", "cpu", "--images", str(folder), "--captions", str(file)]) == 0
+    )
     others = last_line(capsys)
-    assert others["clip_score_high"] < own["clip_score_low"] and others["rank_mean"] > own["rank_mean"] and others["r1"] < own["r1"]
+    assert (
+        others["clip_score_high"] < own["clip_score_low"]
+        and others["rank_mean"] > own["rank_mean"]
+        and others["r1"] < own["r1"]
+    )
 
 
 def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(
+        "urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network"))
+    )
     (tmp_path / "empty").mkdir()
     captions = tmp_path / "captions.txt"
     captions.write_text("a cat\n\n \n")
     cases = [
         (fid, ["--images", tmp_path / "empty", "--reference", folder], "There are no images in"),
-        (fid, ["--images", folder, "--reference", folder, "--features", "inception"], "inception-2015-12-05.pt"),
+        (
+            fid,
+            ["--images", folder, "--reference", folder, "--features", "inception"],
+            "inception-2015-12-05.pt",
+        ),
         (fid, ["--images", folder], "--reference"),
         (fid, ["--reference", folder], "--images"),
         (
@@ -113,7 +163,11 @@ def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys, monkeypatch):
             ["--images", folder, "--reference", folder, "--device", "cuda:99"],
             "There is no device cuda:99",
         ),
-        (clip_score, ["--images", folder, "--captions", captions], "There are 1 captions and 80 images"),
+        (
+            clip_score,
+            ["--images", folder, "--captions", captions],
+            "There are 1 captions and 80 images",
+        ),
         (clip_score, ["--images", folder, "--captions", tmp_path / "none.txt"], "none.txt"),
         (clip_score, ["--images", folder, "--clip", "local-dir:/nowhere"], "/nowhere"),
     ]

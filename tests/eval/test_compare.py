@@ -48,9 +48,9 @@ def test_all_six_arms_are_judged_at_the_fixed_scale_and_at_their_best(ran):
     assert list(found) == list(arms.TITLES)
     for arm in found.values():
         assert arm["fixed"]["guidance_scale"] == 2 and set(arm["sweep"]) == {"1", "2"}
-        best = min(arm["sweep"], key=lambda scale: arm["sweep"][scale]["fid"])
+        best = min(arm["sweep"], key=lambda scale: arm["sweep"][scale]["fd_clip"])
         assert arm["best"]["guidance_scale"] == float(best) and arm["sweep"]["1"]["n_fake"] == 6 and arm["fixed"]["n_fake"] == 12
-        assert {"fid", "kid", "clip_score", "precision", "recall", "r1", "fid_low", "clip_score_high"} <= set(arm["best"])
+        assert {"fd_clip", "kid", "clip_score", "precision", "recall", "r1", "fd_clip_low", "clip_score_high"} <= set(arm["best"])
     assert len({json.dumps(arm["fixed"]) for arm in found.values()}) == 6
     assert ran[1]["real"]["n"] == 12 and ran[1]["real"]["clip_score"] > max(arm["fixed"]["clip_score"] for arm in found.values())  # random decoders
 
@@ -152,9 +152,9 @@ def seen(seed: int, n: int = 300, shift: float = 0.0) -> Seen:
 def test_a_set_differs_from_itself_by_nothing_and_from_a_worse_one_for_sure():
     real, text = features(300, 16, 5), features(300, 16, 6)
     same = paired_differences(seen(1), seen(1), text, real, resamples=20)
-    assert {name: (one.value, one.low, one.high) for name, one in same.items()} == dict.fromkeys(("clip_score", "r1", "fid"), (0.0, 0.0, 0.0))
-    worse = paired_differences(seen(1), seen(1, shift=1.0), text, real, resamples=20)["fid"]
-    better = paired_differences(seen(1, shift=1.0), seen(1), text, real, resamples=20)["fid"]
+    assert {name: (one.value, one.low, one.high) for name, one in same.items()} == dict.fromkeys(("clip_score", "r1", "fd"), (0.0, 0.0, 0.0))
+    worse = paired_differences(seen(1), seen(1, shift=1.0), text, real, resamples=20)["fd"]
+    better = paired_differences(seen(1, shift=1.0), seen(1), text, real, resamples=20)["fd"]
     assert worse.sure and worse.value > 0 and better.value == pytest.approx(-worse.value) and not Difference(0.1, -0.1, 0.3).sure
 
 
@@ -171,7 +171,7 @@ def test_interval_of_the_score_is_that_of_a_paired_mean():
 
 def test_reference_of_other_pictures_is_halved_by_itself():
     text, real = features(300, 16, 6), features(500, 16, 5)
-    one, two = (paired_differences(seen(1), seen(2, shift=0.2), text, rows, resamples=30, paired=False)["fid"] for rows in (real, real.flip(0)))
+    one, two = (paired_differences(seen(1), seen(2, shift=0.2), text, rows, resamples=30, paired=False)["fd"] for rows in (real, real.flip(0)))
     assert one.value == pytest.approx(two.value, rel=1e-9) and one.sure and two.sure and one.low != two.low
 
 
@@ -180,7 +180,7 @@ def test_interval_of_the_distance_is_as_wide_as_fresh_sets_differ():
     text, apart = features(200, 16, 6), []
     for k in range(24):
         sets = seen(3 * k, 200), seen(3 * k + 1, 200, shift=0.1)
-        apart.append(paired_differences(*sets, text, features(200, 16, 3 * k + 2), resamples=20)["fid"])
+        apart.append(paired_differences(*sets, text, features(200, 16, 3 * k + 2), resamples=20)["fd"])
     spread = 1.96 * torch.tensor([one.value for one in apart]).std().item()
     width = torch.tensor([(one.high - one.low) / 2 for one in apart]).mean().item()
     assert 0.6 < width / spread < 1.6

@@ -14,7 +14,10 @@ from tests.eval.sets import exactly, features
 
 def clean_fid():
     fid = pytest.importorskip("cleanfid.fid")
-    if "disp" not in __import__("inspect").signature(__import__("scipy.linalg").linalg.sqrtm).parameters:
+    if (
+        "disp"
+        not in __import__("inspect").signature(__import__("scipy.linalg").linalg.sqrtm).parameters
+    ):
         pytest.skip("clean-fid's frechet_distance needs scipy < 1.18")
     return fid
 
@@ -24,7 +27,11 @@ def cleanfid_frechet(a, b):
     x, y = a.double().numpy(), b.double().numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return float(fid.frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False)))
+        return float(
+            fid.frechet_distance(
+                x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False)
+            )
+        )
 
 
 @pytest.mark.parametrize("dim", [1, 2, 16, 128])
@@ -35,14 +42,24 @@ def test_frechet_of_commuting_gaussians_has_its_closed_form(dim):
     s, t = (torch.rand(dim, generator=generator, dtype=torch.float64) + 0.1 for _ in range(2))
     mu, nu = (torch.randn(dim, generator=generator, dtype=torch.float64) for _ in range(2))
     a, b = exactly(mu, axes * s, 3 * dim + 5, 1), exactly(nu, axes * t, 2 * dim + 9, 2)
-    assert distances.frechet(a, b) == pytest.approx(((mu - nu).square().sum() + (s - t).square().sum()).item(), rel=1e-9)
+    assert distances.frechet(a, b) == pytest.approx(
+        ((mu - nu).square().sum() + (s - t).square().sum()).item(), rel=1e-9
+    )
 
 
 def test_frechet_at_2048_dimensions_has_its_closed_form():
     dim = 2048
-    s, t = torch.linspace(0.2, 2, dim, dtype=torch.float64), torch.linspace(1, 0.5, dim, dtype=torch.float64)
-    a, b = (distances.Gaussian(torch.full((dim,), mean, dtype=torch.float64), torch.diag(v.square())) for mean, v in ((0.0, s), (0.1, t)))
-    assert distances.frechet_of(a, b) == pytest.approx((s - t).square().sum().item() + dim * 0.01, rel=1e-9)
+    s, t = (
+        torch.linspace(0.2, 2, dim, dtype=torch.float64),
+        torch.linspace(1, 0.5, dim, dtype=torch.float64),
+    )
+    a, b = (
+        distances.Gaussian(torch.full((dim,), mean, dtype=torch.float64), torch.diag(v.square()))
+        for mean, v in ((0.0, s), (0.1, t))
+    )
+    assert distances.frechet_of(a, b) == pytest.approx(
+        (s - t).square().sum().item() + dim * 0.01, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize(("n", "m", "dim"), [(300, 300, 32), (300, 200, 64), (400, 400, 128)])
@@ -71,7 +88,11 @@ def test_a_feature_that_never_changes_makes_a_covariance_singular_and_changes_no
         a[:, 0] = 0.5
     if dead != "reference":
         b[:, 0] = 0.5
-    gap = (a[:, 0].double().mean() - b[:, 0].double().mean()).square() + a[:, 0].double().var() + b[:, 0].double().var()
+    gap = (
+        (a[:, 0].double().mean() - b[:, 0].double().mean()).square()
+        + a[:, 0].double().var()
+        + b[:, 0].double().var()
+    )
     assert distances.frechet(a, b) == pytest.approx(expected + gap.item(), rel=1e-6)
 
 
@@ -85,7 +106,9 @@ def test_frechet_equals_torchmetrics(n, dim):
         def forward(self, rows):
             return rows.flatten(1)
 
-    metric = FrechetInceptionDistance(feature=Rows(), input_img_size=(1, 1, dim)).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=Rows(), input_img_size=(1, 1, dim)).set_dtype(
+        torch.float64
+    )
     a, b = features(n, dim, 1), features(n, dim, 2, 0.02)
     metric.update(a.double(), real=True)
     metric.update(b.double(), real=False)
@@ -109,16 +132,22 @@ def test_kid_equals_clean_fid_torchmetrics_and_its_definition(n):
     a, b = features(n, dim, 1), features(n, dim, 2, 0.02)
     x, y = a.double(), b.double()
     kxx, kyy, kxy = ((u @ v.T / dim + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
-    expected = ((kxx.sum() - kxx.trace() + kyy.sum() - kyy.trace()) / (n * (n - 1)) - 2 * kxy.mean()).item()
+    expected = (
+        (kxx.sum() - kxx.trace() + kyy.sum() - kyy.trace()) / (n * (n - 1)) - 2 * kxy.mean()
+    ).item()
     found = distances.kernel(a, b)
     assert found.value == pytest.approx(expected, rel=1e-8)
-    assert found.value == pytest.approx(clean_fid().kernel_distance(x.numpy(), y.numpy(), 1, n), rel=1e-6)
+    assert found.value == pytest.approx(
+        clean_fid().kernel_distance(x.numpy(), y.numpy(), 1, n), rel=1e-6
+    )
 
     class Rows(nn.Module):
         def forward(self, rows):
             return rows.flatten(1)
 
-    metric = KernelInceptionDistance(feature=Rows(), subsets=1, subset_size=n).set_dtype(torch.float64)
+    metric = KernelInceptionDistance(feature=Rows(), subsets=1, subset_size=n).set_dtype(
+        torch.float64
+    )
     metric.update(x, real=True)
     metric.update(y, real=False)
     assert found.value == pytest.approx(metric.compute()[0].item(), rel=1e-6)
@@ -130,15 +159,25 @@ def test_the_error_of_kid_is_that_of_leaving_each_image_out_and_the_spread_of_fr
     less_b = [distances.kernel(a, torch.cat([b[:i], b[i + 1 :]])).value for i in range(9)]
     expected = math.sqrt(11 * np.var(less_a) + 8 * np.var(less_b))
     assert distances.kernel(a, b).error == pytest.approx(expected, rel=1e-8)
-    fresh = [distances.kernel(features(150, 6, 2 * i), features(150, 6, 2 * i + 1, 0.1)) for i in range(60)]
-    assert np.mean([each.error for each in fresh]) == pytest.approx(np.std([each.value for each in fresh]), rel=0.25)
+    fresh = [
+        distances.kernel(features(150, 6, 2 * i), features(150, 6, 2 * i + 1, 0.1))
+        for i in range(60)
+    ]
+    assert np.mean([each.error for each in fresh]) == pytest.approx(
+        np.std([each.value for each in fresh]), rel=0.25
+    )
 
 
 def test_cmmd_equals_its_definition_pair_by_pair():
     a, b = features(30, 8, 1).double() + 0.1, features(1050, 8, 2, 0.1).double() + 0.1
     a, b = a / a.norm(dim=1, keepdim=True), b / b.norm(dim=1, keepdim=True)
-    kxx, kyy, kxy = (torch.exp(-((u[:, None] - v[None]) ** 2).sum(-1) / 200).mean() for u, v in ((a, a), (b, b), (a, b)))
-    assert distances.cmmd(3 * a, 0.5 * b) == pytest.approx(1000 * (kxx + kyy - 2 * kxy).item(), rel=1e-6)
+    kxx, kyy, kxy = (
+        torch.exp(-((u[:, None] - v[None]) ** 2).sum(-1) / 200).mean()
+        for u, v in ((a, a), (b, b), (a, b))
+    )
+    assert distances.cmmd(3 * a, 0.5 * b) == pytest.approx(
+        1000 * (kxx + kyy - 2 * kxy).item(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(("n", "m", "k"), [(30, 25, 3), (1040, 40, 5)])
@@ -165,20 +204,37 @@ def test_a_set_against_itself_is_at_no_distance_and_within_its_own_reach():
         assert abs(distances.cmmd(a, a)) < 1e-9
         assert distances.kernel(a, a).value <= 0  # unbiased: a little below
         assert distances.precision_recall(a, a) == (1, 1)
-        assert distances.precision_recall(a, a[torch.zeros(n, dtype=torch.int64)].clone()) == (1, pytest.approx(1 / n, abs=0.1))
+        assert distances.precision_recall(a, a[torch.zeros(n, dtype=torch.int64)].clone()) == (
+            1,
+            pytest.approx(1 / n, abs=0.1),
+        )
 
 
 def test_order_does_not_matter():
     a, b = features(300, 32, 1), features(250, 32, 2, 0.05)
     p, q = (torch.randperm(n, generator=torch.Generator().manual_seed(3)) for n in (300, 250))
-    for distance in (distances.frechet, lambda x, y: distances.kernel(x, y).value, distances.cmmd, lambda x, y: distances.precision_recall(x, y)[0]):
+    for distance in (
+        distances.frechet,
+        lambda x, y: distances.kernel(x, y).value,
+        distances.cmmd,
+        lambda x, y: distances.precision_recall(x, y)[0],
+    ):
         assert distance(a[p], b[q]) == pytest.approx(distance(a, b), rel=1e-9)
 
 
 @pytest.mark.parametrize(("n", "dim", "shift"), [(200, 4, 0.1), (60, 32, 0.05)])
 def test_the_bootstrap_covers_what_fresh_sets_give(n, dim, shift):
     """The interval holds the mean of the estimator at this size in about 95 of 100 experiments, and its error is the spread of fresh sets."""
-    fresh = [distances.bootstrap(distances.frechet, features(n, dim, 2 * i), features(n, dim, 2 * i + 1, shift), 20, seed=i) for i in range(50)]
+    fresh = [
+        distances.bootstrap(
+            distances.frechet,
+            features(n, dim, 2 * i),
+            features(n, dim, 2 * i + 1, shift),
+            20,
+            seed=i,
+        )
+        for i in range(50)
+    ]
     mean, spread = np.mean([each.value for each in fresh]), np.std([each.value for each in fresh])
     assert 0.85 <= np.mean([each.interval[0] <= mean <= each.interval[1] for each in fresh]) <= 1
     assert 0.75 * spread < np.mean([each.error for each in fresh]) < 1.5 * spread
@@ -186,7 +242,13 @@ def test_the_bootstrap_covers_what_fresh_sets_give(n, dim, shift):
 
 def test_frechet_infinity_is_nearer_to_the_truth_than_frechet():
     """Two sets of one distribution: the truth is 0, FID lies above it."""
-    pairs = [[torch.randn(160, 16, generator=torch.Generator().manual_seed(2 * i + j)) for j in (0, 1)] for i in range(12)]
-    plain, extended = (np.mean([f(*pair) for pair in pairs]) for f in (distances.frechet, distances.frechet_infinity))
+    pairs = [
+        [torch.randn(160, 16, generator=torch.Generator().manual_seed(2 * i + j)) for j in (0, 1)]
+        for i in range(12)
+    ]
+    plain, extended = (
+        np.mean([f(*pair) for pair in pairs])
+        for f in (distances.frechet, distances.frechet_infinity)
+    )
     assert plain > 0.5
     assert abs(extended) < plain / 5

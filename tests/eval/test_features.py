@@ -14,7 +14,9 @@ from unclip_pl.clip import FrozenCLIP
 from unclip_pl.errors import UserError
 
 
-@pytest.mark.parametrize("shape", [(256, 256), (64, 64), (40, 300), (299, 299), (700, 333), (7, 1030), (1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(256, 256), (64, 64), (40, 300), (299, 299), (700, 333), (7, 1030), (1, 1)]
+)
 def test_resizing_equals_clean_fid_within_a_thousandth_of_a_level(shape):
     resizer = pytest.importorskip("cleanfid.resize").build_resizer("clean")
     pixels = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), dtype=np.uint8)
@@ -25,7 +27,11 @@ def test_resizing_equals_clean_fid_within_a_thousandth_of_a_level(shape):
 
 class Layers(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(x, (32, 64)).mean(1).flatten(1)[:, :, None, None]
+        return (
+            torch.nn.functional.adaptive_avg_pool2d(x, (32, 64))
+            .mean(1)
+            .flatten(1)[:, :, None, None]
+        )
 
 
 class Standin(nn.Module):
@@ -52,11 +58,17 @@ def test_inception_gets_what_clean_fid_gives_it(empty_cache):
     placed(empty_cache)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     resizer = pytest.importorskip("cleanfid.resize").build_resizer("clean")
-    wrapper = pytest.importorskip("cleanfid.inception_torchscript").InceptionV3W(str(empty_cache), download=False)
-    theirs = wrapper(torch.stack([torch.from_numpy(resizer(image)).permute(2, 0, 1) for image in pixels]))
+    wrapper = pytest.importorskip("cleanfid.inception_torchscript").InceptionV3W(
+        str(empty_cache), download=False
+    )
+    theirs = wrapper(
+        torch.stack([torch.from_numpy(resizer(image)).permute(2, 0, 1) for image in pixels])
+    )
     network = features.inception()
     assert (network.dim, network.is_clip) == (2048, False)
-    torch.testing.assert_close(network(torch.from_numpy(pixels).permute(0, 3, 1, 2)), theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        network(torch.from_numpy(pixels).permute(0, 3, 1, 2)), theirs, rtol=0, atol=1e-5
+    )
 
 
 def test_without_a_network_the_sentence_says_where_inception_belongs(empty_cache, monkeypatch):
@@ -66,7 +78,9 @@ def test_without_a_network_the_sentence_says_where_inception_belongs(empty_cache
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     with pytest.raises(UserError, match="name resolution") as error:
         features.inception()
-    assert str(empty_cache / features.INCEPTION) in str(error.value) and features.INCEPTION_URL in str(error.value)
+    assert str(empty_cache / features.INCEPTION) in str(
+        error.value
+    ) and features.INCEPTION_URL in str(error.value)
     assert not (empty_cache / features.INCEPTION).exists()
 
 
@@ -101,11 +115,22 @@ def test_a_file_that_is_not_inception_is_a_sentence(empty_cache):
 def test_clip_features_are_the_clips_embeddings_and_networks_are_told_apart():
     clip = FrozenCLIP()
     network = features.named("clip")
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(network(images), clip.embed_images(images / 127.5 - 1), rtol=1e-5, atol=1e-5)
+    images = torch.randint(
+        0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    torch.testing.assert_close(
+        network(images), clip.embed_images(images / 127.5 - 1), rtol=1e-5, atol=1e-5
+    )
     assert network.is_clip and network.dim == clip.embed_dim
-    assert features.clip_features(clip).key == network.key != features.named("clip", precision="bf16").key
-    assert features.of_callable("means", lambda x: x.float().mean((2, 3)), 3)(images).shape == (2, 3)
+    assert (
+        features.clip_features(clip).key
+        == network.key
+        != features.named("clip", precision="bf16").key
+    )
+    assert features.of_callable("means", lambda x: x.float().mean((2, 3)), 3)(images).shape == (
+        2,
+        3,
+    )
 
 
 def test_wrong_images_and_wrong_widths_are_named():
@@ -117,7 +142,12 @@ def test_wrong_images_and_wrong_widths_are_named():
 
 
 @pytest.mark.parametrize(
-    ("name", "model", "tag"), [("ViT-B-32/openai", "ViT-B-32", "openai"), ("openmoji", "openmoji", None), ("local-dir:/a/b", "local-dir:/a/b", None)]
+    ("name", "model", "tag"),
+    [
+        ("ViT-B-32/openai", "ViT-B-32", "openai"),
+        ("openmoji", "openmoji", None),
+        ("local-dir:/a/b", "local-dir:/a/b", None),
+    ],
 )
 def test_a_clip_is_named_as_open_clip_names_it(name, model, tag):
     found = features.clip_config(name)

@@ -22,7 +22,11 @@ def write(folder, count, size=8, start=0):
 
 
 def reds(batches):
-    return {key: int(image[0, 0, 0]) for batch in batches for key, image in zip(batch["keys"], batch["images"], strict=True)}
+    return {
+        key: int(image[0, 0, 0])
+        for batch in batches
+        for key, image in zip(batch["keys"], batch["images"], strict=True)
+    }
 
 
 def test_a_folder_comes_whole_in_any_batch_size_and_over_any_ranks(tmp_path):
@@ -34,14 +38,23 @@ def test_a_folder_comes_whole_in_any_batch_size_and_over_any_ranks(tmp_path):
     shares = [reds(Pictures(str(folder), rank, 3).batches(100)) for rank in range(3)]
     assert sum(map(len, shares)) == 30 and shares[0] | shares[1] | shares[2] == expected
     for batch in Pictures(str(folder)).batches(4):
-        assert batch["images"].dtype == torch.uint8 and len(batch["images"]) <= 4 and batch["images"].ndim == 4
+        assert (
+            batch["images"].dtype == torch.uint8
+            and len(batch["images"]) <= 4
+            and batch["images"].ndim == 4
+        )
 
 
 def test_shards_come_whole_over_any_ranks_with_their_captions(tmp_path):
     write_shards(tmp_path, [7, 5])
     assert len(Pictures(str(tmp_path))) == 12
     shares = [list(Pictures(str(tmp_path), rank, 2).batches(3)) for rank in range(2)]
-    found = {key: caption for share in shares for batch in share for key, caption in zip(batch["keys"], batch["captions"], strict=True)}
+    found = {
+        key: caption
+        for share in shares
+        for batch in share
+        for key, caption in zip(batch["keys"], batch["captions"], strict=True)
+    }
     assert found == {f"{n:06d}": f"caption {n}" for n in range(12)}
 
 
@@ -62,8 +75,16 @@ def test_grey_palette_and_transparent_images_come_as_rgb_on_white(tmp_path):
     Image.new("P", (4, 4), 0).save(folder / "palette.gif")
     Image.new("RGB", (4, 4), (10, 200, 30)).save(folder / "colour.JPG")
     (batch,) = Pictures(str(folder)).batches(9)
-    found = {key: tuple(image[:, 0, 0].tolist()) for key, image in zip(batch["keys"], batch["images"], strict=True)}
-    assert found["grey"] == (77, 77, 77) and found["clear"] == (255, 255, 255) and found["half"] == (127, 127, 127) and found["palette"] == (0, 0, 0)
+    found = {
+        key: tuple(image[:, 0, 0].tolist())
+        for key, image in zip(batch["keys"], batch["images"], strict=True)
+    }
+    assert (
+        found["grey"] == (77, 77, 77)
+        and found["clear"] == (255, 255, 255)
+        and found["half"] == (127, 127, 127)
+        and found["palette"] == (0, 0, 0)
+    )
     assert len(found) == 5
 
 
@@ -103,24 +124,37 @@ def means(images):
     return images.double().mean((2, 3))
 
 
-def test_features_of_a_reference_are_kept_until_a_file_or_the_network_changes(tmp_path, monkeypatch):
+def test_features_of_a_reference_are_kept_until_a_file_or_the_network_changes(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "cache"))
     folder, seen = write(tmp_path / "a", 5), []
 
     def network(key, scale=1.0):
-        return Network("means", 3, lambda images: (seen.append(len(images)), scale * means(images))[1], key)
+        return Network(
+            "means", 3, lambda images: (seen.append(len(images)), scale * means(images))[1], key
+        )
 
     first = reference(network("one"), Pictures(str(folder)), 2)
-    assert torch.equal(reference(network("one"), Pictures(str(folder)), 3), first) and sum(seen) == 5
+    assert (
+        torch.equal(reference(network("one"), Pictures(str(folder)), 3), first) and sum(seen) == 5
+    )
     assert torch.equal(first, extract(network("one"), Pictures(str(folder)), 4))
     seen.clear()
-    assert torch.equal(reference(network("two", 2.0), Pictures(str(folder)), 2), 2 * first) and sum(seen) == 5
+    assert (
+        torch.equal(reference(network("two", 2.0), Pictures(str(folder)), 2), 2 * first)
+        and sum(seen) == 5
+    )
     seen.clear()
     reference(network(None), Pictures(str(folder)), 2)
     reference(network(None), Pictures(str(folder)), 2)
     assert sum(seen) == 10
     Image.new("RGB", (8, 8), (200, 0, 128)).save(folder / "001.png")
     assert reference(network("one"), Pictures(str(folder)), 2)[1, 0] == 200
-    (file,) = [f for f in (tmp_path / "cache" / "features").iterdir() if f.stat().st_mtime_ns == max(g.stat().st_mtime_ns for g in f.parent.iterdir())]
+    (file,) = [
+        f
+        for f in (tmp_path / "cache" / "features").iterdir()
+        if f.stat().st_mtime_ns == max(g.stat().st_mtime_ns for g in f.parent.iterdir())
+    ]
     file.write_bytes(b"damaged")
     assert reference(network("one"), Pictures(str(folder)), 2)[1, 0] == 200

@@ -19,10 +19,14 @@ def filled(metric, a, b, batch):
     return metric.compute()
 
 
-@pytest.mark.parametrize(("n", "m", "batch"), [(1500, 1300, 100), (1500, 20, 70), (2048, 1024, 1024), (30, 20, 7)])
+@pytest.mark.parametrize(
+    ("n", "m", "batch"), [(1500, 1300, 100), (1500, 20, 70), (2048, 1024, 1024), (30, 20, 7)]
+)
 def test_frechet_from_running_sums_equals_that_of_all_features(n, m, batch):
     a, b = features(n, 32, 1), features(m, 32, 2, 0.02)
-    assert filled(metrics.FrechetDistance(32), a, b, batch)["fid"] == pytest.approx(distances.frechet(a, b), rel=1e-8)
+    assert filled(metrics.FrechetDistance(32), a, b, batch)["fd"] == pytest.approx(
+        distances.frechet(a, b), rel=1e-8
+    )
 
 
 def test_running_sums_stay_small():
@@ -35,20 +39,31 @@ def test_running_sums_stay_small():
 def test_every_metric_gives_the_figures_of_its_distance():
     a, b = features(120, 16, 1), features(90, 16, 2, 0.1)
     precision, recall = distances.precision_recall(a, b, 5)
-    assert filled(metrics.PrecisionRecall(16, k=5), a, b, 32) == {"precision": precision, "recall": recall}
+    assert filled(metrics.PrecisionRecall(16, k=5), a, b, 32) == {
+        "precision": precision,
+        "recall": recall,
+    }
     assert filled(metrics.CMMD(16), a, b, 32) == {"cmmd": distances.cmmd(a, b)}
     kid = distances.kernel(a, b)
     assert filled(metrics.KernelDistance(16), a, b, 32) == {"kid": kid.value, "kid_se": kid.error}
     spread = filled(metrics.FrechetSpread(16, resamples=20), a, b, 32)
-    fid = distances.frechet(a, b)
-    assert spread["fid_low"] < fid < spread["fid_high"] and spread["fid_infinity"] < fid
-    assert filled(metrics.FrechetSpread(60, resamples=5), features(120, 60, 1), features(120, 60, 2), 32)["fid_infinity"] is None
+    whole = distances.frechet(a, b)
+    assert spread["fd_low"] < whole < spread["fd_high"] and spread["fd_infinity"] < whole
+    assert (
+        filled(
+            metrics.FrechetSpread(60, resamples=5), features(120, 60, 1), features(120, 60, 2), 32
+        )["fd_infinity"]
+        is None
+    )
 
 
 def test_clip_score_equals_torchmetrics_and_its_interval_that_of_a_mean():
     """torchmetrics is given a model whose features of a picture and of a caption are the numbers in them."""
     functional = pytest.importorskip("torchmetrics.functional.multimodal")
-    image, text = torch.rand(50, 8, generator=torch.Generator().manual_seed(0)) - 0.2, torch.rand(50, 8, generator=torch.Generator().manual_seed(1)) - 0.2
+    image, text = (
+        torch.rand(50, 8, generator=torch.Generator().manual_seed(0)) - 0.2,
+        torch.rand(50, 8, generator=torch.Generator().manual_seed(1)) - 0.2,
+    )
 
     class Plain:
         config = None
@@ -65,11 +80,18 @@ def test_clip_score_equals_torchmetrics_and_its_interval_that_of_a_mean():
     def processor(images=None, text=None, **_):
         if images is not None:
             return {"pixel_values": torch.stack(images)}
-        return {"input_ids": torch.tensor([[float(x) for x in row.split()] for row in text]), "attention_mask": torch.ones(len(text), 8)}
+        return {
+            "input_ids": torch.tensor([[float(x) for x in row.split()] for row in text]),
+            "attention_mask": torch.ones(len(text), 8),
+        }
 
-    positive = torch.cosine_similarity(image, text) > 0  # torchmetrics cuts the mean at 0, not each score
+    positive = (
+        torch.cosine_similarity(image, text) > 0
+    )  # torchmetrics cuts the mean at 0, not each score
     captions = [" ".join(str(x) for x in row.tolist()) for row in text[positive]]
-    theirs = functional.clip_score(list(image[positive].view(-1, 8, 1, 1)), captions, lambda: (Plain(), processor))
+    theirs = functional.clip_score(
+        list(image[positive].view(-1, 8, 1, 1)), captions, lambda: (Plain(), processor)
+    )
     ours = metrics.CLIPScore()
     ours.update(image[positive], text[positive])
     assert ours.compute()["clip_score"] == pytest.approx(theirs.item(), rel=1e-6)
@@ -80,7 +102,9 @@ def test_clip_score_equals_torchmetrics_and_its_interval_that_of_a_mean():
     found = metric.compute()
     assert found["clip_score"] == pytest.approx(each.mean().item(), rel=1e-9)
     assert found["clip_score_se"] == pytest.approx((each.std() / 50**0.5).item(), rel=1e-9)
-    assert found["clip_score_high"] - found["clip_score_low"] == pytest.approx(2 * 1.96 * found["clip_score_se"], rel=1e-9)
+    assert found["clip_score_high"] - found["clip_score_low"] == pytest.approx(
+        2 * 1.96 * found["clip_score_se"], rel=1e-9
+    )
 
 
 def test_retrieval_rank_is_by_hand_what_it_should_be_and_equal_captions_are_one():
@@ -89,7 +113,13 @@ def test_retrieval_rank_is_by_hand_what_it_should_be_and_equal_captions_are_one(
     metric = metrics.RetrievalRank(4)
     metric.update(image[:3], text[:3])
     metric.update(image[3:], text[3:])
-    assert metric.compute() == {"rank_mean": 1.75, "rank_median": 1.0, "r1": 0.5, "r5": 1.0, "captions": 4}
+    assert metric.compute() == {
+        "rank_mean": 1.75,
+        "rank_median": 1.0,
+        "r1": 0.5,
+        "r5": 1.0,
+        "captions": 4,
+    }
     same = metrics.RetrievalRank(4)
     same.update(torch.ones(3, 4), torch.eye(4)[:3])
     assert same.compute()["rank_mean"] == 3  # a CLIP that tells nothing apart earns nothing
@@ -99,7 +129,13 @@ def figures(share) -> dict:
     """Of every metric, from the rows that `share` gives this rank."""
     a, b = features(1301, 12, 1), features(1101, 12, 2, 0.1)
     found = {}
-    for metric in (metrics.FrechetDistance(12), metrics.KernelDistance(12), metrics.CMMD(12), metrics.PrecisionRecall(12), metrics.FrechetSpread(12, 3)):
+    for metric in (
+        metrics.FrechetDistance(12),
+        metrics.KernelDistance(12),
+        metrics.CMMD(12),
+        metrics.PrecisionRecall(12),
+        metrics.FrechetSpread(12, 3),
+    ):
         for x, real in ((a, True), (b, False)):
             for rows in share(x).split(100):
                 if len(rows):
@@ -126,12 +162,22 @@ def test_two_ranks_give_the_figures_of_one_also_where_one_has_no_images(tmp_path
     shared, alone = json.loads((tmp_path / "0.json").read_text())
     expected = figures(lambda x: x)
     assert alone == pytest.approx(expected, rel=1e-9)
-    drawn = {"fid_se", "fid_low", "fid_high", "fid_infinity"}  # by the numbers of rows, which lie otherwise when the ranks take turns
-    assert {k: v for k, v in shared.items() if k not in drawn} == pytest.approx({k: v for k, v in expected.items() if k not in drawn}, rel=1e-9)
+    drawn = {
+        "fd_se",
+        "fd_low",
+        "fd_high",
+        "fd_infinity",
+    }  # by the numbers of rows, which lie otherwise when the ranks take turns
+    assert {k: v for k, v in shared.items() if k not in drawn} == pytest.approx(
+        {k: v for k, v in expected.items() if k not in drawn}, rel=1e-9
+    )
     assert shared.keys() == expected.keys()
 
 
-@pytest.mark.parametrize("metric", [metrics.FrechetDistance, metrics.KernelDistance, metrics.CMMD, metrics.PrecisionRecall])
+@pytest.mark.parametrize(
+    "metric",
+    [metrics.FrechetDistance, metrics.KernelDistance, metrics.CMMD, metrics.PrecisionRecall],
+)
 def test_bad_features_are_a_sentence(metric):
     rows = features(20, 8)
     rows[3, 2], rows[5, 1] = torch.nan, torch.inf
@@ -159,7 +205,9 @@ def test_embeddings_that_are_no_pairs_are_a_sentence():
     with pytest.raises(UserError, match="one caption an image"):
         metrics.CLIPScore().update(torch.ones(3, 4), torch.ones(2, 4))
     with pytest.raises(UserError, match="caption embeddings of 1 of 2"):
-        metrics.RetrievalRank(4).update(torch.ones(2, 4), torch.tensor([[1.0] * 4, [torch.nan] * 4]))
+        metrics.RetrievalRank(4).update(
+            torch.ones(2, 4), torch.tensor([[1.0] * 4, [torch.nan] * 4])
+        )
     with pytest.raises(UserError, match="no image"):
         metrics.CLIPScore().compute()
 
@@ -172,5 +220,7 @@ def test_sums_in_parts_give_the_covariance():
         metric.update(rows, real=True)
         metric.update(rows + 0.1, real=False)
     gaussian, _ = metric._gaussian("real")
-    torch.testing.assert_close(gaussian.covariance.tril(), torch.cov(x.double().T).tril(), rtol=1e-9, atol=1e-12)
-    assert metric.compute()["fid"] == pytest.approx(600 * 0.1**2, rel=1e-5)
+    torch.testing.assert_close(
+        gaussian.covariance.tril(), torch.cov(x.double().T).tril(), rtol=1e-9, atol=1e-12
+    )
+    assert metric.compute()["fd"] == pytest.approx(600 * 0.1**2, rel=1e-5)

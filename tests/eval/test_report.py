@@ -95,7 +95,7 @@ def test_callback_has_the_figures_of_the_pictures_and_keeps_metrics_out_of_the_s
     real = torch.cat([batch["image"] for batch in given])[:10]
     metric.update(network(to_uint8(real)), real=True)
     metric.update(network(to_uint8(Noise(range(10))((3, 16, 16)).clamp(-1, 1))), real=False)
-    assert stage.logged["eval/fid"] == pytest.approx(metric.compute()["fid"], rel=1e-4)
+    assert stage.logged["eval/fd_clip"] == pytest.approx(metric.compute()["fd"], rel=1e-4)
     assert {"eval/kid", "eval/precision", "eval/recall"} < set(stage.logged) and "eval/clip_score" not in stage.logged
     assert list(stage.state_dict()) == ["weight"] and len(list(stage.modules())) == 1
 
@@ -107,7 +107,7 @@ def test_callback_judges_a_priors_embeddings_and_scores_them_with_their_captions
     score = CLIPScore()
     for batch in given:
         score.update(batch["image_embed"], batch["text_embed"])
-    assert stage.logged["eval/fid"] == pytest.approx(0, abs=1e-5) and stage.logged["eval/recall"] == 1
+    assert stage.logged["eval/fd_clip"] == pytest.approx(0, abs=1e-5) and stage.logged["eval/recall"] == 1
     assert stage.logged["eval/clip_score"] == pytest.approx(score.compute()["clip_score"], rel=1e-5)
 
 

@@ -43,7 +43,7 @@ def test_curves_have_their_points_in_order(ran):
     assert {name: [point["steps"] for point in curves[name]] for name in ("ddim", "dpm_solver_pp")} == {"ddim": [2, 3], "dpm_solver_pp": [2, 3]}
     assert all(point["sampler"] == name and point["guidance_scale"] == 1 for name in ("ddim", "dpm_solver_pp") for point in curves[name])
     # ddim in 2 steps without guidance stands in two curves, and dpm_solver_pp in 2 steps, both of the first order, is the same
-    assert len({point["fid"] for curve in curves.values() for point in curve}) == 4
+    assert len({point["fd_clip"] for curve in curves.values() for point in curve}) == 4
 
 
 def test_a_points_figures_are_those_of_its_pictures(ran, stages):
@@ -55,13 +55,13 @@ def test_a_points_figures_are_those_of_its_pictures(ran, stages):
     assert torch.equal(drawn, expected)
     metric.update(network(drawn), real=False)
     metric.update(network(next(iter(pictures_of(captions, 16, 8)))["images"]), real=True)
-    assert found["curves"]["dpm_solver_pp"][1]["fid"] == pytest.approx(metric.compute()["fid"], rel=1e-6)
+    assert found["curves"]["dpm_solver_pp"][1]["fd_clip"] == pytest.approx(metric.compute()["fd"], rel=1e-6)
 
 
 def test_table_plots_pictures_and_page_lie_in_the_folder(ran):
     out = ran[0]
     assert len((out / "sweep.md").read_text().splitlines()) == 2 + 6
-    assert {path.name for path in out.glob("*.svg")} >= {"fid-guidance.svg", "fid-steps.svg", "clip_score-guidance.svg", "recall-guidance.svg"}
+    assert {path.name for path in out.glob("*.svg")} >= {"fd_clip-guidance.svg", "fd_clip-steps.svg", "clip_score-guidance.svg", "recall-guidance.svg"}
     page = (out / "sweep.html").read_text()
     assert page.count("<svg") == 13 and "dpm_solver_pp" in page and "data:image/png" in page
     with Image.open(out / "sweep.png") as picture:
