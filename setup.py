@@ -13,6 +13,7 @@ REQUIREMENTS = [
     "lightning>=2.6.4",  # 2.6.2 and 2.6.3 on PyPI were malware (GHSA-w37p-236h-pfx3)
     "jsonargparse[signatures]>=4.46",
     "torchmetrics>=1.9",
+    "clean-fid>=0.1.35",  # Inception and the resizing before it
     "open_clip_torch>=3.3,<4",  # forward_intermediates and the layout of `local-dir:` folders
     "webdataset>=1.0",
     "braceexpand",
@@ -42,10 +43,10 @@ setup(
     package_data={"unclip_pl": ["assets/**/*"], **{name: ["**/*.yaml", "**/*.sbatch"] for name in CONFIGS}},
     install_requires=REQUIREMENTS,
     extras_require={
-        # diffusers, clean-fid: second opinions in the tests; clean-fid's distance needs a scipy that still has sqrtm(disp=)
+        # diffusers: a second opinion in the tests
         "test": [
             "pytest>=8", "pytest-timeout", "pytest-xdist>=3.5", "diffusers>=0.33", "transformers",
-            "pyarrow>=14", "clean-fid>=0.1.35", "scipy<1.18",
+            "pyarrow>=14",
         ],
         "dev": ["ruff", "mypy"],
     },

@@ -1,6 +1,8 @@
-"""Figures while a stage trains: what it draws for held-out samples against what is really there. The callback owns the metrics, never the stage.
+"""Figures while a stage trains: what it draws for held-out samples against what is really there.
+The callback owns the metrics, never the stage.
 
-In YAML: trainer.callbacks+: [{class_path: eval.callback.Evaluate, init_args: {every_n_train_steps: 5000}}]
+In YAML:
+  trainer.callbacks+: [{class_path: eval.callback.Evaluate, init_args: {every_n_train_steps: 5000}}]
 """
 
 from typing import cast
@@ -20,14 +22,16 @@ from unclip_pl.training.needs import Draws
 
 
 class Evaluate(Callback):
-    """At a validation, with the weights that it uses (the EMA), judge pictures that the stage draws.
+    """At a validation, with the weights that it uses (the EMA), judge what the stage draws.
 
-    Logged are `eval/fd_clip` (`eval/fid` where the features are Inception's), `eval/kid`, `eval/precision` and `eval/recall`.
-    Of a prior, which draws embeddings, the same of these, and `eval/clip_score` of each with its caption. The samples are those
-    of the validation, always with the same noise. torchmetrics reduces over ranks.
+    Logged are `eval/fd_clip` (`eval/fid` where the features are Inception's), `eval/kid`,
+    `eval/precision` and `eval/recall`. Of a prior, which draws embeddings, the same of these, and
+    `eval/clip_score` of each with its caption. The samples are those of the validation, always with
+    the same noise. torchmetrics reduces over ranks.
 
     Args:
-        every_n_train_steps: steps from one evaluation to the next at least; the first validation after that many evaluates.
+        every_n_train_steps: steps from one evaluation to the next at least; the first validation
+            after that many evaluates.
         count: samples of each rank, as far as the validation has them.
         features: of pictures, as `eval.features.named` has them.
         seed: the noise of sample k is drawn from `seed + k`, the same whatever the batch.
@@ -42,7 +46,8 @@ class Evaluate(Callback):
     ) -> None:
         if every_n_train_steps < 1 or count < 4:
             raise ValueError(
-                "eval.callback.Evaluate needs every_n_train_steps of at least 1 and count of at least 4."
+                "eval.callback.Evaluate needs every_n_train_steps of at least 1 and count of at "
+                "least 4."
             )
         self.every_n_train_steps, self.count, self.features, self.seed = (
             every_n_train_steps,

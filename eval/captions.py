@@ -1,4 +1,6 @@
-"""Captions to draw from: a text file, MS-COCO's annotations, or image shards, "openmoji" (its held-out drawings) among them."""
+"""Captions to draw from: a text file, MS-COCO's annotations, or image shards, "openmoji" (its
+held-out drawings) among them.
+"""
 
 import json
 import logging
@@ -17,7 +19,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption, with the `key` that its source has for it and, from shards, the bytes of its picture."""
+    """A caption, with the `key` that its source has for it and, from shards, the bytes of its
+    picture.
+    """
 
     key: str
     text: str
@@ -25,9 +29,11 @@ class Caption:
 
 
 def read_captions(spec: str, count: int | None = None, image_size: int = 64) -> list[Caption]:
-    """The captions of FILE.txt (one a line), FILE.json (MS-COCO's annotations), or shards ("openmoji": `image_size` is that of the drawings).
+    """The captions of FILE.txt (one a line), FILE.json (MS-COCO's annotations), or shards
+    ("openmoji": `image_size` is that of the drawings).
 
-    With `count` that many: the first ones; of MS-COCO's, which has five of each picture, a fixed random choice. Blank ones are named and passed over.
+    With `count` that many: the first ones; of MS-COCO's, which has five of each picture, a fixed
+    random choice. Blank ones are named and passed over.
 
     Raises:
         UserError: there are none, or fewer than `count`.
@@ -50,13 +56,15 @@ def read_captions(spec: str, count: int | None = None, image_size: int = 64) -> 
         found = [caption for caption in found if caption.text]
     if not found:
         raise UserError(
-            f"There are no captions in {spec}: give a .txt file with one a line, MS-COCO's annotations (.json), or image shards with captions."
+            f"There are no captions in {spec}: give a .txt file with one a line, MS-COCO's "
+            "annotations (.json), or image shards with captions."
         )
     if count is None:
         return found
     if not 1 <= count <= len(found):
         raise UserError(
-            f"{count} captions were asked for and {spec} has {len(found)}: give --num-captions from 1 to that."
+            f"{count} captions were asked for and {spec} has {len(found)}: give --num-captions "
+            "from 1 to that."
         )
     return (
         sorted(random.Random(0).sample(found, count), key=lambda caption: int(caption.key))
@@ -93,7 +101,8 @@ def _coco(path: Path) -> list[Caption]:
         ]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f'{path} is none of MS-COCO\'s caption files ({{"annotations": [{{"id", "caption"}}, ...]}}): give captions_val2014.json.'
+            f"{path} is none of MS-COCO's caption files "
+            f'({{"annotations": [{{"id", "caption"}}, ...]}}): give captions_val2014.json.'
         ) from None
 
 

@@ -1,7 +1,9 @@
-"""How well images show their captions, by a CLIP: the mean of 100 max(cosine, 0), and how far up an image's own caption stands among all of them.
+"""How well images show their captions, by a CLIP: the mean of 100 max(cosine, 0), and how far up an
+image's own caption stands among all of them.
 
-The images are those of a folder or of shards (--images), or drawn by a model (--ckpt). Captions of a folder: --captions FILE.txt with a caption a
-line, in the order of the files' names, or KEY.txt beside KEY.png.
+The images are those of a folder or of shards (--images), or drawn by a model (--ckpt). Captions of
+a folder: --captions FILE.txt with a caption a line, in the order of the files' names, or KEY.txt
+beside KEY.png.
 """
 
 import argparse
@@ -25,7 +27,8 @@ def arguments() -> argparse.ArgumentParser:
     add_arguments(made)
     made.add_argument(
         "--clip", default="openmoji",
-        help="the CLIP that scores, better not the one that conditions: openmoji (the embedded one), NAME/TAG of open_clip, or local-dir:/folder",
+        help="the CLIP that scores, better not the one that conditions: openmoji (the embedded "
+        "one), NAME/TAG of open_clip, or local-dir:/folder",
     )  # fmt: skip
     return made
 
@@ -43,7 +46,8 @@ def run(given: argparse.Namespace) -> Figures:
     clip = FrozenCLIP(clip_config(given.clip, given.precision), given.device)
     if same(clip, getattr(source, "clip", None)) and rank() == 0:
         log.warning(
-            "The images were drawn from embeddings of the CLIP %s, and the same CLIP scores them: it may give a score that no person would "
+            "The images were drawn from embeddings of the CLIP %s, and the same CLIP scores them: "
+            "it may give a score that no person would "
             "(GLIDE, section 5.2). Name another one with --clip.", clip.config,
         )  # fmt: skip
     network, metrics = clip_features(clip), (CLIPScore(), RetrievalRank(clip.embed_dim))
@@ -54,7 +58,8 @@ def run(given: argparse.Namespace) -> Figures:
         for key, caption in zip(batch["keys"], batch["captions"], strict=True):
             if not caption:
                 raise UserError(
-                    f"Image {key} of {source.name} has no caption: put it into {key}.txt, or give all of them with --captions."
+                    f"Image {key} of {source.name} has no caption: put it into {key}.txt, or give "
+                    "all of them with --captions."
                 )
         text = clip.embed_text(clip.tokenize(batch["captions"])).embed
         images = network(batch["images"])
@@ -89,11 +94,13 @@ def rows(figures: Figures) -> list[tuple[str, str]]:
         ("CLIP", figures["clip"]),
         (
             "CLIP score",
-            f"{figures['clip_score']:.3f}  [{figures['clip_score_low']:.3f}, {figures['clip_score_high']:.3f}] of 95 %",
+            f"{figures['clip_score']:.3f}  [{figures['clip_score_low']:.3f}, "
+            f"{figures['clip_score_high']:.3f}] of 95 %",
         ),
         (
             "own caption's rank",
-            f"{figures['rank_mean']:.1f} in the mean, {figures['rank_median']:.0f} in the median, of {figures['captions']}",
+            f"{figures['rank_mean']:.1f} in the mean, {figures['rank_median']:.0f} in the median, "
+            f"of {figures['captions']}",
         ),
         ("found first, in 5", f"{figures['r1']:.1%}, {figures['r5']:.1%}"),
     ]

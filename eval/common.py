@@ -1,4 +1,6 @@
-"""What the commands of `eval` share: the options, ranks, a progress bar with the time left, figures as a table and as one JSON line at the end."""
+"""What the commands of `eval` share: the options, ranks, a progress bar with the time left, figures
+as a table and as one JSON line at the end.
+"""
 
 import argparse
 import contextlib
@@ -18,7 +20,9 @@ Figures = dict[str, Any]
 
 
 def parser(doc: str | None, prog: str, batch_size: int = 64) -> argparse.ArgumentParser:
-    """A command's parser with the options that all have: --device, --precision, --batch-size, --out, --seed."""
+    """A command's parser with the options that all have: --device, --precision, --batch-size,
+    --out, --seed.
+    """
     made = argparse.ArgumentParser(prog=f"python -m {prog}", description=doc, formatter_class=Help)
     made.add_argument(
         "--device",
@@ -50,6 +54,29 @@ def parser(doc: str | None, prog: str, batch_size: int = 64) -> argparse.Argumen
     return made
 
 
+def add_features(made: argparse.ArgumentParser) -> None:
+    """The options of comparing with real pictures: --features, --reference-size."""
+    made.add_argument(
+        "--features",
+        help="of the distances: inception (clean-fid's, for FID), clip (the embedded one), "
+        "NAME/TAG of open_clip, or local-dir:/folder; by default clip for the embedded drawings "
+        "(captions openmoji) and inception for all else",
+    )
+    made.add_argument(
+        "--reference-size",
+        type=positive,
+        help="side of the real pictures in pixels: the short side is resized to it and the centre "
+        "is cut out; by default the side of what is judged",
+    )
+
+
+def features_of(given: argparse.Namespace) -> str:
+    """--features, or what it is by default: see `add_features`."""
+    drawn = not getattr(given, "images", None)
+    embedded = drawn and (given.captions or "openmoji") == "openmoji"
+    return given.features or ("clip" if embedded else "inception")
+
+
 def positive(text: str) -> int:
     """An integer of at least 1."""
     value = int(text)
@@ -63,7 +90,8 @@ def command(
     run: Callable[[argparse.Namespace], Figures],
     arguments: list[str] | None = None,
 ) -> int:
-    """Parse, run over all ranks, and print what `run` returns as one JSON line, the last of the output; a UserError is a sentence and exit code 1.
+    """Parse, run over all ranks, and print what `run` returns as one JSON line, the last of the
+    output; a UserError is a sentence and exit code 1.
 
     With --out the same is written to OUT/NAME.json, NAME being the command's.
     """
@@ -86,7 +114,8 @@ def command(
         return 1
     except OSError as error:
         print(
-            f"{made.prog}: {error.filename or 'A file'} cannot be used ({error.strerror or error}): check the path and the rights to it.",
+            f"{made.prog}: {error.filename or 'A file'} cannot be used "
+            f"({error.strerror or error}): check the path and the rights to it.",
             file=sys.stderr,
         )
         return 1
@@ -113,7 +142,9 @@ def world_size() -> int:
 
 
 def _slurm(name: str, otherwise: int) -> int:
-    """A number of srun's; a shell inside an allocation has them too, but no step of several tasks."""
+    """A number of srun's; a shell inside an allocation has them too, but no step of several
+    tasks.
+    """
     return int(os.environ.get(name, otherwise)) if os.environ.get("SLURM_STEP_ID") else otherwise
 
 
@@ -150,7 +181,9 @@ def ranks(device: str) -> Iterator[str]:
 
 
 def progress(batches: Iterable[Any], total: int | None, what: str) -> Iterator[Any]:
-    """The batches (dicts with `images`), with a bar on stderr of images done and the time left; on rank 0 alone."""
+    """The batches (dicts with `images`), with a bar on stderr of images done and the time left; on
+    rank 0 alone.
+    """
     from tqdm import tqdm
 
     with tqdm(

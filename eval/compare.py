@@ -19,7 +19,7 @@ from torch import Tensor
 from eval import arms, report
 from eval.arms import TITLES, Arm
 from eval.captions import Caption, read_captions
-from eval.common import Figures, command, parser, positive, progress, rank, world_size
+from eval.common import Figures, add_features, command, features_of, parser, positive, progress, rank, world_size
 from eval.extract import reference
 from eval.folders import Pictures
 from eval.judge import Difference, Judge, Seen, gathered, paired_differences, pictures_of, shown, spread
@@ -55,7 +55,7 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument("--guidance-scale", type=float, help="the fixed scale; by default the decoder's own")
     made.add_argument("--guidance-scales", type=float, nargs="*", default=[1.0, 1.5, 2.0, 3.0], help="the scales to sweep; none: no sweep")
     made.add_argument("--sweep-captions", type=positive, help="sweep over the first so many captions; by default all")
-    made.add_argument("--features", default="clip", help="of FD, KID, precision, recall: clip (the embedded one), inception, NAME/TAG of open_clip")
+    add_features(made)
     made.add_argument("--score-clip", default="openmoji", help="which CLIP scores: openmoji (the embedded one), NAME/TAG of open_clip, local-dir:/folder")
     made.add_argument("--baseline", default="diffusion", help="the arm from which the others' differences are taken")
     made.add_argument("--resamples", type=positive, default=200, help="random halves of the captions, for the intervals of FD and of the differences")
@@ -110,7 +110,7 @@ def run(given: argparse.Namespace) -> Figures:
     scales = sorted({*map(float, given.guidance_scales), fixed.guidance_scale})
     for scale in scales:
         chosen(argparse.Namespace(guidance_scale=scale), model.unclip.decoder)  # refuses what is impossible before anything is drawn
-    judge = Judge(given.features, given.score_clip, given.device, given.precision)
+    judge = Judge(features_of(given), given.score_clip, given.device, given.precision)
     try:
         require_same(model.unclip.decoder.clip_fingerprint or {}, judge.clip.fingerprint(), "The decoder")
         said.append(SAME_CLIP)
@@ -154,10 +154,10 @@ class Study:
 
     def _reference(self) -> Seen:
         """This rank's share of the real pictures: the captions' own, or --reference."""
-        size, place = self.arms[0].model.size, (rank(), world_size())
+        size, place = self.given.reference_size or self.arms[0].model.size, (rank(), world_size())
         if self.paired:
             return self.judge.look(progress(pictures_of(self.captions, size, self.given.batch_size, *place), len(self.captions), "reference"))
-        rows = reference(self.judge.network, Pictures(self.given.reference, *place), self.given.batch_size)
+        rows = reference(self.judge.network, Pictures(self.given.reference, *place, size=size), self.given.batch_size)
         return Seen(torch.arange(len(rows)) * place[1] + place[0], rows, rows)
 
     def reference(self, count: int) -> Tensor:

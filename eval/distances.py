@@ -1,7 +1,8 @@
-"""Distances between two sets of features, (N, D) and (M, D), in float64: the first set is the reference, the second the generated one.
+"""Distances between two sets of features, (N, D) and (M, D), in float64: the first set is the
+reference, the second the generated one.
 
-Pure functions; `eval.metrics` gathers features over batches and ranks and calls them. All are free of order, and sums run in blocks, so that memory
-stays at N x D.
+Pure functions; `eval.metrics` gathers features over batches and ranks and calls them. All are free
+of order, and sums run in blocks, so that memory stays at N x D.
 """
 
 import contextlib
@@ -19,7 +20,9 @@ Distance = Callable[[Tensor, Tensor], float]
 
 
 class Gaussian(NamedTuple):
-    """A mean (D,) and a covariance (D, D), whose lower triangle is read, or in its place a factor F (D, r) of the covariance F F^T."""
+    """A mean (D,) and a covariance (D, D), whose lower triangle is read, or in its place a factor F
+    (D, r) of the covariance F F^T.
+    """
 
     mean: Tensor
     covariance: Tensor | None = None
@@ -49,7 +52,9 @@ class Estimate(NamedTuple):
 
 
 def gaussian(x: Tensor) -> Gaussian:
-    """(N, D) -> its Gaussian, the covariance over N - 1. With N <= D the centred rows are the factor themselves: nothing is lost where it is singular."""
+    """(N, D) -> its Gaussian, the covariance over N - 1. With N <= D the centred rows are the
+    factor themselves: nothing is lost where it is singular.
+    """
     n, dim = x.shape
     mean = x.mean(0, dtype=torch.float64)
     if n <= dim:
@@ -61,7 +66,9 @@ def gaussian(x: Tensor) -> Gaussian:
 
 
 def add_gram(product: Tensor, x: Tensor) -> None:
-    """Add x^T x of (N, D) float64 to the lower triangle of (D, D), in place; above it on a CPU nothing is added, which saves half the work."""
+    """Add x^T x of (N, D) float64 to the lower triangle of (D, D), in place; above it on a CPU
+    nothing is added, which saves half the work.
+    """
     if x.device.type == "cpu":
         scipy.linalg.blas.dsyrk(
             1.0, x.numpy().T, beta=1.0, c=product.numpy().T, overwrite_c=True
@@ -71,7 +78,9 @@ def add_gram(product: Tensor, x: Tensor) -> None:
 
 
 def of_sums(count: int, total: Tensor, product: Tensor, rest: Tensor) -> Gaussian:
-    """The Gaussian of `count` rows, of which the sum (D,) and the sum of outer products (D, D; its lower triangle) are left, and of the rows `rest` (N, D)."""
+    """The Gaussian of `count` rows, of which the sum (D,) and the sum of outer products (D, D; its
+    lower triangle) are left, and of the rows `rest` (N, D).
+    """
     count += len(rest)
     mean = (total + rest.sum(0)) / count
     covariance = torch.addr(product, mean, mean, alpha=-count)
@@ -81,7 +90,9 @@ def of_sums(count: int, total: Tensor, product: Tensor, rest: Tensor) -> Gaussia
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """(D, D) symmetric, not negative, also singular -> F (D, r) with F F^T = it, by its eigenvectors."""
+    """(D, D) symmetric, not negative, also singular -> F (D, r) with F F^T = it, by its
+    eigenvectors.
+    """
     values, vectors = torch.linalg.eigh(covariance, UPLO="L")
     kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
     return vectors[:, kept] * values[kept].sqrt()
@@ -95,7 +106,9 @@ def frechet_of(a: Gaussian, b: Gaussian) -> float:
 
 
 def _root_trace(a: Gaussian, b: Gaussian) -> float:
-    """tr (S_a S_b)^(1/2): of two covariances that are not singular by LAPACK's symmetric eigenvalues of S_a S_b, else the nuclear norm of F_a^T F_b."""
+    """tr (S_a S_b)^(1/2): of two covariances that are not singular by LAPACK's symmetric
+    eigenvalues of S_a S_b, else the nuclear norm of F_a^T F_b.
+    """
     if a.covariance is not None and b.covariance is not None:
         with contextlib.suppress(scipy.linalg.LinAlgError):  # the second is singular
             values = scipy.linalg.eigh(
@@ -116,12 +129,16 @@ def _root_trace(a: Gaussian, b: Gaussian) -> float:
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """The Frechet distance of the two Gaussians. Biased upwards by about c (1/N + 1/M): compare equal sizes."""
+    """The Frechet distance of the two Gaussians. Biased upwards by about c (1/N + 1/M): compare
+    equal sizes.
+    """
     return frechet_of(gaussian(a), gaussian(b))
 
 
 def frechet_infinity(a: Tensor, b: Tensor, seed: int = 0, points: int = 10) -> float:
-    """The Frechet distance of sets without end: those of random subsets of half to all of both sets, extended in a line in 1 / size (Chong & Forsyth 2020)."""
+    """The Frechet distance of sets without end: those of random subsets of half to all of both
+    sets, extended in a line in 1 / size (Chong & Forsyth 2020).
+    """
     generator = torch.Generator().manual_seed(seed)
     shares = 1 / torch.linspace(1, 2, points, dtype=torch.float64)
     values = torch.tensor(
@@ -143,10 +160,12 @@ def _some(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
 def bootstrap(
     distance: Distance, a: Tensor, b: Tensor, resamples: int = 100, seed: int = 0
 ) -> Estimate:
-    """The distance with its standard error: the spread over random halves of both sets, which is that over fresh sets of the whole size.
+    """The distance with its standard error: the spread over random halves of both sets, which is
+    that over fresh sets of the whole size.
 
-    Drawn without replacement (Politis & Romano 1994): among doubles a covariance loses rank, and where N is about D the error came out three times too large.
-    Where halves lie says nothing, for they are more biased; the spread alone is used.
+    Drawn without replacement (Politis & Romano 1994): among doubles a covariance loses rank, and
+    where N is about D the error came out three times too large. Where halves lie says nothing, for
+    they are more biased; the spread alone is used.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = [distance(_some(a, 0.5, generator), _some(b, 0.5, generator)) for _ in range(resamples)]
@@ -154,7 +173,9 @@ def bootstrap(
 
 
 def kernel(a: Tensor, b: Tensor) -> Estimate:
-    """KID: the unbiased squared MMD with the kernel (x.y / D + 1)^3 over all pairs (Binkowski et al. 2018); the error by leaving out each row in turn."""
+    """KID: the unbiased squared MMD with the kernel (x.y / D + 1)^3 over all pairs (Binkowski et
+    al. 2018); the error by leaving out each row in turn.
+    """
     n, m = len(a), len(b)
     aa, bb, ab, ba = (_row_sums(x, y, _cubic) for x, y in ((a, a), (b, b), (a, b), (b, a)))
     aa, bb = (sums - _cubic_self(x) for sums, x in ((aa, a), (bb, b)))
@@ -182,7 +203,9 @@ def _cubic_self(x: Tensor) -> Tensor:
 
 
 def _row_sums(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """(N, D), (M, D) -> (N,) the sums of the rows of the kernel's matrix (N, M), which is never whole."""
+    """(N, D), (M, D) -> (N,) the sums of the rows of the kernel's matrix (N, M), which is never
+    whole.
+    """
     return torch.cat(
         [
             torch.stack(
@@ -194,7 +217,8 @@ def _row_sums(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) 
 
 
 def cmmd(a: Tensor, b: Tensor) -> float:
-    """CMMD (Jayasumana et al. 2024): 1000 times the squared MMD with the kernel exp(-|x - y|^2 / (2 10^2)) on CLIP embeddings of length 1.
+    """CMMD (Jayasumana et al. 2024): 1000 times the squared MMD with the kernel exp(-|x - y|^2 / (2
+    10^2)) on CLIP embeddings of length 1.
 
     All pairs, a row with itself too, which is the biased form of its authors' code.
     """
@@ -210,9 +234,11 @@ def cmmd(a: Tensor, b: Tensor) -> float:
 
 
 def precision_recall(a: Tensor, b: Tensor, k: int = 3) -> tuple[float, float]:
-    """Shares of the generated features within reach of the reference and the other way round (Kynkaanniemi et al. 2019).
+    """Shares of the generated features within reach of the reference and the other way round
+    (Kynkaanniemi et al. 2019).
 
-    A set reaches what is no further from one of its rows than that row's k-th nearest neighbour in the set.
+    A set reaches what is no further from one of its rows than that row's k-th nearest neighbour in
+    the set.
     """
     return _reached(b, a, _reach(a, k)), _reached(a, b, _reach(b, k))
 
@@ -228,7 +254,9 @@ def _reach(x: Tensor, k: int) -> Tensor:
 
 
 def _reached(x: Tensor, y: Tensor, reach: Tensor) -> float:
-    """Share of the rows of x within the reach (M,) of a row of y (M, D), give or take rounding: a row is always within reach of its double."""
+    """Share of the rows of x within the reach (M,) of a row of y (M, D), give or take rounding: a
+    row is always within reach of its double.
+    """
     slack = 1e-13 * max(x.double().square().sum(1).max().item(), 1e-300)
     inside = sum((_squares(block, y) <= reach + slack).any(1).sum() for block in x.split(BLOCK))
     return int(inside) / len(x)

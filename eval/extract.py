@@ -1,4 +1,6 @@
-"""The features of a whole source of images, and those of a reference kept in the cache: made once, they are there for every later comparison."""
+"""The features of a whole source of images, and those of a reference kept in the cache: made once,
+they are there for every later comparison.
+"""
 
 import contextlib
 import hashlib
@@ -24,12 +26,21 @@ def extract(network: Features, source: Source, batch_size: int, what: str = "fea
 
 
 def reference(network: Features, pictures: Pictures, batch_size: int) -> Tensor:
-    """`extract` of a reference, from the cache where the same files were seen by the same network (weights, resizing, precision) before."""
+    """`extract` of a reference, from the cache where the same files were seen by the same network
+    (weights, resizing, precision) before.
+    """
     state = pictures.state()
     if network.key is None or state is None:
         return extract(network, pictures, batch_size, "reference")
     said = json.dumps(
-        [network.key, pictures.rank, pictures.world_size, pictures.max_bad_rate, state]
+        [
+            network.key,
+            pictures.rank,
+            pictures.world_size,
+            pictures.max_bad_rate,
+            pictures.size,
+            state,
+        ]
     )
     file = cache_dir() / "features" / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.npy"
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged: made anew

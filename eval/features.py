@@ -1,4 +1,7 @@
-"""Networks that turn images into features: uint8 (B, 3, H, W) -> float (B, D). CLIP by default, which needs no network; clean-fid's Inception; any callable."""
+"""Networks that turn images into features: uint8 (B, 3, H, W) -> float (B, D).
+
+clean-fid's Inception, which is what FID means; a CLIP; any callable.
+"""
 
 import functools
 import hashlib
@@ -13,16 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from eval.resize import clean_resize
 from unclip_pl.atomic import atomic_file, cache_dir, file_lock
 from unclip_pl.clip import CLIPConfig, FrozenCLIP
 from unclip_pl.errors import UserError
 
 INCEPTION = "inception-2015-12-05.pt"
-INCEPTION_URL = (
-    f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION}"
-)
-NAMES = ("clip", "inception")
 
 
 class Features(Protocol):
@@ -36,7 +34,9 @@ class Features(Protocol):
 
     @property
     def key(self) -> str | None:
-        """Tells this network, its weights and its resizing from others in the cache of reference features; None: its features are not cached."""
+        """Tells this network, its weights and its resizing from others in the cache of reference
+        features; None: its features are not cached.
+        """
 
     @property
     def is_clip(self) -> bool: ...
@@ -68,18 +68,22 @@ class Network:
         """uint8 (B, 3, H, W) -> float (B, D)."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
-                f"{self.name} was given images {tuple(images.shape)} of {images.dtype}: give uint8 (B, 3, H, W)."
+                f"{self.name} was given images {tuple(images.shape)} of {images.dtype}: give uint8 "
+                "(B, 3, H, W)."
             )
         features = self.function(images)
         if features.shape != (len(images), self.dim):
             raise UserError(
-                f"{self.name} gave features {tuple(features.shape)} for {len(images)} images, and {(len(images), self.dim)} were expected."
+                f"{self.name} gave features {tuple(features.shape)} for {len(images)} images, and "
+                f"{(len(images), self.dim)} were expected."
             )
         return features
 
 
 def named(name: str, device: str | torch.device = "cpu", precision: str = "fp32") -> Features:
-    """ "clip" (the embedded one), "inception", or a CLIP as `CLIPConfig` has it: "ViT-L-14-quickgelu/openai", "local-dir:/folder"."""
+    """The network of a name: "clip" (the embedded one), "inception", or a CLIP as `CLIPConfig` has
+    it, such as "ViT-L-14-quickgelu/openai" or "local-dir:/folder".
+    """
     if name == "inception":
         return inception(device)
     return clip_features(
@@ -118,24 +122,43 @@ def of_callable(name: str, function: Callable[[Tensor], Tensor], dim: int) -> Fe
 
 
 def inception(device: str | torch.device = "cpu") -> Features:
-    """The 2048 features of clean-fid's Inception (a TorchScript of the weights of 2015), after clean-fid's resizing."""
-    file = inception_file()
+    """clean-fid's Inception (the TorchScript of 2015, 2048 features) behind clean-fid's resizing to
+    299 x 299, which keeps no aspect.
+
+    Raises:
+        UserError: the weights are not in the cache folder and cannot be fetched, or the file there
+            is another one.
+    """
+    from cleanfid.inception_torchscript import InceptionV3W
+    from cleanfid.resize import build_resizer
+
+    file, resize = inception_file(), build_resizer("clean")
     try:
-        layers = torch.jit.load(str(file), map_location=device).eval().layers
+        network = InceptionV3W(str(file.parent), download=False).to(device).eval()
     except (RuntimeError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{file} is not clean-fid's Inception ({str(error).splitlines()[0]}): delete it, or put the right file there."
+            f"{file} is not clean-fid's Inception ({str(error).splitlines()[0]}): "
+            "delete it, or put the right file there."
         ) from error
 
     def features(images: Tensor) -> Tensor:
-        pixels = clean_resize(images.to(device), 299)
-        return layers((pixels - 128) / 128).reshape(len(images), -1)
+        pixels = [
+            torch.from_numpy(resize(image)) for image in images.permute(0, 2, 3, 1).cpu().numpy()
+        ]
+        return network(torch.stack(pixels).permute(0, 3, 1, 2).contiguous().to(device))
 
     return Network("Inception", 2048, features, f"inception-{_digest(file)}", "fid")
 
 
 def inception_file() -> Path:
-    """Where clean-fid's Inception lies in our cache folder; fetched once, by one process, whole or not at all."""
+    """Where clean-fid's Inception is in our cache folder, fetched there if it is not.
+
+    clean-fid's own download has no time limit, and where it is cut off or two processes do it at
+    once it leaves a broken file. This one is done by one process, with a time limit, and leaves the
+    whole file or none.
+    """
+    from cleanfid.downloads_helper import inception_url
+
     file = cache_dir() / INCEPTION
     if file.exists():
         return file
@@ -143,7 +166,7 @@ def inception_file() -> Path:
         if not file.exists():
             try:
                 with (
-                    urllib.request.urlopen(INCEPTION_URL, timeout=30) as answer,
+                    urllib.request.urlopen(inception_url, timeout=30) as answer,
                     atomic_file(file) as target,
                 ):
                     shutil.copyfileobj(answer, target)
@@ -152,7 +175,10 @@ def inception_file() -> Path:
                         raise OSError(f"{target.tell()} of {expected} bytes came")
             except OSError as error:
                 raise UserError(
-                    f"Inception's weights cannot be had ({error}): fetch {INCEPTION_URL} elsewhere and put it at {file}, or use --features clip."
+                    f"Inception's weights cannot be fetched ({error}): download {inception_url} "
+                    "elsewhere "
+                    f"and put it at {file} (UNCLIP_CACHE names that folder), or choose other "
+                    "features with --features."
                 ) from error
     return file
 

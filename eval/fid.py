@@ -1,4 +1,5 @@
-"""How far generated images lie from a reference: the Frechet distance of their features (FID: Inception's), KID, CMMD, precision and recall.
+"""How far generated images lie from a reference: the Frechet distance of their features (FID:
+Inception's), KID, CMMD, precision and recall.
 
 The images are those of a folder or of shards (--images), or drawn by a model (--ckpt) for captions.
 """
@@ -8,7 +9,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from eval.common import Figures, command, parser, rank, table, world_size
+from eval.common import Figures, add_features, command, features_of, parser, rank, table, world_size
 from unclip_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,18 +26,16 @@ def arguments() -> argparse.ArgumentParser:
     add_arguments(made)
     made.add_argument(
         "--reference",
-        help="the real images: a folder or shards; with --ckpt by default those of the captions' shards",
+        help="the real images: a folder or shards; with --ckpt by default those of the captions' "
+        "shards",
     )
-    made.add_argument(
-        "--features",
-        default="clip",
-        help="clip (the embedded one), inception (clean-fid's), NAME/TAG of open_clip, or local-dir:/folder",
-    )
+    add_features(made)
     made.add_argument(
         "--bootstrap",
         type=int,
         default=100,
-        help="halves of the sets that are drawn for the interval of the Frechet distance; 0: no interval",
+        help="halves of the sets that are drawn for the interval of the Frechet distance; 0: no "
+        "interval",
     )
     return made
 
@@ -49,15 +48,16 @@ def run(given: argparse.Namespace) -> Figures:
 
     source = open_source(given)
     real = reference_of(given, source)
-    network = named(given.features, given.device, given.precision)
+    network = named(features_of(given), given.device, given.precision)
     features = (
         reference(network, real, given.batch_size),
         extract(network, source, given.batch_size, "images"),
     )
-    figures = judge(network, *features, given.bootstrap, given.seed)
+    figures = judge(network, *features, given.bootstrap, given.seed, given.device)
     said = {
         "images": source.name,
         "reference": real.name,
+        "reference_size": real.size,
         "features": network.name,
         "dim": network.dim,
     }
@@ -71,7 +71,10 @@ def run(given: argparse.Namespace) -> Figures:
 
 
 def reference_of(given: argparse.Namespace, source: "Source") -> "Pictures":
-    """The real images: those named, else those that belong to the captions."""
+    """The real images, cut to --reference-size or to the side of what is judged.
+
+    They are those that are named, else those that belong to the captions.
+    """
     from eval.folders import Pictures
     from eval.source import Drawn
     from unclip_pl.data.openmoji import openmoji_shards
@@ -85,18 +88,27 @@ def reference_of(given: argparse.Namespace, source: "Source") -> "Pictures":
             where = captions
     if where is None:
         raise UserError(
-            "There is nothing to compare the images with: name the real ones with --reference, a folder or shards."
+            "There is nothing to compare the images with: name the real ones with --reference, a "
+            "folder or shards."
         )
-    return Pictures(where, rank(), world_size(), given.max_bad_rate)
+    judged = source.size if isinstance(source, Drawn) else getattr(source, "side", None)
+    size = given.reference_size or judged
+    return Pictures(where, rank(), world_size(), given.max_bad_rate, size=size)
 
 
 def judge(
-    network: "Features", real: "Tensor", fake: "Tensor", bootstrap: int = 100, seed: int = 0
+    network: "Features",
+    real: "Tensor",
+    fake: "Tensor",
+    bootstrap: int = 100,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Figures:
-    """All distances between the features of a reference (N, D) and of generated images (M, D), each rank's share; `cmmd` of CLIP's features alone."""
-    import torch
-    from torch import distributed
+    """All distances between the features of a reference (N, D) and of generated images (M, D), each
+    rank's share.
 
+    `cmmd` is of CLIP's features only. `device` computes; where ranks meet by NCCL it must be a GPU.
+    """
     from eval import metrics
 
     chosen: list[metrics.TwoSets] = [
@@ -108,11 +120,9 @@ def judge(
         chosen.append(metrics.CMMD(network.dim))
     if bootstrap > 0:
         chosen.append(metrics.FrechetSpread(network.dim, bootstrap, seed, network.frechet))
-    nccl = distributed.is_initialized() and distributed.get_backend() == "nccl"
     figures: Figures = {}
     for metric in chosen:
-        if nccl or torch.cuda.is_available():
-            metric.to("cuda")
+        metric.to(device if device.startswith("cuda") else "cpu")  # others have no float64
         metric.update(real, real=True)
         metric.update(fake, real=False)
         figures |= metric.compute()

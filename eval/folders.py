@@ -1,9 +1,11 @@
-"""Images from a folder of files or from tar shards, as uint8 batches of one size each; what cannot be read is named, counted, and refused above a rate."""
+"""Images from a folder of files or from tar shards, as uint8 batches of one size each; what cannot
+be read is named, counted, and refused above a rate.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -44,9 +46,11 @@ class Source(Protocol):
 
 @dataclass
 class Pictures:
-    """The images of a folder (`a.png`, with its caption in `a.txt` where there is one) or of tar shards; rank r of n takes every n-th.
+    """The images of a folder (`a.png`, with its caption in `a.txt` where there is one) or of tar
+    shards; rank r of n takes every n-th.
 
-    Transparent ones come on white, grey ones as RGB. `len` counts the images of all ranks, the unreadable ones too.
+    Transparent ones come on white, grey ones as RGB. `len` counts the images of all ranks, the
+    unreadable ones too.
     """
 
     where: str
@@ -55,11 +59,18 @@ class Pictures:
     max_bad_rate: float = MAX_BAD_RATE
     captions: Sequence[str] | None = None
     """Of a folder: one for each of `files`, in place of the .txt files."""
+    size: int | None = None
+    """Side in pixels: the short side is resized to it and the centre is cut out. None: each image
+    as it is.
+    """
+    names: Sequence[str] | None = None
+    """Of a folder: only these of its files, in this order."""
 
     def __post_init__(self) -> None:
         if not self.files and not self.shards:
             raise UserError(
-                f"There are no images in {self.where}: give a folder with {', '.join(FILES)} files or with .tar shards, or a pattern of shards."
+                f"There are no images in {self.where}: give a folder with {', '.join(FILES)} files "
+                "or with .tar shards, or a pattern of shards."
             )
         if self.captions is not None and self.shards:
             raise UserError(
@@ -67,7 +78,8 @@ class Pictures:
             )
         if self.captions is not None and len(self.captions) != len(self.files):
             raise UserError(
-                f"There are {len(self.captions)} captions and {len(self.files)} images in {self.where}: give one a line, in order of the names."
+                f"There are {len(self.captions)} captions and {len(self.files)} images in "
+                f"{self.where}: give one a line, in order of the names."
             )
 
     @property
@@ -76,17 +88,16 @@ class Pictures:
 
     @cached_property
     def files(self) -> list[Path]:
-        """The image files of a folder, folders inside it included, in the order of their names; none where `where` names shards."""
+        """The image files of a folder, folders inside it included, in the order of their names;
+        none where `where` names shards.
+        """
         folder = Path(self.where).expanduser()
-        return (
-            sorted(
-                path
-                for path in folder.rglob("*")
-                if path.suffix.lower()[1:] in FILES and path.is_file()
-            )
-            if folder.is_dir()
-            else []
-        )
+        if self.names is not None:
+            return [folder / name for name in self.names]
+        if not folder.is_dir():
+            return []
+        images = (path for path in folder.rglob("*") if path.suffix.lower()[1:] in FILES)
+        return sorted(path for path in images if path.is_file())
 
     @cached_property
     def shards(self) -> list[str]:
@@ -100,15 +111,30 @@ class Pictures:
             and not any(sign in self.where for sign in "{*?[")
         ):
             raise UserError(
-                f"There is no folder {folder}: give a folder of images, or shards as 'data/{{00000..00009}}.tar'."
+                f"There is no folder {folder}: give a folder of images, or shards as "
+                "'data/{00000..00009}.tar'."
             )
         return expand(self.where)
 
     def __len__(self) -> int:
         return len(self.files) or sum(count_samples(shard) for shard in self.shards)
 
+    @cached_property
+    def side(self) -> int | None:
+        """The side that batches have: `size`, or that of the images where the first 32 are squares
+        of one side; else None.
+        """
+        if self.size is not None:
+            return self.size
+        everything = replace(self, rank=0, world_size=1)._raw(ErrorBudget(1.0, "--max-bad-rate"))
+        images = [_image(data, None) for _, _, data, _ in islice(everything, 32)]
+        sides = {side for image in images if isinstance(image, Tensor) for side in image.shape[1:]}
+        return sides.pop() if len(sides) == 1 else None
+
     def state(self) -> list[tuple[str, int, int]] | None:
-        """Names, sizes and times of all files: another list, other images. None where it cannot be known (URLs)."""
+        """Names, sizes and times of all files: another list, other images. None where it cannot be
+        known (URLs).
+        """
         if any(is_url(shard) for shard in self.shards):
             return None
         paths = self.files or [Path(shard) for shard in self.shards]
@@ -117,7 +143,8 @@ class Pictures:
         ]
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """This rank's images in batches of one size each, at most `batch_size`; images of equal size keep their order.
+        """This rank's images in batches of one size each, at most `batch_size`; images of equal
+        size keep their order.
 
         Raises:
             UserError: more than `max_bad_rate` of them cannot be read.
@@ -139,7 +166,7 @@ class Pictures:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             while window := list(islice(raw, 64)):
                 for (key, where, _, caption), image in zip(
-                    window, pool.map(lambda one: _image(one[2]), window), strict=True
+                    window, pool.map(lambda one: _image(one[2], self.size), window), strict=True
                 ):
                     if isinstance(image, BadSample):
                         budget.spend(where, image)
@@ -179,9 +206,9 @@ class Pictures:
                 number += 1
 
 
-def _image(data: bytes) -> Tensor | BadSample:
+def _image(data: bytes, size: int | None) -> Tensor | BadSample:
     try:
-        return to_uint8(decode(data, None))
+        return to_uint8(decode(data, size))
     except BadSample as error:
         return error
 

@@ -79,7 +79,7 @@ class Judge:
 
         Without a reference: CLIP score and ranks alone.
         """
-        figures = {} if real is None else fid.judge(self.network, real, seen.features, bootstrap=0)
+        figures = {} if real is None else fid.judge(self.network, real, seen.features, bootstrap=0, device=str(self.clip.device))
         for metric in (metrics.CLIPScore(), metrics.RetrievalRank(self.clip.embed_dim)):
             if distributed.is_initialized() and distributed.get_backend() == "nccl":
                 metric.to("cuda")

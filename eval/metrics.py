@@ -1,6 +1,8 @@
-"""The distances as `torchmetrics.Metric`s in float64: update with the features of a batch, compute a dict of figures; torchmetrics reduces over ranks.
+"""The distances as `torchmetrics.Metric`s in float64: update with the features of a batch, compute
+a dict of figures; torchmetrics reduces over ranks.
 
-Keep them in a callback or an evaluator, never in a LightningModule: EMA and checkpoints would take them along. The ranks' shares must be disjoint.
+Keep them in a callback or an evaluator, never in a LightningModule: EMA and checkpoints would take
+them along. The ranks' shares must be disjoint.
 """
 
 import logging
@@ -20,7 +22,9 @@ from unclip_pl.errors import UserError
 
 log = logging.getLogger(__name__)
 FRECHET = {"fid": "FID", "fd_clip": "FD of CLIP", "fd": "FD"}
-"""Keys of the Frechet distance by the network of its features (Inception, a CLIP, any other), with titles."""
+"""Keys of the Frechet distance by the network of its features (Inception, a CLIP, any other), with
+titles.
+"""
 
 
 def frechet_key(figures: Mapping[str, Any]) -> str:
@@ -32,7 +36,8 @@ def checked(features: Tensor, dim: int, what: str = "The features") -> Tensor:
     """(B, D) -> the same in float64; one sentence where they are of another form or not finite."""
     if features.ndim != 2 or features.shape[1] != dim:
         raise UserError(
-            f"{what} are {tuple(features.shape)}, and the metric is for (B, {dim}): give it the dim of the network that made them."
+            f"{what} are {tuple(features.shape)}, and the metric is for (B, {dim}): give it the "
+            "dim of the network that made them."
         )
     features = features.detach().double()
     bad = int(
@@ -40,13 +45,16 @@ def checked(features: Tensor, dim: int, what: str = "The features") -> Tensor:
     )  # one number in a row that is not finite makes the sum so: much cheaper than a look at each
     if bad:
         raise UserError(
-            f"{what} of {bad} of {len(features)} images are not finite (NaN or infinite): look at these images, or compute with --precision fp32."
+            f"{what} of {bad} of {len(features)} images are not finite (NaN or infinite): look at "
+            "these images, or compute with --precision fp32."
         )
     return features
 
 
 class _Rows(Metric):
-    """Keeps two lists of rows (B, D), called as the subclass says in `lists`, gathered over ranks; a rank may have none."""
+    """Keeps two lists of rows (B, D), called as the subclass says in `lists`, gathered over ranks;
+    a rank may have none.
+    """
 
     full_state_update = False
     higher_is_better: bool | None = None
@@ -104,16 +112,19 @@ def require_rows(metric: Metric, least: int, *counts: int) -> None:
     """One sentence where a set is too small for the metric to be defined."""
     if min(counts) < least:
         raise UserError(
-            f"{type(metric).__name__} needs at least {least} images in each set, and they have {' and '.join(map(str, counts))}: add images."
+            f"{type(metric).__name__} needs at least {least} images in each set, and they have "
+            f"{' and '.join(map(str, counts))}: add images."
         )
 
 
 class FrechetDistance(TwoSets):
-    """The Frechet distance under `key`, from running sums: 2 D^2 numbers and at most D rows of each set are kept, for any N.
+    """The Frechet distance under `key`, from running sums: 2 D^2 numbers and at most D rows of each
+    set are kept, for any N.
 
     Args:
         dim: D, the width of the features.
-        key: "fid" for Inception's features and for no others, "fd_clip" for a CLIP's, "fd" for any other network's.
+        key: "fid" for Inception's features and for no others, "fd_clip" for a CLIP's, "fd" for any
+            other network's.
     """
 
     higher_is_better = False
@@ -145,7 +156,9 @@ class FrechetDistance(TwoSets):
             rows.clear()
 
     def compute(self) -> dict[str, float]:
-        """The distance, `n_real`, `n_fake`; warns where there are fewer images than features, or sets of two sizes."""
+        """The distance, `n_real`, `n_fake`; warns where there are fewer images than features, or
+        sets of two sizes.
+        """
         gaussians, counts = zip(*(self._gaussian(name) for name in ("real", "fake")), strict=True)
         require_rows(self, self.least, *counts)
         for text in of_sizes(self.dim, *counts):
@@ -173,13 +186,17 @@ def of_sizes(dim: int, n_real: int, n_fake: int) -> list[str]:
     said = []
     if min(n_real, n_fake) <= dim:
         said.append(
-            f"A set has {min(n_real, n_fake)} images and the features have {dim} numbers: its covariance has no more than rank {min(n_real, n_fake) - 1}, "
-            "and the Frechet distance comes out far too large; compare it only with figures of the same two sizes, or use more images."
+            f"A set has {min(n_real, n_fake)} images and the features have {dim} numbers: its "
+            f"covariance has no more than rank {min(n_real, n_fake) - 1}, "
+            "and the Frechet distance comes out far too large; compare it only with figures of the "
+            "same two sizes, or use more images."
         )
     if n_real != n_fake:
         said.append(
-            f"The sets have {n_real} and {n_fake} images: the Frechet distance is biased upwards by about c (1/{n_real} + 1/{n_fake}), "
-            "recall falls with fewer generated images: compare only with figures of the same two sizes."
+            f"The sets have {n_real} and {n_fake} images: the Frechet distance is biased upwards "
+            f"by about c (1/{n_real} + 1/{n_fake}), "
+            "recall falls with fewer generated images: compare only with figures of the same two "
+            "sizes."
         )
     return said
 
@@ -187,8 +204,9 @@ def of_sizes(dim: int, n_real: int, n_fake: int) -> list[str]:
 class FrechetSpread(TwoSets):
     """How sure the Frechet distance is, and what it would be without the bias of finite sets.
 
-    With `key` "fid": `fid_se`, `fid_low`, `fid_high` (95 %) by the bootstrap over halves, and `fid_infinity`. The last is None
-    where a set has fewer than 4 D images: the distance is no line in 1 / N there.
+    With `key` "fid": `fid_se`, `fid_low`, `fid_high` (95 %) by the bootstrap over halves, and
+    `fid_infinity`. The last is None where a set has fewer than 4 D images: the distance is no line
+    in 1 / N there.
     """
 
     def __init__(
@@ -248,7 +266,9 @@ class PrecisionRecall(TwoSets):
 
 
 class CLIPScore(Metric):
-    """`clip_score`: the mean of 100 max(cos(image, caption), 0) (Hessel et al. 2021 scale by 2.5), with `clip_score_se` and the interval of 95 %."""
+    """`clip_score`: the mean of 100 max(cos(image, caption), 0) (Hessel et al. 2021 scale by 2.5),
+    with `clip_score_se` and the interval of 95 %.
+    """
 
     full_state_update = False
     higher_is_better = True
@@ -298,7 +318,8 @@ def _pairs(image_embed: Tensor, text_embed: Tensor) -> tuple[Tensor, Tensor]:
     """Both checked and of length 1."""
     if image_embed.shape != text_embed.shape:
         raise UserError(
-            f"There are image embeddings {tuple(image_embed.shape)} and caption embeddings {tuple(text_embed.shape)}: give one caption an image."
+            f"There are image embeddings {tuple(image_embed.shape)} and caption embeddings "
+            f"{tuple(text_embed.shape)}: give one caption an image."
         )
     image, text = (
         checked(image_embed, image_embed.shape[-1]),
@@ -308,7 +329,9 @@ def _pairs(image_embed: Tensor, text_embed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RetrievalRank(_Rows):
-    """How far up an image's own caption stands among all captions: `rank_mean`, `rank_median` (1 the best), `r1`, `r5`; equal captions are one."""
+    """How far up an image's own caption stands among all captions: `rank_mean`, `rank_median` (1
+    the best), `r1`, `r5`; equal captions are one.
+    """
 
     lists = ("image", "text")
     image: list[Tensor]
@@ -335,7 +358,9 @@ class RetrievalRank(_Rows):
 
 
 def retrieval_ranks(image_embed: Tensor, text_embed: Tensor) -> Tensor:
-    """(N, D), (N, D), of length 1 -> (N,) int64 rank of caption n among the distinct captions for image n, 1 the best; ties count against it."""
+    """(N, D), (N, D), of length 1 -> (N,) int64 rank of caption n among the distinct captions for
+    image n, 1 the best; ties count against it.
+    """
     distinct, own = torch.unique(text_embed.round(decimals=6), dim=0, return_inverse=True)
     found = []
     for rows, right in zip(

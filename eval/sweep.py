@@ -11,7 +11,7 @@ from typing import Any
 from eval import arms, report
 from eval.arms import Arm
 from eval.captions import Caption, read_captions
-from eval.common import Figures, command, parser, progress, rank, world_size
+from eval.common import Figures, add_features, command, features_of, parser, progress, rank, world_size
 from eval.extract import reference
 from eval.folders import Pictures
 from eval.judge import Judge, pictures_of, shown
@@ -40,7 +40,7 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument("--guidance-scales", type=float, nargs="*", default=[1.0, 1.25, 1.5, 2.0, 3.0, 4.0], help="none: they are not swept")
     made.add_argument("--sweep-steps", type=int, nargs="*", default=[], help="numbers of sampling steps")
     made.add_argument("--sweep-samplers", nargs="*", default=[], choices=["ddpm", "ddim", "dpm_solver_pp"], help="samplers, each with all of --sweep-steps")
-    made.add_argument("--features", default="clip", help="of FD, KID, precision, recall: clip (the embedded one), inception, NAME/TAG of open_clip")
+    add_features(made)
     made.add_argument("--score-clip", default="openmoji", help="which CLIP scores: openmoji (the embedded one), NAME/TAG of open_clip, local-dir:/folder")
     return made
 
@@ -90,12 +90,13 @@ def run(given: argparse.Namespace) -> Figures:
         raise UserError(f"The captions of {given.captions} have no pictures to compare with: give real ones with --reference.")
     curves = points(given, model.unclip.decoder)
     arm = arm_of(given, captions, model)
-    judge = Judge(given.features, given.score_clip, given.device, given.precision)
+    judge = Judge(features_of(given), given.score_clip, given.device, given.precision)
     text = judge.text(captions)
+    size = given.reference_size or model.size
     if given.reference:
-        real = reference(judge.network, Pictures(given.reference, rank(), world_size()), given.batch_size)
+        real = reference(judge.network, Pictures(given.reference, rank(), world_size(), size=size), given.batch_size)
     else:
-        own = pictures_of(captions, model.size, given.batch_size, rank(), world_size())
+        own = pictures_of(captions, size, given.batch_size, rank(), world_size())
         real = judge.look(progress(own, len(captions), "reference")).features
     results: dict[str, list[Figures]] = {}
     rows, drawn = [], {}

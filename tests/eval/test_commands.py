@@ -35,7 +35,12 @@ def last_line(capsys) -> dict:
 
 
 def run(capsys, *arguments: object) -> dict:
-    assert fid.main(["--device", "cpu", "--bootstrap", "0", *map(str, arguments)]) == 0
+    assert (
+        fid.main(
+            ["--device", "cpu", "--bootstrap", "0", "--features", "clip", *map(str, arguments)]
+        )
+        == 0
+    )
     return last_line(capsys)
 
 
@@ -99,6 +104,8 @@ def test_the_figures_are_written_and_their_interval_holds_the_value(folder, tmp_
         str(folder),
         "--bootstrap",
         "4",
+        "--features",
+        "clip",
         "--out",
         str(tmp_path / "out"),
     ]

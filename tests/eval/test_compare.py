@@ -31,6 +31,7 @@ def words(stages, out: Path, *more: str) -> list[str]:
     return [
         "--decoder", str(stages["decoder"]), "--text-decoder", str(stages["text"]), "--captions", str(stages["shard"]), "--out", str(out), "--device", "cpu",
         "--prior-sampler", "ddim", "--prior-steps", "2", "--guidance-scales", "1", "--sweep-captions", "6", "--batch-size", "8", "--resamples", "5",
+        "--features", "clip",
         "--pictures", "3", "--guidance-scale", "2", *more,
     ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Resizing equals clean-fid's; Inception is loaded from the cache or the sentence says where to put it; networks are told apart."""
+"""Inception gets what clean-fid gives it and is loaded from the cache or the sentence says where to put it; networks are told apart."""
 
 import urllib.error
 import urllib.request
@@ -6,41 +6,13 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from cleanfid.downloads_helper import inception_url
+from PIL import Image
 
 from eval import features
-from eval.resize import clean_resize
+from tests.eval import tiny
 from unclip_pl.clip import FrozenCLIP
 from unclip_pl.errors import UserError
-
-
-@pytest.mark.parametrize(
-    "shape", [(256, 256), (64, 64), (40, 300), (299, 299), (700, 333), (7, 1030), (1, 1)]
-)
-def test_resizing_equals_clean_fid_within_a_thousandth_of_a_level(shape):
-    resizer = pytest.importorskip("cleanfid.resize").build_resizer("clean")
-    pixels = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), dtype=np.uint8)
-    pixels[1] = 255 * (pixels[1] > 127)  # hard edges: values beyond 0 and 255, which are cut off
-    theirs = torch.stack([torch.from_numpy(resizer(image)).permute(2, 0, 1) for image in pixels])
-    assert (clean_resize(torch.from_numpy(pixels).permute(0, 3, 1, 2)) - theirs).abs().max() < 1e-3
-
-
-class Layers(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (
-            torch.nn.functional.adaptive_avg_pool2d(x, (32, 64))
-            .mean(1)
-            .flatten(1)[:, :, None, None]
-        )
-
-
-class Standin(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = Layers()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
 
 
 @pytest.fixture
@@ -49,26 +21,31 @@ def empty_cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def placed(folder, module=None) -> None:
-    torch.jit.script(module or Standin()).save(str(folder / features.INCEPTION))
-
-
-def test_inception_gets_what_clean_fid_gives_it(empty_cache):
-    """The same TorchScript through clean-fid's own wrapper and resizer."""
-    placed(empty_cache)
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
-    resizer = pytest.importorskip("cleanfid.resize").build_resizer("clean")
-    wrapper = pytest.importorskip("cleanfid.inception_torchscript").InceptionV3W(
-        str(empty_cache), download=False
-    )
-    theirs = wrapper(
-        torch.stack([torch.from_numpy(resizer(image)).permute(2, 0, 1) for image in pixels])
-    )
+@pytest.mark.parametrize("shape", [(64, 64), (40, 300), (700, 333)])
+def test_inception_gets_the_whole_image_as_clean_fid_resizes_it(empty_cache, shape):
+    """Pillow's bicubic filter on floats, written out: antialiased, the aspect not kept, cut off at 0 and 255, not rounded."""
+    tiny.inception(empty_cache / features.INCEPTION)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), dtype=np.uint8)
+    pixels[1] = 255 * (pixels[1] > 127)  # hard edges: values beyond 0 and 255, which are cut off
+    planes = [
+        [
+            np.asarray(
+                Image.fromarray(plane.astype(np.float32)).resize(
+                    (299, 299), Image.Resampling.BICUBIC
+                )
+            )
+            for plane in image
+        ]
+        for image in pixels.transpose(0, 3, 1, 2)
+    ]
     network = features.inception()
-    assert (network.dim, network.is_clip) == (2048, False)
+    expected = tiny.InceptionLayers()(
+        (torch.from_numpy(np.stack(planes)).clamp(0, 255) - 128) / 128
+    ).flatten(1)
     torch.testing.assert_close(
-        network(torch.from_numpy(pixels).permute(0, 3, 1, 2)), theirs, rtol=0, atol=1e-5
+        network(torch.from_numpy(pixels).permute(0, 3, 1, 2)), expected, rtol=0, atol=1e-5
     )
+    assert (network.dim, network.is_clip, network.frechet) == (2048, False, "fid")
 
 
 def test_without_a_network_the_sentence_says_where_inception_belongs(empty_cache, monkeypatch):
@@ -78,9 +55,9 @@ def test_without_a_network_the_sentence_says_where_inception_belongs(empty_cache
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     with pytest.raises(UserError, match="name resolution") as error:
         features.inception()
-    assert str(empty_cache / features.INCEPTION) in str(
+    assert str(empty_cache / features.INCEPTION) in str(error.value) and inception_url in str(
         error.value
-    ) and features.INCEPTION_URL in str(error.value)
+    )
     assert not (empty_cache / features.INCEPTION).exists()
 
 
@@ -107,7 +84,7 @@ def test_a_file_that_is_not_inception_is_a_sentence(empty_cache):
     (empty_cache / features.INCEPTION).write_bytes(b"<html>moved</html>")
     with pytest.raises(UserError, match="is not clean-fid's Inception"):
         features.inception()
-    placed(empty_cache, Layers())
+    tiny.inception(empty_cache / features.INCEPTION, tiny.InceptionLayers())
     with pytest.raises(UserError, match="is not clean-fid's Inception"):
         features.inception()
 

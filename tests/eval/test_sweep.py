@@ -26,7 +26,10 @@ def stages(tmp_path_factory):
 
 
 def words(stages, out: Path, *more: str) -> list[str]:
-    return ["--ckpt", str(stages["decoder"]), "--captions", str(stages["shard"]), "--out", str(out), "--device", "cpu", "--batch-size", "8", *more]
+    return [
+        "--ckpt", str(stages["decoder"]), "--captions", str(stages["shard"]), "--out", str(out), "--device", "cpu", "--batch-size", "8",
+        "--features", "clip", *more,
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from unclip_pl import release
 from unclip_pl.clip import FrozenCLIP
@@ -14,23 +15,78 @@ from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.release import Release
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
 
-NET = UNetConfig(image_size=16, width=32, mults=(1,), depth=1, attention=(8,), middle_attention=True, head_width=32, embed_dim=256, context_width=32)
+NET = UNetConfig(
+    image_size=16,
+    width=32,
+    mults=(1,),
+    depth=1,
+    attention=(8,),
+    middle_attention=True,
+    head_width=32,
+    embed_dim=256,
+    context_width=32,
+)
 
 
 def decoder(folder: Path, condition: str = "image", seed: int = 0) -> Path:
     """A release of a decoder with random weights that heeds embedding and caption."""
     torch.manual_seed(seed)
-    sampling, diffusion = SamplingConfig(sampler="ddim", steps=2), DiffusionConfig(parametrization="v")
-    stage = Decoder(net=NET, text=TextConfig("states", states_width=80), sampling=sampling, diffusion=diffusion, condition=condition)
+    sampling, diffusion = (
+        SamplingConfig(sampler="ddim", steps=2),
+        DiffusionConfig(parametrization="v"),
+    )
+    stage = Decoder(
+        net=NET,
+        text=TextConfig("states", states_width=80),
+        sampling=sampling,
+        diffusion=diffusion,
+        condition=condition,
+    )
     for parameter in stage.net.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
-    weights = Release("Decoder", dict(stage.hparams), FrozenCLIP().fingerprint(), stage.state_dict(), 1)
+    weights = Release(
+        "Decoder", dict(stage.hparams), FrozenCLIP().fingerprint(), stage.state_dict(), 1
+    )
     return release.write(folder, weights, "# a card\n")
 
 
 def shards(folder: Path, count: int = 20) -> Path:
     """Held-out drawings at 16 pixels, as one shard."""
     folder.mkdir(parents=True, exist_ok=True)
-    openmoji.write_shards(folder, [], random.Random(0).sample(openmoji.composition_split(openmoji.records())[1], count), 16, progress=False)
+    openmoji.write_shards(
+        folder,
+        [],
+        random.Random(0).sample(openmoji.composition_split(openmoji.records())[1], count),
+        16,
+        progress=False,
+    )
     return folder / "val-00000.tar"
+
+
+class InceptionLayers(nn.Module):
+    """Means over 2048 fields of an image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            torch.nn.functional.adaptive_avg_pool2d(x, (32, 64))
+            .mean(1)
+            .flatten(1)[:, :, None, None]
+        )
+
+
+class Inception(nn.Module):
+    """In form what clean-fid's TorchScript is, without its 90 MB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = InceptionLayers()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def inception(file: Path, module: nn.Module | None = None) -> None:
+    """Put the stand-in, or another module, where clean-fid's Inception is looked for."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.jit.script(module or Inception()).save(str(file))
