@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from unclip_pl.commands.common import Help, pick_device, seed
 from unclip_pl.errors import UserError
 
 Figures = dict[str, Any]
+PATIENCE = timedelta(days=1)
+"""How long ranks that have drawn their pictures wait for the others."""
 
 
 def parser(doc: str | None, prog: str, batch_size: int = 64) -> argparse.ArgumentParser:
@@ -172,7 +175,10 @@ def ranks(device: str) -> Iterator[str]:
             str(slurm.main_port),
         )
     distributed.init_process_group(
-        "nccl" if picked.startswith("cuda") else "gloo", rank=rank(), world_size=size
+        "nccl" if picked.startswith("cuda") else "gloo",
+        rank=rank(),
+        world_size=size,
+        timeout=PATIENCE,
     )
     try:
         yield picked

@@ -184,6 +184,11 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
     """The options of drawing that all commands share."""
     parser.add_argument("--captions", default="openmoji", help="FILE.txt (one a line), MS-COCO's annotations (.json), image shards, or openmoji")
     parser.add_argument("--num-captions", type=positive, help="how many of the captions; by default all")
+    add_sampling(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The settings of decoder and prior."""
     parser.add_argument("--sampler", choices=["ddpm", "ddim", "dpm_solver_pp"], help="by default the decoder's own")
     parser.add_argument("--steps", type=int, help="sampling steps; by default the decoder's own")
     parser.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1")

@@ -14,6 +14,8 @@ from unclip_pl.networks.text import TextConfig
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.release import Release
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.stages.upsampler import NET as UPSAMPLER_NET
+from unclip_pl.stages.upsampler import Upsampler256, UpsamplingConfig
 
 NET = UNetConfig(
     image_size=16,
@@ -90,3 +92,15 @@ def inception(file: Path, module: nn.Module | None = None) -> None:
     """Put the stand-in, or another module, where clean-fid's Inception is looked for."""
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.jit.script(module or Inception()).save(str(file))
+
+
+def upsampler(folder: Path, size: int = 64, seed: int = 0) -> Path:
+    """A release of an upsampler from a quarter of `size` with random weights, of two steps."""
+    torch.manual_seed(seed)
+    net = UNetConfig(image_size=size, width=32, mults=(1,), depth=1, patch_size=2, **UPSAMPLER_NET)
+    stage = Upsampler256(net=net, sampling=UpsamplingConfig(steps=2))
+    for parameter in stage.net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    weights = Release("Upsampler256", dict(stage.hparams), None, stage.state_dict(), 1)
+    return release.write(folder, weights, "# a card\n")
