@@ -63,7 +63,7 @@ def add_features(made: argparse.ArgumentParser) -> None:
         "--features",
         help="of the distances: inception (clean-fid's, for FID), clip (the embedded one), "
         "NAME/TAG of open_clip, or local-dir:/folder; by default clip for the embedded drawings "
-        "(captions openmoji) and inception for all else",
+        "(captions openmoji, openmoji-line) and inception for all else",
     )
     made.add_argument(
         "--reference-size",
@@ -75,8 +75,10 @@ def add_features(made: argparse.ArgumentParser) -> None:
 
 def features_of(given: argparse.Namespace) -> str:
     """--features, or what it is by default: see `add_features`."""
+    from unclip_pl.data.openmoji import STYLES
+
     drawn = not getattr(given, "images", None)
-    embedded = drawn and (given.captions or "openmoji") == "openmoji"
+    embedded = drawn and (given.captions or "openmoji") in STYLES
     return given.features or ("clip" if embedded else "inception")
 
 

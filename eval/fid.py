@@ -77,13 +77,13 @@ def reference_of(given: argparse.Namespace, source: "Source") -> "Pictures":
     """
     from eval.folders import Pictures
     from eval.source import Drawn
-    from unclip_pl.data.openmoji import openmoji_shards
+    from unclip_pl.data.openmoji import STYLES, openmoji_shards
 
     where = given.reference
     if where is None and isinstance(source, Drawn):
         captions = given.captions or "openmoji"
-        if captions == "openmoji":
-            where = str(openmoji_shards(source.size) / "val-*.tar")
+        if captions in STYLES:
+            where = str(openmoji_shards(source.size, name=captions) / "val-*.tar")
         elif not captions.endswith((".txt", ".json")):
             where = captions
     if where is None:

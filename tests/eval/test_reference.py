@@ -11,6 +11,7 @@ from eval import compare, features, fid, sweep
 from eval.common import add_features, features_of
 from eval.features import Network
 from eval.folders import Pictures
+from eval.source import Drawn
 from tests.data.shardkit import write_tar
 from tests.eval import tiny
 from unclip_pl.data.shards import decode
@@ -102,6 +103,21 @@ def test_a_folder_of_squares_is_compared_with_squares_and_photographs_with_whole
         assert fid.reference_of(given, Pictures(str(tmp_path), names=names)).size == size
 
 
+@pytest.mark.parametrize("name", ["openmoji", "openmoji-line"])
+def test_drawings_are_compared_with_the_held_out_ones_of_their_style(name, tmp_path, monkeypatch):
+    def shards(size, name):
+        folder = tmp_path / f"{name}-{size}"
+        folder.mkdir()
+        write_tar(folder / "val-00000.tar", {"0.png": photograph(0), "0.txt": b"a dog"})
+        return folder
+
+    monkeypatch.setattr("unclip_pl.data.openmoji.openmoji_shards", shards)
+    drawn = Drawn(tmp_path, [], lambda indices: torch.zeros(0), {}, size=16)
+    given = fid.arguments().parse_args(["--ckpt", "x", "--captions", name])
+    real = fid.reference_of(given, drawn)
+    assert real.shards == [str(tmp_path / f"{name}-16" / "val-00000.tar")] and real.size == 16
+
+
 def test_another_size_is_another_entry_of_the_cache(tmp_path, monkeypatch):
     from eval.extract import reference
 
@@ -116,6 +132,7 @@ def test_another_size_is_another_entry_of_the_cache(tmp_path, monkeypatch):
     ("words", "expected"),
     [
         ({"captions": "openmoji"}, "clip"),
+        ({"captions": "openmoji-line"}, "clip"),
         ({"captions": None, "images": None}, "clip"),  # a model draws for the embedded captions
         ({"captions": "data/{00000..00009}.tar"}, "inception"),
         ({"captions": None, "images": "pictures"}, "inception"),
