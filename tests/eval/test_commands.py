@@ -1,4 +1,6 @@
-"""`python -m eval.fid` and `eval.clip_score`: figures that worsen with what people see, a JSON line at the end, one sentence for what is wrong."""
+"""`python -m eval.fid` and `eval.clip_score`: figures that worsen with what people see, a JSON line
+at the end, one sentence for what is wrong.
+"""
 
 import json
 from itertools import pairwise
@@ -52,7 +54,9 @@ def pixels(images) -> torch.Tensor:
 
 @pytest.mark.parametrize("how", ["blur", "noise", "others"])
 def test_every_distance_worsens_step_by_step(how, drawings):
-    """Precision is left out: noise draws all images to one place, which is within reach of the reference; and strays reach far, which keeps recall."""
+    """Precision is left out: noise draws all images to one place, which is within reach of the
+    reference; and strays reach far, which keeps recall.
+    """
     images, _ = drawings
     network = named("clip")
     real, fake = network(pixels(images[::2])), images[1::2]

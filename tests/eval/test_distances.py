@@ -1,4 +1,6 @@
-"""Distances agree with closed forms, with clean-fid and torchmetrics, and with the definitions written out; they have the properties that make them usable."""
+"""Distances agree with closed forms, with clean-fid and torchmetrics, and with the definitions
+written out; they have the properties that make them usable.
+"""
 
 import math
 from unittest import mock
@@ -15,7 +17,9 @@ from tests.eval.sets import exactly, features
 
 
 def cleanfid_frechet(a, b):
-    """clean-fid's own; it gives scipy's sqrtm the argument `disp`, which scipy 1.18 no longer has, so sqrtm is called here without."""
+    """clean-fid's own; it gives scipy's sqrtm the argument `disp`, which scipy 1.18 no longer has,
+    so sqrtm is called here without.
+    """
     x, y = a.double().numpy(), b.double().numpy()
     with mock.patch.object(cleanfid.fid.linalg, "sqrtm", lambda m, disp: (sqrtm(m), None)):
         moments = x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False)
@@ -58,7 +62,9 @@ def test_frechet_equals_clean_fid(n, m, dim):
 
 @pytest.mark.parametrize(("n", "m", "dim"), [(40, 40, 128), (40, 200, 128), (60, 300, 128)])
 def test_frechet_with_fewer_images_than_features_equals_that_in_the_space_they_span(n, m, dim):
-    """In an orthonormal basis of all rows nothing changes, and there eigenvalues of a small symmetric matrix give the trace."""
+    """In an orthonormal basis of all rows nothing changes, and there eigenvalues of a small
+    symmetric matrix give the trace.
+    """
     a, b = features(n, dim, 1).double(), features(m, dim, 2, 0.02).double()
     ca, cb = (torch.from_numpy(np.cov(x.numpy(), rowvar=False)) for x in (a, b))
     values, vectors = torch.linalg.eigh(ca)
@@ -212,7 +218,9 @@ def test_order_does_not_matter():
 
 @pytest.mark.parametrize(("n", "dim", "shift"), [(200, 4, 0.1), (60, 32, 0.05)])
 def test_the_bootstrap_covers_what_fresh_sets_give(n, dim, shift):
-    """The interval holds the mean of the estimator at this size in about 95 of 100 experiments, and its error is the spread of fresh sets."""
+    """The interval holds the mean of the estimator at this size in about 95 of 100 experiments, and
+    its error is the spread of fresh sets.
+    """
     fresh = [
         distances.bootstrap(
             distances.frechet,

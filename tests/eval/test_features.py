@@ -1,4 +1,6 @@
-"""Inception gets what clean-fid gives it and is loaded from the cache or the sentence says where to put it; networks are told apart."""
+"""Inception gets what clean-fid gives it and is loaded from the cache or the sentence says where to
+put it; networks are told apart.
+"""
 
 import urllib.error
 import urllib.request
@@ -23,7 +25,9 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(64, 64), (40, 300), (700, 333)])
 def test_inception_gets_the_whole_image_as_clean_fid_resizes_it(empty_cache, shape):
-    """Pillow's bicubic filter on floats, written out: antialiased, the aspect not kept, cut off at 0 and 255, not rounded."""
+    """Pillow's bicubic filter on floats, written out: antialiased, the aspect not kept, cut off at
+    0 and 255, not rounded.
+    """
     tiny.inception(empty_cache / features.INCEPTION)
     pixels = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), dtype=np.uint8)
     pixels[1] = 255 * (pixels[1] > 127)  # hard edges: values beyond 0 and 255, which are cut off

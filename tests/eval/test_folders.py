@@ -1,4 +1,6 @@
-"""A folder or shards come as uint8 batches of one size, every image once over all ranks; what cannot be read is counted and refused above a rate."""
+"""A folder or shards come as uint8 batches of one size, every image once over all ranks; what
+cannot be read is counted and refused above a rate.
+"""
 
 import io
 

@@ -1,4 +1,6 @@
-"""The metrics give what the distances give, in any batches and over any ranks, and say in one sentence what is wrong with their input."""
+"""The metrics give what the distances give, in any batches and over any ranks, and say in one
+sentence what is wrong with their input.
+"""
 
 import json
 
@@ -58,7 +60,9 @@ def test_every_metric_gives_the_figures_of_its_distance():
 
 
 def test_clip_score_equals_torchmetrics_and_its_interval_that_of_a_mean():
-    """torchmetrics is given a model whose features of a picture and of a caption are the numbers in them."""
+    """torchmetrics is given a model whose features of a picture and of a caption are the numbers in
+    them.
+    """
     functional = pytest.importorskip("torchmetrics.functional.multimodal")
     image, text = (
         torch.rand(50, 8, generator=torch.Generator().manual_seed(0)) - 0.2,
