@@ -1,4 +1,5 @@
-"""PCA and buckets: numpy's eigenvectors, the 1 % rule, what a round trip may lose, and the dot product's top half."""
+"""PCA and buckets: numpy's eigenvectors, the 1 % rule, what a round trip may lose, and the dot
+product's top half."""
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ def data(count: int = 3000, dim: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
     return image, image + 0.5 * torch.randn(count, dim)
 
 
-def fitted(image: torch.Tensor, text: torch.Tensor, max_codes: int = 12, **options) -> EmbeddingQuantizer:
+def fitted(
+    image: torch.Tensor, text: torch.Tensor, max_codes: int = 12, **options
+) -> EmbeddingQuantizer:
     quantizer = EmbeddingQuantizer(image.shape[1], max_codes, **options)
     quantizer.fit(image.double().mean(0), image.double().T.cov(correction=0), image, text)
     return quantizer
@@ -43,7 +46,9 @@ def test_fewest_dimensions_that_lose_less_than_the_rule_allows(max_error):
     quantizer = fitted(image, text, max_error=max_error)
 
     def lost(count: int) -> float:
-        directions = np.linalg.svd((image - image.mean(0)).double().numpy(), full_matrices=False)[2][:count]
+        directions = np.linalg.svd((image - image.mean(0)).double().numpy(), full_matrices=False)[
+            2
+        ][:count]
         centred = (image - image.mean(0)).double().numpy()
         return ((centred - centred @ directions.T @ directions) ** 2).sum() / (centred**2).sum()
 
@@ -77,12 +82,18 @@ def test_fewer_numbers_than_buckets_come_back_exactly(count):
     codes = torch.searchsorted(edges, x, right=True)
     assert counts.sum() == count and codes.unique().numel() == count
     torch.testing.assert_close(values[codes], x, rtol=1e-6, atol=1e-7)
-    assert values.diff().min() >= 0 and values.min() >= x.min() and values.max() <= x.max()  # any bucket stands for something
+    assert (
+        values.diff().min() >= 0 and values.min() >= x.min() and values.max() <= x.max()
+    )  # any bucket stands for something
 
 
 def test_equal_numbers_share_a_bucket():
     edges, values, counts = quantile_buckets(torch.tensor([1.0] * 500 + [2.0] * 3), 1024)
-    assert sorted(counts[counts > 0].tolist()) == [3, 500] and values.isfinite().all() and edges.isfinite().all()
+    assert (
+        sorted(counts[counts > 0].tolist()) == [3, 500]
+        and values.isfinite().all()
+        and edges.isfinite().all()
+    )
     assert values[counts == 500].item() == 1.0 and values[counts == 3].item() == 2.0
 
 
@@ -90,7 +101,12 @@ def test_round_trip_stays_within_the_bucket():
     image, text = data()
     quantizer = fitted(image, text, buckets=32, max_error=0.0)
     codes = quantizer.encode(image)
-    assert codes.shape == (3000, 12) and codes.dtype == torch.int64 and codes.min() == 0 and codes.max() == 31
+    assert (
+        codes.shape == (3000, 12)
+        and codes.dtype == torch.int64
+        and codes.min() == 0
+        and codes.max() == 31
+    )
     coordinates, back = quantizer.project(image), quantizer.project(quantizer.decode(codes))
     outer = coordinates.min(0).values[:, None], coordinates.max(0).values[:, None]
     width = torch.cat([outer[0], quantizer.edges, outer[1]], 1).diff(dim=1)
@@ -114,7 +130,9 @@ def test_order_is_by_variance_and_reported_errors_are_those_of_the_codes():
 
 def test_more_buckets_lose_less():
     image, text = data()
-    losses = [fitted(image, text, buckets=buckets).error(image).mse for buckets in (4, 32, 256, 1024)]
+    losses = [
+        fitted(image, text, buckets=buckets).error(image).mse for buckets in (4, 32, 256, 1024)
+    ]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] - fitted(image, text).error(image).pca_mse < 1e-4
 
@@ -128,12 +146,20 @@ def test_dot_product_is_of_unit_vectors_and_drawn_from_the_top_half():
     assert codes[dots.argsort()].diff().min() >= 0
     assert torch.equal(codes.bincount(minlength=64), quantizer.dot_counts)
     drawn = quantizer.draw_dot(torch.rand(20000))
-    top = codes[dots > dots.median()]  # of an even number, torch gives the lower of the two in the middle
+    top = codes[
+        dots > dots.median()
+    ]  # of an even number, torch gives the lower of the two in the middle
     assert drawn.min() == top.min() and drawn.max() == 63
     shares = [x.bincount(minlength=64) / len(x) for x in (drawn, top)]
     assert (shares[0] - shares[1]).abs().max() < 0.01
-    assert quantizer.draw_dot(torch.rand(1000), 95).min() == codes[dots >= dots.double().quantile(0.95)].min()
-    assert (quantizer.draw_dot(torch.rand(20000), 0).bincount(minlength=64) / 20000 - quantizer.dot_counts / 3000).abs().max() < 0.01
+    assert (
+        quantizer.draw_dot(torch.rand(1000), 95).min()
+        == codes[dots >= dots.double().quantile(0.95)].min()
+    )
+    assert (
+        quantizer.draw_dot(torch.rand(20000), 0).bincount(minlength=64) / 20000
+        - quantizer.dot_counts / 3000
+    ).abs().max() < 0.01
     assert quantizer.draw_dot(torch.tensor([1 - 2**-24])).item() == 63
 
 
@@ -141,7 +167,9 @@ def test_few_pairs_give_only_dot_products_that_occurred():
     image, text = data(8)
     quantizer = fitted(image, text)
     dots = torch.nn.functional.cosine_similarity(image, text)
-    assert set(quantizer.draw_dot(torch.rand(200)).tolist()) == set(quantizer.encode_dot(image, text)[dots > dots.median()].tolist())
+    assert set(quantizer.draw_dot(torch.rand(200)).tolist()) == set(
+        quantizer.encode_dot(image, text)[dots > dots.median()].tolist()
+    )
 
 
 def test_saved_and_loaded_it_is_the_same_also_in_half_precision():
@@ -150,11 +178,22 @@ def test_saved_and_loaded_it_is_the_same_also_in_half_precision():
     again = EmbeddingQuantizer(12, 12)
     again.load_state_dict(quantizer.state_dict())
     codes = quantizer.encode(image)
-    assert again.codes == quantizer.codes and torch.equal(again.encode(image), codes) and torch.equal(again.decode(codes), quantizer.decode(codes))
-    halved = {name: t.half().float() if t.is_floating_point() else t for name, t in quantizer.state_dict().items()}  # as releases keep weights
+    assert (
+        again.codes == quantizer.codes
+        and torch.equal(again.encode(image), codes)
+        and torch.equal(again.decode(codes), quantizer.decode(codes))
+    )
+    halved = {
+        name: t.half().float() if t.is_floating_point() else t
+        for name, t in quantizer.state_dict().items()
+    }  # as releases keep weights
     again.load_state_dict(halved)
-    assert (again.decode(codes) - quantizer.decode(codes)).norm() < 2e-3 * quantizer.decode(codes).norm()
-    assert torch.equal(again.draw_dot(torch.linspace(0, 0.99, 50)), quantizer.draw_dot(torch.linspace(0, 0.99, 50)))
+    assert (again.decode(codes) - quantizer.decode(codes)).norm() < 2e-3 * quantizer.decode(
+        codes
+    ).norm()
+    assert torch.equal(
+        again.draw_dot(torch.linspace(0, 0.99, 50)), quantizer.draw_dot(torch.linspace(0, 0.99, 50))
+    )
 
 
 def test_precision_around_does_not_reach_the_codes():
@@ -163,12 +202,18 @@ def test_precision_around_does_not_reach_the_codes():
     with torch.autocast("cpu", torch.bfloat16):
         codes = quantizer.encode(image)
         decoded = quantizer.decode(codes)
-    assert torch.equal(codes, quantizer.encode(image)) and torch.equal(decoded, quantizer.decode(codes))
+    assert torch.equal(codes, quantizer.encode(image)) and torch.equal(
+        decoded, quantizer.decode(codes)
+    )
 
 
 def test_unfitted_and_unfit_data_are_sentences():
     quantizer = EmbeddingQuantizer(12, 12)
-    for call in (lambda: quantizer.encode(torch.zeros(1, 12)), lambda: quantizer.decode(torch.zeros(1, 12).long()), lambda: quantizer.draw_dot(torch.zeros(1))):
+    for call in (
+        lambda: quantizer.encode(torch.zeros(1, 12)),
+        lambda: quantizer.decode(torch.zeros(1, 12).long()),
+        lambda: quantizer.draw_dot(torch.zeros(1)),
+    ):
         with pytest.raises(ValueError, match="not fitted"):
             call()
     one = torch.ones(1, 12)

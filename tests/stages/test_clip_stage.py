@@ -1,4 +1,5 @@
-"""The CLIP stage: its loss is CLIP's, its scale is bounded, it learns, and what it exports is what it was."""
+"""The CLIP stage: its loss is CLIP's, its scale is bounded, it learns, and what it exports is what
+it was."""
 
 import math
 
@@ -22,14 +23,20 @@ def batch(size=6):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.zeros(size, 32, dtype=torch.int64)
     tokens[:, 0], tokens[:, 1], tokens[:, 2] = 49406, torch.arange(size) + 300, 49407
-    return {"key": [str(i) for i in range(size)], "image": torch.rand(size, 3, 64, 64, generator=generator) * 2 - 1, "tokens": tokens}
+    return {
+        "key": [str(i) for i in range(size)],
+        "image": torch.rand(size, 3, 64, 64, generator=generator) * 2 - 1,
+        "tokens": tokens,
+    }
 
 
 def test_loss_is_symmetric_cross_entropy_over_scaled_cosines(stage):
     given = batch()
     image, text = stage.eval().embed(given["image"], given["tokens"])
     torch.testing.assert_close(image.norm(dim=1), torch.ones(6))
-    logits = 1 / 0.07 * image.double() @ text.double().T  # temperature at the start: CLIP, section 2.5
+    logits = (
+        1 / 0.07 * image.double() @ text.double().T
+    )  # temperature at the start: CLIP, section 2.5
     right = torch.arange(6)
     expected = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
     torch.testing.assert_close(stage.loss(given)["loss"].double(), expected, rtol=1e-4, atol=1e-5)
@@ -59,7 +66,9 @@ def test_exported_folder_embeds_as_the_stage_does(stage, tmp_path):
     clip, given = FrozenCLIP(CLIPConfig(model=f"local-dir:{tmp_path / 'clip'}")), batch()
     with torch.no_grad():
         image, text = stage.eval().embed(given["image"], given["tokens"])
-    assert F.cosine_similarity(clip.embed_images(given["image"]), image).min() > 0.999  # weights in float16
+    assert (
+        F.cosine_similarity(clip.embed_images(given["image"]), image).min() > 0.999
+    )  # weights in float16
     assert F.cosine_similarity(clip.embed_text(given["tokens"]).embed, text).min() > 0.999
 
 

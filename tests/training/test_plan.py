@@ -1,4 +1,5 @@
-"""The plan's counts are those of the closed forms, and of what others counted by hand for the paper's networks."""
+"""The plan's counts are those of the closed forms, and of what others counted by hand for the
+paper's networks."""
 
 import functools
 
@@ -8,7 +9,8 @@ from unclip_pl import app
 from unclip_pl.commands.plan import configured
 from unclip_pl.training import plan
 
-# Counted by walking GLIDE's and guided-diffusion's networks by hand: GFLOP of a training step a sample; parameters; H100 hours of the paper's run at MFU 0.5.
+# Counted by walking GLIDE's and guided-diffusion's networks by hand: GFLOP of a training step a
+# sample; parameters; H100 hours of the paper's run at MFU 0.5.
 BY_HAND = {
     "decoder": (6660, 3446e6, 6130), "diffusion_prior": (1842.5, 1225e6, 2540), "ar_prior": (4743, 2012e6, 10900),
     "upsampler_256": (1594, 730e6, 920), "upsampler_1024": (3721, 282e6, 1070),
@@ -27,8 +29,14 @@ def test_operations_and_hours_of_the_papers_run_are_those_counted_by_hand(name):
     needs, batch, steps, stage = planned(name)
     # the AR prior's 576 tokens were counted as 577, and half of a causal attention not left out
     assert needs.flops / 1e9 == pytest.approx(flops, rel=0.015 if name == "ar_prior" else 0.003)
-    tables = sum(p.numel() for key, p in stage.named_parameters() if "token_embedding" in key or key == "net.text_proj.weight")
-    assert needs.parameters - tables == pytest.approx(parameters, rel=0.02)  # by hand without the table of tokens
+    tables = sum(
+        p.numel()
+        for key, p in stage.named_parameters()
+        if "token_embedding" in key or key == "net.text_proj.weight"
+    )
+    assert needs.parameters - tables == pytest.approx(
+        parameters, rel=0.02
+    )  # by hand without the table of tokens
     row = plan.row(needs, 64, "fsdp", batch, steps, mfu=0.5, peak=989.4e12, memory=72e9)
     assert 64 * row.hours == pytest.approx(hours, rel=0.03)
     assert row.steps_an_hour * row.hours == pytest.approx(steps)
@@ -37,11 +45,13 @@ def test_operations_and_hours_of_the_papers_run_are_those_counted_by_hand(name):
 def test_activations_of_a_transformer_are_the_closed_form():
     needs = planned("diffusion_prior")[0]
     tokens, width, depth = 260, 2048, 24
-    # a block keeps its two LayerNorms' inputs (float32) and outputs, q, k, v, attention's output and the MLP's two hidden layers (bfloat16)
+    # a block keeps its two LayerNorms' inputs (float32) and outputs, q, k, v, attention's output
+    # and the MLP's two hidden layers (bfloat16)
     block = tokens * width * (2 * 4 + 2 * 2 + 3 * 2 + 2 + 2 * 4 * 2)
     assert needs.activations["none"] == pytest.approx(depth * block, rel=0.1)
     assert needs.activations["full"] == pytest.approx(depth * tokens * width * 4 + block, rel=0.2)
-    # selective keeps inputs of blocks, q, k, v, attention, its projection and both layers of the MLP
+    # selective keeps inputs of blocks, q, k, v, attention, its projection and both layers of the
+    # MLP
     products = tokens * width * (4 + 3 * 2 + 2 + 2 + 2 * 4 + 2)
     assert depth * products < needs.activations["selective"] < depth * products + 1.2 * block
 
@@ -54,10 +64,16 @@ def test_selective_checkpointing_lies_between_none_and_full():
 
 def test_state_is_20_bytes_a_parameter_and_fsdp_shares_it_out():
     needs = plan.Needs(10**9, 10**8, 10**7, 1e12, {"none": 1e9, "full": 1e8})
-    ddp, fsdp = (plan.row(needs, 8, kind, 2048, 1000, mfu=0.4, peak=1e15, memory=20e9) for kind in ("ddp", "fsdp"))
+    ddp, fsdp = (
+        plan.row(needs, 8, kind, 2048, 1000, mfu=0.4, peak=1e15, memory=20e9)
+        for kind in ("ddp", "fsdp")
+    )
     state = lambda row: row.weights + row.gradients + row.optimizer + row.ema
     assert state(ddp) == 20e9 and state(fsdp) == 20e9 / 8
-    assert (fsdp.micro_batch, fsdp.accumulate) == (128, 2) and fsdp.total <= 20e9 < fsdp.total + fsdp.micro_batch * 1e8
+    assert (fsdp.micro_batch, fsdp.accumulate) == (
+        128,
+        2,
+    ) and fsdp.total <= 20e9 < fsdp.total + fsdp.micro_batch * 1e8
     assert ddp.steps_an_hour == pytest.approx(3600 * 8 * 0.4e15 / (2048 * 1e12))
     assert ddp.micro_batch == 0  # its state alone is all of the memory
 
@@ -65,7 +81,9 @@ def test_state_is_20_bytes_a_parameter_and_fsdp_shares_it_out():
 def test_the_command_prints_a_row_for_each_number_of_gpus(capsys):
     assert app.main(["plan", "stages/upsampler_256.yaml", "--gpus", "1", "8", "--batch", "64"]) == 0
     said = capsys.readouterr().out
-    assert said.count("| ddp |") == 2 and said.count("| fsdp |") == 1 and "10,000 steps of 64" in said
+    assert (
+        said.count("| ddp |") == 2 and said.count("| fsdp |") == 1 and "10,000 steps of 64" in said
+    )
 
 
 @pytest.mark.parametrize(

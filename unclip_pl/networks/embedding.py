@@ -1,6 +1,8 @@
-"""The scale on which a network sees CLIP embeddings: unit norm x 0.5375 sqrt(D) (unCLIP; 17.2 at D = 1024) or mean and std (Karlo).
+"""The scale on which a network sees CLIP embeddings: unit norm x 0.5375 sqrt(D) (unCLIP; 17.2 at D
+= 1024) or mean and std (Karlo).
 
-Embeddings come and go as CLIP gives them, float32 (B, D), not normalised; the numbers are buffers and so are saved with the weights.
+Embeddings come and go as CLIP gives them, float32 (B, D), not normalised; the numbers are buffers
+and so are saved with the weights.
 """
 
 import math
@@ -16,8 +18,9 @@ class EmbeddingNormalizer(nn.Module):
 
     Args:
         dim: D.
-        mode: "none" leaves them; "unit" gives each the norm 0.5375 sqrt(D), which loses its own, so that `denormalize` returns to the data's
-            root mean square norm (1 before `fit`); "standard" is (z - mean) / std (0 and 1 before `fit`).
+        mode: "none" leaves them; "unit" gives each the norm 0.5375 sqrt(D), which loses its own, so
+            that `denormalize` returns to the data's root mean square norm (1 before `fit`);
+            "standard" is (z - mean) / std (0 and 1 before `fit`).
 
     Raises:
         ValueError: unknown mode.
@@ -30,7 +33,10 @@ class EmbeddingNormalizer(nn.Module):
     def __init__(self, dim: int, mode: Literal["none", "unit", "standard"] = "unit") -> None:
         super().__init__()
         if mode not in ("none", "unit", "standard"):
-            raise ValueError(f'EmbeddingNormalizer does not know the mode "{mode}": use "none", "unit" or "standard".')
+            raise ValueError(
+                f'EmbeddingNormalizer does not know the mode "{mode}": use "none", "unit" or '
+                '"standard".'
+            )
         self.dim, self.mode = dim, mode
         self.scale = 0.5375 * math.sqrt(dim)
         if mode == "unit":
@@ -47,12 +53,18 @@ class EmbeddingNormalizer(nn.Module):
             ValueError: another length than D, or a standard deviation that is not positive.
         """
         if mean.shape != (self.dim,) or std.shape != (self.dim,):
-            raise ValueError(f"EmbeddingNormalizer.fit got mean {tuple(mean.shape)} and std {tuple(std.shape)}, both must be ({self.dim},).")
+            raise ValueError(
+                f"EmbeddingNormalizer.fit got mean {tuple(mean.shape)} and std {tuple(std.shape)}, "
+                f"both must be ({self.dim},)."
+            )
         if self.mode == "unit":
             self.norm.copy_((mean.double().square() + std.double().square()).sum().sqrt())
         elif self.mode == "standard":
             if not bool((std > 0).all()):
-                raise ValueError("EmbeddingNormalizer.fit needs positive standard deviations: compute them from more than one embedding.")
+                raise ValueError(
+                    "EmbeddingNormalizer.fit needs positive standard deviations: compute them from "
+                    "more than one embedding."
+                )
             self.mean.copy_(mean)
             self.std.copy_(std)
 

@@ -1,7 +1,10 @@
-"""CLIP image embeddings as sequences of codes, for the autoregressive prior (unCLIP section 2.2): PCA, then buckets in each dimension.
+"""CLIP image embeddings as sequences of codes, for the autoregressive prior (unCLIP section 2.2):
+PCA, then buckets in each dimension.
 
-The paper says how many (319 of 1,024 dimensions lose under 1 % of the variance; 1,024 buckets) and not how buckets are cut. Here they are
-quantiles: each holds as many of the fitted embeddings as any other, and stands for their mean. Up to `buckets` distinct values are kept exactly.
+The paper says how many (319 of 1,024 dimensions lose under 1 % of the variance; 1,024 buckets) and
+not how buckets are cut. Here they are
+quantiles: each holds as many of the fitted embeddings as any other, and stands for their mean. Up
+    to `buckets` distinct values are kept exactly.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +18,8 @@ from unclip_pl.errors import UserError
 
 
 class Buckets(NamedTuple):
-    """`edges` (n - 1,), ascending; `values` (n,), what a bucket stands for; `counts` (n,) int64. Bucket b is edges[b-1] <= x < edges[b]."""
+    """`edges` (n - 1,), ascending; `values` (n,), what a bucket stands for; `counts` (n,) int64.
+    Bucket b is edges[b-1] <= x < edges[b]."""
 
     edges: Tensor
     values: Tensor
@@ -23,23 +27,31 @@ class Buckets(NamedTuple):
 
 
 def quantile_buckets(x: Tensor, buckets: int) -> Buckets:
-    """Cut at the j/buckets quantiles, halfway between neighbours; an empty bucket (fewer or equal numbers) stands for the middle of its edges.
+    """Cut at the j/buckets quantiles, halfway between neighbours; an empty bucket (fewer or equal
+    numbers) stands for the middle of its edges.
 
     x (N,) float, N >= 2 -> float32 edges and values.
     """
     x = x.float().sort().values
-    cuts = -(torch.arange(1, buckets, device=x.device) * len(x)).div(-buckets, rounding_mode="floor")  # rounded up
+    cuts = -(torch.arange(1, buckets, device=x.device) * len(x)).div(
+        -buckets, rounding_mode="floor"
+    )  # rounded up
     cuts = cuts.clamp(1, len(x) - 1)
     edges = ((x[cuts - 1].double() + x[cuts].double()) / 2).float()
     codes = torch.searchsorted(edges, x, right=True)
     counts = torch.bincount(codes, minlength=buckets)
-    sums = torch.zeros(buckets, dtype=torch.float64, device=x.device).index_add(0, codes, x.double())
+    sums = torch.zeros(buckets, dtype=torch.float64, device=x.device).index_add(
+        0, codes, x.double()
+    )
     middle = (torch.cat([x[:1], edges]).double() + torch.cat([edges, x[-1:]]).double()) / 2
-    return Buckets(edges, torch.where(counts > 0, sums / counts.clamp(min=1), middle).float(), counts)
+    return Buckets(
+        edges, torch.where(counts > 0, sums / counts.clamp(min=1), middle).float(), counts
+    )
 
 
 def pca(covariance: Tensor, max_error: float, max_dims: int) -> tuple[Tensor, int]:
-    """Principal directions by decreasing eigenvalue, and how many it takes to lose a share of the variance below `max_error`.
+    """Principal directions by decreasing eigenvalue, and how many it takes to lose a share of the
+    variance below `max_error`.
 
     Args:
         covariance: (D, D), computed in float64.
@@ -47,14 +59,18 @@ def pca(covariance: Tensor, max_error: float, max_dims: int) -> tuple[Tensor, in
         max_dims: how many are given at most.
 
     Returns:
-        (n, D) float64, orthonormal rows whose largest component is positive, n at most `max_dims` and the rank; how many the rule asks for.
+        (n, D) float64, orthonormal rows whose largest component is positive, n at most `max_dims`
+        and the rank; how many the rule asks for.
 
     Raises:
         UserError: there is no variance, or it is not finite.
     """
     covariance = covariance.double()
     if not bool(covariance.isfinite().all()) or not bool(covariance.trace() > 0):
-        raise UserError("The image embeddings do not differ from one another, so that there is nothing to quantise: fit on at least two that do.")
+        raise UserError(
+            "The image embeddings do not differ from one another, so that there is nothing to "
+            "quantise: fit on at least two that do."
+        )
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1).T
     lost = 1 - values.cumsum(0) / values.sum()
@@ -66,7 +82,8 @@ def pca(covariance: Tensor, max_error: float, max_dims: int) -> tuple[Tensor, in
 
 
 class QuantizerError(NamedTuple):
-    """What the codes lose: mean squared error over the variance, and mean cosine to the embedding, of PCA alone and of PCA and buckets."""
+    """What the codes lose: mean squared error over the variance, and mean cosine to the embedding,
+    of PCA alone and of PCA and buckets."""
 
     pca_mse: float
     pca_cosine: float
@@ -75,13 +92,15 @@ class QuantizerError(NamedTuple):
 
 
 class EmbeddingQuantizer(nn.Module):
-    """PCA, buckets and the distribution of z_i . z_t, as buffers: empty before `fit`, saved with the weights.
+    """PCA, buckets and the distribution of z_i . z_t, as buffers: empty before `fit`, saved with
+    the weights.
 
     Args:
         dim: D, of the embeddings on CLIP's own scale.
         max_codes: the most dimensions that are kept.
         buckets: per dimension, and of the dot product.
-        max_error: share of the variance that the dimensions left out may have; 0 keeps `max_codes` whatever it is.
+        max_error: share of the variance that the dimensions left out may have; 0 keeps `max_codes`
+            whatever it is.
 
     Raises:
         ValueError: a number outside its range.
@@ -95,14 +114,24 @@ class EmbeddingQuantizer(nn.Module):
     dot_edges: Tensor
     dot_counts: Tensor
 
-    def __init__(self, dim: int, max_codes: int, buckets: int = 1024, max_error: float = 0.01) -> None:
+    def __init__(
+        self, dim: int, max_codes: int, buckets: int = 1024, max_error: float = 0.01
+    ) -> None:
         super().__init__()
         if not 1 <= max_codes <= dim:
-            raise ValueError(f"EmbeddingQuantizer got max_codes {max_codes}: give a number from 1 to the embedding's {dim} dimensions.")
+            raise ValueError(
+                f"EmbeddingQuantizer got max_codes {max_codes}: give a number from 1 to the "
+                f"embedding's {dim} dimensions."
+            )
         if buckets < 2:
-            raise ValueError(f"EmbeddingQuantizer got {buckets} buckets: give 2 or more (the paper has 1024).")
+            raise ValueError(
+                f"EmbeddingQuantizer got {buckets} buckets: give 2 or more (the paper has 1024)."
+            )
         if not 0 <= max_error < 1:
-            raise ValueError(f"EmbeddingQuantizer got max_error {max_error}: give a share of the variance from 0 to below 1, such as 0.01.")
+            raise ValueError(
+                f"EmbeddingQuantizer got max_error {max_error}: give a share of the variance from "
+                "0 to below 1, such as 0.01."
+            )
         self.dim, self.max_codes, self.buckets, self.max_error = dim, max_codes, buckets, max_error
         self.codes = 0
         """Codes an embedding has; 0 before `fit`."""
@@ -113,11 +142,14 @@ class EmbeddingQuantizer(nn.Module):
         self.register_buffer("values", torch.zeros(max_codes, buckets))
         self.register_buffer("dot_edges", torch.zeros(buckets - 1))
         self.register_buffer("dot_counts", torch.zeros(buckets, dtype=torch.int64))
-        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "codes", int(module.num_codes)))
+        self.register_load_state_dict_post_hook(
+            lambda module, _: setattr(module, "codes", int(module.num_codes))
+        )
 
     @torch.no_grad()
     def fit(self, mean: Tensor, covariance: Tensor, image_embed: Tensor, text_embed: Tensor) -> int:
-        """Take the PCA from the statistics of all the data, the buckets from a sample of it; the same on every machine that has the same data.
+        """Take the PCA from the statistics of all the data, the buckets from a sample of it; the
+        same on every machine that has the same data.
 
         Args:
             mean, covariance: (D,) and (D, D) float64.
@@ -131,10 +163,21 @@ class EmbeddingQuantizer(nn.Module):
             ValueError: shapes that do not fit.
         """
         shapes = [tuple(x.shape) for x in (mean, covariance, image_embed, text_embed)]
-        if shapes != [(self.dim,), (self.dim, self.dim), (len(image_embed), self.dim), (len(image_embed), self.dim)]:
-            raise ValueError(f"EmbeddingQuantizer.fit got {shapes}: it takes ({self.dim},), ({self.dim}, {self.dim}) and twice (N, {self.dim}).")
+        if shapes != [
+            (self.dim,),
+            (self.dim, self.dim),
+            (len(image_embed), self.dim),
+            (len(image_embed), self.dim),
+        ]:
+            raise ValueError(
+                f"EmbeddingQuantizer.fit got {shapes}: it takes ({self.dim},), ({self.dim}, "
+                f"{self.dim}) and twice (N, {self.dim})."
+            )
         if len(image_embed) < 2:
-            raise UserError(f"The quantiser of the AR prior was given {len(image_embed)} embeddings: fit it on at least two.")
+            raise UserError(
+                f"The quantiser of the AR prior was given {len(image_embed)} embeddings: fit it on "
+                "at least two."
+            )
         components, needed = pca(covariance, self.max_error, self.max_codes)
         count = len(components)
         self.mean.copy_(mean)
@@ -142,22 +185,30 @@ class EmbeddingQuantizer(nn.Module):
         self.num_codes.fill_(count)
         self.codes = count
         device = self.mean.device
-        coordinates = torch.cat([self.project(rows.to(device)) for rows in image_embed.split(8192)])  # (N, K)
+        coordinates = torch.cat(
+            [self.project(rows.to(device)) for rows in image_embed.split(8192)]
+        )  # (N, K)
         for k in range(count):
             buckets = quantile_buckets(coordinates[:, k], self.buckets)
             self.edges[k], self.values[k] = buckets.edges, buckets.values
         pairs = zip(image_embed.split(8192), text_embed.split(8192), strict=True)
-        dots = quantile_buckets(torch.cat([cosine(i.to(device), t.to(device)) for i, t in pairs]), self.buckets)
+        dots = quantile_buckets(
+            torch.cat([cosine(i.to(device), t.to(device)) for i, t in pairs]), self.buckets
+        )
         self.dot_edges.copy_(dots.edges)
         self.dot_counts.copy_(dots.counts)
         return needed
 
     def _fitted(self) -> None:
         if not self.codes:
-            raise ValueError("The quantiser of the AR prior is not fitted: train with `lightning fit`, which fits it to the store, or load a checkpoint.")
+            raise ValueError(
+                "The quantiser of the AR prior is not fitted: train with `lightning fit`, which "
+                "fits it to the store, or load a checkpoint."
+            )
 
     def project(self, z: Tensor) -> Tensor:
-        """Coordinates along the kept directions, in float32 whatever the precision around. (B, D) -> (B, K)."""
+        """Coordinates along the kept directions, in float32 whatever the precision around. (B, D)
+        -> (B, K)."""
         self._fitted()
         with full_precision(z):
             return (z.float() - self.mean) @ self.components[: self.codes].T
@@ -169,9 +220,12 @@ class EmbeddingQuantizer(nn.Module):
             return coordinates.float() @ self.components[: self.codes] + self.mean
 
     def encode(self, image_embed: Tensor) -> Tensor:
-        """CLIP's embeddings (B, D) -> codes (B, K) int64, 0..buckets-1, the direction of the largest variance first."""
+        """CLIP's embeddings (B, D) -> codes (B, K) int64, 0..buckets-1, the direction of the
+        largest variance first."""
         coordinates = self.project(image_embed)
-        return torch.searchsorted(self.edges[: self.codes], coordinates.T.contiguous(), right=True).T
+        return torch.searchsorted(
+            self.edges[: self.codes], coordinates.T.contiguous(), right=True
+        ).T
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, K) int64 -> embeddings (B, D) float32 on CLIP's own scale."""
@@ -179,12 +233,14 @@ class EmbeddingQuantizer(nn.Module):
         return self.unproject(self.values[torch.arange(self.codes, device=codes.device), codes])
 
     def encode_dot(self, image_embed: Tensor, text_embed: Tensor) -> Tensor:
-        """z_i . z_t of the embeddings at unit length, as the paper's are, in the buckets of the data's. Twice (B, D) -> (B,) int64."""
+        """z_i . z_t of the embeddings at unit length, as the paper's are, in the buckets of the
+        data's. Twice (B, D) -> (B,) int64."""
         self._fitted()
         return torch.searchsorted(self.dot_edges, cosine(image_embed, text_embed), right=True)
 
     def draw_dot(self, uniform: Tensor, percentile: float = 50.0) -> Tensor:
-        """Draw dot-product tokens from the data's own distribution above a percentile (50: the paper's top half, footnote 2).
+        """Draw dot-product tokens from the data's own distribution above a percentile (50: the
+        paper's top half, footnote 2).
 
         uniform (B,) in [0, 1) -> (B,) int64, increasing in it.
         """
@@ -200,7 +256,9 @@ class EmbeddingQuantizer(nn.Module):
         variance = (z - z.mean(0)).square().sum(1).mean()
         exact, coded = self.unproject(self.project(z)), self.decode(self.encode(z))
         lost = [float((x - z).square().sum(1).mean() / variance) for x in (exact, coded)]
-        return QuantizerError(lost[0], float(cosine(exact, z).mean()), lost[1], float(cosine(coded, z).mean()))
+        return QuantizerError(
+            lost[0], float(cosine(exact, z).mean()), lost[1], float(cosine(coded, z).mean())
+        )
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
-"""What a training run needs: memory of each GPU and time, counted on the meta device, so that a 3.5B stage is planned on a laptop in seconds.
+"""What a training run needs: memory of each GPU and time, counted on the meta device, so that a
+3.5B stage is planned on a laptop in seconds.
 
-Operations are those of matrix products, convolutions and attention (half of it where it is causal), a multiply-add being two; training is three times
-the forward pass, and what checkpointing computes again is not counted, as MFU is defined. Memory is what must be held; allocators and kernels need more.
+Operations are those of matrix products, convolutions and attention (half of it where it is causal),
+a multiply-add being two; training is three times the forward pass, and what checkpointing computes
+again is not counted, as MFU is defined. Memory is what must be held; allocators and kernels need
+more.
 """
 
 import math
@@ -52,7 +55,8 @@ class Row:
     optimizer: float
     ema: float
     gathered: float
-    """Copies in the precision of the computation, and unsharded gradients, of the blocks under way."""
+    """Copies in the precision of the computation, and unsharded gradients, of the blocks under
+    way."""
     activations: float
     micro_batch: int
     """Samples a GPU and pass; 0: not even one fits."""
@@ -63,7 +67,14 @@ class Row:
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.ema + self.gathered + self.activations
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer
+            + self.ema
+            + self.gathered
+            + self.activations
+        )
 
 
 class _Autocast(TorchFunctionMode):
@@ -109,7 +120,8 @@ class _Autocast(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """The shapes of attention that keeps its inputs, its output and one number a query and head (FlashAttention)."""
+    """The shapes of attention that keeps its inputs, its output and one number a query and head
+    (FlashAttention)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -123,15 +135,22 @@ class _Attention(torch.autograd.Function):
 
 
 def example(stage: Any, crop: int | None = None) -> dict[str, Any]:
-    """A batch of one sample on the meta device, with all that a stage may ask for; `crop` is the side of an upsampler's images."""
+    """A batch of one sample on the meta device, with all that a stage may ask for; `crop` is the
+    side of an upsampler's images."""
     net, text = stage.net_config, getattr(stage, "text_config", None)
     batch: dict[str, Any] = {"key": ["0"]}
     with torch.device("meta"):
         if hasattr(net, "image_size"):
             side = crop or net.image_size
-            batch |= {"image": torch.zeros(1, 3, side, side), "low_res": torch.zeros(1, 3, side // 4, side // 4)}
+            batch |= {
+                "image": torch.zeros(1, 3, side, side),
+                "low_res": torch.zeros(1, 3, side // 4, side // 4),
+            }
         if getattr(net, "embed_dim", 0):
-            batch |= {"image_embed": torch.zeros(1, net.embed_dim), "text_embed": torch.zeros(1, net.embed_dim)}
+            batch |= {
+                "image_embed": torch.zeros(1, net.embed_dim),
+                "text_embed": torch.zeros(1, net.embed_dim),
+            }
         if text is not None and text.kind != "none":
             batch["tokens"] = torch.zeros(1, text.context_length, dtype=torch.int64)
             if text.kind == "states":
