@@ -98,6 +98,12 @@ def start_from(stage: Stage, path: str | os.PathLike) -> None:
         theirs, ours = weights.hyper_parameters.get(name), stage.hparams.get(name)
         if theirs != ours:
             raise UserError(f"{path} was trained with model.{name} {theirs}, and this run has {ours}: make them equal, or leave --init out.")
+    theirs, ours = (h.get("net", {}).get("dot_first", False) for h in (weights.hyper_parameters, stage.hparams))
+    if theirs != ours:
+        raise UserError(
+            f"{path} was trained with model.net.dot_first {theirs}, and this run has {ours}: make "
+            "them equal, or leave --init out."
+        )
     try:
         stage.load_state_dict(weights.tensors | {"skipped_steps": torch.zeros_like(stage.skipped_steps)})
     except RuntimeError as error:

@@ -1,5 +1,7 @@
 """The AR prior's network: nothing flows back, the null knows no text, one token at a time equals all at once, nucleus and temperature."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,6 +52,17 @@ def test_no_code_is_seen_before_its_time(net):
         seen = torch.zeros(3, 5) if held["codes"].grad is None else held["codes"].grad.abs().sum(-1)
         assert (seen[:, position:] == 0).all() and (seen[:, :position] > 0).all()
         assert (prefix.grad.abs().sum(-1) > 0).all()
+
+
+def test_the_dot_product_stands_before_the_codes_or_before_everything(net):
+    given = text()
+    after, first = net, ARPriorNet(replace(CONFIG, dot_first=True), net.text.config).double()
+    first.load_state_dict(after.state_dict())
+    for model, place in ((after, -1), (first, 0)):
+        changed = model.prefix(YES, **given | {"dot": (given["dot"] + 1) % 16})
+        moved = (changed - model.prefix(YES, **given)).abs().sum(-1) > 0  # (B, L + 2)
+        assert moved[:, place].all() and moved.sum() == 3
+        assert model.prefix(YES, **given).shape == (3, net.length + 2, 32)
 
 
 def test_every_part_of_the_text_matters_and_padding_does_not(net):

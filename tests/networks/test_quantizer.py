@@ -56,11 +56,21 @@ def test_fewest_dimensions_that_lose_less_than_the_rule_allows(max_error):
     assert abs(quantizer.error(image).pca_mse - lost(quantizer.codes)) < 1e-5
 
 
-def test_number_of_codes_can_be_capped_or_fixed():
+def test_embeddings_that_need_more_codes_are_refused_with_how_many_they_need():
     image, text = data()
-    quantizer = EmbeddingQuantizer(12, 2)
-    needed = quantizer.fit(image.double().mean(0), image.double().T.cov(correction=0), image, text)
-    assert quantizer.codes == 2 and needed == fitted(image, text).codes > 2
+    needed = fitted(image, text).codes
+    with pytest.raises(
+        UserError, match=rf"2 codes .* lose .*max_error is 0\.01: .* to {needed}, or"
+    ) as caught:
+        fitted(image, text, max_codes=2)
+    loss = float(str(caught.value).split("model.max_error to ")[1].split()[0])
+    assert fitted(image, text, max_codes=2, max_error=loss).codes == 2  # as the sentence says
+    assert fitted(image, text, max_codes=needed).codes == needed
+    assert fitted(image, text, max_codes=2, max_error=0.0).codes == 2  # whatever it loses
+
+
+def test_number_of_codes_can_be_fixed():
+    image, text = data()
     assert fitted(image, text, max_codes=9, max_error=0.0).codes == 9
     components, needed = pca(torch.eye(12), 0.0, 9)
     assert len(components) == needed == 9  # asks for no more than it gets

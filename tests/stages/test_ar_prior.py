@@ -10,12 +10,14 @@ from lightning.pytorch import LightningDataModule, Trainer
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
+from unclip_pl import release
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.errors import UserError
 from unclip_pl.networks.ar_prior import ARPriorConfig
 from unclip_pl.networks.text import TextConfig
-from unclip_pl.pipeline import load_stage
+from unclip_pl.pipeline import load_stage, start_from
+from unclip_pl.release import Release
 from unclip_pl.stages.ar_prior import ARPrior, SamplingConfig, spread_rows
 from unclip_pl.training.ema import EMA
 
@@ -106,6 +108,29 @@ def test_caption_embedding_and_dot_product_are_dropped_together_at_the_rate():
     assert not torch.equal(stage.loss(batch(100))["loss"], stage.loss(batch(100) | text)["loss"])
 
 
+@pytest.mark.parametrize("drop_dot", [True, False])
+def test_a_dropped_text_keeps_the_dot_product_where_that_is_asked_for(drop_dot):
+    stage, data = prior(net=replace(NET, drop_dot=drop_dot)).eval(), batch(16)
+    other = data | {"text_embed": batch(16, seed=2)["text_embed"]}
+    losses = [stage.loss(one, drop_text=1.0)["loss"] for one in (data, other)]
+    assert torch.equal(*losses) == drop_dot  # z_t is gone, its product with z_i may stay
+    seen, plain = [], stage.net.prefix
+    stage.net.prefix = lambda *a, **k: (seen.append(plain(*a, **k)), seen[-1])[1]
+    stage.sample(data, Noise(range(16)), SamplingConfig(guidance_scale=2.0))
+    text, null = (prefix[:, -1] for prefix in seen)  # the dot token, drawn once for both
+    assert torch.equal(text, null) != drop_dot
+
+
+def test_validation_tells_the_loss_with_captions_from_that_with_dropped_ones():
+    stage, data, logged = prior(drop_text=1.0).eval(), batch(16), {}
+    stage.log_dict = lambda values, **_: logged.update(values)
+    stage.log = lambda name, value, **_: logged.update({name: value})
+    stage.validation_step(data, 0)
+    assert torch.equal(logged["val/loss"], stage.loss(data, drop_text=1.0)["loss"])
+    assert torch.equal(logged["val/loss_captioned"], stage.loss(data, drop_text=0.0)["loss"])
+    assert not torch.isclose(logged["val/loss"], logged["val/loss_captioned"])
+
+
 @pytest.mark.parametrize("settings", [SamplingConfig(), SamplingConfig(guidance_scale=3.0, temperature=0.7, top_p=0.8)])
 def test_embedding_k_is_the_same_in_any_batch_and_nothing_given_changes(settings):
     stage, given = prior().eval(), batch()
@@ -187,19 +212,23 @@ def test_hyperparameters_and_weights_rebuild_the_stage_with_its_quantiser(tmp_pa
 
 def test_setup_fits_to_the_training_shards_once_and_says_what_it_costs(tmp_path, capsys, caplog):
     store = fake_store(tmp_path, {"a": 70, "b": 50, "val": 40})
-    stage = ARPrior(net=replace(NET, max_codes=5), text=TEXT)
+    stage = ARPrior(net=NET, text=TEXT)
     stage._trainer = SimpleNamespace(datamodule=SimpleNamespace(store=store, train_shards=["a", "b"]))
     with caplog.at_level("INFO"):
         stage.setup("fit")
     images = torch.cat([torch.from_numpy(store.shard(name).image_embed.copy()) for name in ("a", "b")]).double()
     torch.testing.assert_close(stage.quantizer.mean.double(), images.mean(0), rtol=1e-5, atol=1e-6)
     said = caplog.text + capsys.readouterr().err
-    assert "5 codes of the 7 that model.max_error asks for" in said and "120 embeddings" in said and "PCA alone loses" in said
+    assert "AR prior: 7 codes from 120 embeddings" in said and "PCA alone loses" in said
     mean = stage.quantizer.mean.clone()
+    few = ARPrior(net=replace(NET, max_codes=5), text=TEXT)
+    with pytest.raises(UserError, match=r"set model\.net\.max_codes to 7"):
+        few.fit_quantizer(store, ["a", "b"])
+    assert not few.quantizer.codes
     stage._trainer.datamodule.train_shards = ["val"]
     stage.setup("fit")
     assert torch.equal(stage.quantizer.mean, mean)
-    twin = ARPrior(net=replace(NET, max_codes=5), text=TEXT)
+    twin = ARPrior(net=NET, text=TEXT)
     twin.fit_quantizer(EmbeddingStore(tmp_path), ["a", "b"])
     assert all(torch.equal(a, b) for a, b in zip(stage.quantizer.buffers(), twin.quantizer.buffers(), strict=True))
 
@@ -228,7 +257,9 @@ def test_a_fit_keeps_the_quantiser_and_a_resumed_one_keeps_it_too(tmp_path):
         stage = ARPrior(net=NET, text=TEXT)
         trainer.fit(stage, datamodule=Toy(store, shards), **options)
         trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
-        assert trainer.callback_metrics["val/loss"].isfinite() and 0 <= trainer.callback_metrics["val/accuracy"] <= 1
+        figures = trainer.callback_metrics
+        assert figures["val/loss"].isfinite() and figures["val/loss_captioned"].isfinite()
+        assert 0 <= trainer.callback_metrics["val/accuracy"] <= 1
         return stage
 
     first = trained(4, ["a"])
@@ -238,6 +269,19 @@ def test_a_fit_keeps_the_quantiser_and_a_resumed_one_keeps_it_too(tmp_path):
     for stage in (loaded, resumed):
         assert stage.quantizer.codes == first.quantizer.codes
         assert all(torch.equal(a, b) for a, b in zip(stage.quantizer.buffers(), first.quantizer.buffers(), strict=True))
+
+
+def test_training_starts_from_a_prior_that_reads_the_dot_product_in_the_same_place_only(tmp_path):
+    stage = prior()
+    tensors = stage.state_dict()
+    content = Release("ARPrior", dict(stage.hparams), None, tensors)
+    release.write(tmp_path / "prior", content, "", exact=tuple(tensors))
+    other = ARPrior(net=replace(NET, dot_first=True), text=TEXT)
+    with pytest.raises(UserError, match=r"trained with model\.net\.dot_first False"):
+        start_from(other, tmp_path / "prior")
+    again = ARPrior(net=NET, text=TEXT)
+    start_from(again, tmp_path / "prior")
+    assert torch.equal(again.net.head.weight, stage.net.head.weight)
 
 
 def test_rows_are_spread_over_all_shards(tmp_path):

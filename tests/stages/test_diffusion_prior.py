@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.data.shardkit import write_shards
 from tests.data.test_modules import data_of
 from tests.training.toy import trainer
+from unclip_pl import release
 from unclip_pl.data.embeddings import Statistics
 from unclip_pl.data.modules import PriorData
 from unclip_pl.data.rows import RowsConfig
@@ -16,6 +18,8 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.errors import UserError
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
+from unclip_pl.pipeline import start_from
+from unclip_pl.release import Release
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior, PriorSamplingConfig
 from unclip_pl.training.checkpoint import NewestCheckpoint, newest_checkpoint, read_checkpoint
@@ -175,9 +179,9 @@ def test_the_candidate_nearer_to_the_text_embedding_is_kept():
     denormalize = stage.normalizer.denormalize
     stage.normalizer.denormalize = lambda z: (both.append(denormalize(z)), denormalize(z))[1]
     kept = stage.sample(given, Noise(range(4)), settings(num_candidates=3))
-    dots = (both[0] * given["text_embed"][:, None]).sum(-1)
-    assert both[0].shape == (4, 3, 12) and (dots.max(1).values - dots.min(1).values).min() > 0
-    torch.testing.assert_close((kept * given["text_embed"]).sum(-1), dots.max(1).values)
+    near = F.cosine_similarity(both[0], given["text_embed"][:, None], dim=-1)
+    assert both[0].shape == (4, 3, 12) and (near.max(1).values - near.min(1).values).min() > 0
+    torch.testing.assert_close(F.cosine_similarity(kept, given["text_embed"]), near.max(1).values)
     assert stage.sample({"tokens": given["tokens"]}, Noise(range(4)), settings(num_candidates=3)).shape == (4, 12)
 
 
@@ -206,6 +210,56 @@ def test_embeddings_leave_on_the_scale_of_the_clip(mode):
         torch.testing.assert_close(back, given["image_embed"], rtol=1e-4, atol=1e-4)
         assert torch.equal(stage.conditions(given)["text_embed"], given["text_embed"])
     assert mode != "standard" or torch.allclose(z.std(0, correction=0), torch.ones(12), atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["unit", "standard"])
+def test_a_prior_that_training_starts_from_keeps_its_own_scale(mode, tmp_path):
+    """Other statistics would move the space in which its weights mean something."""
+    trained = prior(normalizer=mode)
+    trained.normalizer.fit(torch.full((12,), 5.0), torch.full((12,), 2.0))
+    content = Release("DiffusionPrior", dict(trained.hparams), None, trained.state_dict())
+    release.write(tmp_path / "prior", content, "", exact=("normalizer.norm",))
+    stage = DiffusionPrior(**trained.hparams)
+    start_from(stage, tmp_path / "prior")
+    data = SimpleNamespace(statistics=lambda: Statistics(9, torch.zeros(12), 9 * torch.eye(12)))
+    stage._trainer = SimpleNamespace(datamodule=data)
+    stage.setup("fit")
+    for name, value in trained.normalizer.named_buffers():
+        torch.testing.assert_close(stage.normalizer.get_buffer(name), value)
+    fresh = DiffusionPrior(**trained.hparams)
+    fresh._trainer = stage._trainer
+    fresh.setup("fit")  # one that starts from nothing takes the data's
+    assert fresh.normalizer.fitted
+    assert not torch.equal(
+        torch.cat([b.flatten() for b in fresh.normalizer.buffers()]),
+        torch.cat([b.flatten() for b in trained.normalizer.buffers()]),
+    )
+
+
+def test_candidates_are_compared_by_direction_only():
+    """A longer draw is no nearer: the paper's embeddings are all of unit length."""
+    stage, given = prior(normalizer="none"), batch()
+    axes = torch.eye(12)
+    given["text_embed"] = axes[:1].repeat(4, 1)
+    near, long = axes[0] + 0.1 * axes[1], 10 * axes[0] + 30 * axes[1]
+    stage.normalizer.denormalize = lambda z: torch.stack([near, long]).expand(4, 2, 12)
+    kept = stage.sample(given, Noise(range(4)), settings(num_candidates=2))
+    assert torch.equal(kept, near.expand(4, 12))
+
+
+def test_validation_tells_the_loss_with_captions_from_that_with_dropped_ones():
+    stage, given, logged = prior(text_dropout=0.5), batch(16), {}
+    stage.log_dict = lambda values, **_: logged.update(values)
+    stage.log = lambda name, value, **_: logged.update({name: value})
+    stage.validation_step(given, 3)
+    one = stage.loss(given, torch.Generator().manual_seed(3))["per_sample"]
+    other = stage.loss(given | {"text_states": None, "text_embed": None}, torch.Generator().manual_seed(3))
+    kept = stage.loss(given, torch.Generator().manual_seed(3), text_dropout=0.0)["per_sample"]
+    dropped = torch.isclose(one, other["per_sample"])
+    assert 2 < dropped.sum() < 14 and torch.isclose(one, kept)[~dropped].all()  # the same noise
+    torch.testing.assert_close(logged["val/loss"], one.mean())
+    torch.testing.assert_close(logged["val/loss_captioned"], kept.mean())
+    assert not torch.isclose(logged["val/loss"], logged["val/loss_captioned"])
 
 
 def test_threshold_holds_the_prediction():
@@ -324,3 +378,4 @@ def test_a_run_from_the_store_cut_in_two_equals_the_whole_one(tmp_path):
     statistics = data.statistics()
     torch.testing.assert_close(stage.normalizer.norm.double(), (statistics.mean.square() + statistics.std.square()).sum().sqrt())
     assert "val/prior/rank" in run.logged_metrics and "val/loss" in run.logged_metrics
+    assert run.logged_metrics["val/loss_captioned"].isfinite()

@@ -7,8 +7,8 @@ A causal Transformer over caption, z_t, dot-product token and the codes of z_i:
 
 The prediction is K logits over the buckets. The paper's latent decoder has 384 positions, too few
 for 256 text tokens and 319 codes; its text says prefix, and so it is one here. Learned embeddings,
-not a mask, fill what a prefix lacks. A dropped text drops the dot product along with caption and
-z_t, because it reveals z_t too.
+not a mask, fill what a prefix lacks. Where the dot product stands and whether a dropped text drops
+it too are settings: the paper can be read both ways.
 """
 
 from collections.abc import Callable
@@ -36,6 +36,12 @@ class ARPriorConfig:
     max_codes: int = 64
     """The most codes an embedding may have; the data decides (see `EmbeddingQuantizer`)."""
     buckets: int = 1024
+    dot_first: bool = False
+    """The dot-product token stands before the caption ("prepended" to all of the sequence), not
+    between z_t and the codes."""
+    drop_dot: bool = True
+    """A dropped text drops the dot product too, which reveals z_t. The paper names the text only as
+    dropped: false keeps it, in the null branch of guidance as well."""
     checkpointing: Checkpointing = "none"
     """Activations computed again in the backward pass: "none", "selective" or "full"."""
 
@@ -94,7 +100,8 @@ class ARPriorNet(nn.Module):
         """All that stands before the codes; without `text_embed` every text is dropped.
 
         Args:
-            keep: (B,) bool, False where caption, z_t and dot product are dropped together.
+            keep: (B,) bool, False where caption and z_t are dropped, and the dot product with them
+                if `drop_dot` is set.
             dot: (B,) int64, bucket of z_i . z_t.
             text_embed: (B, D), CLIP's text embedding z_t on its own scale.
             tokens, mask, states: the caption, as `TextContext` takes it.
@@ -118,8 +125,12 @@ class ARPriorNet(nn.Module):
             )
         )
         none = torch.full_like(keep, self.config.buckets, dtype=torch.int64)
-        bucket = none if dot is None else torch.where(keep, dot, none)
-        x = torch.stack([z_t, self.dot_embedding(bucket).to(z_t.dtype)], dim=1)
+        if dot is None:
+            bucket = none
+        else:
+            bucket = torch.where(keep, dot, none) if self.config.drop_dot else dot
+        dot_token = self.dot_embedding(bucket).to(z_t.dtype)[:, None]
+        parts = [z_t[:, None]]
         if self.length:
             if states is not None and states.shape[1] > self.length:
                 raise ValueError(
@@ -127,7 +138,9 @@ class ARPriorNet(nn.Module):
                     f"{self.length}: raise it to that."
                 )
             caption = self.text(tokens, mask, states=states, keep=keep)
-            x = torch.cat([self._padded(caption.context, caption.mask).to(x.dtype), x], dim=1)
+            parts.insert(0, self._padded(caption.context, caption.mask).to(z_t.dtype))
+        parts.insert(0 if self.config.dot_first else len(parts), dot_token)
+        x = torch.cat(parts, dim=1)
         return x + self.position_embedding[: x.shape[1]]
 
     def _padded(self, context: Tensor, mask: Tensor | None) -> Tensor:

@@ -45,6 +45,13 @@ class EmbeddingNormalizer(nn.Module):
             self.register_buffer("mean", torch.zeros(dim))
             self.register_buffer("std", torch.ones(dim))
 
+    @property
+    def fitted(self) -> bool:
+        """Whether its numbers are those of some data; "none" has no numbers and needs no `fit`."""
+        if self.mode == "unit":
+            return bool(self.norm != 1)
+        return self.mode == "none" or bool((self.mean != 0).any() or (self.std != 1).any())
+
     @torch.no_grad()
     def fit(self, mean: Tensor, std: Tensor) -> None:
         """Take the data's statistics, both (D,), any float type.

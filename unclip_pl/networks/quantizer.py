@@ -7,6 +7,7 @@ quantiles: each holds as many of the fitted embeddings as any other, and stands 
     to `buckets` distinct values are kept exactly.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -100,7 +101,7 @@ class EmbeddingQuantizer(nn.Module):
         max_codes: the most dimensions that are kept.
         buckets: per dimension, and of the dot product.
         max_error: share of the variance that the dimensions left out may have; 0 keeps `max_codes`
-            whatever it is.
+            whatever they lose.
 
     Raises:
         ValueError: a number outside its range.
@@ -147,7 +148,9 @@ class EmbeddingQuantizer(nn.Module):
         )
 
     @torch.no_grad()
-    def fit(self, mean: Tensor, covariance: Tensor, image_embed: Tensor, text_embed: Tensor) -> int:
+    def fit(
+        self, mean: Tensor, covariance: Tensor, image_embed: Tensor, text_embed: Tensor
+    ) -> None:
         """Take the PCA from the statistics of all the data, the buckets from a sample of it; the
         same on every machine that has the same data.
 
@@ -155,11 +158,9 @@ class EmbeddingQuantizer(nn.Module):
             mean, covariance: (D,) and (D, D) float64.
             image_embed, text_embed: (N, D), any float type; pairs.
 
-        Returns:
-            How many codes the rule asks for: more than `codes` where `max_codes` is fewer.
-
         Raises:
-            UserError: fewer than two pairs, or no variance.
+            UserError: fewer than two pairs, no variance, or more of it lost than `max_error` with
+                `max_codes`.
             ValueError: shapes that do not fit.
         """
         shapes = [tuple(x.shape) for x in (mean, covariance, image_embed, text_embed)]
@@ -180,6 +181,15 @@ class EmbeddingQuantizer(nn.Module):
             )
         components, needed = pca(covariance, self.max_error, self.max_codes)
         count = len(components)
+        if self.max_error and needed > count:
+            kept = (components @ covariance.double() @ components.T).trace() / covariance.trace()
+            lost = math.ceil(1e3 * (1 - float(kept))) / 1e3
+            raise UserError(
+                f"{count} codes of the AR prior lose {1 - float(kept):.1%} of the variance of "
+                f"these embeddings, and model.max_error is {self.max_error:g}: set "
+                f"model.net.max_codes to {needed}, or model.max_error to {lost:g} to accept the "
+                "loss."
+            )
         self.mean.copy_(mean)
         self.components.zero_()[:count].copy_(components)
         self.num_codes.fill_(count)
@@ -197,7 +207,6 @@ class EmbeddingQuantizer(nn.Module):
         )
         self.dot_edges.copy_(dots.edges)
         self.dot_counts.copy_(dots.counts)
-        return needed
 
     def _fitted(self) -> None:
         if not self.codes:

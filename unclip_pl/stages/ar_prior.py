@@ -71,10 +71,10 @@ class ARPrior(Stage):
     Args:
         net: the causal Transformer; `embed_dim` must be the CLIP's.
         text: how the caption becomes the prefix.
-        max_error: share of the variance that PCA may lose (the paper: below 1 %); 0 keeps
-            `net.max_codes` dimensions whatever it is.
-        drop_text: how often caption, z_t and dot product are left out together, so that guidance
-            has a null branch.
+        max_error: share of the variance that PCA may lose (the paper: below 1 %); data for which
+            `net.max_codes` lose more are refused. 0 keeps `net.max_codes` whatever they lose.
+        drop_text: how often caption and z_t are left out together, with the dot product unless
+            `net.drop_dot` is false, so that guidance has a null branch.
     """
 
     def __init__(
@@ -129,7 +129,8 @@ class ARPrior(Stage):
         `shards`, and say what the codes cost.
 
         Raises:
-            UserError: the store has no such embeddings, too few, or none of this width.
+            UserError: the store has no such embeddings, too few, or none of this width; they need
+                more codes than `net.max_codes`.
         """
         image_embed, text_embed = spread_rows(store, shards, ROWS)
         if image_embed.shape[1] != self.net_config.embed_dim:
@@ -139,11 +140,10 @@ class ARPrior(Stage):
                 f"{self.net_config.embed_dim}: set it to {image_embed.shape[1]}."
             )
         statistics = store.statistics(shards)
-        needed = self.quantizer.fit(statistics.mean, statistics.covariance, image_embed, text_embed)
-        codes, error = self.quantizer.codes, self.quantizer.error(image_embed[:8192])
-        capped = f" of the {needed} that model.max_error asks for" if needed > codes else ""
+        self.quantizer.fit(statistics.mean, statistics.covariance, image_embed, text_embed)
+        error = self.quantizer.error(image_embed[:8192])
         rank_zero_info(
-            f"AR prior: {codes} codes{capped} from {statistics.count} embeddings of "
+            f"AR prior: {self.quantizer.codes} codes from {statistics.count} embeddings of "
             f"{self.net_config.embed_dim} numbers; PCA alone loses "
             f"{error.pca_mse:.2%} of the variance (cosine {error.pca_cosine:.4f}), with buckets "
             f"{error.mse:.2%} (cosine {error.cosine:.4f})."
@@ -173,7 +173,11 @@ class ARPrior(Stage):
         )
         return self.net.prefix(keep, dot, None if missing else batch["text_embed"], **given)
 
-    def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def loss(
+        self, batch: dict, generator: torch.Generator | None = None, drop_text: float | None = None
+    ) -> dict[str, Tensor]:
+        """As every stage's; `drop_text` stands in for the stage's own share."""
+        share = self.drop_text if drop_text is None else drop_text
         image_embed, text_embed = batch["image_embed"], batch["text_embed"]
         codes, dot = (
             self.quantizer.encode(image_embed),
@@ -182,12 +186,18 @@ class ARPrior(Stage):
         where = generator.device if generator else image_embed.device
         keep = (
             torch.rand(len(codes), generator=generator, device=where).to(image_embed.device)
-            >= self.drop_text
+            >= share
         )
         logits = self.net(self.prefix(batch, keep, dot), codes[:, :-1])
         nats = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
         accuracy = (logits.detach().argmax(-1) == codes).float().mean()
         return {"loss": nats, "accuracy": accuracy}
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        """Also `val/loss_captioned`, with no caption dropped."""
+        super().validation_step(batch, batch_idx)
+        loss = self.loss(batch, torch.Generator().manual_seed(batch_idx), drop_text=0.0)["loss"]
+        self.log("val/loss_captioned", loss, batch_size=len(batch["key"]), sync_dist=True)
 
     @torch.no_grad()
     def sample(

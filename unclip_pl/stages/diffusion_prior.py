@@ -43,8 +43,7 @@ class PriorSamplingConfig:
     guidance_scale: float = 1.0
     """s of z_null + s (z_cond - z_null); 1 is no guidance and costs one pass instead of two."""
     num_candidates: int = 2
-    """Embeddings drawn a caption, of which the one with the highest dot product with z_t is
-    kept."""
+    """Embeddings drawn per caption, of which the one with the highest cosine to z_t is kept."""
     eta: float = 0.0
     """Noise of DDIM: 0 deterministic, 1 as DDPM. Other samplers do not use it."""
     threshold: float | None = None
@@ -143,7 +142,8 @@ class DiffusionPrior(Stage):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         data: Any = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and hasattr(data, "statistics"):
+        # Weights that training starts from (--init) mean something on their own scale only.
+        if stage == "fit" and hasattr(data, "statistics") and not self.normalizer.fitted:
             statistics = data.statistics()
             self.normalizer.fit(statistics.mean, statistics.std)
 
@@ -181,19 +181,31 @@ class DiffusionPrior(Stage):
             }
         return self.net.encode_text(keep, **given)
 
-    def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def loss(
+        self,
+        batch: dict,
+        generator: torch.Generator | None = None,
+        text_dropout: float | None = None,
+    ) -> dict[str, Tensor]:
+        """As every stage's; `text_dropout` stands in for the stage's own share."""
+        share = self.text_dropout if text_dropout is None else text_dropout
         z = self.normalizer.normalize(batch["image_embed"])
         where = generator.device if generator else z.device
         t = torch.randint(
             self.process.config.timesteps, (len(z),), generator=generator, device=where
         ).to(z.device)
         noise = torch.randn(z.shape, generator=generator, device=where).to(z.device)
-        keep = (
-            torch.rand(len(z), generator=generator, device=where).to(z.device) >= self.text_dropout
-        )
+        keep = torch.rand(len(z), generator=generator, device=where).to(z.device) >= share
         output = self.net(self.process.diffuse(z, t, noise), t, **self.conditions(batch), keep=keep)
         mse = (output.float() - self.process.target(z, t, noise)).square().mean(1)
         return {"loss": mse.mean(), "t": t, "per_sample": mse}
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        """Also `val/loss_captioned`: of the same noise, with no caption dropped."""
+        super().validation_step(batch, batch_idx)
+        generator = torch.Generator().manual_seed(batch_idx)
+        loss = self.loss(batch, generator, text_dropout=0.0)["loss"]
+        self.log("val/loss_captioned", loss, batch_size=len(batch["key"]), sync_dist=True)
 
     @torch.no_grad()
     def sample(
@@ -248,10 +260,7 @@ class DiffusionPrior(Stage):
         )
         if count == 1 or embed is None:
             return z[:, 0]
-        better = (
-            F.normalize(z, dim=-1) if self.normalizer.mode == "unit" else z
-        )  # there a draw's length means nothing
-        best = (better * embed.float()[:, None]).sum(-1).argmax(1)
+        best = F.cosine_similarity(z, embed.float()[:, None], dim=-1).argmax(1)
         return z[torch.arange(size, device=self.device), best]
 
     @torch.no_grad()
