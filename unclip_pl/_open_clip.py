@@ -5,6 +5,7 @@ Weights are read as tensors alone (`weights_only`); open_clip is imported at the
 
 import contextlib
 import difflib
+import functools
 import importlib
 import json
 import logging
@@ -72,6 +73,17 @@ def load_tokenizer(config: CLIPConfig) -> Any:
         folder_config(folder)
     with _explained(config), _quiet():
         return open_clip.get_tokenizer(f"local-dir:{folder}" if folder else _checked(config), context_length=config.context_length)
+
+
+@functools.cache
+def _bpe() -> Any:
+    return import_open_clip().SimpleTokenizer()
+
+
+def tokenize_bpe(captions: list[str], length: int) -> Tensor:
+    """B captions -> (B, length) int64 by open_clip's BPE, whatever the CLIP: 0 after the end token,
+    which has the largest id of all."""
+    return _bpe()(captions, context_length=length)
 
 
 def load_model(config: CLIPConfig) -> nn.Module:

@@ -28,6 +28,7 @@ from unclip_pl._open_clip import (
     load_tokenizer,
     pooling,
     text_features,
+    tokenize_bpe,  # noqa: F401
 )
 from unclip_pl.atomic import atomic_folder
 from unclip_pl.errors import UserError

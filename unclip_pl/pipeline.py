@@ -19,11 +19,12 @@ from unclip_pl.cascade import (
     resolved,
     source_side,
 )
-from unclip_pl.clip import CLIPConfig, FrozenCLIP, require_same
+from unclip_pl.clip import CLIPConfig, FrozenCLIP, require_same, tokenize_bpe
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.errors import UserError
+from unclip_pl.networks.long_text import own_length
 from unclip_pl.networks.renamed import rename
 from unclip_pl.precision import Precision, usable
 from unclip_pl.release import Release
@@ -224,12 +225,17 @@ class UnCLIP:
         """B captions -> CLIP text embeddings (B, D), not normalised."""
         return self._text(captions)["text_embed"]
 
-    def _text(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Captions as the stages take them: `tokens`, `text_mask`, `text_embed`, `text_states`."""
+    def _text(self, captions: Sequence[str], stage: Prior | Decoder | None = None) -> dict[str, Tensor]:
+        """Captions as `stage` takes them: `tokens`, `text_mask`, `text_embed`, `text_states`, and
+        `text_tokens` if it reads more than CLIP."""
         tokens = self.clip.tokenize(list(captions))
         with at_work(self.clip, self.device, self.offload):
             text = self.clip.embed_text(tokens)
-        return {"tokens": tokens.to(self.device), "text_mask": text.mask, "text_embed": text.embed, "text_states": text.states}
+        given = {"tokens": tokens.to(self.device), "text_mask": text.mask, "text_embed": text.embed, "text_states": text.states}
+        length = own_length(stage.text_config, self.clip.context_length) if stage else None
+        if length is not None:
+            given["text_tokens"] = tokenize_bpe(list(captions), length).to(self.device)
+        return given
 
     def sample_prior(self, captions: Sequence[str], seeds: Sequence[int], sampling: Any = None, callback: Callback | None = None) -> Tensor:
         """Draw a CLIP image embedding for each caption.
@@ -246,7 +252,7 @@ class UnCLIP:
         paired(captions, seeds)
         if self.prior is None:
             raise UserError('There is no prior to draw embeddings from captions: load one (prior="diffusion"), or condition on "text" or "caption".')
-        text = self._text(captions)
+        text = self._text(captions, self.prior)
         with at_work(self.prior, self.device, self.offload, self.precision):
             return self.prior.sample(text, Noise([seed + PRIOR_SEEDS for seed in seeds]), sampling, callback)
 
@@ -290,7 +296,7 @@ class UnCLIP:
     def _conditions(self, image_embed: Tensor | None, captions: Sequence[str] | None) -> dict[str, Tensor | None]:
         """The decoder's batch."""
         batch: dict = {"embed": None if image_embed is None else image_embed.to(self.device)}
-        return batch if captions is None else batch | self._text(captions)
+        return batch if captions is None else batch | self._text(captions, self.decoder)
 
     def upsample(
         self, images: Tensor, seeds: Sequence[int], times: int | None = None, sampling: Mapping[int, UpsamplingConfig] | None = None,

@@ -220,6 +220,10 @@ def test_the_job_fills_the_store_that_fit_then_finds_complete(tmp_path, shards, 
     assert trainer.predict(Embed(batch_size=8), datamodule=job) == [0]
     assert "32 rows of 4 shards" in capsys.readouterr().out
     assert verify(tmp_path / "store", shards) == []
+    job.text_length = 40  # also for a store that is filled
+    assert trainer.predict(Embed(batch_size=8), datamodule=job) == [0]
+    assert len(list((tmp_path / "store").glob("*.text-40.safetensors"))) == 4
+    assert verify(tmp_path / "store", shards) == []
 
 
 TWO_RANKS = {"devices": 2, "strategy": "ddp"}

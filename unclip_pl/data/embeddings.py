@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -38,6 +38,37 @@ FILL = "fill it with `lightning predict -c stages/embed.yaml`"
 DAY = 86400.0
 
 
+def mapped(path: Path) -> tuple[dict[str, Any], Callable[[str, str], np.ndarray]]:
+    """A safetensors file by mmap: its metadata `rows`, and arrays by name and numpy type.
+
+    Raises ValueError, KeyError or OSError where the file is not whole.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length > size:
+                raise ValueError("it is shorter than its header says")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise too_many_files(error) or error from None
+    meta = json.loads(header.pop("__metadata__")["rows"])
+
+    end = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+    if size < end:
+        raise ValueError("it is cut short")
+    # torch closes the file that it maps; np.memmap keeps one open for each array, and a thousand of
+    # them is the usual limit
+    content = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8).numpy()
+    content.flags.writeable = False
+
+    def array(name: str, kind: str) -> np.ndarray:
+        first, last = (8 + length + offset for offset in header[name]["data_offsets"])
+        return content[first:last].view(kind).reshape(header[name]["shape"])
+
+    return meta, array
+
+
 @dataclass(frozen=True)
 class ShardRows:
     """The rows of one shard by mmap, no file kept open: `image_embed`, `text_embed` (N, D) float16, `tokens` (N, L) int32, and `keys`, N of them."""
@@ -57,28 +88,7 @@ class ShardRows:
     @classmethod
     def open(cls, path: Path) -> "ShardRows":
         """Map a file of the store; raises ValueError, KeyError or OSError where it is not whole."""
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                length = int.from_bytes(file.read(8), "little")
-                if length > size:
-                    raise ValueError("it is shorter than its header says")
-                header = json.loads(file.read(length))
-        except OSError as error:
-            raise too_many_files(error) or error from None
-        meta = json.loads(header["__metadata__"]["rows"])
-
-        end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        if size < end:
-            raise ValueError("it is cut short")
-        # torch closes the file that it maps; np.memmap keeps one open for each array, and a thousand of them is the usual limit
-        content = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8).numpy()
-        content.flags.writeable = False
-
-        def rows(name: str, kind: str) -> np.ndarray:
-            first, last = (8 + length + offset for offset in header[name]["data_offsets"])
-            return content[first:last].view(kind).reshape(header[name]["shape"])
-
+        meta, rows = mapped(path)
         return cls(path, rows("image_embed", "<f2"), rows("text_embed", "<f2"), rows("tokens", "<i4"), meta["keys"], meta["source"])
 
 

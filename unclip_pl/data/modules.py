@@ -18,13 +18,14 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from unclip_pl.atomic import cache_dir
-from unclip_pl.clip import EMBEDDED, CLIPConfig, FrozenCLIP, require_same
+from unclip_pl.clip import EMBEDDED, CLIPConfig, FrozenCLIP, require_same, tokenize_bpe
 from unclip_pl.data.captions import augment_caption
 from unclip_pl.data.embeddings import EmbeddingStore, Statistics, describe
 from unclip_pl.data.loader import LoaderConfig, Prepare, Samples, SamplesInOrder, TrainLoader, ValidationLoader, steps_of_epoch
 from unclip_pl.data.openmoji import STYLES, openmoji_shards
 from unclip_pl.data.rows import RowLoader, Rows, RowsConfig, RowsInOrder
 from unclip_pl.data.shards import BadSample, ErrorBudget, count_samples, expand, is_url
+from unclip_pl.data.text_tokens import ensure_text_tokens
 from unclip_pl.errors import UserError
 
 Spec = str | Sequence[str]
@@ -141,19 +142,23 @@ class ImageTextData(ShardData):
 
 @dataclass(frozen=True)
 class Embedded:
-    """Adds the store's row of the sample."""
+    """Adds the store's row of the sample, and its caption as `text_tokens` of `text_length`."""
 
     store: EmbeddingStore
+    text_length: int | None = None
 
     def __call__(self, sample: dict[str, Any], epoch: int) -> dict[str, Any]:
         rows = self.store.shard(sample["shard"])
         i = rows.row.get(sample["key"])
         if i is None:
             raise BadSample(f"the store {self.store.folder} has no embedding of it")
-        return {
+        ready = {
             "key": sample["key"], "caption": sample["caption"], "image": sample["image"], "tokens": torch.from_numpy(rows.tokens[i].astype("int64")),
             "image_embed": torch.from_numpy(rows.image_embed[i].astype("float32")), "text_embed": torch.from_numpy(rows.text_embed[i].astype("float32")),
         }
+        if self.text_length is not None:
+            ready["text_tokens"] = tokenize_bpe([sample["caption"]], self.text_length)[0]
+        return ready
 
 
 class ImageEmbeddingData(ShardData):
@@ -164,14 +169,16 @@ class ImageEmbeddingData(ShardData):
     Args:
         store: folder of the embedding store; by default one in the cache for these shards and this CLIP.
         text_states: add CLIP's token states, computed on the batch's device: `text_states` (B, L, W), `text_mask` (B, L).
+        text_length: add `text_tokens` (B, text_length), the captions tokenised once more for a
+            stage whose text context is longer than CLIP's.
     """
 
     def __init__(
         self, train: Spec = "openmoji", val: Spec | None = "openmoji", image_size: int = 64, clip: CLIPConfig = CLIPConfig(),
-        loader: LoaderConfig = LoaderConfig(), store: str | None = None, text_states: bool = False,
+        loader: LoaderConfig = LoaderConfig(), store: str | None = None, text_states: bool = False, text_length: int | None = None,
     ) -> None:
         super().__init__(train, val, image_size, clip, loader)
-        self.store_folder, self.text_states = store, text_states
+        self.store_folder, self.text_states, self.text_length = store, text_states, text_length
         self.store: EmbeddingStore = None  # type: ignore[assignment]  # until `prepare_data` or `setup`
 
     def _resolve(self) -> None:
@@ -189,7 +196,7 @@ class ImageEmbeddingData(ShardData):
         return sum(self.store.rows(shards))
 
     def preparation(self, train: bool) -> Embedded:
-        return Embedded(self.store)
+        return Embedded(self.store, self.text_length)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         if self.text_states:
@@ -209,13 +216,17 @@ class PriorData(ImageEmbeddingData):
 
     def __init__(
         self, train: Spec = "openmoji", val: Spec | None = "openmoji", image_size: int = 64, clip: CLIPConfig = CLIPConfig(),
-        loader: RowsConfig = RowsConfig(), store: str | None = None, text_states: bool = False,
+        loader: RowsConfig = RowsConfig(), store: str | None = None, text_states: bool = False, text_length: int | None = None,
     ) -> None:
-        super().__init__(train, val, image_size, clip, loader, store, text_states)  # type: ignore[arg-type]  # see `config`
+        super().__init__(train, val, image_size, clip, loader, store, text_states, text_length)  # type: ignore[arg-type]  # see `config`
 
     def prepare_data(self) -> None:
-        if not self._from_store():
-            super().prepare_data()
+        if self._from_store():
+            return
+        super().prepare_data()
+        if self.text_length is not None:
+            shards = [*self.train_shards, *self.val_shards]
+            ensure_text_tokens(self.store, shards, self.text_length)
 
     def _resolve(self) -> None:
         if not self._from_store():
@@ -238,11 +249,17 @@ class PriorData(ImageEmbeddingData):
         """Of the image embeddings to train on."""
         return self.store.statistics(self.train_shards)
 
+    def _rows(self, shards: Sequence[str]) -> Rows:
+        return Rows(self.store, shards, self.clip.caption_mask, self.text_length)
+
     def train_dataloader(self) -> RowLoader:
-        return RowLoader(Rows(self.store, self.train_shards, self.clip.caption_mask), self.config, **self._place())
+        return RowLoader(self._rows(self.train_shards), self.config, **self._place())
 
     def val_dataloader(self) -> RowsInOrder | list:
-        return RowsInOrder(Rows(self.store, self.val_shards, self.clip.caption_mask), self.config.batch_size, **self._place()) if self.val_shards else []
+        if not self.val_shards:
+            return []
+        rows = self._rows(self.val_shards)
+        return RowsInOrder(rows, self.config.batch_size, **self._place())
 
 
 class EmbeddingJobData(LightningDataModule):
@@ -253,12 +270,16 @@ class EmbeddingJobData(LightningDataModule):
         image_size: of OpenMoji's drawings, in pixels; CLIP resizes to its own.
         clip: the CLIP that embeds.
         store: the folder to fill; by default the one where `ImageEmbeddingData` looks.
+        text_length: tokenise the captions to this length as well, for the priors; the tars are read
+            once more for it.
     """
 
     def __init__(
         self, train: Spec = "openmoji", val: Spec | None = "openmoji", image_size: int = 64, clip: CLIPConfig = CLIPConfig(), store: str | None = None,
+        text_length: int | None = None,
     ) -> None:
         super().__init__()
+        self.text_length = text_length
         self.train, self.val, self.image_size, self.clip_config, self.folder = train, val, image_size, clip, store
         self.shards: list[str] = []
         self.store: EmbeddingStore | None = None

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from unclip_pl.data.embeddings import EmbeddingStore
+from unclip_pl.data.text_tokens import text_tokens
 from unclip_pl.errors import UserError
 from unclip_pl.networks.text import caption_mask
 
@@ -87,6 +88,7 @@ class Rows:
         shards: their names, in the order in which their rows are numbered.
         mask: tokens (B, L) -> (B, L) bool, where the caption is; as the CLIP of the store reads
             them.
+        text_length: add `text_tokens` of so many (see `data.text_tokens`); None: do not.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Rows:
         store: EmbeddingStore,
         shards: Sequence[str],
         mask: Callable[[torch.Tensor], torch.Tensor] = caption_mask,
+        text_length: int | None = None,
     ) -> None:
         self.mask = mask
         self.parts = [store.shard(shard) for shard in shards]
@@ -101,6 +104,8 @@ class Rows:
             name: [np.asarray(getattr(part, name)) for part in self.parts]
             for name in ("tokens", "text_embed", "image_embed")
         }
+        if text_length is not None:
+            self.tables["text_tokens"] = [text_tokens(store, name, text_length) for name in shards]
         self.starts = np.cumsum([0, *(len(part.keys) for part in self.parts)])
 
     def __len__(self) -> int:
@@ -108,7 +113,7 @@ class Rows:
 
     def __getitem__(self, index: np.ndarray) -> dict[str, Any]:
         """`key`, `tokens` int64 and `text_mask` bool (B, L), `text_embed` and `image_embed` float32
-        (B, D) of rows `index` (B,) int64."""
+        (B, D), `text_tokens` int64 (B, text_length), of rows `index` (B,) int64."""
         part = np.searchsorted(self.starts, index, side="right") - 1
         local, order = index - self.starts[part], np.argsort(part, kind="stable")
         groups = np.split(order, np.flatnonzero(np.diff(part[order])) + 1)
@@ -121,11 +126,8 @@ class Rows:
             rows = np.empty((len(index), tables[0].shape[1]), tables[0].dtype)
             for group in groups:
                 rows[group] = tables[part[group[0]]][local[group]]
-            batch[name] = (
-                torch.from_numpy(rows).long()
-                if name == "tokens"
-                else torch.from_numpy(rows).float()
-            )
+            found = torch.from_numpy(rows)
+            batch[name] = found.long() if name.endswith("tokens") else found.float()
         return batch | {"text_mask": self.mask(batch["tokens"])}
 
 

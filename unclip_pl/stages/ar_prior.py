@@ -18,9 +18,17 @@ from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.errors import UserError
 from unclip_pl.networks.ar_prior import ARPriorConfig, ARPriorNet
+from unclip_pl.networks.long_text import caption_of
 from unclip_pl.networks.quantizer import EmbeddingQuantizer
 from unclip_pl.networks.text import TextConfig
-from unclip_pl.stages.base import OptimizerConfig, Stage, as_config, check_clip, check_length
+from unclip_pl.stages.base import (
+    OptimizerConfig,
+    Stage,
+    as_config,
+    check_clip,
+    check_length,
+    check_own_tokens,
+)
 
 ROWS = 131072
 """Embeddings that the buckets are cut from: 128 for each of 1,024. Mean and covariance are of
@@ -65,8 +73,8 @@ class SamplingConfig:
 
 
 class ARPrior(Stage):
-    """Trains on `image_embed`, `text_embed` and `tokens` (or `text_states`) of a batch; see
-    `TextConfig` for the caption.
+    """Trains on `image_embed`, `text_embed` and `tokens` (or `text_states`, or `text_tokens` that
+    are longer) of a batch; see `TextConfig` for the caption.
 
     Args:
         net: the causal Transformer; `embed_dim` must be the CLIP's.
@@ -117,6 +125,7 @@ class ARPrior(Stage):
         check_clip(data, self.net_config.embed_dim, self.text_config)
         if self.text_config.kind != "none":
             check_length(data, self.text_config)
+        check_own_tokens(data, self.text_config)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -162,15 +171,7 @@ class ARPrior(Stage):
                 f"The AR prior needs {' and '.join(missing)} beside what the batch has: let the "
                 "data give it, or leave all text out to sample."
             )
-        given = (
-            {}
-            if missing
-            else {
-                "tokens": batch.get("tokens"),
-                "mask": batch.get("text_mask"),
-                "states": batch.get("text_states"),
-            }
-        )
+        given = {} if missing else caption_of(batch, self.text_config)
         return self.net.prefix(keep, dot, None if missing else batch["text_embed"], **given)
 
     def loss(

@@ -21,6 +21,7 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.errors import UserError
 from unclip_pl.networks.compilation import compile_blocks
+from unclip_pl.networks.long_text import own_length
 from unclip_pl.networks.renamed import rename
 from unclip_pl.training.muon import Muon, hidden_weights
 from unclip_pl.training.sharded import shard
@@ -96,6 +97,25 @@ def check_length(data: Any, text: Any) -> None:
     """UserError where the CLIP of a DataModule has longer captions than the `text` config has positions."""
     if (length := data.clip.context_length) > text.context_length:
         raise UserError(f"The CLIP of the data has captions of {length} tokens and model.text.context_length is {text.context_length}: set it to {length}.")
+
+
+def check_own_tokens(data: Any, text: Any) -> None:
+    """UserError where a DataModule gives no `text_tokens` to fill the `text` config's context, or
+    gives some that the stage does not read."""
+    length, given = data.clip.context_length, getattr(data, "text_length", None)
+    wanted = own_length(text, length)
+    if wanted == given:
+        return
+    if wanted is None:
+        raise UserError(
+            f"data.text_length is {given}, and the stage reads the CLIP's own {length} tokens: set "
+            "it to null."
+        )
+    raise UserError(
+        f"model.text.context_length is {wanted}, and the CLIP of the data has captions of {length} "
+        f"tokens: set data.text_length to {wanted}, so that the data tokenise whole captions for "
+        "the stage as well."
+    )
 
 
 def follow_layout(optimizer: torch.optim.Optimizer) -> None:

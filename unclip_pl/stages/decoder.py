@@ -17,9 +17,10 @@ from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.errors import UserError
 from unclip_pl.networks.embedding import EmbeddingNormalizer
+from unclip_pl.networks.long_text import caption_of
 from unclip_pl.networks.text import TextConfig, TextContext
 from unclip_pl.networks.unet import UNet, UNetConfig
-from unclip_pl.stages.base import OptimizerConfig, Stage, as_config, check_clip
+from unclip_pl.stages.base import OptimizerConfig, Stage, as_config, check_clip, check_own_tokens
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class Decoder(Stage):
 
     def check_data(self, data: Any) -> None:
         check_clip(data, self.net_config.embed_dim, self.text_config)
+        check_own_tokens(data, self.text_config)
         if data.image_size != self.net_config.image_size:
             raise UserError(
                 f"data.image_size is {data.image_size} and model.net.image_size {self.net_config.image_size}: make them equal."
@@ -155,13 +157,8 @@ class Decoder(Stage):
             if embed is None
             else torch.where(keep_embed[:, None], self.normalizer.normalize(embed), null)
         )
-        context = self.text(
-            batch.get("tokens"),
-            batch.get("text_mask"),
-            batch.get("text_embed"),
-            batch.get("text_states"),
-            keep=keep_text,
-        )
+        caption = caption_of(batch, self.text_config)
+        context = self.text(**caption, text_embed=batch.get("text_embed"), keep=keep_text)
         return {
             "embed": embed,
             "context": context.context,

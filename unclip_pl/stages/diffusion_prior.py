@@ -20,13 +20,21 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.networks.embedding import EmbeddingNormalizer
+from unclip_pl.networks.long_text import caption_of
 from unclip_pl.networks.prior import (
     Prefix,
     PriorTextConfig,
     PriorTransformer,
     PriorTransformerConfig,
 )
-from unclip_pl.stages.base import OptimizerConfig, Stage, as_config, check_clip, check_length
+from unclip_pl.stages.base import (
+    OptimizerConfig,
+    Stage,
+    as_config,
+    check_clip,
+    check_length,
+    check_own_tokens,
+)
 
 ROWS = 16
 """Captions that are held at a time while the analytic variance is estimated."""
@@ -80,8 +88,8 @@ class PriorSamplingConfig:
 
 
 class DiffusionPrior(Stage):
-    """Trains on `image_embed`, `text_embed` and `tokens` (or `text_states`, `text_mask`) of a
-    batch.
+    """Trains on `image_embed`, `text_embed` and `tokens` (or `text_states`, `text_mask`, or
+    `text_tokens` that are longer) of a batch.
 
     Args:
         net: the Transformer; `embed_dim` must be the CLIP's.
@@ -150,6 +158,7 @@ class DiffusionPrior(Stage):
     def check_data(self, data: Any) -> None:
         check_clip(data, self.net_config.embed_dim, self.text_config)
         check_length(data, self.text_config)
+        check_own_tokens(data, self.text_config)
 
     def conditions(self, batch: dict) -> dict[str, Tensor | None]:
         """The caption's part of the network's arguments; what the batch lacks is None and counts as
@@ -161,12 +170,7 @@ class DiffusionPrior(Stage):
                 if self.normalizer.mode == "unit"
                 else embed.float()
             )
-        return {
-            "tokens": batch.get("tokens"),
-            "mask": batch.get("text_mask"),
-            "text_embed": embed,
-            "states": batch.get("text_states"),
-        }
+        return caption_of(batch, self.text_config) | {"text_embed": embed}
 
     def encode_text(self, batch: dict, size: int, null: bool = False) -> Prefix:
         """The `size` captions of a batch, read once; with `null` one more row, of a dropped

@@ -4,6 +4,7 @@ from lightning.pytorch import LightningModule
 
 from unclip_pl.clip import FrozenCLIP
 from unclip_pl.data.shards import ErrorBudget
+from unclip_pl.data.text_tokens import ensure_text_tokens
 
 
 class Embed(LightningModule):
@@ -27,6 +28,9 @@ class Embed(LightningModule):
         budget = ErrorBudget(self.max_bad_rate, "model.max_bad_rate")
         store, rank_zero = self.trainer.datamodule.store, self.trainer.is_global_zero  # type: ignore[attr-defined]
         count = store.embed(shards, self._clip[0], self.batch_size, progress=rank_zero, budget=budget)
+        length = self.trainer.datamodule.text_length  # type: ignore[attr-defined]
+        if length is not None:
+            ensure_text_tokens(store, shards, length)
         print(f"rank {self.trainer.global_rank}: {count} of {len(shards)} shards embedded now, {budget.bad} bad samples")
         return count
 

@@ -1,0 +1,97 @@
+"""The captions of an embedding store tokenised for stages that read more tokens than CLIP.
+
+Beside the store's NAME-HASH.safetensors lies NAME-HASH.text-L.safetensors: `text_tokens` (N, L)
+uint16, open_clip's BPE, one row for each row of the store. It is made from the captions in the tar,
+needs no CLIP, and leaves the embeddings as they are.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+from tqdm import tqdm
+
+from unclip_pl.atomic import atomic_file, file_lock
+from unclip_pl.clip import tokenize_bpe
+from unclip_pl.data.embeddings import EmbeddingStore, mapped
+from unclip_pl.data.shards import ErrorBudget, raw_samples
+from unclip_pl.errors import UserError
+
+BATCH = 1024  # captions at a time
+
+
+def path_of(store: EmbeddingStore, shard: str, length: int) -> Path:
+    """The file of a shard's captions."""
+    return store.path(shard).with_suffix(f".text-{length}.safetensors")
+
+
+def text_tokens(store: EmbeddingStore, shard: str, length: int) -> np.ndarray:
+    """The captions of a shard's rows by mmap, (N, length) uint16.
+
+    Raises:
+        UserError: there are none, or they are not of the store's rows.
+    """
+    path, rows = path_of(store, shard, length), store.shard(shard)
+    try:
+        meta, table = mapped(path)
+        found = table("text_tokens", "<u2")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"The store {store.folder} has no captions of {length} tokens for {shard} ({error}): "
+            f"run `lightning predict -c stages/embed.yaml --data.text_length {length}` where the "
+            "tars are."
+        ) from None
+    if meta["source"] != rows.source or found.shape != (len(rows.keys), length):
+        raise UserError(f"{path} is not of the rows beside it: delete it.")
+    return found
+
+
+def ensure_text_tokens(store: EmbeddingStore, shards: Sequence[str], length: int) -> int:
+    """Tokenise the captions of those of `shards` that have no such file yet; returns how many.
+
+    The store must have the rows of all of them. Other processes may do the same: one does the work.
+
+    Raises:
+        UserError: a tar is gone, or lacks a sample that the store has a row of.
+    """
+    missing = [shard for shard in shards if not _done(store, shard, length)]
+    for shard in tqdm(missing, desc="tokenising", unit=" shards", file=sys.stderr, disable=None):
+        path = path_of(store, shard, length)
+        with file_lock(store.folder / f".{path.stem}.lock"):
+            if not _done(store, shard, length):
+                _write(store, shard, length, path)
+    return len(missing)
+
+
+def _done(store: EmbeddingStore, shard: str, length: int) -> bool:
+    try:
+        text_tokens(store, shard, length)
+    except UserError:
+        return False
+    return True
+
+
+def _write(store: EmbeddingStore, shard: str, length: int, path: Path) -> None:
+    rows = store.shard(shard)
+    wanted = rows.row
+    captions: list[str | None] = [None] * len(wanted)
+    for sample in raw_samples(shard, ErrorBudget(1.0), whole=True):
+        if (row := wanted.get(sample["key"])) is not None:
+            captions[row] = sample["caption"]
+    if None in captions:
+        key = rows.keys[captions.index(None)]
+        raise UserError(
+            f"{shard} has no sample {key}, of which the store {store.folder} has a row: fill the "
+            "store again."
+        )
+    table = np.empty((len(captions), length), np.uint16)
+    for first in range(0, len(captions), BATCH):
+        part = [caption or "" for caption in captions[first : first + BATCH]]
+        table[first : first + BATCH] = tokenize_bpe(part, length).to(torch.int32).numpy()
+    with atomic_file(path) as file:
+        meta = {"rows": json.dumps({"source": rows.source})}
+        file.write(save({"text_tokens": table}, meta))
