@@ -112,6 +112,20 @@ def load_model(config: CLIPConfig) -> nn.Module:
     return model
 
 
+def clip_architecture(config: CLIPConfig) -> nn.Module:
+    """open_clip's model on the meta device: its sizes without its weights, which are not read.
+
+    Raises:
+        UserError: unknown name, tag or folder.
+    """
+    open_clip, folder = import_open_clip(), folder_of(config.model)
+    with torch.device("meta"), _explained(config), _quiet():
+        if folder:
+            return open_clip.model.CLIP(**folder_config(folder)["model_cfg"])
+        length = config.context_length
+        return open_clip.create_model(_checked(config), device="meta", force_context_length=length)
+
+
 def pooling(model: Any) -> tuple[str, int]:
     """How the text tower finds its embedding among the states ("argmax", "eos", ...), and the end token's number for "eos"."""
     if hasattr(model, "text"):

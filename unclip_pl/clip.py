@@ -21,6 +21,7 @@ from unclip_pl._open_clip import (
     EMBEDDED,  # noqa: F401
     WEIGHTS_FILE,
     CLIPConfig,
+    clip_architecture,  # noqa: F401
     folder_config,
     folder_of,
     import_open_clip,

@@ -2,6 +2,7 @@
 paper's networks."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 
@@ -76,6 +77,41 @@ def test_state_is_20_bytes_a_parameter_and_fsdp_shares_it_out():
     ) and fsdp.total <= 20e9 < fsdp.total + fsdp.micro_batch * 1e8
     assert ddp.steps_an_hour == pytest.approx(3600 * 8 * 0.4e15 / (2048 * 1e12))
     assert ddp.micro_batch == 0  # its state alone is all of the memory
+
+
+def test_a_clip_in_the_loop_takes_memory_and_time():
+    """Its text tower gives token states at each step; LAION's ViT-H has 24 x 1024 for 77 tokens."""
+    overlays = ["lightning_config/clip/ViT-H-14.yaml"]
+    stage, data, _ = configured("stages/diffusion_prior.yaml", overlays)
+    assert data.text_states
+    alone, both = plan.count(stage), plan.count(stage, clip=data.clip.config)
+    tokens, width, depth = 77, 1024, 24
+    tower = depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
+    assert both.flops - alone.flops == pytest.approx(tower, rel=0.01)
+    assert both.clip == pytest.approx(4 * 986.1e6, rel=0.001) and alone.clip == 0
+    half = plan.count(stage, clip=replace(data.clip.config, precision="bf16"))
+    assert half.clip == both.clip / 2
+    for kind in ("ddp", "fsdp"):
+        rows = [
+            plan.row(needs, 8, kind, 4096, 1000, mfu=0.4, peak=1e15, memory=4.3e9)
+            for needs in (alone, both)
+        ]
+        assert rows[1].clip == both.clip  # on each GPU, whatever the strategy
+        assert rows[1].micro_batch < rows[0].micro_batch and rows[1].total <= 4.3e9
+        assert rows[1].hours / rows[0].hours == pytest.approx(both.flops / alone.flops)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "clip"),
+    [
+        (["stages/diffusion_prior.yaml", "-c", "lightning_config/clip/ViT-H-14.yaml"], "3.94"),
+        (["stages/paper/diffusion_prior.yaml"], "0.00"),
+    ],
+)
+def test_the_command_counts_a_clip_only_where_it_runs(arguments, clip, capsys):
+    assert app.main(["plan", *arguments, "--gpus", "8"]) == 0
+    header, _, row = capsys.readouterr().out.splitlines()[2:5]
+    assert dict(zip(header.split(" | "), row.split(" | ")))["CLIP"] == clip
 
 
 def test_the_command_prints_a_row_for_each_number_of_gpus(capsys):

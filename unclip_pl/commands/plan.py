@@ -10,7 +10,10 @@ from typing import Any
 from unclip_pl.commands.common import Command
 from unclip_pl.errors import UserError
 
-COLUMNS = "GPUs|strategy|weights|gradients|optimiser|EMA|gathered|activations|total GB|samples x passes|steps/h|days|GPU hours"
+COLUMNS = (
+    "GPUs|strategy|weights|gradients|optimiser|EMA|CLIP|gathered|activations|total GB|"
+    "samples x passes|steps/h|days|GPU hours"
+)
 
 
 def add(command: Command) -> None:
@@ -24,7 +27,7 @@ def add(command: Command) -> None:
     plan.add_argument(
         "stage",
         nargs="?",
-        help="a stage's YAML, such as stages/paper/decoder.yaml, which goes over stages/decoder.yaml",
+        help="a stage's YAML, such as stages/paper/decoder.yaml, which goes over its small stage",
     )
     plan.add_argument(
         "-c",
@@ -40,7 +43,7 @@ def add(command: Command) -> None:
     plan.add_argument(
         "--batch",
         type=int,
-        help="samples a step, over all GPUs; by default data.loader.batch_size, as the paper's overlays give it",
+        help="samples a step, over all GPUs; by default data.loader.batch_size",
     )
     plan.add_argument(
         "--mfu", type=float, default=0.4, help="share of the GPUs' peak that is reached"
@@ -99,7 +102,8 @@ def report(stage: str, arguments: argparse.Namespace) -> str:
             f"{stage} does not say how long it trains: lay a file with trainer.max_steps over it "
             "with -c."
         )
-    needs = plan.count(model, getattr(data, "crop", None))
+    clip = data.clip.config if getattr(data, "text_states", False) else None
+    needs = plan.count(model, getattr(data, "crop", None), clip)
     batch = arguments.batch or data.config.batch_size
     megabytes = {kind: f"{size / 1e6:,.0f} MB" for kind, size in needs.activations.items()}
     lines = [
@@ -122,7 +126,7 @@ def report(stage: str, arguments: argparse.Namespace) -> str:
                 memory=0.9e9 * arguments.gpu_memory,
                 checkpointing=arguments.checkpointing,
             )
-            held = [row.weights, row.gradients, row.optimizer, row.ema, row.gathered]
+            held = [row.weights, row.gradients, row.optimizer, row.ema, row.clip, row.gathered]
             passes = f"{row.micro_batch} x {row.accumulate}" if row.micro_batch else "does not fit"
             memory = [f"{value / 1e9:.2f}" for value in (*held, row.activations, row.total)]
             time = [

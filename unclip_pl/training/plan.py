@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from unclip_pl.clip import DTYPES, CLIPConfig, clip_architecture
 from unclip_pl.networks.checkpointing import Checkpointing, apply_checkpointing
 from unclip_pl.networks.layers import Block
 
@@ -37,11 +38,13 @@ class Needs:
     outside: int
     """Parameters outside of all blocks, which FSDP gathers once per step and holds."""
     flops: float
-    """Of a training step, per sample."""
+    """Of a training step, per sample, those of a CLIP in the loop included."""
     activations: dict[Checkpointing, float]
     """Bytes per sample of what the backward pass needs, for each kind of checkpointing. "none": all
     that autograd saves; "full": what lies between blocks, and all of the block that needs most;
     "selective": as "full", and the results of products, convolutions and attention."""
+    clip: float = 0.0
+    """Bytes of the CLIP that gives the data's token states at each step, whole on every GPU."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Row:
     gradients: float
     optimizer: float
     ema: float
+    clip: float
     gathered: float
     """Copies in the precision of the computation, and unsharded gradients, of the blocks under
     way."""
@@ -72,6 +76,7 @@ class Row:
             + self.gradients
             + self.optimizer
             + self.ema
+            + self.clip
             + self.gathered
             + self.activations
         )
@@ -158,8 +163,14 @@ def example(stage: Any, crop: int | None = None) -> dict[str, Any]:
     return batch
 
 
-def count(stage: LightningModule, crop: int | None = None) -> Needs:
-    """Parameters, operations and activations of a stage, which is moved to the meta device."""
+def count(stage: LightningModule, crop: int | None = None, clip: CLIPConfig | None = None) -> Needs:
+    """Parameters, operations and activations of a stage, which is moved to the meta device.
+
+    Args:
+        stage: of this package.
+        crop: side of an upsampler's images.
+        clip: the CLIP whose text tower runs at each step; None: none does.
+    """
     stage = stage.to("meta").train()
     apply_checkpointing(stage, "none")
     if (quantizer := cast(Any, getattr(stage, "quantizer", None))) is not None:
@@ -181,7 +192,21 @@ def count(stage: LightningModule, crop: int | None = None) -> Needs:
         "selective": _bytes(kept) + max(recomputed),
         "full": _bytes(between) + max(own),
     }
-    return Needs(parameters, max(sizes), parameters - sum(sizes), 3 * flops, activations)
+    held, text_flops = (0.0, 0.0) if clip is None else clip_needs(clip)
+    flops = 3 * flops + text_flops
+    return Needs(parameters, max(sizes), parameters - sum(sizes), flops, activations, held)
+
+
+def clip_needs(config: CLIPConfig) -> tuple[float, float]:
+    """Bytes of a frozen CLIP, both towers, and operations of its text tower for one caption."""
+    model: Any = clip_architecture(config)
+    size = DTYPES[config.precision].itemsize
+    length = getattr(model, "text", model).context_length
+    tokens = torch.zeros(1, length, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.encode_text(tokens)
+    held = float(size * sum(p.numel() for p in model.parameters()))
+    return held, float(counter.get_total_flops())
 
 
 def _bytes(tensors: dict[int, int], but: Container[int] = ()) -> int:
@@ -286,7 +311,7 @@ def row(
         gathered = 2.0 * (needs.parameters if checkpointing == "none" else largest)
     sample = needs.activations[checkpointing]
     mine = math.ceil(batch / gpus)
-    fits = int(max(0.0, memory - 5 * each - gathered) // sample)
+    fits = int(max(0.0, memory - 5 * each - needs.clip - gathered) // sample)
     accumulate = math.ceil(mine / fits) if fits else 0
     micro = math.ceil(mine / accumulate) if fits else 0
     seconds = needs.flops * batch / (gpus * peak * mfu)
@@ -297,6 +322,7 @@ def row(
         gradients=each,
         optimizer=2 * each,
         ema=each,
+        clip=needs.clip,
         gathered=gathered,
         activations=micro * sample,
         micro_batch=micro,
