@@ -1,0 +1,143 @@
+"""Sharpness-aware minimisation: the closed form on a quadratic, and in the training of a CLIP, with
+accumulation, clipping and gradients that are not finite."""
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import nn
+from torch.utils.data import DataLoader
+
+from tests.stages.test_clip_stage import batch
+from tests.training.toy import trainer
+from unclip_pl.stages.base import OptimizerConfig
+from unclip_pl.stages.clip import CLIP
+from unclip_pl.training.sam import climb, descend
+
+RHO = 0.1
+
+
+def test_the_gradient_on_a_quadratic_is_the_closed_form():
+    """L = w A w / 2 has the gradient A w, and A (w + rho A w / |A w|) with SAM."""
+    torch.manual_seed(0)
+    root = torch.randn(7, 7, dtype=torch.float64)
+    matrix = root @ root.T
+    parts = [nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (4, 3)]  # one vector
+    unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    start = torch.cat([p.detach() for p in parts])
+
+    def loss() -> torch.Tensor:
+        w = torch.cat(parts)
+        return w @ matrix @ w / 2
+
+    before = climb(loss, [*parts, unused], RHO)
+    assert all(p.grad is None for p in parts) and torch.equal(unused, torch.ones_like(unused))
+    moved = torch.cat([p.detach() for p in parts]) - start
+    torch.testing.assert_close(moved.norm(), torch.tensor(RHO, dtype=torch.float64))
+    loss().backward()
+    descend([*parts, unused], before)
+    assert torch.equal(torch.cat([p.detach() for p in parts]), start)  # to the last bit
+    uphill = matrix @ start
+    expected = matrix @ (start + RHO * uphill / uphill.norm())
+    torch.testing.assert_close(torch.cat([p.grad for p in parts]), expected)
+
+
+def test_a_flat_place_and_a_broken_gradient_are_left_as_they_were():
+    w = nn.Parameter(torch.zeros(3))
+    before = climb(lambda: w.square().sum(), [w], RHO)
+    assert torch.equal(w, torch.zeros(3))  # nothing is uphill
+    descend([w], before)
+    before = climb(lambda: w.sum() * torch.nan, [w], RHO)
+    assert w.isnan().all()  # so that the loss there is not finite, and the step is skipped
+    descend([w], before)
+    assert torch.equal(w, torch.zeros(3))
+
+
+class Pairs(LightningDataModule):
+    """The same pairs in every batch, or one batch of each."""
+
+    image_size = 64
+
+    def __init__(self, batches: list[dict]) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.batches, batch_size=None)
+
+
+def stage(sam_rho: float, clip_norm: float = 1e9) -> CLIP:
+    torch.manual_seed(0)
+    optimizer = OptimizerConfig(lr=1e-3, warmup_steps=1, clip_norm=clip_norm)
+    return CLIP(augment=0.0, sam_rho=sam_rho, optimizer=optimizer)
+
+
+def gradients(model: CLIP, batches: list[dict], tmp_path) -> torch.Tensor:
+    """What the optimiser of a run sees in its first step, batches accumulated."""
+    seen: list[torch.Tensor] = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer, closure=None):
+        closure()
+        seen.append(torch.cat([p.grad.flatten() for p in model.net.parameters()]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", watched)
+        run = trainer(tmp_path, steps=1, accumulate_grad_batches=len(batches))
+        run.fit(model, datamodule=Pairs(batches))
+    assert torch.optim.AdamW.step is step
+    return seen[0]
+
+
+def by_hand(batches: list[dict], rho: float = RHO) -> torch.Tensor:
+    """The mean over batches of the gradient at each batch's own w + rho g / |g|."""
+    total = 0
+    for given in batches:
+        model = stage(0.0)
+        parameters = list(model.net.parameters())
+        uphill = torch.autograd.grad(model.contrast(given), parameters)
+        norm = torch.cat([g.flatten() for g in uphill]).norm()
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, uphill):
+                parameter += rho * gradient / norm
+        found = torch.autograd.grad(model.contrast(given), parameters)
+        total = total + torch.cat([g.flatten() for g in found]) / len(batches)
+    return total
+
+
+def batches(count: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    noise = [torch.rand(6, 3, 64, 64, generator=generator) for _ in range(count)]
+    return [batch() | {"image": 2 * image - 1} for image in noise]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_run_steps_by_the_gradient_uphill_whatever_it_accumulates(count, tmp_path):
+    given, model = batches(count), stage(RHO)
+    before = [p.detach().clone() for p in model.net.parameters()]
+    found, expected = gradients(model, given, tmp_path), by_hand(given)
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+    assert (found - by_hand(given, 0.0)).norm() > 0.01 * found.norm()  # it is another gradient
+    after = list(model.net.parameters())  # nobody stepped
+    assert all(torch.equal(*pair) for pair in zip(before, after))
+
+
+def test_the_gradient_uphill_is_clipped(tmp_path):
+    given, limit = batches(1), 0.01
+    found, whole = gradients(stage(RHO, limit), given, tmp_path), by_hand(given)
+    assert whole.norm() > 2 * limit
+    assert (found - whole * limit / whole.norm()).norm() < 1e-3 * limit
+
+
+def test_a_batch_that_is_not_finite_is_skipped_and_leaves_the_weights(tmp_path):
+    model, given = stage(RHO), batches(1)
+    given[0]["image"][0, 0, 0, 0] = torch.nan
+    before = [p.detach().clone() for p in model.net.parameters()]
+    trainer(tmp_path, steps=1).fit(model, datamodule=Pairs(given))
+    assert model.skipped_steps == 1
+    assert all(torch.equal(*pair) for pair in zip(before, model.net.parameters()))
+
+
+@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])
+def test_an_impossible_rho_is_a_sentence(rho):
+    with pytest.raises(ValueError, match=r"sam_rho is .*: give 0"):
+        CLIP(sam_rho=rho)
