@@ -21,7 +21,8 @@ NET, TEXT, DATA, TRAINER = "model.net", "model.text", "data", "trainer"
 
 def rates(lr: float, beta2: float, eps: float, weight_decay: float = 0.0) -> dict[str, Any]:
     """Adam of Table 3; beta1 is 0.9 for all (appendix C)."""
-    values = {"lr": lr, "betas": [0.9, beta2], "eps": eps, "weight_decay": weight_decay}
+    values: dict[str, Any] = {"name": "adamw", "lr": lr, "betas": [0.9, beta2], "eps": eps}
+    values["weight_decay"] = weight_decay
     return {f"{ADAM}.{key}": value for key, value in values.items()}
 
 
@@ -87,6 +88,8 @@ TABLE_3 = {
         f"{NET}.attention": [32, 16, 8],
         f"{NET}.dropout": 0.1,
         f"{NET}.embed_tokens": 4,  # section 2.1, as is what is dropped
+        f"{TEXT}.pooled": True,  # of the last token, as in GLIDE
+        "model.diffusion.max_snr": None,  # each step of the loss counts alike
         "model.dropout.embed": 0.1,
         "model.dropout.text": 0.5,
         **diffusion("cosine", 250, "ddpm", "learned_range"),
@@ -132,8 +135,13 @@ SAME = {  # values of every small stage that hold for the paper's too, and why
 }
 INHERITED = {  # of one stage
     "ar_prior": {"trainer.callbacks+": "what a prior draws is measured at any size"},
-    "diffusion_prior": {"trainer.callbacks+": "the same, and the analytic variance of Table 3"},
-    "decoder": {"data.image_size": "64 px, as in Table 3"},
+    "diffusion_prior": {
+        "trainer.callbacks+": "what a prior draws, and the analytic variance of Table 3",
+    },
+    "decoder": {
+        "data.image_size": "64 px, as in Table 3",
+        "model.optimizer.muon_lr": "of Muon, and the paper's optimizer is AdamW",
+    },
     "upsampler_256": {},
     "upsampler_1024": {},
 }
