@@ -1,5 +1,6 @@
 """A caption that is longer than CLIP reads reaches the stages' own text encoders whole."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -129,3 +130,7 @@ def test_data_that_do_not_fill_the_context_are_a_sentence(name, clip):
     data.text_length = 40
     with pytest.raises(UserError, match=r"text_length is 40, .* own 32 tokens: set it to null"):
         stage_of(name, 32).check_data(data)
+    stage = stage_of(name)
+    stage.text_config = replace(stage.text_config, vocab_size=1000)
+    with pytest.raises(UserError, match=r"vocab_size is 1000, .* 49408 ids: set it to that"):
+        stage.check_data(data)

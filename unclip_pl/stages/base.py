@@ -21,7 +21,7 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.errors import UserError
 from unclip_pl.networks.compilation import compile_blocks
-from unclip_pl.networks.long_text import own_length
+from unclip_pl.networks.long_text import VOCABULARY, own_length
 from unclip_pl.networks.renamed import rename
 from unclip_pl.training.muon import Muon, hidden_weights
 from unclip_pl.training.sharded import shard
@@ -101,9 +101,14 @@ def check_length(data: Any, text: Any) -> None:
 
 def check_own_tokens(data: Any, text: Any) -> None:
     """UserError where a DataModule gives no `text_tokens` to fill the `text` config's context, or
-    gives some that the stage does not read."""
+    gives some that the stage does not read or has no embedding for."""
     length, given = data.clip.context_length, getattr(data, "text_length", None)
     wanted = own_length(text, length)
+    if wanted is not None and text.vocab_size < VOCABULARY:
+        raise UserError(
+            f"model.text.vocab_size is {text.vocab_size}, and the tokenizer of whole captions has "
+            f"{VOCABULARY} ids: set it to that."
+        )
     if wanted == given:
         return
     if wanted is None:
