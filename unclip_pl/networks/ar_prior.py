@@ -68,7 +68,10 @@ class ARPriorNet(nn.Module):
         )  # a "transformer" pads by itself
         self.normalizer = EmbeddingNormalizer(config.embed_dim, "unit")
         self.text_embed_proj = nn.Linear(config.embed_dim, width)
-        self.null_text_embed = nn.Parameter(torch.randn(width) * 0.01)
+        if text.null == "learned":
+            self.null_text_embed = nn.Parameter(torch.randn(width) * 0.01)
+        else:
+            self.empty_text_embed = nn.Buffer(torch.ones(config.embed_dim))
         self.dot_embedding = nn.Embedding(
             config.buckets + 1, width
         )  # the last one stands for a dropped text
@@ -114,7 +117,7 @@ class ARPriorNet(nn.Module):
         """
         if text_embed is None:
             keep = torch.zeros_like(keep)
-        null = self.null_text_embed.expand(len(keep), -1)
+        null = self._null_text_embed().expand(len(keep), -1)
         z_t = (
             null
             if text_embed is None
@@ -142,6 +145,18 @@ class ARPriorNet(nn.Module):
         parts.insert(0 if self.config.dot_first else len(parts), dot_token)
         x = torch.cat(parts, dim=1)
         return x + self.position_embedding[: x.shape[1]]
+
+    def set_null(self, states: Tensor, text_embed: Tensor) -> None:
+        """Store CLIP's states (2, states_width) and embedding (D,) of the empty caption, for
+        `text.null` "empty"."""
+        self.text.set_null(states, text_embed)
+        self.empty_text_embed.copy_(text_embed)
+
+    def _null_text_embed(self) -> Tensor:
+        """(width,): what stands for the z_t of a dropped caption."""
+        if self.text.config.null == "learned":
+            return self.null_text_embed
+        return self.text_embed_proj(self.normalizer.normalize(self.empty_text_embed[None]))[0]
 
     def _padded(self, context: Tensor, mask: Tensor | None) -> Tensor:
         """The caption at full length, learned embeddings where it has no token.

@@ -61,8 +61,21 @@ class PriorTextConfig:
     padding: Literal["learned", "masked"] = "learned"
     """After a caption's end: "learned" is an embedding for each position (GLIDE; it needs no mask,
     so that a GPU's fastest kernels serve), "masked" hides the positions (Karlo)."""
+    null: Literal["learned", "empty"] = "learned"
+    """What stands for a dropped caption: learned vectors, or CLIP's own of the empty caption (Karlo),
+    for kind "states" with padding "masked"."""
 
     def __post_init__(self) -> None:
+        if self.null not in ("learned", "empty"):
+            raise ValueError(
+                f'PriorTextConfig.null is "{self.null}": use "learned" or "empty" (the empty '
+                "caption)."
+            )
+        if self.null == "empty" and (self.kind, self.padding) != ("states", "masked"):
+            raise ValueError(
+                'PriorTextConfig.null "empty" needs kind "states" and padding "masked": set those, '
+                'or null "learned".'
+            )
         if self.kind not in ("states", "tokens"):
             raise ValueError(
                 f'PriorTextConfig does not know the kind "{self.kind}": use "states" or "tokens".'
@@ -97,8 +110,8 @@ class PriorTransformer(nn.Module):
     """x_t, t, caption and CLIP text embedding z_t -> the clean embedding, on the network's scale.
 
     A dropped caption loses its tokens and z_t together. With padding "learned" it becomes padding
-    only; with "masked" it becomes two learned tokens (set them to CLIP's for the empty caption, SOT
-    and EOT, and they are Karlo's). A learned embedding replaces z_t.
+    only; with "masked" it becomes two tokens. A learned embedding replaces z_t. With `text.null`
+    "empty" tokens and z_t are CLIP's of the empty caption (SOT and EOT), which `set_null` stores.
     """
 
     def __init__(self, config: PriorTransformerConfig, text: PriorTextConfig) -> None:
@@ -115,15 +128,32 @@ class PriorTransformer(nn.Module):
         self.query = nn.Parameter(torch.randn(width) * 0.01)
         positions = length + 1 + NUM_STEP_TOKENS
         self.position_embedding = nn.Parameter(torch.randn(positions, width) * 0.01)
-        null_tokens = length if text.padding == "learned" else 2
-        self.null_text = nn.Parameter(torch.randn(null_tokens, width) * 0.02)
-        self.null_text_embed = nn.Parameter(torch.randn(width) * 0.02)
+        if text.null == "learned":
+            null_tokens = length if text.padding == "learned" else 2
+            self.null_text = nn.Parameter(torch.randn(null_tokens, width) * 0.02)
+            self.null_text_embed = nn.Parameter(torch.randn(width) * 0.02)
+        else:
+            self.empty_states = nn.Buffer(torch.zeros(2, text.states_width))
+            self.empty_text_embed = nn.Buffer(torch.zeros(config.embed_dim))
         self.transformer = Transformer(
             width, config.depth, config.heads, causal=True, checkpointing=config.checkpointing
         )
         self.proj_out = nn.Linear(width, config.embed_dim)
         if isinstance(self.text_proj, nn.Embedding):
             nn.init.normal_(self.text_proj.weight, std=0.02)
+
+    @torch.no_grad()
+    def set_null(self, states: Tensor, text_embed: Tensor) -> None:
+        """Store CLIP's states (2, states_width) and, on the network's scale, its embedding (D,) of
+        the empty caption, for `text.null` "empty"."""
+        self.empty_states.copy_(states)
+        self.empty_text_embed.copy_(text_embed)
+
+    def null(self) -> tuple[Tensor, Tensor]:
+        """The tokens (n, width) and z_t (width) of a dropped caption."""
+        if self.text.null == "learned":
+            return self.null_text, self.null_text_embed
+        return self.text_proj(self.empty_states), self.text_embed_proj(self.empty_text_embed)
 
     def forward(
         self,
@@ -199,9 +229,10 @@ class PriorTransformer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Text and z_t as tokens (B, n + 1, width), and which of them are visible (None: all)."""
         length, width = self.text.context_length, self.config.width
+        null_text, null_text_embed = self.null()
         inputs = states if self.text.kind == "states" else tokens
         if inputs is None:  # every caption is dropped
-            text = self.null_text.new_zeros(len(keep), length, width)
+            text = null_text.new_zeros(len(keep), length, width)
             keep_text, mask = torch.zeros_like(keep), keep.new_zeros(len(keep), length)
         else:
             missing = length - inputs.shape[1]
@@ -220,16 +251,16 @@ class PriorTransformer(nn.Module):
             )
             keep_text = keep
         if self.text.padding == "learned":
-            text = torch.where((mask & keep_text[:, None])[..., None], text, self.null_text)
+            text = torch.where((mask & keep_text[:, None])[..., None], text, null_text)
             visible = None
         else:
-            null = F.pad(self.null_text, (0, 0, 0, length - len(self.null_text)))
+            null = F.pad(null_text, (0, 0, 0, length - len(null_text)))
             text = torch.where(keep_text[:, None, None], text, null)
-            is_null = torch.arange(length, device=keep.device) < len(self.null_text)
+            is_null = torch.arange(length, device=keep.device) < len(null_text)
             visible = torch.where(keep_text[:, None], mask, is_null)
         text = text + self.position_embedding[:length]
         text, visible = trim_padding(text, visible)
-        z_t = self.null_text_embed.expand(len(keep), -1)
+        z_t = null_text_embed.expand(len(keep), -1)
         if text_embed is not None:
             z_t = torch.where(keep[:, None], self.text_embed_proj(text_embed), z_t)
         z_t = z_t + self.position_embedding[length]

@@ -28,6 +28,7 @@ from unclip_pl.stages.base import (
     check_clip,
     check_length,
     check_own_tokens,
+    empty_caption,
 )
 
 ROWS = 131072
@@ -129,9 +130,11 @@ class ARPrior(Stage):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and not self.quantizer.codes and data is not None:
             self.fit_quantizer(data.store, data.train_shards)
+        if stage == "fit" and self.text_config.null == "empty" and hasattr(data, "clip"):
+            self.net.set_null(*empty_caption(data.clip))
 
     def fit_quantizer(self, store: EmbeddingStore, shards: Sequence[str]) -> None:
         """Fit PCA, buckets and the dot product's distribution to the store's embeddings of

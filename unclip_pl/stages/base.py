@@ -78,6 +78,12 @@ def as_config(kind: type[Config], value: Config | dict) -> Config:
     return kind(**fields)
 
 
+def empty_caption(clip: Any) -> tuple[Tensor, Tensor]:
+    """What a `FrozenCLIP` gives for "": states (2, W) of SOT and EOT, and the embedding (D,)."""
+    features = clip.embed_text(clip.tokenize([""]))
+    return features.states[0, :2], features.embed[0]
+
+
 def check_clip(data: Any, embed_dim: int, text: Any) -> None:
     """UserError where the CLIP of a DataModule has embeddings or token states of another width than the stage's `embed_dim` and `text` config."""
     clip = data.clip

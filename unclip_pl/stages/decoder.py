@@ -20,7 +20,14 @@ from unclip_pl.networks.embedding import EmbeddingNormalizer
 from unclip_pl.networks.long_text import caption_of
 from unclip_pl.networks.text import TextConfig, TextContext
 from unclip_pl.networks.unet import UNet, UNetConfig
-from unclip_pl.stages.base import OptimizerConfig, Stage, as_config, check_clip, check_own_tokens
+from unclip_pl.stages.base import (
+    OptimizerConfig,
+    Stage,
+    as_config,
+    check_clip,
+    check_own_tokens,
+    empty_caption,
+)
 
 
 @dataclass(frozen=True)
@@ -135,8 +142,7 @@ class Decoder(Stage):
         super().setup(stage)
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and self.text_config.null == "empty" and hasattr(data, "clip"):
-            features = data.clip.embed_text(data.clip.tokenize([""]))
-            self.text.set_null(features.states[0, :2], features.embed[0])
+            self.text.set_null(*empty_caption(data.clip))
 
     def check_data(self, data: Any) -> None:
         check_clip(data, self.net_config.embed_dim, self.text_config)

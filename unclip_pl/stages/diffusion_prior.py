@@ -34,6 +34,7 @@ from unclip_pl.stages.base import (
     check_clip,
     check_length,
     check_own_tokens,
+    empty_caption,
 )
 
 ROWS = 16
@@ -154,6 +155,15 @@ class DiffusionPrior(Stage):
         if stage == "fit" and hasattr(data, "statistics") and not self.normalizer.fitted:
             statistics = data.statistics()
             self.normalizer.fit(statistics.mean, statistics.std)
+        if stage == "fit" and self.text_config.null == "empty" and hasattr(data, "clip"):
+            states, embed = empty_caption(data.clip)
+            self.net.set_null(states, self.on_network_scale(embed[None])[0])
+
+    def on_network_scale(self, text_embed: Tensor) -> Tensor:
+        """CLIP's text embeddings (B, D) as the network takes them."""
+        if self.normalizer.mode == "unit":
+            return self.normalizer.normalize(text_embed)
+        return text_embed.float()
 
     def check_data(self, data: Any) -> None:
         check_clip(data, self.net_config.embed_dim, self.text_config)
@@ -165,11 +175,7 @@ class DiffusionPrior(Stage):
         dropped."""
         embed = batch.get("text_embed")
         if embed is not None:
-            embed = (
-                self.normalizer.normalize(embed)
-                if self.normalizer.mode == "unit"
-                else embed.float()
-            )
+            embed = self.on_network_scale(embed)
         return caption_of(batch, self.text_config) | {"text_embed": embed}
 
     def encode_text(self, batch: dict, size: int, null: bool = False) -> Prefix:
