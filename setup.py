@@ -43,10 +43,10 @@ setup(
     package_data={"unclip_pl": ["assets/**/*"], **{name: ["**/*.yaml", "**/*.sbatch"] for name in CONFIGS}},
     install_requires=REQUIREMENTS,
     extras_require={
-        # diffusers: a second opinion in the tests
+        # diffusers, OpenCV: second opinions in the tests
         "test": [
             "pytest>=8", "pytest-timeout", "pytest-xdist>=3.5", "diffusers>=0.33", "transformers",
-            "pyarrow>=14",
+            "pyarrow>=14", "opencv-python-headless>=4.8",
         ],
         "dev": ["ruff", "mypy"],
     },

@@ -23,7 +23,10 @@ def convolve(picture, kernel):
         for x in range(width):
             for dy in range(-radius, radius + 1):
                 for dx in range(-radius, radius + 1):
-                    result[y, x] += kernel[radius + dy, radius + dx] * picture[mirror(y - dy, height), mirror(x - dx, width)]
+                    result[y, x] += (
+                        kernel[radius + dy, radius + dx]
+                        * picture[mirror(y - dy, height), mirror(x - dx, width)]
+                    )
     return result
 
 
@@ -43,10 +46,6 @@ def rotated_covariance(angle, variance1, variance2):
     return turn @ np.diag([variance1, variance2]) @ turn.T
 
 
-def triangle(x):
-    return max(0.0, 1 - abs(x))
-
-
 def keys(x):
     """Keys' cubic with a = -1/2."""
     x = abs(x)
@@ -55,25 +54,21 @@ def keys(x):
     return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
 
 
-def resize_line(line, length, mode):
-    """A line resized: area as the mean of parts so small that they divide both lengths, else a filter as wide as the larger of the two pixels."""
+def bicubic_line(line, length):
+    """A line resized by a filter as wide as the larger of the two pixels."""
     size = len(line)
-    if mode == "area" and length <= size:
-        parts = [value for value in line for _ in range(length)]
-        return np.array([sum(parts[i * size : (i + 1) * size]) / size for i in range(length)])
-    kernel = keys if mode == "cubic" else triangle
     stretch = max(size / length, 1.0)
     result = []
     for i in range(length):
         centre = (i + 0.5) * size / length
-        weights = [kernel((j + 0.5 - centre) / stretch) for j in range(size)]
+        weights = [keys((j + 0.5 - centre) / stretch) for j in range(size)]
         result.append(sum(w * v for w, v in zip(weights, line)) / sum(weights))
     return np.array(result)
 
 
-def resize(picture, height, width, mode):
-    wide = np.array([resize_line(row, width, mode) for row in picture])
-    return np.array([resize_line(column, height, mode) for column in wide.T]).T
+def bicubic(picture, height, width):
+    wide = np.array([bicubic_line(row, width) for row in picture])
+    return np.array([bicubic_line(column, height) for column in wide.T]).T
 
 
 def blur_and_subsample(picture, sigma, factor):
@@ -100,7 +95,9 @@ def correlated_covariance(matrix, shares):
     product = np.zeros((3, 3))
     for i in range(3):
         for j in range(3):
-            product[i, j] = (2 / 255) ** 2 * abs(sum(U[k, i] * shares[k] * U[k, j] for k in range(3)))
+            product[i, j] = (2 / 255) ** 2 * abs(
+                sum(U[k, i] * shares[k] * U[k, j] for k in range(3))
+            )
     return product
 
 

@@ -1,7 +1,10 @@
-"""Low-resolution conditions for the upsamplers, spoiled as the paper says: Gaussian blur for 256 (unCLIP App. C), BSR-light for 1024 (LDM, BSRGAN).
+"""Low-resolution conditions for the upsamplers, spoiled as the paper says: Gaussian blur for 256
+(unCLIP App. C), BSR-light for 1024 (LDM, BSRGAN).
 
-The steps work on float32 (3, H, W) in [0, 1] and return a new tensor in [0, 1]; all chance comes from the numpy generator that they are given.
-No step shifts the picture: pixel i of a picture n times smaller lies at the centre of pixels n i .. n i + n - 1, whatever sizes were on the way.
+The steps work on float32 (3, H, W) in [0, 1] and return a new tensor in [0, 1]; all chance comes
+from the numpy generator that they are given. Resizes in BSR-light alias as cv2's do in LDM, which
+is the strongest part of it. No step shifts the picture: pixel i of a picture n times smaller lies
+at the centre of pixels n i .. n i + n - 1, whatever sizes were on the way.
 """
 
 import io
@@ -27,9 +30,11 @@ class DegradationConfig:
     """How the low-resolution condition of an upsampler is spoiled in training."""
 
     kind: Literal["blur", "bsr", "none"] = "blur"
-    """"blur": a Gaussian, for 64 -> 256; "bsr": BSR-light, for 256 -> 1024; "none": antialiased downscaling alone."""
+    """"blur": a Gaussian, for 64 -> 256; "bsr": BSR-light, for 256 -> 1024; "none": antialiased
+    downscaling alone."""
     probability: float | None = None
-    """Share of the conditions that are spoiled, the others are only downscaled. None: 0.5 for blur (Cascaded Diffusion 3.1; unCLIP is silent), 1 for bsr."""
+    """Share of the conditions that are spoiled, the others are only downscaled. None: 0.5 for blur
+    (Cascaded Diffusion 3.1; unCLIP is silent), 1 for bsr."""
     kernel_size: int = 3
     """blur: side of the kernel in pixels, odd."""
     sigma: float = 0.6
@@ -37,31 +42,43 @@ class DegradationConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in PROBABILITY:
-            raise ValueError(f'DegradationConfig does not know the kind "{self.kind}": use "blur", "bsr" or "none".')
+            raise ValueError(
+                f'DegradationConfig does not know the kind "{self.kind}": use "blur", "bsr" or '
+                '"none".'
+            )
         if self.probability is not None and not 0 <= self.probability <= 1:
             raise ValueError(f"DegradationConfig.probability is {self.probability}: give 0 to 1.")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0 or not 0 < self.sigma < math.inf:
-            raise ValueError(f"DegradationConfig needs an odd kernel_size and a sigma above 0: got {self.kernel_size} and {self.sigma}.")
+            raise ValueError(
+                "DegradationConfig needs an odd kernel_size and a sigma above 0: got "
+                f"{self.kernel_size} and {self.sigma}."
+            )
 
 
-def degrade(high_res: Tensor, config: DegradationConfig, generator: np.random.Generator, factor: int = 4) -> Tensor:
-    """(3, H, W) in [-1, 1] -> its low-resolution condition, (3, H / factor, W / factor) in [-1, 1]."""
+def degrade(
+    high_res: Tensor, config: DegradationConfig, generator: np.random.Generator, factor: int = 4
+) -> Tensor:
+    """(3, H, W) in [-1, 1] -> its low-resolution condition, (3, H / factor, W / factor) in
+    [-1, 1]."""
     probability = PROBABILITY[config.kind] if config.probability is None else config.probability
     spoil = config.kind != "none" and generator.random() < probability
     if spoil and config.kind == "bsr":
-        return bsr_light(high_res.float().add(1).div_(2).clamp_(0, 1), generator, factor).mul_(2).sub_(1)
+        image = high_res.float().add(1).div_(2).clamp_(0, 1)
+        return bsr_light(image, generator, factor).mul_(2).sub_(1)
     low_res = downscale(high_res, factor)
     return gaussian_blur(low_res, config.kernel_size, config.sigma) if spoil else low_res
 
 
 def downscale(image: Tensor, factor: int = 4) -> Tensor:
-    """(..., 3, H, W) in [-1, 1] -> (..., 3, H / factor, W / factor) in [-1, 1], antialiased bicubic: the way every low-resolution source is made."""
+    """(..., 3, H, W) in [-1, 1] -> (..., 3, H / factor, W / factor) in [-1, 1], antialiased
+    bicubic: the way every low-resolution source is made."""
     height, width = _target(image, factor)
-    return resize(image.float(), height, width, "cubic").clamp(-1, 1)
+    return bicubic(image.float(), height, width).clamp(-1, 1)
 
 
 def gaussian_blur(image: Tensor, kernel_size: int = 3, sigma: float = 0.6) -> Tensor:
-    """(..., H, W) of any range, mirrored at its borders and convolved with an isotropic Gaussian of odd `kernel_size`."""
+    """(..., H, W) of any range, mirrored at its borders and convolved with an isotropic Gaussian of
+    odd `kernel_size`."""
     taps = gaussian_taps(kernel_size, sigma)
     height, width = image.shape[-2:]
     padded = _mirror_pad(image, kernel_size // 2)
@@ -70,11 +87,15 @@ def gaussian_blur(image: Tensor, kernel_size: int = 3, sigma: float = 0.6) -> Te
 
 
 def bsr_light(image: Tensor, generator: np.random.Generator, factor: int = 4) -> Tensor:
-    """BSR-light of LDM (`bsrgan_light`): (3, H, W) in [0, 1] -> (3, H / factor, W / factor) in [0, 1], all of 8 bit since JPEG is the last step."""
+    """BSR-light of LDM (`bsrgan_light`): (3, H, W) in [0, 1] -> (3, H / factor, W / factor) in
+    [0, 1], all of 8 bit since JPEG is the last step."""
     height, width = _target(image, factor)
     if factor == 4 and generator.random() < 0.25:
-        mode = random_interpolation(generator) if generator.random() < 0.5 else "cubic"
-        image = resize(image, image.shape[-2] // 2, image.shape[-1] // 2, mode).clamp(0, 1)
+        half = image.shape[-2] // 2, image.shape[-1] // 2
+        if generator.random() < 0.5:
+            image = resize(image, *half, random_interpolation(generator)).clamp(0, 1)
+        else:
+            image = bicubic(image, *half).clamp(0, 1)
         factor = 2
     steps: dict[str, Callable[[Tensor], Tensor]] = {
         "blur": lambda x: random_blur(x, generator, factor),
@@ -89,7 +110,8 @@ def bsr_light(image: Tensor, generator: np.random.Generator, factor: int = 4) ->
 
 
 def random_order(generator: np.random.Generator) -> list[str]:
-    """The steps of BSR-light in random order; the two that resize change places where "fit" came before "reduce"."""
+    """The steps of BSR-light in random order; the two that resize change places where "fit" came
+    before "reduce"."""
     steps = ["blur", "reduce", "fit", "noise", "jpeg"]
     order = [steps[i] for i in generator.permutation(len(steps))]
     reduce, fit = sorted((order.index("reduce"), order.index("fit")))
@@ -107,14 +129,17 @@ def random_quality(generator: np.random.Generator) -> int:
 
 
 def random_blur(image: Tensor, generator: np.random.Generator, factor: int) -> Tensor:
-    """Half the time an anisotropic Gaussian of 5 to 14 pixels, else an isotropic one of 5 to 7; a quarter as wide as BSRGAN's.
+    """Half the time an anisotropic Gaussian of 5 to 14 pixels, else an isotropic one of 5 to 7; a
+    quarter as wide as BSRGAN's.
 
-    Even sizes are made odd, for an even kernel shifts the picture by half a pixel; taps beyond 4 standard deviations (10^-4 of the weight) are left out.
+    Even sizes are made odd, for an even kernel shifts the picture by half a pixel; taps beyond 4
+    standard deviations (10^-4 of the weight) are left out.
     """
     if generator.random() < 0.5:
         size, angle = int(generator.integers(2, 12)) + 3, math.pi * generator.random()
         variances = (4 + factor) / 4 * generator.random(2)
-        return anisotropic_blur(image, anisotropic_kernel(_odd_size(size, math.sqrt(variances.max())), angle, *variances))
+        size = _odd_size(size, math.sqrt(variances.max()))
+        return anisotropic_blur(image, anisotropic_kernel(size, angle, *variances))
     size, sigma = int(generator.integers(2, 5)) + 3, (2 + 0.2 * factor) / 4 * generator.random()
     return gaussian_blur(image, _odd_size(size, sigma), sigma)
 
@@ -131,7 +156,8 @@ def random_reduce(image: Tensor, generator: np.random.Generator, factor: int) ->
 def random_mixing(generator: np.random.Generator) -> np.ndarray:
     """(3, K) matrix M from white noise to that of the channels, of covariance M M^T.
 
-    At level 1 or 2 of 255: 40% independent, 40% one grey map; else correlated, with the covariance |U^T D U| times the square of level 2.
+    At level 1 or 2 of 255: 40% independent, 40% one grey map; else correlated, with the covariance
+    |U^T D U| times the square of level 2.
     """
     level, kind = generator.integers(1, 3) / 255, generator.random()
     if kind > 0.6:
@@ -139,44 +165,69 @@ def random_mixing(generator: np.random.Generator) -> np.ndarray:
     if kind < 0.4:
         return level * np.ones((3, 1))
     basis = np.linalg.svd(generator.random((3, 3)))[0]
-    return 2 / 255 * np.linalg.cholesky(np.abs(basis.T @ np.diag(generator.random(3)) @ basis) + 1e-9 * np.eye(3))
+    covariance = np.abs(basis.T @ np.diag(generator.random(3)) @ basis) + 1e-9 * np.eye(3)
+    return 2 / 255 * np.linalg.cholesky(covariance)
 
 
 def gaussian_noise(image: Tensor, mixing: np.ndarray, generator: np.random.Generator) -> Tensor:
     """Add to each pixel the (3, K) `mixing` times K numbers of N(0, 1); clipped to [0, 1]."""
-    quick = torch.Generator().manual_seed(int(generator.integers(2**63)))  # torch draws three times as fast as numpy
+    # torch draws three times as fast as numpy
+    quick = torch.Generator().manual_seed(int(generator.integers(2**63)))
     noise = torch.randn(mixing.shape[1], image[0].numel(), generator=quick)
-    return torch.addmm(image.reshape(3, -1), torch.from_numpy(mixing).float(), noise).reshape(image.shape).clamp(0, 1)
+    noisy = torch.addmm(image.reshape(3, -1), torch.from_numpy(mixing).float(), noise)
+    return noisy.reshape(image.shape).clamp(0, 1)
 
 
 def jpeg(image: Tensor, quality: int) -> Tensor:
     """There and back through an 8-bit JPEG (4:2:0) in memory."""
     file = io.BytesIO()
-    pixels = image.permute(1, 2, 0).clone(memory_format=torch.contiguous_format).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+    pixels = image.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+    pixels = pixels.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
     Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=quality)
     with Image.open(file, formats=("JPEG",)) as decoded:
-        return torch.from_numpy(np.asarray(decoded).transpose(2, 0, 1).astype(np.float32, order="C")).div_(255)
+        levels = np.asarray(decoded).transpose(2, 0, 1).astype(np.float32, order="C")
+    return torch.from_numpy(levels).div_(255)
 
 
 def anisotropic_blur(image: Tensor, kernel: np.ndarray) -> Tensor:
-    """(C, H, W) mirrored at its borders and convolved with a (K, K) kernel of odd K that looks the same from behind."""
-    weight = torch.from_numpy(kernel).to(image.dtype)[None, None].expand(len(image), 1, *kernel.shape)
-    return F.conv2d(_mirror_pad(image, len(kernel) // 2)[None], weight, groups=len(image))[0].clamp(0, 1)
+    """(C, H, W) mirrored at its borders and convolved with a (K, K) kernel of odd K that looks the
+    same from behind."""
+    weight = torch.from_numpy(kernel).to(image.dtype)
+    weight = weight[None, None].expand(len(image), 1, *kernel.shape)
+    padded = _mirror_pad(image, len(kernel) // 2)
+    return F.conv2d(padded[None], weight, groups=len(image))[0].clamp(0, 1)
 
 
 def blur_and_subsample(image: Tensor, sigma: float, factor: int) -> Tensor:
-    """Gaussian blur with a kernel moved by (factor - 1) / 2 pixels, then every `factor`-th pixel from the first: so nothing shifts."""
+    """Gaussian blur with a kernel moved by (factor - 1) / 2 pixels, then every `factor`-th pixel
+    from the first: so nothing shifts."""
     height, width = image.shape[-2:]
-    return _shifted_gaussian(height, factor, sigma) @ (image @ _shifted_gaussian(width, factor, sigma).T)
+    narrow = image @ _shifted_gaussian(width, factor, sigma).T
+    return _shifted_gaussian(height, factor, sigma) @ narrow
 
 
 def resize(image: Tensor, height: int, width: int, mode: str) -> Tensor:
-    """(..., C, H, W) -> (..., C, height, width), antialiased: linear, cubic (a = -0.5, overshoots) or area (exact; linear where it enlarges)."""
-    if mode == "area" and height <= image.shape[-2] and width <= image.shape[-1]:
-        return _area(image.shape[-2], height) @ (image @ _area(image.shape[-1], width).T)
-    batch = image.reshape(-1, *image.shape[-3:])
+    """(C, H, W) -> (C, height, width) as `cv2.resize` makes it, without antialiasing.
+
+    Modes: linear; cubic (a = -0.75, overshoots); area (the mean of the pixels' shares; where a side
+    grows, linear within them).
+    """
+    if mode == "area":
+        shrinks = height <= image.shape[-2] and width <= image.shape[-1]
+        weights = _area if shrinks else _area_enlarged
+        return weights(image.shape[-2], height) @ (image @ weights(image.shape[-1], width).T)
     method = "bicubic" if mode == "cubic" else "bilinear"
-    return F.interpolate(batch, (height, width), mode=method, antialias=True, align_corners=False).reshape(*image.shape[:-2], height, width)
+    return F.interpolate(image[None], (height, width), mode=method, align_corners=False)[0]
+
+
+def bicubic(image: Tensor, height: int, width: int) -> Tensor:
+    """(..., C, H, W) -> (..., C, height, width), antialiased (a = -0.5, overshoots), as
+    Pillow's."""
+    batch = image.reshape(-1, *image.shape[-3:])
+    small = F.interpolate(
+        batch, (height, width), mode="bicubic", antialias=True, align_corners=False
+    )
+    return small.reshape(*image.shape[:-2], height, width)
 
 
 def gaussian_taps(size: int, sigma: float) -> np.ndarray:
@@ -186,7 +237,8 @@ def gaussian_taps(size: int, sigma: float) -> np.ndarray:
 
 
 def anisotropic_kernel(size: int, angle: float, variance1: float, variance2: float) -> np.ndarray:
-    """(size, size) weights [y, x] of sum 1 of a Gaussian with `variance1` along `angle` (radians from x towards y) and `variance2` across."""
+    """(size, size) weights [y, x] of sum 1 of a Gaussian with `variance1` along `angle` (radians
+    from x towards y) and `variance2` across."""
     x = np.arange(size) - size // 2
     along = math.cos(angle) * x + math.sin(angle) * x[:, None]
     across = math.cos(angle) * x[:, None] - math.sin(angle) * x
@@ -202,7 +254,10 @@ def _odd_size(size: int, sigma: float) -> int:
 def _target(image: Tensor, factor: int) -> tuple[int, int]:
     height, width = image.shape[-2:]
     if image.shape[-3] != 3 or height % factor or width % factor or not (height and width):
-        raise ValueError(f"A picture of shape {tuple(image.shape)} cannot be made {factor} times smaller: give (3, H, W) with H and W multiples of {factor}.")
+        raise ValueError(
+            f"A picture of shape {tuple(image.shape)} cannot be made {factor} times smaller: "
+            f"give (3, H, W) with H and W multiples of {factor}."
+        )
     return height // factor, width // factor
 
 
@@ -218,7 +273,8 @@ def _mirror_pad(image: Tensor, pad: int) -> Tensor:
         return F.pad(image, (pad, pad, pad, pad), mode="reflect")
     for dim in (-2, -1):
         size = image.shape[dim]
-        image = image.index_select(dim, torch.from_numpy(_mirrored(np.arange(-pad, size + pad), size)))
+        index = torch.from_numpy(_mirrored(np.arange(-pad, size + pad), size))
+        image = image.index_select(dim, index)
     return image
 
 
@@ -238,12 +294,29 @@ def _area(size: int, smaller: int) -> Tensor:
     return torch.from_numpy(overlap.clip(0) * (smaller / size)).float()
 
 
+@lru_cache(maxsize=64)
+def _area_enlarged(size: int, larger: int) -> Tensor:
+    """(larger, size): cv2's weights for area where a side grows. A pixel inside one of the old ones
+    has its colour, one across a border mixes two by their shares."""
+    factor = larger / size
+    new = np.arange(larger)
+    old = np.floor(new * (1 / factor)).astype(int)
+    share = (new + 1 - (old + 1) * factor).astype(np.float32)  # cv2's precision: 1 - 1e-15 is 1
+    share = np.where(share <= 0, 0, share - np.floor(share))
+    matrix = np.zeros((larger, size))
+    np.add.at(matrix, (new, old.clip(max=size - 1)), 1 - share)
+    np.add.at(matrix, (new, (old + 1).clip(max=size - 1)), share)
+    return torch.from_numpy(matrix).float()
+
+
 def _shifted_gaussian(size: int, factor: int, sigma: float) -> Tensor:
-    """(size / factor, size): a Gaussian around the centre of each block of `factor` pixels, mirrored at the borders, in float32."""
+    """(size / factor, size): a Gaussian around the centre of each block of `factor` pixels,
+    mirrored at the borders, in float32."""
     centres = np.arange(0, size, factor)[:, None] + (factor - 1) / 2
     pixels = np.floor(centres) + np.arange(-SHIFTED_RADIUS, SHIFTED_RADIUS + 2)
     distance = pixels - centres
     weights = np.exp(-0.5 * (distance / sigma) ** 2) * (np.abs(distance) <= SHIFTED_RADIUS)
     matrix = np.zeros((len(centres), size))
-    np.add.at(matrix, (np.arange(len(centres))[:, None], _mirrored(pixels.astype(int), size)), weights / weights.sum(1, keepdims=True))
+    rows, columns = np.arange(len(centres))[:, None], _mirrored(pixels.astype(int), size)
+    np.add.at(matrix, (rows, columns), weights / weights.sum(1, keepdims=True))
     return torch.from_numpy(matrix).float()
