@@ -121,7 +121,7 @@ def main() -> None:
     for loaded in bar:
         batch = data.on_before_batch_transfer(loaded, 0)
         low_res, image = batch["low_res"].to(given.device), batch["image"].to(given.device)
-        bicubic = stage.enlarged(low_res)
+        bicubic = stage.enlarged(low_res).clamp(-1, 1)
         drawn = stage.sample({"low_res": low_res}, Noise([given.start + images]))
         for name, made in {"bicubic": bicubic, "drawn": drawn}.items():
             values = {

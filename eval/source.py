@@ -30,7 +30,7 @@ from eval.folders import MAX_BAD_RATE, Batch, Pictures, Source
 from unclip_pl import __version__
 from unclip_pl.atomic import atomic_file, cache_dir, remove_leftovers
 from unclip_pl.clip import FrozenCLIP
-from unclip_pl.commands.common import chosen
+from unclip_pl.commands.common import SPACING, chosen, spacing
 from unclip_pl.errors import UserError
 from unclip_pl.images import from_pil, to_pil
 from unclip_pl.pipeline import CONDITIONS, DEFAULT_DECODER, DEFAULT_PRIORS, DEFAULT_UPSAMPLERS, Condition, UnCLIP, read_weights
@@ -190,10 +190,12 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """The settings of decoder and prior."""
     parser.add_argument("--sampler", choices=["ddpm", "ddim", "dpm_solver_pp"], help="by default the decoder's own")
-    parser.add_argument("--steps", type=int, help="sampling steps; by default the decoder's own")
+    parser.add_argument("--steps", type=spacing, help=f"{SPACING}; by default the decoder's own")
     parser.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1")
     parser.add_argument("--prior-guidance-scale", type=float, help="by default the prior's own")
-    parser.add_argument("--prior-steps", type=int, help="sampling steps of a diffusion prior; by default its own")
+    parser.add_argument(
+        "--prior-steps", type=spacing, help=f"{SPACING} of a diffusion prior; by default its own"
+    )
     parser.add_argument("--prior-sampler", choices=["analytic", "ddpm", "ddim", "dpm_solver_pp"], help="of a diffusion prior; by default its own")
 
 

@@ -18,7 +18,7 @@ from eval.judge import Judge, pictures_of, shown
 from eval.metrics import frechet_key
 from eval.source import Model, add_drawing, weights_of
 from unclip_pl.atomic import atomic_file
-from unclip_pl.commands.common import chosen
+from unclip_pl.commands.common import SPACING, chosen, spacing
 from unclip_pl.errors import UserError
 from unclip_pl.images import grid, save_png
 from unclip_pl.pipeline import CONDITIONS, DEFAULT_DECODER, DEFAULT_PRIORS
@@ -38,7 +38,7 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument("--reference", help="real pictures, a folder or shards; by default the captions' own")
     made.add_argument("--guidance-scale", type=float, help="while steps and samplers are swept; by default the decoder's own")
     made.add_argument("--guidance-scales", type=float, nargs="*", default=[1.0, 1.25, 1.5, 2.0, 3.0, 4.0], help="none: they are not swept")
-    made.add_argument("--sweep-steps", type=int, nargs="*", default=[], help="numbers of sampling steps")
+    made.add_argument("--sweep-steps", type=spacing, nargs="*", default=[], help=SPACING)
     made.add_argument("--sweep-samplers", nargs="*", default=[], choices=["ddpm", "ddim", "dpm_solver_pp"], help="samplers, each with all of --sweep-steps")
     add_features(made)
     made.add_argument("--score-clip", default="openmoji", help="which CLIP scores: openmoji (the embedded one), NAME/TAG of open_clip, local-dir:/folder")
@@ -55,11 +55,18 @@ def points(given: argparse.Namespace, decoder: Decoder) -> dict[str, list[Sampli
     curves = {"guidance": [point(guidance_scale=float(scale)) for scale in sorted(set(given.guidance_scales))]}
     samplers = given.sweep_samplers or ([own.sampler] if given.sweep_steps else [])
     for sampler in samplers:
-        curves[sampler] = [point(sampler=sampler, steps=steps) for steps in sorted(set(given.sweep_steps or [own.steps]))]
+        spacings = dict.fromkeys(given.sweep_steps or [own.steps])
+        curve = [point(sampler=sampler, steps=steps) for steps in spacings]
+        curves[sampler] = sorted(curve, key=lambda sampling: count_steps(decoder, sampling))
     found = {name: curve for name, curve in curves.items() if curve}
     if not found:
         raise UserError("There is nothing to sweep: give --guidance-scales, --sweep-steps or --sweep-samplers.")
     return found
+
+
+def count_steps(decoder: Decoder, sampling: SamplingConfig) -> int:
+    """How many steps the settings take: where their point stands on the axis."""
+    return len(decoder.process.schedule.respaced(sampling.steps))
 
 
 def arm_of(given: argparse.Namespace, captions: Sequence[Caption], model: Model) -> Arm:
@@ -104,7 +111,10 @@ def run(given: argparse.Namespace) -> Figures:
         for sampling in curve:
             source = arm.drawn(given.out / "samples" / place(sampling), sampling, rank=rank(), world_size=world_size())
             figures = judge.figures(real, judge.look(source.batches(given.batch_size)), text)
-            results.setdefault(name, []).append(asdict(sampling) | figures)
+            settings_of_point = asdict(sampling) | {
+                "step_count": count_steps(model.unclip.decoder, sampling)
+            }
+            results.setdefault(name, []).append(settings_of_point | figures)
             drawn[f"{sampling.sampler} {sampling.steps}, {sampling.guidance_scale:g}"] = source
             rows.append(row(sampling, figures))
     settings = {
@@ -120,7 +130,8 @@ def run(given: argparse.Namespace) -> Figures:
 
 def place(sampling: SamplingConfig) -> str:
     """The name of a point's folder."""
-    return f"{sampling.sampler}-{sampling.steps}-{sampling.guidance_scale:g}"
+    steps = str(sampling.steps).replace(" ", "")
+    return f"{sampling.sampler}-{steps}-{sampling.guidance_scale:g}"
 
 
 def row(sampling: SamplingConfig, figures: Figures) -> list[str]:
@@ -144,7 +155,7 @@ def write(out: Path, results: dict[str, list[Figures]], rows: list[list[str]], s
     for figure, said in titles.items():
         for x, axis, series in (
             ("guidance", "guidance scale", {"guidance": [(one["guidance_scale"], one[figure]) for one in guidance]} if guidance else {}),
-            ("steps", "sampling steps", {name: [(one["steps"], one[figure]) for one in curve] for name, curve in samplers.items()}),
+            ("steps", "sampling steps", {name: [(one["step_count"], one[figure]) for one in curve] for name, curve in samplers.items()}),
         ):
             if not series:
                 continue

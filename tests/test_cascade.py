@@ -261,6 +261,20 @@ def test_exif_aspect_ratio_and_names(releases, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("given", "steps", "total"), [("fast27", "'fast27'", 27), ("1,2", "(1, 2)", 3)]
+)
+def test_steps_by_name_and_by_section_are_drawn_and_counted(
+    given, steps, total, releases, tmp_path, capsys
+):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    given = ["--steps", given]
+    assert drawn_by_upsample(tmp_path / "a.png", releases, tmp_path / "out", *given) == 0
+    with Image.open(tmp_path / "out" / "a-16x16.png") as image:
+        assert f"steps={steps}" in image.text["unclip"]
+    assert f"{total}/{total}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["upsample", "gone.png"], "There is no picture gone.png"),
@@ -271,6 +285,8 @@ def test_exif_aspect_ratio_and_names(releases, tmp_path, capsys):
         (["upsample", "here.png", "--upsampler-256", "1024"], "from 256 to 1024 pixels cannot follow"),
         (["upsample", "here.png", "--upsampler-256", "decoder"], "holds a Decoder, and a Upsampler256 or Upsampler1024 is needed"),
         (["upsample", "here.png", "--steps", "0"], "--steps is 0"),
+        (["upsample", "here.png", "--steps", "fast28"], '--steps is fast28, and respacing'),
+        (["upsample", "here.png", "--steps", "2,0"], "--steps is (2, 0), and section 1"),
         (["upsample", "here.png", "--offload", "--device", "cpu"], "--offload lets stages wait"),
         (["upsample", "here.png", "--device", "nothing"], "There is no device nothing"),
         (["upsample", "here.png", "--out", "text.png/out"], "cannot be used"),

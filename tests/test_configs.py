@@ -286,6 +286,29 @@ def test_impossible_value_is_one_sentence(capsys):
     assert "lr" in error and "\n" not in error
 
 
+@pytest.mark.parametrize("stage", ["decoder", "diffusion_prior", "upsampler_256", "upsampler_1024"])
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [("30", 30), ("fast27", "fast27"), ("[10, 10, 3]", (10, 10, 3)), ("ddim25", "ddim25")],
+)
+def test_steps_are_a_number_sections_or_a_name(stage, given, steps, tmp_path):
+    overlay = tmp_path / "steps.yaml"
+    overlay.write_text(f"model: {{init_args: {{sampling: {{steps: {given}}}}}}}\n")
+    for more in (("-c", str(overlay)), ("--model.sampling.steps", given)):
+        with torch.device("meta"):
+            cli = build("-c", f"stages/{stage}.yaml", *more)
+        assert cli.model.sampling.steps == steps
+
+
+@pytest.mark.parametrize("steps", ["fast28", "2.5", "[]", "[10, 0]", "ddim", "[1200, 1]", "ddim64"])
+def test_steps_that_are_none_are_one_sentence(steps, capsys):
+    flags = ["--model.sampling.steps", steps, "--trainer.accelerator", "cpu"]
+    assert main(["fit", "-c", "stages/upsampler_256.yaml", *flags]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("lightning: ") and "steps" in error and "Traceback" not in error
+    assert re.search(r"give|ask for|write", error), error
+
+
 @pytest.mark.parametrize(
     ("flag", "said"),
     [

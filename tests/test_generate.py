@@ -98,12 +98,14 @@ def test_priors_of_the_package_are_small_and_have_cards():
 def test_generate_writes_pictures_named_by_prompt_and_seed(folder, tmp_path, capsys):
     (tmp_path / "more.txt").write_text("\ufeffbicycle\n\n", encoding="utf-8")
     arguments = ["generate", PROMPTS[0], "--file", str(tmp_path / "more.txt"), "--decoder", str(folder), "--num-images", "2", "--seed", "7"]
+    arguments += ["--steps", "2,1"]
     assert app.main([*arguments, "--prior-steps", "3", "--guidance-scale", "2", "--batch-size", "3", "--grid", "--out", str(tmp_path / "out")]) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["bicycle-7.png", "bicycle-8.png", "grid.png", "woman-firefighter-dark-skin-tone-7.png", "woman-firefighter-dark-skin-tone-8.png"]
     with Image.open(tmp_path / "out" / "bicycle-8.png") as image:
         assert image.size == (16, 16) and image.text["prompt"] == "bicycle" and image.text["seed"] == "8"
         assert "guidance_scale=2.0" in image.text["unclip"] and "steps=3" in image.text["unclip"]
+        assert "steps=(2, 1)" in image.text["unclip"]
     assert "grid.png" in capsys.readouterr().out
 
 
@@ -146,6 +148,7 @@ def test_a_prompt_that_is_too_long_is_drawn_and_what_was_cut_is_named(folder, tm
         (["apple", "--steps", "0"], "--steps is 0"),
         (["apple", "--steps", "1001"], "--steps is 1001"),
         (["apple", "--prior-steps", "1001"], "--prior-steps is 1001"),
+        (["apple", "--prior-steps", "fast28"], "--prior-steps is fast28, and respacing"),
         (["apple", "--guidance-scale", "0.5"], "--guidance-scale is 0.5"),
         (["apple", "--prior-guidance-scale", "0"], "--prior-guidance-scale is 0.0"),
         (["apple", "--prior", "gone.ckpt"], "There is no checkpoint gone.ckpt"),

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from unclip_pl import manipulate
@@ -274,12 +275,28 @@ def test_distance_grows_with_strength(gaussian):
         image_to_image(gaussian, None, range(8), images=images, strength=1.1)
 
 
-def test_a_latent_comes_back_from_its_file(unclip, tmp_path):
-    latent = invert(unclip, pictures(), 4)
+@pytest.mark.parametrize("steps", [4, (2, 1), "ddim4"])
+def test_a_latent_comes_back_from_its_file(unclip, tmp_path, steps):
+    latent = invert(unclip, pictures(), steps)
     latent.save(tmp_path / "a.safetensors", unclip)
     found = Latent.load(tmp_path / "a.safetensors", unclip)
-    assert torch.equal(found.x_T, latent.x_T) and torch.equal(found.image_embed, latent.image_embed) and found.steps == 4
+    assert torch.equal(found.x_T, latent.x_T) and torch.equal(found.image_embed, latent.image_embed) and found.steps == steps
     assert load_file(tmp_path / "a.safetensors").keys() == {"x_T", "image_embed"}
+
+
+def test_a_latent_does_not_name_settings_that_do_not_change_it(unclip, tmp_path):
+    """So that files stay of use when the diffusion process gets a new setting."""
+    path = tmp_path / "a.safetensors"
+    invert(unclip, pictures(), 2).save(path, unclip)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    assert set(json.loads(header["model"])["schedule"]) == {
+        "schedule",
+        "timesteps",
+        "parametrization",
+        "variance",
+    }
+    assert header["steps"] == "2"
 
 
 def test_a_latent_of_another_model_is_refused(unclip, tmp_path):
@@ -292,8 +309,6 @@ def test_a_latent_of_another_model_is_refused(unclip, tmp_path):
     linear.decoder.process = Process(DiffusionConfig(schedule="linear", parametrization="v"))
     with pytest.raises(UserError, match="its schedule differ"):
         Latent.load(path, linear)
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         header = file.metadata()
     model = json.loads(header["model"])

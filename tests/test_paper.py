@@ -104,7 +104,7 @@ TABLE_3 = {
         f"{NET}.mults": [1, 2, 3, 4],
         f"{NET}.dropout": 0.1,
         **{f"{NET}.attention": [], f"{NET}.middle_attention": False},
-        **diffusion("cosine", 27, "ddim", "fixed_small"),
+        **diffusion("cosine", "fast27", "ddim", "fixed_small"),
         "data.image_size": 256,
         "data.crop": 64,  # a quarter
         "data.degradation.kind": "blur",

@@ -151,6 +151,20 @@ def test_training_starts_from_the_weights_of_a_release_or_checkpoint_and_from_no
         start_from(decoder, pipeline.DEFAULT_PRIORS["diffusion"])
 
 
+def test_training_starts_from_weights_that_are_older_than_a_setting(decoder, tmp_path):
+    """A setting of the diffusion process that they do not name has its default in them."""
+    older = dict(decoder.hparams)
+    older["diffusion"] = dict(older["diffusion"])
+    del older["diffusion"]["variance_bound"]
+    release.write(
+        tmp_path / "old", Release("Decoder", older, None, decoder.state_dict(), 1), "# a card\n"
+    )
+    start_from(Decoder(**dict(decoder.hparams)), tmp_path / "old")
+    unbound = DiffusionConfig(parametrization="v", variance_bound=None)
+    with pytest.raises(UserError, match="was trained with model.diffusion"):
+        start_from(Decoder(**dict(decoder.hparams) | {"diffusion": unbound}), tmp_path / "old")
+
+
 def test_vary_writes_pictures_with_their_settings(folder, tmp_path, capsys):
     Image.new("RGBA", (90, 40), (200, 30, 30, 255)).save(tmp_path / "red.png")
     arguments = ["vary", str(tmp_path / "red.png"), "--decoder", str(folder), "--num-images", "2", "--seed", "5", "--out", str(tmp_path / "out")]

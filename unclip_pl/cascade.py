@@ -152,7 +152,7 @@ class Cascade:
         height, width = (stage.factor * side for side in images.shape[-2:])
         size = self._at_once(height, width)
         parts = range(0, len(images), size)
-        steps = (sampling or stage.sampling).steps * len(parts)
+        steps = stage.count_steps(sampling) * len(parts)
         offset = SEEDS * (3 if isinstance(stage, Upsampler1024) else 1)
         done, drawn = 0, []
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from unclip_pl.diffusion.guidance import repainted
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.samplers import SAMPLERS
-from unclip_pl.diffusion.schedule import Schedule
+from unclip_pl.diffusion.schedule import Schedule, Spacing, check_spacing
 from unclip_pl.errors import UserError
 from unclip_pl.pipeline import Callback, UnCLIP
 from unclip_pl.stages.decoder import SamplingConfig
@@ -33,6 +33,8 @@ FORMAT = 1
 INVERSION_STEPS = 50
 AGAIN = 0.3
 """Share of the steps that inpainting repeats in each of its further rounds."""
+SCHEDULE_FIELDS = ("schedule", "timesteps", "parametrization", "variance")
+"""Of the diffusion settings, those that a latent's file names; the others do not change a latent."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Latent:
     """z_i (B, D) as CLIP gives it."""
     x_T: Tensor
     """(B, 3, H, W), where the decoder's DDIM starts."""
-    steps: int
-    """Of the inversion; as many draw the picture again."""
+    steps: Spacing
+    """Of the inversion; the same draw the picture again."""
 
     def __len__(self) -> int:
         return len(self.x_T)
@@ -57,7 +59,7 @@ class Latent:
     def save(self, path: str | os.PathLike, unclip: UnCLIP) -> None:
         """Write a safetensors file that also says of which CLIP, decoder and noise schedule it is."""
         model = {"clip_fingerprint": unclip.clip.fingerprint(), **decoder_identity(unclip)}
-        header = {"format": str(FORMAT), "unclip_pl": __version__, "steps": str(self.steps), "model": json.dumps(model)}
+        header = {"format": str(FORMAT), "unclip_pl": __version__, "steps": json.dumps(self.steps), "model": json.dumps(model)}
         tensors = {"image_embed": self.image_embed.cpu().contiguous(), "x_T": self.x_T.cpu().contiguous()}
         with atomic_file(path) as file:
             file.write(save(tensors, header))
@@ -74,7 +76,9 @@ class Latent:
                 header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in ("image_embed", "x_T")}
             if int(header["format"]) > FORMAT:
                 raise UserError(f"The latent {path} has format {header['format']} and this version reads up to {FORMAT}: update unclip_pl.")
-            model, steps = json.loads(header["model"]), int(header["steps"])
+            model, steps = json.loads(header["model"]), json.loads(header["steps"])
+            steps = tuple(steps) if isinstance(steps, list) else steps
+            check_spacing(steps, "A latent's decoder")
             require_same(model.pop("clip_fingerprint"), unclip.clip.fingerprint(), f"The latent {path}")
         except FileNotFoundError:
             raise UserError(f"There is no latent {path}.") from None
@@ -91,17 +95,18 @@ def decoder_identity(unclip: UnCLIP) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name, tensor in sorted(unclip.decoder.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().half().contiguous().numpy().tobytes())
-    return {"schedule": asdict(unclip.decoder.process.config), "weights": digest.hexdigest()}
+    schedule = {name: getattr(unclip.decoder.process.config, name) for name in SCHEDULE_FIELDS}
+    return {"schedule": schedule, "weights": digest.hexdigest()}
 
 
-def deterministic(unclip: UnCLIP, steps: int, **other: Any) -> SamplingConfig:
+def deterministic(unclip: UnCLIP, steps: Spacing, **other: Any) -> SamplingConfig:
     """How an inversion and its way back walk: DDIM at eta 0, no guidance and no threshold, both of which would leave the inverted path."""
     settings: dict[str, Any] = {"sampler": "ddim", "steps": steps, "eta": 0.0, "guidance_scale": 1.0, "threshold": None}
     return replace(unclip.decoder.sampling, **settings | other)
 
 
 def invert(
-    unclip: UnCLIP, images: Tensor, steps: int = INVERSION_STEPS, callback: Callback | None = None, image_embed: Tensor | None = None
+    unclip: UnCLIP, images: Tensor, steps: Spacing = INVERSION_STEPS, callback: Callback | None = None, image_embed: Tensor | None = None
 ) -> Latent:
     """(z_i, x_T) of pictures: z_i from CLIP, x_T by DDIM inversion with the decoder conditioned on z_i (ADM appendix F, its steps solved implicitly).
 
@@ -188,7 +193,10 @@ def interpolate(
     numbers of steps, which makes different latents.
     """
     if a.steps != b.steps:
-        raise UserError(f"One of the latents was inverted in {a.steps} steps and the other in {b.steps}: invert both in as many.")
+        raise UserError(
+            f"One of the latents was inverted in {a.steps} steps and the other in {b.steps}: "
+            "invert both in the same."
+        )
     embed = slerp(a.image_embed, b.image_embed, theta)
     x_T = slerp(a.x_T, b.x_T, theta) if seed is None else Noise([seed])(a.x_T.shape[1:], unclip.device).expand_as(a.x_T)
     seeds = [seed or 0] * len(theta)

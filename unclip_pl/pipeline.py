@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -21,7 +22,7 @@ from unclip_pl.cascade import (
 )
 from unclip_pl.clip import CLIPConfig, FrozenCLIP, require_same, tokenize_bpe
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.diffusion.process import Predict
+from unclip_pl.diffusion.process import DiffusionConfig, Predict
 from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.errors import UserError
 from unclip_pl.networks.long_text import own_length
@@ -29,7 +30,7 @@ from unclip_pl.networks.renamed import rename
 from unclip_pl.precision import Precision, usable
 from unclip_pl.release import Release
 from unclip_pl.stages.ar_prior import ARPrior
-from unclip_pl.stages.base import Stage
+from unclip_pl.stages.base import Stage, as_config, plain
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.stages.upsampler import Upsampler, Upsampler256, Upsampler1024, UpsamplingConfig
@@ -53,18 +54,29 @@ Callback = Callable[[int, int], Any]
 def read_weights(path: str | os.PathLike) -> Release:
     """A release folder, or a Lightning checkpoint (a file or a folder of shards) as one: its EMA weights, hyperparameters and CLIP fingerprint."""
     if Path(path).is_dir() and not (Path(path) / META).exists():
-        return release.read(path)
+        weights = release.read(path)
+        return replace(weights, hyper_parameters=completed(weights.stage, weights.hyper_parameters))
     checkpoint = read_checkpoint(path, target=whole("state_dict"))
     missing = [key for key in ("stage", "hyper_parameters", "state_dict") if key not in checkpoint]
     if missing:
         raise UserError(f"{path} is no checkpoint of a stage of ours ({', '.join(missing)} missing): give a .ckpt of `lightning fit` or a release.")
     return Release(
         checkpoint["stage"],
-        checkpoint["hyper_parameters"],
+        completed(checkpoint["stage"], checkpoint["hyper_parameters"]),
         checkpoint.get("clip_fingerprint"),
         rename(checkpoint["stage"], checkpoint["state_dict"]),
         checkpoint["global_step"],
     )
+
+
+def completed(stage: str, hyper_parameters: dict) -> dict:
+    """Hyperparameters with those that older weights do not name, as they were trained."""
+    found = dict(hyper_parameters)
+    if stage in (Upsampler256.__name__, Upsampler1024.__name__):
+        found.setdefault("clamp_condition", True)
+    if "diffusion" in found:
+        found["diffusion"] = plain(as_config(DiffusionConfig, found["diffusion"]))
+    return found
 
 
 def load_stage(path: str | os.PathLike, *kinds: type[Kind]) -> Kind:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.oracles import diffusion as oracle
-from unclip_pl.diffusion.process import VARIANCE_BOUND, DiffusionConfig, Process
+from unclip_pl.diffusion.process import DiffusionConfig, Process
 
 KINDS = ["eps", "x0", "v"]
 SHAPES = [(6, 3, 4, 4), (6, 8)]
@@ -74,17 +74,39 @@ def test_steps_of_another_process_are_refused():
         process.adapt(lambda x, t: x, Process(DiffusionConfig(schedule="linear")).schedule.respaced(10))
 
 
-def test_variance_is_bounded_and_can_come_back():
-    process = Process(DiffusionConfig())
+@pytest.mark.parametrize("bound", [2.0, 1.0])
+def test_variance_is_bounded_and_can_come_back(bound):
+    process = Process(DiffusionConfig(variance_bound=bound))
     t = torch.full((4,), 300)
     v = torch.tensor([[-50.0], [50.0], [float("inf")], [0.3]], requires_grad=True)
     log_var = process.log_variance(v, t, 2)
-    edges = process.log_variance(torch.tensor([[-VARIANCE_BOUND], [VARIANCE_BOUND]]), t[:2], 2)
+    edges = process.log_variance(torch.tensor([[-bound], [bound]]), t[:2], 2)
     torch.testing.assert_close(log_var[:3], edges[[0, 1, 1]])
     (toward_larger,) = torch.autograd.grad(-log_var.sum(), v, retain_graph=True)
     (toward_smaller,) = torch.autograd.grad(log_var.sum(), v)
     assert [g != 0 for g in toward_larger.flatten().tolist()] == [True, False, False, True]
     assert [g != 0 for g in toward_smaller.flatten().tolist()] == [False, True, True, True]
+
+
+def test_without_a_bound_the_variance_of_any_v_is_that_of_the_formula():
+    """Weights that were trained without one, such as Karlo's, give |v| > 2 too, and draw with it."""
+    process = Process(DiffusionConfig(variance_bound=None))
+    low, high = process.schedule.posterior_log_variance[300], process.schedule.betas[300].log()
+    v = torch.tensor([[-7.0], [-2.5], [0.3], [2.5], [7.0]], requires_grad=True)
+    log_var = process.log_variance(v, torch.full((5,), 300), 2)
+    expected = (v.double() + 1) / 2 * high + (1 - v.double()) / 2 * low
+    torch.testing.assert_close(log_var.double(), expected, rtol=1e-5, atol=0)
+    predict = process.adapt(lambda x, t: torch.cat([x, v.detach()], 1))
+    seen = predict(torch.zeros(5, 1), torch.full((5,), 300)).log_var
+    torch.testing.assert_close(seen, log_var.detach())
+    (gradient,) = torch.autograd.grad(log_var.sum(), v)
+    assert gradient.unique().numel() == 1 and gradient[0] != 0
+
+
+@pytest.mark.parametrize("bound", [0.5, -2.0, float("nan")])
+def test_a_bound_that_cuts_between_beta_and_btilde_is_refused(bound):
+    with pytest.raises(ValueError, match="variance_bound is .*: give 1"):
+        DiffusionConfig(variance_bound=bound)
 
 
 def test_tables_stay_float32_and_right_under_casts_and_meta():

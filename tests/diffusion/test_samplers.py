@@ -78,7 +78,7 @@ def test_ddpm_agrees_with_diffusers(schedule_name, theirs, variance, channels):
     scheduler.set_timesteps(timesteps=list(positions[::-1]))
     x = walk(scheduler, scheduler.timesteps, start(1), torch.Generator().manual_seed(5), channels=channels)
     process = Process(DiffusionConfig(schedule=schedule_name, variance=variance))
-    schedule = process.schedule.respaced(positions)
+    schedule = process.schedule.at(positions)
     predict = process.adapt(lambda x, t: network(x, t)[:, :channels], schedule)
     ours = ddpm(predict, start(1), schedule, noise=Noise([5]))
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
@@ -94,7 +94,7 @@ def test_ddim_agrees_with_diffusers(kind, theirs, eta):
     for t in scheduler.timesteps:
         x = scheduler.step(network(x, t.view(1))[:, :3], t, x, eta=eta, generator=generator).prev_sample
     process = Process(DiffusionConfig(schedule="linear", parametrization=kind, variance="fixed_small"))
-    schedule = process.schedule.respaced(tuple(range(0, 1000, 20)))
+    schedule = process.schedule.at(tuple(range(0, 1000, 20)))
     ours = ddim(process.adapt(lambda x, t: network(x, t)[:, :3], schedule), start(1), schedule, noise=Noise([5]), eta=eta)
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
 
@@ -107,7 +107,7 @@ def test_dpm_solver_agrees_with_diffusers(steps):
     scheduler.set_timesteps(steps)
     x = walk(scheduler, scheduler.timesteps, start(1), None, channels=3)
     process = Process(DiffusionConfig(schedule="linear", variance="fixed_small"))
-    schedule = process.schedule.respaced(tuple(int(t) for t in reversed(scheduler.timesteps)))
+    schedule = process.schedule.at(tuple(int(t) for t in reversed(scheduler.timesteps)))
     ours = dpm_solver_pp(process.adapt(lambda x, t: network(x, t)[:, :3], schedule), start(1), schedule)
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
 
@@ -145,8 +145,9 @@ def moments_error(name, eta, schedule, steps, size):
         abar = process.schedule.alphas_cumprod
         lam = (abar / (1 - abar)).log()
         even = torch.linspace(lam[0], lam[-1], 20, dtype=torch.float64)
-        steps = tuple(sorted({int((lam - value).abs().argmin()) for value in even}))
-    respaced = process.schedule.respaced(steps)
+        respaced = process.schedule.at(sorted({int((lam - value).abs().argmin()) for value in even}))
+    else:
+        respaced = process.schedule.respaced(steps)
     drawn = SAMPLERS[name](best_denoiser(process), whitened(size), respaced, noise=OneStream(), eta=eta)
     return (drawn.mean(0) - MEAN).abs().max().item(), (drawn.T.cov() - COVARIANCE).abs().max().item()
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.oracles import diffusion as oracle
-from unclip_pl.diffusion.schedule import Schedule, cosine_betas, linear_betas
+from unclip_pl.diffusion.schedule import Schedule, check_spacing, cosine_betas, linear_betas
 
 
 def test_cosine_has_the_known_values():
@@ -63,12 +63,21 @@ def test_posterior_weights_are_those_of_bayes_rule_after_respacing(steps):
         ("ddim250", [0, 4, 8], [992, 996], 250),
         (1, [999], [999], 1),
         ([2, 3], [0, 499, 500], [750, 999], 5),
-        ((3, 40, 999), [3, 40], [40, 999], 3),
+        ((2, 3), [0, 499, 500], [750, 999], 5),
+        ((10, 10, 3, 2, 2), [0, 22, 44], [800, 999], 27),
+        ("fast27", [0, 22, 44], [800, 997], 27),
     ],
 )
 def test_respacing_has_the_known_timesteps(spec, first, last, length):
     timesteps = Schedule.named("cosine").respaced(spec).timesteps.tolist()
     assert timesteps[: len(first)] == first and timesteps[-len(last) :] == last and len(timesteps) == length
+
+
+def test_fast27_visits_the_timesteps_of_glide():
+    """Those that `space_timesteps(1000, "fast27")` of GLIDE gives."""
+    first = [0, 22, 44, 66, 88, 111, 133, 155, 177, 199]
+    expected = [*first, *(200 + t for t in first), 400, 500, 599, 600, 799, 800, 997]
+    assert Schedule.named("linear").respaced("fast27").timesteps.tolist() == expected
 
 
 @pytest.mark.parametrize("steps", [2, 5, 27, 50, 64, 100, 250, 500, 1000])
@@ -85,13 +94,38 @@ def test_respacing_keeps_abar_and_makes_betas_of_the_longer_steps():
 
 
 def test_respacing_twice_still_names_original_timesteps():
-    assert Schedule.named("cosine").respaced("ddim250").respaced((0, 1, 249)).timesteps.tolist() == [0, 4, 996]
+    assert Schedule.named("cosine").respaced("ddim250").at((0, 1, 249)).timesteps.tolist() == [0, 4, 996]
 
 
-@pytest.mark.parametrize("spec", [0, 1001, "ddim64", "often", [600, 600], [], (), (5, 3), (-1, 3), (0, 1000)])
+@pytest.mark.parametrize("spec", [0, 1001, "ddim64", "often", [600, 600], [], (), (-1, 3)])
 def test_an_impossible_spacing_is_a_sentence(spec):
     with pytest.raises(ValueError, match=r"\w+ \w+ \w+"):
         Schedule.named("cosine").respaced(spec)
+
+
+def test_fast27_of_a_schedule_that_is_too_short_is_a_sentence():
+    with pytest.raises(ValueError, match="section 0 of 8 timesteps has no 10 steps"):
+        Schedule.named("cosine", 40).respaced("fast27")
+
+
+@pytest.mark.parametrize("positions", [(), (5, 3), (3, 3), (-1, 3), (0, 1000)])
+def test_impossible_positions_are_a_sentence(positions):
+    with pytest.raises(ValueError, match="must rise strictly within 0..999"):
+        Schedule.named("cosine").at(positions)
+
+
+@pytest.mark.parametrize("spec", [1, 27, "250", "ddim27", "fast27", [10, 10, 3], (2, 3)])
+def test_spacings_are_known_for_what_they_are(spec):
+    check_spacing(spec, "The decoder")
+
+
+WRONG = [0, -3, True, 2.5, None, "", "0", "fast28", "27 steps", "ddim", [], [0, 3], [1.5], [[3]]]
+
+
+@pytest.mark.parametrize("spec", WRONG)
+def test_what_is_no_spacing_is_one_sentence(spec):
+    with pytest.raises(ValueError, match=r"^The decoder cannot draw in .* steps: give [^\n]*\.$"):
+        check_spacing(spec, "The decoder")
 
 
 def test_an_impossible_schedule_is_a_sentence():

@@ -78,6 +78,7 @@ def test_table_plots_pictures_and_page_lie_in_the_folder(ran):
         (["--condition", "text", "--prior", "ar"], "--prior is given, and --condition text uses none"),
         (["--sweep-steps", "0"], "--steps is 0"),
         (["--sweep-steps", "2000"], "--steps is 2000"),
+        (["--sweep-steps", "fast28"], "--steps is fast28, and respacing"),
         (["--guidance-scales", "-1"], "--guidance-scale is -1"),
         (["--ckpt", "gone"], "There is no checkpoint gone"),
     ],
@@ -86,3 +87,13 @@ def test_what_cannot_be_swept_is_one_sentence(more, said, stages, tmp_path, caps
     assert sweep.main(words(stages, tmp_path / "out", *more)) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("python -m eval.sweep: ") and said in last and not (tmp_path / "out").exists()
+
+
+def test_spacings_stand_by_the_number_of_their_steps(stages):
+    decoder = UnCLIP.load(stages["decoder"]).decoder
+    more = ["--guidance-scales", "--sweep-steps", "fast27", "30", "2,1", "2", "30"]
+    curves = sweep.points(sweep.arguments().parse_args(words(stages, Path("out"), *more)), decoder)
+    ((_, curve),) = curves.items()
+    assert [sampling.steps for sampling in curve] == [2, (2, 1), "fast27", 30]
+    assert [sweep.count_steps(decoder, sampling) for sampling in curve] == [2, 3, 27, 30]
+    assert " " not in sweep.place(curve[1])

@@ -1,5 +1,6 @@
 """The upsamplers: learn with either schedule, see nothing but low_res, run on whole images of any size without seams, shift or drift of colour."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -219,3 +220,92 @@ def test_validation_shows_condition_output_and_target_with_their_psnr(tmp_path):
     assert 5 < logged["val/psnr"] < logged["val/psnr_bicubic"] + 1  # untrained: about its condition
     assert shown[0][0] == "bicubic / drawn / held out" and shown[0][1][0] > 3 * 32
     assert (tmp_path / "pictures" / "step-0000007.png").is_file()
+
+
+def overshooting() -> torch.Tensor:
+    """Black and white squares of three pixels, whose bicubic enlargement leaves [-1, 1] at edges."""
+    squares = (torch.arange(12)[:, None] // 3 + torch.arange(12) // 3) % 2 * 2.0 - 1
+    return squares.expand(1, 3, -1, -1).clone()
+
+
+@pytest.mark.parametrize("kind", [Upsampler256, Upsampler1024])
+@pytest.mark.parametrize("clamped", [False, True])
+def test_the_condition_is_clamped_only_where_asked(kind, clamped):
+    stage, seen = speaking(kind(net=SMALL, clamp_condition=clamped)), []
+    stage.net.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["low_res"]), with_kwargs=True
+    )
+    low_res = overshooting()
+    expected = F.interpolate(low_res, scale_factor=4, mode="bicubic", antialias=True)
+    assert expected.max() > 1.1 and expected.min() < -1.1
+    expected = expected.clamp(-1, 1) if clamped else expected
+    stage.loss({"image": torch.zeros(1, 3, 48, 48), "low_res": low_res})
+    drawn = stage.sample({"low_res": low_res}, Noise([0]), UpsamplingConfig(steps=2))
+    assert len(seen) == 3 and all(torch.equal(given, expected) for given in seen)
+    assert drawn.abs().max() <= 1  # the picture is
+
+
+def test_weights_that_do_not_say_so_were_trained_with_the_clamp(tmp_path):
+    stage = speaking(Upsampler256(net=FLAT, residual=0.2, clamp_condition=True))
+    low_res, settings = overshooting(), UpsamplingConfig(steps=2)
+    drawn = stage.sample({"low_res": low_res}, Noise([0]), settings)
+    older = {name: value for name, value in stage.hparams.items() if name != "clamp_condition"}
+    release.write(
+        tmp_path / "old", Release("Upsampler256", older, None, stage.state_dict()), "# card"
+    )
+    checkpoint = {
+        "stage": "Upsampler256",
+        "hyper_parameters": older,
+        "state_dict": stage.state_dict(),
+        "global_step": 3,
+        "pytorch-lightning_version": "2.6.0",
+    }
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    for path in (tmp_path / "old", tmp_path / "old.ckpt"):
+        again = pipeline.load_stage(path, Upsampler256)
+        assert again.clamp_condition and again.hparams["clamp_condition"] is True
+        torch.testing.assert_close(
+            again.sample({"low_res": low_res}, Noise([0]), settings), drawn, atol=2e-3, rtol=0
+        )
+    free = Upsampler256(net=FLAT, residual=0.2)
+    release.write(
+        tmp_path / "new",
+        Release("Upsampler256", dict(free.hparams), None, free.state_dict()),
+        "# card",
+    )
+    assert not pipeline.load_stage(tmp_path / "new", Upsampler256).clamp_condition
+
+
+@pytest.mark.parametrize("size", ["256", "1024"])
+def test_upsamplers_of_the_package_say_that_they_clamp(size):
+    config = json.loads((pipeline.DEFAULT_UPSAMPLERS[size] / "config.json").read_text())
+    assert config["hyper_parameters"]["clamp_condition"] is True
+
+
+@pytest.mark.parametrize(
+    ("steps", "visited"),
+    [
+        ("fast27", ([997, 800, 799], 27)),
+        ((2, 1), ([500, 499, 0], 3)),
+        ("ddim4", ([750, 500, 250], 4)),
+    ],
+)
+def test_steps_by_section_and_by_name_are_kept_and_walked(steps, visited, tmp_path):
+    stage = speaking(Upsampler256(net=FLAT, sampling=UpsamplingConfig(steps=steps)))
+    release.write(
+        tmp_path / "release",
+        Release("Upsampler256", dict(stage.hparams), None, stage.state_dict()),
+        "# card",
+    )
+    again, seen = pipeline.load_stage(tmp_path / "release", Upsampler256), []
+    assert again.sampling.steps == steps and again.count_steps() == visited[1]
+    again.net.register_forward_hook(lambda module, args, out: seen.append(int(args[1][0])))
+    again.sample({"low_res": torch.rand(1, 3, 4, 4)}, Noise([0]))
+    assert (seen[:3], len(seen)) == visited
+
+
+def test_steps_that_the_process_has_not_are_refused_at_once():
+    with pytest.raises(ValueError, match="An upsampler cannot draw in fast28 steps: give"):
+        UpsamplingConfig(steps="fast28")
+    with pytest.raises(ValueError, match="section 1 of 500 timesteps has no 600 steps"):
+        Upsampler256(net=FLAT, sampling=UpsamplingConfig(steps=(1, 600)))

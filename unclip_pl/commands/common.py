@@ -6,6 +6,9 @@ from typing import Any, Protocol
 
 from unclip_pl.errors import UserError
 
+SPACING = "sampling steps: a number, 10,10,3,2,2 (numbers for equal sections), fast27 or ddim25"
+"""Help of the options of type `spacing`."""
+
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Names defaults, except those that are None: their help says what happens."""
@@ -39,12 +42,21 @@ def seed(text: str) -> int:
     return value
 
 
+def spacing(text: str) -> int | tuple[int, ...] | str:
+    """Sampling steps: a number, numbers for equal sections with commas between them, or a name."""
+    try:
+        counts = tuple(int(count) for count in text.strip("[]").split(","))
+    except ValueError:
+        return text
+    return counts[0] if len(counts) == 1 else counts
+
+
 def drawing(command: argparse.ArgumentParser, what: str) -> None:
     """The options of every command that draws with a decoder."""
     command.add_argument("--num-images", type=int, default=4, help=what)
     command.add_argument("--decoder", type=Path, help="a checkpoint or release; by default the one in the package")
     command.add_argument("--sampler", choices=["ddpm", "ddim", "dpm_solver_pp"], help="by default the decoder's own")
-    command.add_argument("--steps", type=int, help="sampling steps; by default the decoder's own")
+    command.add_argument("--steps", type=spacing, help=f"{SPACING}; by default the decoder's own")
     command.add_argument("--guidance-scale", type=float, help="1: no guidance; by default the decoder's own")
     command.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1")
     command.add_argument("--seed", type=seed, default=0, help="picture k of each uses seed + k")
@@ -56,7 +68,7 @@ def upsampling(command: argparse.ArgumentParser, steps: str) -> None:
     """The options of every command that draws with upsamplers; `steps` names that of their sampling steps."""
     command.add_argument("--upsampler-256", type=Path, help="a checkpoint or release of the upsampler 64 to 256; by default the one in the package")
     command.add_argument("--upsampler-1024", type=Path, help="a checkpoint or release of the upsampler 256 to 1024; by default the one in the package")
-    command.add_argument(steps, type=int, help="sampling steps of each upsampler; by default its own")
+    command.add_argument(steps, type=spacing, help=f"{SPACING} of each upsampler; by default its own")
     command.add_argument("--offload", action="store_true", help="keep on the device only the stage that works: less of its memory, some time for the moves")
     command.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: networks compute in bfloat16, on devices that have it")
     command.add_argument(
@@ -90,9 +102,12 @@ def chosen(arguments: argparse.Namespace, stage: Any, prefix: str = "") -> Any:
     unknown = [f"--{(prefix + name).replace('_', '-')}" for name in given if not hasattr(own, name)]
     if unknown:
         raise UserError(f"{unknown[0]} is no setting of this stage: leave it out.")
-    if "steps" in given and not 1 <= given["steps"] <= stage.process.config.timesteps:
-        timesteps = stage.process.config.timesteps
-        raise UserError(f"--{prefix.replace('_', '-')}steps is {given['steps']}: give 1 to {timesteps}, the timesteps that the stage was trained with.")
+    if "steps" in given:
+        try:
+            stage.process.schedule.respaced(given["steps"])
+        except ValueError as error:
+            option = f"--{prefix.replace('_', '-')}steps"
+            raise UserError(f"{option} is {given['steps']}, and {error}.") from None
     if given.get("eta") and given.get("sampler", own.sampler) != "ddim":
         raise UserError(f"--eta is for the sampler ddim, and the decoder's is {given.get('sampler', own.sampler)}: add --sampler ddim, or leave --eta out.")
     if not 1 <= given.get("guidance_scale", 1) < float("inf"):

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unclip_pl.commands.common import Command, chosen, drawing, placement, upsampling
+from unclip_pl.commands.common import SPACING, Command, chosen, drawing, placement, spacing, upsampling
 from unclip_pl.errors import UserError
 
 GRID = 2048
@@ -20,7 +20,9 @@ def add(command: Command) -> None:
                           help="what the decoder has for an image embedding: the prior's, CLIP's text embedding in its place, or none")
     generate.add_argument("--prior", help='"diffusion" (the default) or "ar", those in the package; or a checkpoint or release')
     generate.add_argument("--prior-guidance-scale", type=float, help="1: no guidance; by default the prior's own")
-    generate.add_argument("--prior-steps", type=int, help="sampling steps of a diffusion prior; by default its own")
+    generate.add_argument(
+        "--prior-steps", type=spacing, help=f"{SPACING} of a diffusion prior; by default its own"
+    )
     generate.add_argument("--prior-sampler", choices=["analytic", "ddpm", "ddim", "dpm_solver_pp"], help="of a diffusion prior; by default its own")
     generate.add_argument("--prior-temperature", type=float, help="of an autoregressive prior: divides its logits; by default its own")
     generate.add_argument("--prior-top-p", type=float, help="of an autoregressive prior: share of the likeliest codes drawn from; by default its own")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from unclip_pl.commands.common import chosen, placement, seed, upsampling
+from unclip_pl.commands.common import SPACING, chosen, placement, seed, spacing, upsampling
 from unclip_pl.commands.generate import GRID, upsamplers_of
 from unclip_pl.errors import UserError
 
@@ -22,7 +22,12 @@ def options(command: argparse.ArgumentParser, steps: str = "--steps") -> None:
     """The options of every command here; `steps`: the name of the sampling steps."""
     command.add_argument("--decoder", type=Path, help="a checkpoint or release; by default the one in the package")
     command.add_argument("--sampler", choices=["ddpm", "ddim", "dpm_solver_pp"], help="by default ddim from inverted noise, and the decoder's own from fresh")
-    command.add_argument(steps, dest="sampling_steps", type=int, help=f"by default {STEPS} from inverted noise, and the decoder's own from fresh")
+    command.add_argument(
+        steps,
+        dest="sampling_steps",
+        type=spacing,
+        help=f"{SPACING}; by default {STEPS} from inverted noise, and the decoder's own from fresh",
+    )
     command.add_argument("--guidance-scale", type=float, help="by default 1 (none) from inverted noise, and the decoder's own from fresh")
     command.add_argument("--seed", type=seed, default=0, help="of all that is drawn")
     command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")

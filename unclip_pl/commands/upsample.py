@@ -48,8 +48,10 @@ def run_upsample(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     written: set[Path] = set()
     for path, picture, side, factor in zip(arguments.images, pictures, sides, times):
-        route = [stage.net_config.image_size for stage in cascade.route(side, factor)]
-        with tqdm(desc=path.name, total=sum(by_size[size].steps for size in route), unit="step", file=sys.stderr) as bar:
+        stages = cascade.route(side, factor)
+        route = [stage.net_config.image_size for stage in stages]
+        total = sum(stage.count_steps(by_size[size]) for stage, size in zip(stages, route))
+        with tqdm(desc=path.name, total=total, unit="step", file=sys.stderr) as bar:
 
             def told(stage: str, step: int, steps: int, bar: tqdm = bar) -> None:
                 bar.set_postfix_str(f"{stage} step {step}/{steps}")

@@ -49,7 +49,8 @@ def hybrid(
     """weighted mse + vlb_weight * T * vb: the one t that was drawn stands for the T terms of L_vlb; `simple` where the variance is fixed.
 
     Only the variance learns from vb (the mean is detached). x0 (B, C, ...) in [-1, 1]: the term of t = 0 counts 256 grey levels.
-    Never NaN for a finite or infinite output: v is held within VARIANCE_BOUND, the distance of the means within GAP_BOUND.
+    Never NaN for a finite or infinite output where the process has a `variance_bound`, for v is held
+    within it, and the distance of the means within GAP_BOUND.
     """
     if process.config.variance != "learned_range":
         return simple(output, x0, x_t, t, noise, process)

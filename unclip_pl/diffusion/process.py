@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from unclip_pl.diffusion.schedule import SCHEDULES, Schedule
 
-VARIANCE_BOUND = 2.0  # |v| is held below this: log Sigma leaves [log btilde, log beta] by at most half its width
-
 
 class Prediction(NamedTuple):
     """What samplers know of a network, float32. `x0`, `eps`: shaped as x_t; `log_var`: of p(x_{t-1} | x_t), broadcastable to x_t."""
@@ -70,11 +68,19 @@ class DiffusionConfig:
     """Weight of the squared error in x_0: min(SNR, max_snr) + 1 with SNR = abar / (1 - abar), which is
     the weight that v gives it, but held where little noise is left. None: the output's own error
     with weight 1 (L_simple)."""
+    variance_bound: float | None = 2.0
+    """Keep |v| of a learned variance below this: at 2, log Sigma leaves [log btilde, log beta] by at
+    most half its width. null: take v as it is, as IDDPM does, and so for weights trained elsewhere."""
 
     def __post_init__(self) -> None:
         for field, choices in (("schedule", SCHEDULES), ("parametrization", PARAMETRIZATIONS), ("variance", VARIANCES)):
             if getattr(self, field) not in choices:
                 raise ValueError(f"diffusion {field} {getattr(self, field)!r} does not exist: choose one of {', '.join(choices)}")
+        if self.variance_bound is not None and not self.variance_bound >= 1:
+            raise ValueError(
+                f"diffusion variance_bound is {self.variance_bound}: give 1 (Sigma between btilde and "
+                "beta) or more, or null for no bound"
+            )
         if self.timesteps < 2:
             raise ValueError(f"diffusion timesteps must be at least 2: got {self.timesteps}")
         if self.max_snr is not None and not 0 < self.max_snr < float("inf"):
@@ -175,13 +181,21 @@ class Process(nn.Module):
         return mean, v[0] if v else None
 
     def log_variance(self, v: Tensor | None, t: Tensor, ndim: int, table: Tensor | None = None) -> Tensor:
-        """log Sigma = frac log beta + (1 - frac) log btilde, frac = (v + 1) / 2 (IDDPM eq. 15), |v| held within VARIANCE_BOUND.
+        """log Sigma = frac log beta + (1 - frac) log btilde, frac = (v + 1) / 2 (IDDPM eq. 15).
+
+        |v| is held within the config's `variance_bound`, if that is not None.
 
         A fixed variance ((B, 1, ...) with `ndim` axes) is a constant v. `table` (T, 2): log btilde, log beta of a respaced schedule.
         """
         low, high = _at(self.log_variances if table is None else table, t, ndim)
-        bounded = cast(float, VARIANCES[self.config.variance]) if v is None else _Bound.apply(v)
-        return low + (bounded + 1) / 2 * (high - low)
+        position: Tensor | float  # -1 is log btilde, 1 is log beta
+        if v is None:
+            position = cast(float, VARIANCES[self.config.variance])
+        elif self.config.variance_bound is None:
+            position = v
+        else:
+            position = _Bound.apply(v, self.config.variance_bound)
+        return low + (position + 1) / 2 * (high - low)
 
     def adapt(self, net: Network, steps: Schedule | None = None) -> Predict:
         """`net(x, t) -> raw output` as predict(x, t) -> Prediction.
@@ -208,17 +222,18 @@ class Process(nn.Module):
 
 
 class _Bound(torch.autograd.Function):
-    """Clamp to +-VARIANCE_BOUND; outside, the gradient passes where descent leads back inside, so that no v is stuck."""
+    """Clamp to +-bound; outside, the gradient passes where descent leads back inside, so that no v is stuck."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor) -> Tensor:
+    def forward(ctx: Any, v: Tensor, bound: float) -> Tensor:
         ctx.save_for_backward(v)
-        return v.clamp(-VARIANCE_BOUND, VARIANCE_BOUND)
+        ctx.bound = bound
+        return v.clamp(-bound, bound)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (v,) = ctx.saved_tensors
-        return torch.where((v.abs() <= VARIANCE_BOUND) | (grad * v.sign() > 0), grad, 0.0)
+        return torch.where((v.abs() <= ctx.bound) | (grad * v.sign() > 0), grad, 0.0), None
 
 
 def _pair(weights: Weights) -> Tensor:

@@ -14,7 +14,7 @@ from unclip_pl.diffusion.losses import hybrid
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Predict, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
-from unclip_pl.diffusion.schedule import Schedule
+from unclip_pl.diffusion.schedule import Schedule, Spacing, check_spacing
 from unclip_pl.errors import UserError
 from unclip_pl.networks.embedding import EmbeddingNormalizer
 from unclip_pl.networks.long_text import caption_of
@@ -45,7 +45,8 @@ class SamplingConfig:
     """How to draw; every value can be changed after training."""
 
     sampler: str = "ddpm"
-    steps: int = 250
+    steps: Spacing = 250
+    """A number, numbers for equal sections, "fast27" or "ddimK"; see `Schedule.respaced`."""
     guidance_scale: float = 1.0
     """s of eps_null + s (eps_cond - eps_null); 1 is no guidance and costs one pass instead of two."""
     eta: float = 0.0
@@ -58,8 +59,7 @@ class SamplingConfig:
             raise ValueError(
                 f'There is no sampler "{self.sampler}" for the decoder: choose one of {", ".join(SAMPLERS)}.'
             )
-        if self.steps < 1:
-            raise ValueError(f"The decoder cannot draw in {self.steps} steps: ask for 1 or more.")
+        check_spacing(self.steps, "The decoder")
         if not 0 <= self.guidance_scale < float("inf"):
             raise ValueError(
                 f"The decoder's guidance_scale is {self.guidance_scale}: give 1 (none) or more, or 0 for the null branch alone."

@@ -19,6 +19,7 @@ from unclip_pl.diffusion.guidance import guided, halves, thresholded
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
+from unclip_pl.diffusion.schedule import Spacing, check_spacing
 from unclip_pl.networks.embedding import EmbeddingNormalizer
 from unclip_pl.networks.long_text import caption_of
 from unclip_pl.networks.prior import (
@@ -48,7 +49,8 @@ class PriorSamplingConfig:
     sampler: Literal["analytic", "ddpm", "ddim", "dpm_solver_pp"] = "analytic"
     """"analytic": DDPM with the analytic variance, and as "ddpm" while that has not been estimated;
     "ddpm": with the variance of `diffusion`."""
-    steps: int = 64
+    steps: Spacing = 64
+    """A number, numbers for equal sections, "fast27" or "ddimK"; see `Schedule.respaced`."""
     guidance_scale: float = 1.0
     """s of z_null + s (z_cond - z_null); 1 is no guidance and costs one pass instead of two."""
     num_candidates: int = 2
@@ -65,8 +67,7 @@ class PriorSamplingConfig:
                 f'There is no sampler "{self.sampler}" for a prior: choose one of analytic, '
                 f"{', '.join(SAMPLERS)}."
             )
-        if self.steps < 1:
-            raise ValueError(f"The prior cannot draw in {self.steps} steps: ask for 1 or more.")
+        check_spacing(self.steps, "The prior")
         if not 1 <= self.guidance_scale < math.inf:
             raise ValueError(
                 f"The prior's guidance_scale is {self.guidance_scale}: give 1 (none) or more."

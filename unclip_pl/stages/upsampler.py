@@ -1,6 +1,8 @@
-"""The upsamplers 64 -> 256 and 256 -> 1024 (unCLIP section 2.1): diffusion on crops, conditioned on the image at a quarter of the side and on nothing else.
+"""The upsamplers 64 -> 256 and 256 -> 1024 (unCLIP section 2.1): diffusion on crops, conditioned on
+the image at a quarter of the side and on nothing else.
 
-An ADM U-Net without any attention, so that what was trained on crops runs on whole images of any size; no caption, no embedding, no guidance.
+An ADM U-Net without any attention, so that what was trained on crops runs on whole images of any
+size; no caption, no embedding, no guidance.
 """
 
 from dataclasses import dataclass
@@ -15,11 +17,20 @@ from unclip_pl.diffusion.losses import simple
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
+from unclip_pl.diffusion.schedule import Spacing, check_spacing
 from unclip_pl.errors import UserError
 from unclip_pl.networks.unet import UNet, UNetConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage, as_config
 
-NET = {"in_channels": 3, "out_channels": 3, "low_res_channels": 3, "attention": (), "middle_attention": False, "embed_dim": 0, "context_width": 0}
+NET = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "low_res_channels": 3,
+    "attention": (),
+    "middle_attention": False,
+    "embed_dim": 0,
+    "context_width": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,8 @@ class UpsamplingConfig:
     """How to draw; every value can be changed after training."""
 
     sampler: str = "ddim"
-    steps: int = 27
+    steps: Spacing = 27
+    """A number, numbers for equal sections, "fast27" or "ddimK"; see `Schedule.respaced`."""
     eta: float = 0.0
     """Noise of DDIM: 0 deterministic, 1 as DDPM. Other samplers do not use it."""
     threshold: Literal["static"] | None = "static"
@@ -35,23 +47,34 @@ class UpsamplingConfig:
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
-            raise ValueError(f'There is no sampler "{self.sampler}" for an upsampler: choose one of {", ".join(SAMPLERS)}.')
-        if self.steps < 1:
-            raise ValueError(f"An upsampler cannot draw in {self.steps} steps: ask for 1 or more.")
+            raise ValueError(
+                f'There is no sampler "{self.sampler}" for an upsampler: choose one of '
+                f"{', '.join(SAMPLERS)}."
+            )
+        check_spacing(self.steps, "An upsampler")
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta of the upsampler's sampler is {self.eta}: give 0 (deterministic) to 1 (as much noise as DDPM).")
+            raise ValueError(
+                f"eta of the upsampler's sampler is {self.eta}: give 0 (deterministic) to 1 (as "
+                "much noise as DDPM)."
+            )
 
 
 class Upsampler(Stage):
-    """Trains on `image` (B, 3, H, W) and `low_res` (B, 3, H/4, W/4), spoiled, of a batch; draws from `low_res` alone.
+    """Trains on `image` (B, 3, H, W) and `low_res` (B, 3, H/4, W/4), spoiled, of a batch; draws
+    from `low_res` alone.
 
     Args:
-        net: the U-Net, without attention; `image_size` is the side of the images that it is for, its crops may be smaller.
+        net: the U-Net, without attention; `image_size` is the side of the images that it is for,
+            its crops may be smaller.
         diffusion: the process; its variance is fixed.
         sampling: how to draw.
-        residual: how far images are from their enlarged low_res, root mean square on [-1, 1]. The network then predicts, at unit scale, what a linear
-            estimate from x_t and low_res leaves of v, as EDM (Karras et al. 2022) does with x_t alone: colours are right from the first step.
+        residual: how far images are from their enlarged low_res, root mean square on [-1, 1]. The
+            network then predicts, at unit scale, what a linear estimate from x_t and low_res leaves
+            of v, as EDM (Karras et al. 2022) does with x_t alone: colours are right from the first
+            step.
             0: it predicts all of its target, as in the paper.
+        clamp_condition: keep the enlarged low_res in [-1, 1]. Bicubic enlargement overshoots at
+            edges, and guided-diffusion, GLIDE and Karlo leave it so.
     """
 
     factor = 4
@@ -64,18 +87,41 @@ class Upsampler(Stage):
         sampling: UpsamplingConfig = UpsamplingConfig(),
         residual: float = 0.0,
         optimizer: OptimizerConfig = OptimizerConfig(lr=1.2e-4),
+        clamp_condition: bool = False,
     ) -> None:
         super().__init__()
-        self.remember(optimizer, net=net, diffusion=diffusion, sampling=sampling, residual=residual)
-        self.net_config, self.sampling, self.residual = as_config(UNetConfig, net), as_config(UpsamplingConfig, sampling), residual
+        self.clamp_condition = clamp_condition
+        self.remember(
+            optimizer,
+            net=net,
+            diffusion=diffusion,
+            sampling=sampling,
+            residual=residual,
+            clamp_condition=clamp_condition,
+        )
+        self.net_config, self.residual = as_config(UNetConfig, net), residual
+        self.sampling = as_config(UpsamplingConfig, sampling)
         self.process = Process(as_config(DiffusionConfig, diffusion))
-        self.process.schedule.respaced(self.sampling.steps)  # refuses what cannot be drawn before training rather than after
-        if wrong := [f"{name}: {list(value) if value == () else value}" for name, value in NET.items() if getattr(self.net_config, name) != value]:
-            raise ValueError(f"The network of an upsampler sees x_t and low_res, gives what it predicts, and has no attention: set model.net {wrong[0]}.")
+        self.count_steps()  # refuses what cannot be drawn before training rather than after
+        if wrong := [
+            f"{name}: {list(value) if value == () else value}"
+            for name, value in NET.items()
+            if getattr(self.net_config, name) != value
+        ]:
+            raise ValueError(
+                f"The network of an upsampler sees x_t and low_res, gives what it predicts, "
+                f"and has no attention: set model.net {wrong[0]}."
+            )
         if self.process.config.variance == "learned_range":
-            raise ValueError("An upsampler learns no variance (DDIM does not use it): set model.diffusion.variance to fixed_small or fixed_large.")
+            raise ValueError(
+                "An upsampler learns no variance (DDIM does not use it): set "
+                "model.diffusion.variance to fixed_small or fixed_large."
+            )
         if residual < 0 or (residual and self.process.config.parametrization != "v"):
-            raise ValueError(f"model.residual is {residual}: give 0, or the root mean square with model.diffusion.parametrization v.")
+            raise ValueError(
+                f"model.residual is {residual}: give 0, or the root mean square with "
+                "model.diffusion.parametrization v."
+            )
         self.net = UNet(self.net_config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
@@ -84,36 +130,60 @@ class Upsampler(Stage):
         return self.net_config.patch_size * 2 ** (len(self.net_config.mults) - 1)
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and getattr(self.trainer, "datamodule", None) is not None:  # there is no CLIP to agree with
-            self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]  # Lightning sets it outside of the class
+        data = getattr(self.trainer, "datamodule", None) if stage == "fit" else None
+        if data is not None:  # there is no CLIP to agree with
+            self.check_data(data)
 
     def check_data(self, data: Any) -> None:
         if not hasattr(data, "crop"):
-            raise UserError(f"An upsampler trains on crops and their low_res, which {type(data).__name__} does not give: set data to UpsamplerData.")
+            raise UserError(
+                "An upsampler trains on crops and their low_res, which "
+                f"{type(data).__name__} does not give: set data to UpsamplerData."
+            )
         if data.image_size != self.net_config.image_size:
-            raise UserError(f"data.image_size is {data.image_size} and model.net.image_size {self.net_config.image_size}: make them equal.")
+            raise UserError(
+                f"data.image_size is {data.image_size} and model.net.image_size "
+                f"{self.net_config.image_size}: make them equal."
+            )
         for name in ("crop", "val_crop"):
             if (side := getattr(data, name)) % self.stride:
-                raise UserError(f"data.{name} is {side}, and the network needs a multiple of {self.stride}: change data.{name}.")
+                raise UserError(
+                    f"data.{name} is {side}, and the network needs a multiple of {self.stride}: "
+                    f"change data.{name}."
+                )
 
     def enlarged(self, low_res: Tensor) -> Tensor:
-        """(B, 3, h, w) -> (B, 3, 4h, 4w), bicubic, in [-1, 1]: the condition as the network sees it."""
-        return F.interpolate(low_res.float(), scale_factor=self.factor, mode="bicubic", antialias=True).clamp(-1, 1)
+        """The condition as the network sees it: (B, 3, h, w) in [-1, 1] -> (B, 3, 4h, 4w), bicubic.
+
+        At edges it overshoots [-1, 1] by up to some tenths, unless `clamp_condition` is set.
+        """
+        large = F.interpolate(
+            low_res.float(), scale_factor=self.factor, mode="bicubic", antialias=True
+        )
+        return large.clamp(-1, 1) if self.clamp_condition else large
+
+    def count_steps(self, sampling: UpsamplingConfig | None = None) -> int:
+        """How often a draw runs the network, by these settings or the stage's own."""
+        return len(self.process.schedule.respaced((sampling or self.sampling).steps))
 
     def _linear(self, x_t: Tensor, t: Tensor, enlarged: Tensor) -> tuple[Tensor, Tensor]:
         """An estimate of v (B, 3, H, W), and its root mean square error (B, 1, 1, 1).
 
-        E[v | x_t] for x_0 ~ N(enlarged, s^2), with s a fifth of `residual`: the network will know most of the difference from low_res, and what x_t has
-        of it comes with noise that would have to be taken out again. The error is that for x_0 ~ N(enlarged, residual^2).
+        E[v | x_t] for x_0 ~ N(enlarged, s^2), with s a fifth of `residual`: the network will know
+        most of the difference from low_res, and what x_t has of it comes with noise that would have
+        to be taken out again. The error is that for x_0 ~ N(enlarged, residual^2).
         """
-        alpha, sigma = (weight.view(-1, 1, 1, 1) for weight in self.process.forward_weights[t].unbind(1))
+        alpha, sigma = (
+            weight.view(-1, 1, 1, 1) for weight in self.process.forward_weights[t].unbind(1)
+        )
         variance = (self.residual / 5) ** 2
         total = alpha**2 * variance + sigma**2
         mean = sigma / total * (alpha * (1 - variance) * x_t - enlarged)
         return mean, ((sigma * self.residual) ** 2 + (alpha * variance) ** 2).sqrt() / total
 
     def predict(self, x_t: Tensor, t: Tensor, enlarged: Tensor) -> tuple[Tensor, Tensor | float]:
-        """The network's prediction of the process's target, and the scale of what it had to find itself."""
+        """The network's prediction of the process's target, and the scale of what it had to find
+        itself."""
         output = self.net(x_t, t, low_res=enlarged)
         if not self.residual:
             return output, 1.0
@@ -124,20 +194,29 @@ class Upsampler(Stage):
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         size, device = len(image), image.device
         where = generator.device if generator else device
-        t = torch.randint(self.process.config.timesteps, (size,), generator=generator, device=where).to(device)
+        timesteps = self.process.config.timesteps
+        t = torch.randint(timesteps, (size,), generator=generator, device=where).to(device)
         noise = torch.randn(image.shape, generator=generator, device=where).to(device)
         x_t = self.process.diffuse(image, t, noise)
         output, scale = self.predict(x_t, t, self.enlarged(batch["low_res"]))
         mse = simple(output, image, x_t, t, noise, self.process).mse
-        own = mse if isinstance(scale, float) else mse / scale.flatten().square()  # plain MSE of what the network gives
+        # plain MSE of what the network gives
+        own = mse if isinstance(scale, float) else mse / scale.flatten().square()
         return {"loss": own.mean(), "mse": mse.mean(), "t": t, "per_sample": own}
 
     @torch.no_grad()
-    def sample(self, batch: dict, noise: Noise, sampling: UpsamplingConfig | None = None, callback: Any = None) -> Tensor:
+    def sample(
+        self,
+        batch: dict,
+        noise: Noise,
+        sampling: UpsamplingConfig | None = None,
+        callback: Any = None,
+    ) -> Tensor:
         """Draw images at four times the side.
 
         Args:
-            batch: `low_res` (B, 3, h, w) in [-1, 1], of any h and w: sides that the network cannot take are continued by reflection, and cut back.
+            batch: `low_res` (B, 3, h, w) in [-1, 1], of any h and w: sides that the network cannot
+                take are continued by reflection, and cut back.
             noise: one generator an image; their number is B.
             sampling: settings other than the stage's own.
             callback: called with (step, steps) after each step.
@@ -149,29 +228,40 @@ class Upsampler(Stage):
         enlarged = self.enlarged(batch["low_res"])
         height, width = enlarged.shape[-2:]
         down, right = -height % self.stride, -width % self.stride
-        enlarged = F.pad(enlarged, (0, right, 0, down), "reflect" if down < height and right < width else "replicate")
+        mode = "reflect" if down < height and right < width else "replicate"
+        enlarged = F.pad(enlarged, (0, right, 0, down), mode)
         enlarged = enlarged.contiguous(memory_format=torch.channels_last)
         schedule = self.process.schedule.respaced(settings.steps)
 
         predict = self.process.adapt(lambda x, t: self.predict(x, t, enlarged)[0], schedule)
         predict = self.with_cuda_graph(thresholded(predict, self.process, settings.threshold))
         x = noise(enlarged.shape[1:], self.device)
-        return SAMPLERS[settings.sampler](predict, x, schedule, noise=noise, eta=settings.eta, callback=callback)[..., :height, :width].clamp(-1, 1)
+        drawn = SAMPLERS[settings.sampler](
+            predict, x, schedule, noise=noise, eta=settings.eta, callback=callback
+        )
+        return drawn[..., :height, :width].clamp(-1, 1)
 
 
 class Upsampler256(Upsampler):
-    """64 -> 256: cosine schedule, 27 steps (unCLIP Table 3); trained on conditions spoiled by Gaussian blur."""
+    """64 -> 256: cosine schedule, 27 steps (unCLIP Table 3); trained on conditions spoiled by
+    Gaussian blur."""
 
 
 class Upsampler1024(Upsampler):
-    """256 -> 1024: linear schedule, 15 steps (unCLIP Table 3); trained on conditions spoiled by BSR-light."""
+    """256 -> 1024: linear schedule, 15 steps (unCLIP Table 3); trained on conditions spoiled by
+    BSR-light."""
 
     def __init__(
         self,
-        net: UNetConfig = UNetConfig(image_size=1024, width=64, mults=(1, 1, 2, 2, 4, 4), depth=2, dropout=0.0, **NET),  # type: ignore[arg-type]  # mixed values
-        diffusion: DiffusionConfig = DiffusionConfig(schedule="linear", parametrization="v", variance="fixed_small"),
+        net: UNetConfig = UNetConfig(  # type: ignore[arg-type]  # mixed values
+            image_size=1024, width=64, mults=(1, 1, 2, 2, 4, 4), depth=2, dropout=0.0, **NET
+        ),
+        diffusion: DiffusionConfig = DiffusionConfig(
+            schedule="linear", parametrization="v", variance="fixed_small"
+        ),
         sampling: UpsamplingConfig = UpsamplingConfig(steps=15),
         residual: float = 0.0,
         optimizer: OptimizerConfig = OptimizerConfig(lr=1.0e-4),
+        clamp_condition: bool = False,
     ) -> None:
-        super().__init__(net, diffusion, sampling, residual, optimizer)
+        super().__init__(net, diffusion, sampling, residual, optimizer, clamp_condition)

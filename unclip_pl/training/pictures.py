@@ -52,7 +52,7 @@ class Pictures(Callback):
 
     def _upsampled(self, pl_module: LightningModule, drawn: Tensor, batch: dict) -> dict[str, Tensor]:
         """The rows for an upsampler; logs the mean PSNR of its bicubic condition and of what it has drawn."""
-        bicubic = cast(Upsamples, pl_module).enlarged(batch["low_res"])
+        bicubic = cast(Upsamples, pl_module).enlarged(batch["low_res"]).clamp(-1, 1)
         values = {"psnr_bicubic": psnr(bicubic, batch["image"]).mean(), "psnr": psnr(drawn, batch["image"]).mean()}
         pl_module.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=len(drawn), rank_zero_only=True)
         bicubic_label, drawn_label = (f"{name}, {value:.2f} dB" for name, value in zip(("bicubic", "drawn"), values.values(), strict=True))
