@@ -26,9 +26,8 @@ class CropsConfig:
     """Crops of each image that is decoded, all in one batch, which then has batch_size times as
     many: where decoding is the bottleneck."""
     avoid_flat: bool = False
-    """Draw a place again, up to 7 times, while all pixels of its crop are alike. The network then
-    learns more from drawings with wide margins, and little of flat areas, in which it can leave
-    grain."""
+    """Draw a place again, up to 7 times, while all pixels of its crop are alike: more of each batch
+    shows edges where drawings have wide margins, and next to nothing shows flat areas."""
 
     def __post_init__(self) -> None:
         if self.per_image < 1:
