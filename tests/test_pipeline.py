@@ -212,6 +212,7 @@ def test_assets_of_the_package_are_whole_and_small():
     """What a newcomer draws with: the CLIP and the decoder load, fit each other, and stay under 16 MB each."""
     unclip = UnCLIP.load()
     assert unclip.decoder.net_config.image_size == 64
-    for folder in (DEFAULT_DECODER, pipeline.ASSETS / "clip-openmoji"):
+    clips = [pipeline.ASSETS / name for name in ("clip-openmoji", "clip-openmoji-judge")]
+    for folder in (DEFAULT_DECODER, *clips):
         assert sum(file.stat().st_size for file in folder.iterdir()) <= 16_000_000
         assert "OpenMoji" in (folder / "README.md").read_text(encoding="utf-8")

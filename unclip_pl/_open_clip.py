@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from unclip_pl.errors import UserError
 
 EMBEDDED = Path(__file__).parent / "assets" / "clip-openmoji"
+EMBEDDED_JUDGE = EMBEDDED.with_name("clip-openmoji-judge")  # judges pictures, conditions none
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 DTYPES = {
     "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "pure_fp16": torch.float16, "pure_bf16": torch.bfloat16,
@@ -36,7 +37,8 @@ class CLIPConfig:
     """Which CLIP."""
 
     model: str = "openmoji"
-    """"openmoji" (the small one in the package), an open_clip name such as "ViT-L-14-quickgelu", or "local-dir:/folder" of open_clip's form."""
+    """"openmoji" (the small one in the package), "openmoji-judge" (the one that only judges), an
+    open_clip name such as "ViT-L-14-quickgelu", or "local-dir:/folder" of open_clip's form."""
     pretrained: str | None = None
     """With an open_clip name: a tag such as "openai", or a weights file."""
     precision: str = "fp32"
@@ -174,6 +176,8 @@ def folder_of(name: str) -> Path | None:
     """The open_clip folder that a model's name stands for, if it does."""
     if name == "openmoji":
         return EMBEDDED
+    if name == "openmoji-judge":
+        return EMBEDDED_JUDGE
     return Path(name.removeprefix("local-dir:")).expanduser() if name.startswith("local-dir:") else None
 
 

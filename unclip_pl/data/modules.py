@@ -17,8 +17,9 @@ from braceexpand import braceexpand
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
+from unclip_pl._open_clip import folder_of
 from unclip_pl.atomic import cache_dir
-from unclip_pl.clip import EMBEDDED, CLIPConfig, FrozenCLIP, require_same, tokenize_bpe
+from unclip_pl.clip import CLIPConfig, FrozenCLIP, require_same, tokenize_bpe
 from unclip_pl.data.captions import augment_caption
 from unclip_pl.data.embeddings import EmbeddingStore, Statistics, describe
 from unclip_pl.data.loader import LoaderConfig, Prepare, Samples, SamplesInOrder, TrainLoader, ValidationLoader, steps_of_epoch
@@ -304,7 +305,7 @@ def default_store(shards: Sequence[str], clip: CLIPConfig) -> Path:
 
     Other weights under the same name or path (a CLIP trained again) have another folder.
     """
-    folder = EMBEDDED if clip.model == "openmoji" else Path(clip.model.removeprefix("local-dir:")).expanduser()
+    folder = folder_of(clip.model) or Path(clip.model)
     files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin", ".pth", ".pt")) if folder.is_dir() else []
     files += [path] if clip.pretrained and (path := Path(clip.pretrained).expanduser()).is_file() else []
     weights = [str(describe(str(file))) for file in files]
