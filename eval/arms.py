@@ -1,7 +1,11 @@
-"""The ways of the paper (section 5.1) to give a decoder an embedding: same captions, same seeds, same noise, another condition."""
+"""The ways of the paper (section 5.1) to give a decoder an embedding.
+
+Same captions, same seeds, same noise, another condition. Each arm says what reaches the decoder
+(`Inputs`), and gives it nothing else.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +13,17 @@ import torch
 from torch import Tensor
 
 from eval.captions import Caption
-from eval.source import Draw, Drawn, Model
+from eval.drawn import Draw, Drawn
+from eval.source import Model
+from unclip_pl.cascade import at_work
 from unclip_pl.data.shards import decode
+from unclip_pl.diffusion.noise import Noise
+from unclip_pl.networks.text import StatesText
 from unclip_pl.pipeline import UnCLIP
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import Decoder, SamplingConfig
 
-Embed = Callable[[Sequence[int]], Tensor | None]
-"""Indices of captions -> what the decoder has for an image embedding (B, D), or None for its null."""
+Embed = Callable[[Sequence[int], Sequence[int]], Tensor | None]
+"""Indices of captions and as many seeds -> what stands for the image embedding (B, D), or None."""
 TITLES = {
     "caption": "caption alone",
     "text": "text embedding in the image embedding's place",
@@ -24,16 +32,54 @@ TITLES = {
     "diffusion": "diffusion prior",
     "image": "true image embedding (upper bound)",
 }
+SEED_STEP = 1 << 20
+"""Between the seeds of the first, second ... picture of a caption: more than there are captions."""
 
 
-def remembered(make: Callable[[Sequence[int]], Tensor]) -> Embed:
-    """The same embeddings, each made once: the decoder's guidance is swept over one draw of the prior (unCLIP 5.3)."""
-    rows: dict[int, Tensor] = {}
+@dataclass(frozen=True)
+class Inputs:
+    """What reaches the decoder of an arm.
 
-    def embed(indices: Sequence[int]) -> Tensor:
-        if not all(k in rows for k in indices):
-            rows.update(zip(indices, make(indices).cpu(), strict=True))
-        return torch.stack([rows[k] for k in indices])
+    Args:
+        embedding: what stands in the image embedding's place, in words; None for its null.
+        tokens: whether attention sees the caption's token states.
+        text_embed: whether CLIP's text embedding z_t is added to the timestep embedding: "no" where
+            the decoder has no such input, "yes", or "null" where it has one and it is kept empty.
+    """
+
+    embedding: str | None
+    tokens: bool
+    text_embed: str
+
+    def __str__(self) -> str:
+        parts = [self.embedding] if self.embedding else []
+        parts += ["the caption's tokens"] if self.tokens else []
+        parts += {"no": [], "yes": ["z_t with the timestep"], "null": ["z_t's null"]}[
+            self.text_embed
+        ]
+        return " + ".join(parts) or "nothing"
+
+
+def inputs_of(decoder: Decoder, embedding: str | None, text_embed: bool = True) -> Inputs:
+    """`Inputs` of an arm with this decoder; `text_embed` False: z_t is kept out."""
+    encoder = decoder.text.encoder
+    has_text_embed = isinstance(encoder, StatesText) and encoder.pooled_proj is not None
+    shown = "yes" if text_embed else "null"
+    return Inputs(embedding, encoder is not None, shown if has_text_embed else "no")
+
+
+def remembered(make: Callable[[Sequence[int], Sequence[int]], Tensor]) -> Embed:
+    """The same embeddings, each made once.
+
+    The decoder's guidance is swept over one draw of the prior (unCLIP 5.3).
+    """
+    rows: dict[tuple[int, int], Tensor] = {}
+
+    def embed(indices: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        keys = list(zip(indices, seeds, strict=True))
+        if not all(key in rows for key in keys):
+            rows.update(zip(keys, make(indices, seeds).cpu(), strict=True))
+        return torch.stack([rows[key] for key in keys])
 
     return embed
 
@@ -45,7 +91,11 @@ class Arm:
     Args:
         name: a key of `TITLES`.
         model: whose decoder draws.
+        seed: of the first caption's first picture.
+        embed: the source.
+        sees: what reaches the decoder.
         settings: what decides the embeddings, as plain values.
+        with_guidance: of a prior's arm: the same one at another guidance of the prior.
     """
 
     name: str
@@ -53,42 +103,123 @@ class Arm:
     captions: Sequence[Caption]
     seed: int
     embed: Embed
+    sees: Inputs
     settings: dict[str, Any] = field(default_factory=dict)
+    with_guidance: Callable[[float], "Arm"] | None = None
 
-    def drawn(self, folder: Path, sampling: SamplingConfig, first: int | None = None, rank: int = 0, world_size: int = 1) -> Drawn:
-        """Its pictures with these settings of the decoder, in `folder`."""
-        settings = self.model.settings | self.settings | {"arm": self.name, "seed": self.seed, "sampling": asdict(sampling)}
-        name = f"{self.name} at {sampling.guidance_scale:g}"
-        return Drawn(folder, self.captions, self.draw(sampling), settings, name, first, rank=rank, world_size=world_size)
+    @property
+    def prior_scale(self) -> float | None:
+        """The prior's guidance; None where there is no prior."""
+        sampling = self.settings.get("prior_sampling")
+        return None if sampling is None else sampling["guidance_scale"]
 
-    def draw(self, sampling: SamplingConfig) -> Draw:
+    def drawn(
+        self,
+        folder: Path,
+        sampling: SamplingConfig,
+        first: int | None = None,
+        repeat: int = 0,
+        place: tuple[int, int] = (0, 1),
+    ) -> Drawn:
+        """Its pictures with these settings of the decoder, in `folder`.
+
+        Args:
+            first: of so many of the captions only.
+            repeat: which picture of each caption, from 0.
+            place: this process's rank and their number.
+        """
+        settings = self.model.settings | self.settings
+        settings |= {"arm": self.name, "decoder sees": asdict(self.sees)}
+        settings |= {
+            "seed": self.seed,
+            "picture of a caption": repeat,
+            "sampling": asdict(sampling),
+        }
+        return Drawn(
+            folder,
+            self.captions,
+            self.draw(sampling, repeat),
+            settings,
+            f"{self.name} at {sampling.guidance_scale:g}",
+            first,
+            rank=place[0],
+            world_size=place[1],
+        )
+
+    def draw(self, sampling: SamplingConfig, repeat: int = 0) -> Draw:
+        """Draws the pictures of captions, by their indices."""
+
         def draw(indices: Sequence[int]) -> Tensor:
-            texts, seeds = [self.captions[k].text for k in indices], [self.seed + k for k in indices]
-            return self.model.unclip.decode(self.embed(indices), seeds, texts, sampling)
+            unclip = self.model.unclip
+            seeds = [self.seed + repeat * SEED_STEP + k for k in indices]
+            batch = self.conditions(indices, seeds)
+            with at_work(unclip.decoder, unclip.device, unclip.offload, unclip.precision):
+                images = unclip.decoder.sample(batch, Noise(seeds), sampling)
+            return unclip.upsample(images, seeds) if len(unclip.sizes) > 1 else images
 
         return draw
 
+    def conditions(self, indices: Sequence[int], seeds: Sequence[int]) -> dict[str, Tensor | None]:
+        """The decoder's batch, with what `sees` says and nothing else."""
+        texts = [self.captions[k].text for k in indices] if self.sees.tokens else None
+        batch = self.model.unclip.conditions(self.embed(indices, seeds), texts)
+        if self.sees.text_embed != "yes":
+            batch.pop("text_embed", None)
+        return batch
+
 
 def of_caption(model: Model, captions: Sequence[Caption], seed: int) -> Arm:
-    """No embedding at all."""
-    return Arm("caption", model, captions, seed, lambda indices: None)
+    """No embedding at all: neither in the image embedding's place nor with the timestep."""
+    sees = inputs_of(model.unclip.decoder, None, text_embed=False)
+    return Arm("caption", model, captions, seed, lambda indices, seeds: None, sees)
 
 
 def of_text(model: Model, captions: Sequence[Caption], seed: int, name: str = "text") -> Arm:
-    """The text embedding: of a decoder that was trained on image embeddings (zero-shot) or on these ("text-decoder")."""
-    return Arm(name, model, captions, seed, remembered(lambda indices: model.unclip.embed_text([captions[k].text for k in indices])))
+    """The text embedding z_t, for a decoder trained on image embeddings (zero-shot) or on these.
+
+    The latter is the arm "text-decoder".
+    """
+
+    def make(indices: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        return model.unclip.embed_text([captions[k].text for k in indices])
+
+    sees = inputs_of(model.unclip.decoder, "z_t as the embedding")
+    return Arm(name, model, captions, seed, remembered(make), sees)
 
 
-def of_prior(name: str, model: Model, unclip: UnCLIP, prior_sampling: Any, captions: Sequence[Caption], seed: int) -> Arm:
-    """What a prior draws; `unclip` has it."""
-    embed = remembered(lambda indices: unclip.sample_prior([captions[k].text for k in indices], [seed + k for k in indices], prior_sampling))
-    return Arm(name, model, captions, seed, embed, {"prior_sampling": asdict(prior_sampling)})
+def of_prior(
+    name: str,
+    model: Model,
+    unclip: UnCLIP,
+    weights: dict[str, str],
+    sampling: Any,
+    captions: Sequence[Caption],
+    seed: int,
+) -> Arm:
+    """What a prior draws; `unclip` has it, `weights` tell it from others."""
+
+    def make(indices: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        return unclip.sample_prior([captions[k].text for k in indices], seeds, sampling)
+
+    def with_guidance(scale: float) -> Arm:
+        other = replace(sampling, guidance_scale=scale)
+        return of_prior(name, model, unclip, weights, other, captions, seed)
+
+    sees = inputs_of(model.unclip.decoder, "z_i of the prior")
+    settings = {"prior": weights, "prior_sampling": asdict(sampling)}
+    return Arm(name, model, captions, seed, remembered(make), sees, settings, with_guidance)
 
 
 def of_image(model: Model, captions: Sequence[Caption], seed: int) -> Arm:
-    """The embedding of the caption's own picture, which no text-to-image system has."""
+    """The embedding of the caption's own picture, which no text-to-image system has.
 
-    def make(indices: Sequence[int]) -> Tensor:
-        return model.unclip.embed_images(torch.stack([decode(captions[k].image or b"", model.size) for k in indices]))
+    The picture comes to CLIP at CLIP's own size, as in training.
+    """
+    size = model.unclip.clip.image_size
 
-    return Arm("image", model, captions, seed, remembered(make))
+    def make(indices: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        pictures = [decode(captions[k].image or b"", size) for k in indices]
+        return model.unclip.embed_images(torch.stack(pictures))
+
+    sees = inputs_of(model.unclip.decoder, "z_i of the caption's picture")
+    return Arm("image", model, captions, seed, remembered(make), sees)

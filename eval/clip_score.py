@@ -9,13 +9,9 @@ beside KEY.png.
 import argparse
 import logging
 import sys
-from typing import TYPE_CHECKING
 
 from eval.common import Figures, command, parser, progress, rank, table
 from unclip_pl.errors import UserError
-
-if TYPE_CHECKING:
-    from unclip_pl.clip import FrozenCLIP
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +22,10 @@ def arguments() -> argparse.ArgumentParser:
     made = parser(__doc__, "eval.clip_score")
     add_arguments(made)
     made.add_argument(
-        "--clip", default="openmoji",
-        help="the CLIP that scores, better not the one that conditions: openmoji (the embedded "
-        "one), NAME/TAG of open_clip, or local-dir:/folder",
-    )  # fmt: skip
+        "--clip",
+        help="the CLIP that scores, not the one that conditions: openmoji-judge (the default for "
+        "the embedded data), NAME/TAG of open_clip, or local-dir:/folder",
+    )
     return made
 
 
@@ -38,13 +34,17 @@ def run(given: argparse.Namespace) -> Figures:
     from torch import distributed
 
     from eval.features import clip_config, clip_features
+    from eval.judge import same_clip, score_clip
     from eval.metrics import CLIPScore, RetrievalRank
     from eval.source import open_source
     from unclip_pl.clip import FrozenCLIP
 
     source = open_source(given)
-    clip = FrozenCLIP(clip_config(given.clip, given.precision), given.device)
-    if same(clip, getattr(source, "clip", None)) and rank() == 0:
+    conditions = getattr(source, "clip", None)
+    theirs = None if conditions is None else conditions.fingerprint()
+    name = score_clip(given.clip, theirs, "--clip")
+    clip = FrozenCLIP(clip_config(name, given.precision), given.device)
+    if theirs is not None and same_clip(theirs, clip.fingerprint()) and rank() == 0:
         log.warning(
             "The images were drawn from embeddings of the CLIP %s, and the same CLIP scores them: "
             "it may give a score that no person would "
@@ -72,19 +72,6 @@ def run(given: argparse.Namespace) -> Figures:
     if rank() == 0:
         print(table(rows(figures)))
     return figures
-
-
-def same(scores: "FrozenCLIP", conditions: "FrozenCLIP | None") -> bool:
-    """Whether both are one CLIP, by what they do."""
-    from unclip_pl.clip import ClipMismatch, require_same
-
-    if conditions is None:
-        return False
-    try:
-        require_same(conditions.fingerprint(), scores.fingerprint(), "The model")
-    except ClipMismatch:
-        return False
-    return True
 
 
 def rows(figures: Figures) -> list[tuple[str, str]]:

@@ -20,7 +20,6 @@ from torch import Tensor, distributed
 from eval import fid, report
 from eval.arms import remembered
 from eval.captions import Caption, one_each, read_coco
-from eval.clip_score import same
 from eval.common import (
     Figures,
     add_features,
@@ -32,11 +31,13 @@ from eval.common import (
     rank,
     world_size,
 )
+from eval.drawn import Draw, Drawn
 from eval.extract import reference
 from eval.features import Features, clip_config, clip_features, named
 from eval.folders import Pictures, Source
+from eval.judge import same_clip
 from eval.metrics import FRECHET, CLIPScore, frechet_key
-from eval.source import Draw, Drawn, Model, add_sampling, weights_of
+from eval.source import Model, add_sampling, weights_of
 from unclip_pl.atomic import atomic_file
 from unclip_pl.clip import FrozenCLIP
 from unclip_pl.commands.common import chosen
@@ -179,13 +180,15 @@ class Way:
             return [captions[k].text for k in indices], [seed + k for k in indices]
 
         embed = remembered(
-            lambda indices: self.prior.sample_prior(*given(indices), self.prior_sampling)
+            lambda indices, seeds: self.prior.sample_prior(
+                given(indices)[0], seeds, self.prior_sampling
+            )
         )
 
         def at(sampling: SamplingConfig) -> Draw:
             def draw(indices: Sequence[int]) -> Tensor:
                 texts, seeds = given(indices)
-                images = self.unclip.decode(embed(indices), seeds, texts, sampling)
+                images = self.unclip.decode(embed(indices, seeds), seeds, texts, sampling)
                 return images if factor == 1 else self.unclip.upsample(images, seeds, factor)
 
             return draw
@@ -274,7 +277,8 @@ def run(given: argparse.Namespace) -> Figures:
     every = points(given, model, plan.captions)
     side = model.unclip.sizes[-1]
     size = given.reference_size or side
-    said = sentences(side, size, same(clip, model.unclip.clip), str(clip.config))
+    biased = same_clip(model.unclip.clip.fingerprint(), clip.fingerprint())
+    said = sentences(side, size, biased, str(clip.config))
 
     def pictures(names: Sequence[str], captions: Sequence[str] | None = None) -> Pictures:
         place = rank(), world_size()

@@ -61,9 +61,10 @@ def add_features(made: argparse.ArgumentParser) -> None:
     """The options of comparing with real pictures: --features, --reference-size."""
     made.add_argument(
         "--features",
-        help="of the distances: inception (clean-fid's, for FID), clip (the embedded one), "
-        "NAME/TAG of open_clip, or local-dir:/folder; by default clip for the embedded drawings "
-        "(captions openmoji, openmoji-line) and inception for all else",
+        help="of the distances: inception (clean-fid's, for FID), openmoji-judge (the embedded "
+        "CLIP that judges), clip (the embedded one that conditions), NAME/TAG of open_clip, or "
+        "local-dir:/folder; by default openmoji-judge for the embedded drawings (captions "
+        "openmoji, openmoji-line) and inception for all else",
     )
     made.add_argument(
         "--reference-size",
@@ -79,7 +80,7 @@ def features_of(given: argparse.Namespace) -> str:
 
     drawn = not getattr(given, "images", None)
     embedded = drawn and (given.captions or "openmoji") in STYLES
-    return given.features or ("clip" if embedded else "inception")
+    return given.features or ("openmoji-judge" if embedded else "inception")
 
 
 def positive(text: str) -> int:

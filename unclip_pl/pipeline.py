@@ -286,7 +286,7 @@ class UnCLIP:
         Returns:
             float32 (B, 3, 64, 64) in [-1, 1] on the pipeline's device.
         """
-        batch = self._conditions(image_embed, captions)
+        batch = self.conditions(image_embed, captions)
         with at_work(self.decoder, self.device, self.offload, self.precision):
             return self.decoder.sample(batch, Noise(seeds), sampling, callback, x_T)
 
@@ -301,12 +301,14 @@ class UnCLIP:
         """
         settings = sampling or self.decoder.sampling
         schedule = self.decoder.process.schedule.respaced(settings.steps)
-        batch = self._conditions(image_embed, captions)
+        batch = self.conditions(image_embed, captions)
         with at_work(self.decoder, self.device, self.offload, self.precision):
             return way(self.decoder.predictor(batch, size, schedule, settings), schedule)
 
-    def _conditions(self, image_embed: Tensor | None, captions: Sequence[str] | None) -> dict[str, Tensor | None]:
-        """The decoder's batch."""
+    def conditions(
+        self, image_embed: Tensor | None, captions: Sequence[str] | None
+    ) -> dict[str, Tensor | None]:
+        """The decoder's batch: `embed` (B, D) or None for its null, and the captions' entries."""
         batch: dict = {"embed": None if image_embed is None else image_embed.to(self.device)}
         return batch if captions is None else batch | self._text(captions, self.decoder)
 

@@ -131,9 +131,9 @@ def test_another_size_is_another_entry_of_the_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ({"captions": "openmoji"}, "clip"),
-        ({"captions": "openmoji-line"}, "clip"),
-        ({"captions": None, "images": None}, "clip"),  # a model draws for the embedded captions
+        ({"captions": "openmoji"}, "openmoji-judge"),
+        ({"captions": "openmoji-line"}, "openmoji-judge"),
+        ({"captions": None, "images": None}, "openmoji-judge"),  # drawn for embedded captions
         ({"captions": "data/{00000..00009}.tar"}, "inception"),
         ({"captions": None, "images": "pictures"}, "inception"),
         ({"captions": "captions.txt", "features": "clip"}, "clip"),

@@ -1,4 +1,4 @@
-"""`eval.sweep`: each point is drawn with its own settings from the same embeddings and noise, and its figures are those of its pictures."""
+"""`eval.sweep`: each point is drawn with its own settings, from the same embeddings and noise."""
 
 import json
 from pathlib import Path
@@ -22,20 +22,37 @@ from unclip_pl.stages.decoder import SamplingConfig
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
-    return {"decoder": tiny.decoder(folder / "image"), "shard": tiny.shards(folder / "drawings", 8)}
+    return {
+        "decoder": tiny.decoder(folder / "image"),
+        "shard": tiny.shards(folder / "drawings", 8),
+        "more": tiny.shards(folder / "more", 20, seed=1),
+    }
 
 
 def words(stages, out: Path, *more: str) -> list[str]:
     return [
-        "--ckpt", str(stages["decoder"]), "--captions", str(stages["shard"]), "--out", str(out), "--device", "cpu", "--batch-size", "8",
-        "--features", "clip", *more,
-    ]  # fmt: skip
+        *("--ckpt", str(stages["decoder"]), "--captions", str(stages["shard"])),
+        *("--floor", str(stages["more"]), "--out", str(out), "--device", "cpu"),
+        *("--batch-size", "8", "--features", "clip", *more),
+    ]
 
 
 @pytest.fixture(scope="module")
 def ran(stages, tmp_path_factory):
     out = tmp_path_factory.mktemp("sweep") / "out"
-    more = ["--condition", "text", "--guidance-scales", "3", "1", "--sweep-steps", "2", "3", "--sweep-samplers", "ddim", "dpm_solver_pp"]
+    more = [
+        "--condition",
+        "text",
+        "--guidance-scales",
+        "3",
+        "1",
+        "--sweep-steps",
+        "2",
+        "3",
+        "--sweep-samplers",
+        "ddim",
+        "dpm_solver_pp",
+    ]
     assert sweep.main(words(stages, out, *more)) == 0
     return out, json.loads((out / "sweep.json").read_text())
 
@@ -43,28 +60,71 @@ def ran(stages, tmp_path_factory):
 def test_curves_have_their_points_in_order(ran):
     curves = ran[1]["curves"]
     assert [point["guidance_scale"] for point in curves["guidance"]] == [1, 3]
-    assert {name: [point["steps"] for point in curves[name]] for name in ("ddim", "dpm_solver_pp")} == {"ddim": [2, 3], "dpm_solver_pp": [2, 3]}
-    assert all(point["sampler"] == name and point["guidance_scale"] == 1 for name in ("ddim", "dpm_solver_pp") for point in curves[name])
-    # ddim in 2 steps without guidance stands in two curves, and dpm_solver_pp in 2 steps, both of the first order, is the same
+    assert {
+        name: [point["steps"] for point in curves[name]] for name in ("ddim", "dpm_solver_pp")
+    } == {"ddim": [2, 3], "dpm_solver_pp": [2, 3]}
+    assert all(
+        point["sampler"] == name and point["guidance_scale"] == 1
+        for name in ("ddim", "dpm_solver_pp")
+        for point in curves[name]
+    )
+    # ddim in 2 steps without guidance stands in two curves; dpm_solver_pp in 2 steps, both of the
+    # first order, is the same
     assert len({point["fd_clip"] for curve in curves.values() for point in curve}) == 4
 
 
 def test_a_points_figures_are_those_of_its_pictures(ran, stages):
     out, found = ran
-    captions, network, metric = read_captions(str(stages["shard"])), named("clip"), FrechetDistance(256)
+    captions, network, metric = (
+        read_captions(str(stages["shard"])),
+        named("clip"),
+        FrechetDistance(256),
+    )
     unclip = UnCLIP.load(stages["decoder"])
-    expected = to_uint8(unclip.generate([caption.text for caption in captions], range(8), "text", sampling=SamplingConfig("dpm_solver_pp", 3)))
-    drawn = torch.cat([batch["images"] for batch in Pictures(str(out / "samples" / "dpm_solver_pp-3-1" / "00000.tar")).batches(8)])
+    expected = to_uint8(
+        unclip.generate(
+            [caption.text for caption in captions],
+            range(8),
+            "text",
+            sampling=SamplingConfig("dpm_solver_pp", 3),
+        )
+    )
+    drawn = torch.cat(
+        [
+            batch["images"]
+            for batch in Pictures(str(out / "samples" / "dpm_solver_pp-3-1" / "00000.tar")).batches(
+                8
+            )
+        ]
+    )
     assert torch.equal(drawn, expected)
     metric.update(network(drawn), real=False)
     metric.update(network(next(iter(pictures_of(captions, 16, 8)))["images"]), real=True)
-    assert found["curves"]["dpm_solver_pp"][1]["fd_clip"] == pytest.approx(metric.compute()["fd"], rel=1e-6)
+    assert found["curves"]["dpm_solver_pp"][1]["fd_clip"] == pytest.approx(
+        metric.compute()["fd"], rel=1e-6
+    )
 
 
 def test_table_plots_pictures_and_page_lie_in_the_folder(ran):
-    out = ran[0]
-    assert len((out / "sweep.md").read_text().splitlines()) == 2 + 6
-    assert {path.name for path in out.glob("*.svg")} >= {"fd_clip-guidance.svg", "fd_clip-steps.svg", "clip_score-guidance.svg", "recall-guidance.svg"}
+    out, found = ran
+    table = (out / "sweep.md").read_text()
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 6 + 1 and lines[-1].startswith("| floor: real against other real")
+    floor, first = found["floor"], found["curves"]["guidance"][0]
+    for name in ("fd_clip", "kid"):
+        reached = first[name] <= floor["high"][name]
+        assert (name in first["at_floor"]) == reached
+    assert ("at the floor" in table) == any(
+        point["at_floor"] for curve in found["curves"].values() for point in curve
+    )
+    assert found["settings"]["the decoder sees"] == "z_t as the embedding + the caption's tokens"
+    assert found["said"] == [text for text in found["said"] if text.startswith("The features")]
+    assert {path.name for path in out.glob("*.svg")} >= {
+        "fd_clip-guidance.svg",
+        "fd_clip-steps.svg",
+        "clip_score-guidance.svg",
+        "recall-guidance.svg",
+    }
     page = (out / "sweep.html").read_text()
     assert page.count("<svg") == 13 and "dpm_solver_pp" in page and "data:image/png" in page
     with Image.open(out / "sweep.png") as picture:
@@ -75,7 +135,10 @@ def test_table_plots_pictures_and_page_lie_in_the_folder(ran):
     ("more", "said"),
     [
         (["--guidance-scales"], "There is nothing to sweep"),
-        (["--condition", "text", "--prior", "ar"], "--prior is given, and --condition text uses none"),
+        (
+            ["--condition", "text", "--prior", "ar"],
+            "--prior is given, and --condition text uses none",
+        ),
         (["--sweep-steps", "0"], "--steps is 0"),
         (["--sweep-steps", "2000"], "--steps is 2000"),
         (["--sweep-steps", "fast28"], "--steps is fast28, and respacing"),
@@ -86,7 +149,11 @@ def test_table_plots_pictures_and_page_lie_in_the_folder(ran):
 def test_what_cannot_be_swept_is_one_sentence(more, said, stages, tmp_path, capsys):
     assert sweep.main(words(stages, tmp_path / "out", *more)) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("python -m eval.sweep: ") and said in last and not (tmp_path / "out").exists()
+    assert (
+        last.startswith("python -m eval.sweep: ")
+        and said in last
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_spacings_stand_by_the_number_of_their_steps(stages):

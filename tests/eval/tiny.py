@@ -30,7 +30,7 @@ NET = UNetConfig(
 )
 
 
-def decoder(folder: Path, condition: str = "image", seed: int = 0) -> Path:
+def decoder(folder: Path, condition: str = "image", seed: int = 0, pooled: bool = False) -> Path:
     """A release of a decoder with random weights that heeds embedding and caption."""
     torch.manual_seed(seed)
     sampling, diffusion = (
@@ -39,7 +39,7 @@ def decoder(folder: Path, condition: str = "image", seed: int = 0) -> Path:
     )
     stage = Decoder(
         net=NET,
-        text=TextConfig("states", states_width=80),
+        text=TextConfig("states", states_width=80, pooled=pooled),
         sampling=sampling,
         diffusion=diffusion,
         condition=condition,
@@ -53,16 +53,12 @@ def decoder(folder: Path, condition: str = "image", seed: int = 0) -> Path:
     return release.write(folder, weights, "# a card\n")
 
 
-def shards(folder: Path, count: int = 20) -> Path:
-    """Held-out drawings at 16 pixels, as one shard."""
+def shards(folder: Path, count: int = 20, seed: int = 0, size: int = 16) -> Path:
+    """Held-out drawings of `size` pixels, chosen by `seed`, as one shard."""
     folder.mkdir(parents=True, exist_ok=True)
-    openmoji.write_shards(
-        folder,
-        [],
-        random.Random(0).sample(openmoji.composition_split(openmoji.records())[1], count),
-        16,
-        progress=False,
-    )
+    held_out = openmoji.composition_split(openmoji.records())[1]
+    chosen = random.Random(seed).sample(held_out, count)
+    openmoji.write_shards(folder, [], chosen, size, progress=False)
     return folder / "val-00000.tar"
 
 
