@@ -176,11 +176,11 @@ class Drawn:
         """Some that are drawn, by any rank: (N, 3, H, W) in [-1, 1]."""
         found = []
         for k in indices:
-            with (
-                tarfile.open(self.folder / f"{k // self.shard:05d}.tar") as tar,
-                Image.open(tar.extractfile(f"{k:07d}.png")) as image,
-            ):  # type: ignore[arg-type]
-                found.append(from_pil(image))
+            with tarfile.open(self.folder / f"{k // self.shard:05d}.tar") as tar:
+                member = tar.extractfile(f"{k:07d}.png")
+                assert member is not None  # a plain file
+                with Image.open(member) as image:
+                    found.append(from_pil(image))
         return torch.stack(found)
 
 

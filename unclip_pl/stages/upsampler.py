@@ -22,7 +22,7 @@ from unclip_pl.errors import UserError
 from unclip_pl.networks.unet import UNet, UNetConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage, as_config
 
-NET = {
+NET: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
     "low_res_channels": 3,
@@ -253,7 +253,7 @@ class Upsampler1024(Upsampler):
 
     def __init__(
         self,
-        net: UNetConfig = UNetConfig(  # type: ignore[arg-type]  # mixed values
+        net: UNetConfig = UNetConfig(
             image_size=1024, width=64, mults=(1, 1, 2, 2, 4, 4), depth=2, dropout=0.0, **NET
         ),
         diffusion: DiffusionConfig = DiffusionConfig(
