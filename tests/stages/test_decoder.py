@@ -173,3 +173,23 @@ def test_condition_that_is_none_of_the_two_is_refused_and_older_releases_have_th
         decoder(condition="caption")
     older = {name: value for name, value in decoder().hparams.items() if name != "condition"}
     assert Decoder(**older).condition == "image" and Decoder(**decoder(condition="text").hparams).condition == "text"
+
+
+def test_validation_tells_the_loss_with_captions_from_that_with_dropped_ones():
+    stage, given, logged = decoder(), batch(16), {}
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))  # what starts at zero hides captions
+    stage.eval()
+    stage.log_dict = lambda values, **_: logged.update(values)
+    stage.log = lambda name, value, **_: logged.update({name: value})
+    with torch.no_grad():
+        stage.validation_step(given, 3)
+        one, kept = (
+            stage.loss(given, torch.Generator().manual_seed(3), text_dropout)["per_sample"]
+            for text_dropout in (None, 0.0)
+        )
+    same = torch.isclose(one, kept, rtol=1e-4)
+    assert 2 < same.sum() < 14  # the same noise, and half of the captions dropped
+    assert logged["val/loss_captioned"].isfinite()
+    assert not torch.isclose(logged["val/loss"], logged["val/loss_captioned"])

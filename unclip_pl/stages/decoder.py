@@ -172,7 +172,23 @@ class Decoder(Stage):
             "pooled": context.pooled,
         }
 
-    def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        """Also `val/loss_captioned`: of the same noise, with no caption dropped."""
+        super().validation_step(batch, batch_idx)
+        if self.text_config.kind == "none":
+            return
+        generator = torch.Generator().manual_seed(batch_idx)
+        loss = self.loss(batch, generator, text_dropout=0.0)["loss"]
+        self.log("val/loss_captioned", loss, batch_size=len(batch["key"]), sync_dist=True)
+
+    def loss(
+        self,
+        batch: dict,
+        generator: torch.Generator | None = None,
+        text_dropout: float | None = None,
+    ) -> dict[str, Tensor]:
+        """See `Stage.loss`; `text_dropout` in place of `dropout.text`."""
+        text_dropout = self.dropout.text if text_dropout is None else text_dropout
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         size, device = len(image), image.device
         where = generator.device if generator else device
@@ -182,7 +198,7 @@ class Decoder(Stage):
         noise = torch.randn(image.shape, generator=generator, device=where).to(device)
         keep = torch.rand(2, size, generator=generator, device=where).to(device)
         conditions = self.conditions(
-            batch, size, keep[0] >= self.dropout.embed, keep[1] >= self.dropout.text
+            batch, size, keep[0] >= self.dropout.embed, keep[1] >= text_dropout
         )
         x_t = self.process.diffuse(image, t, noise)
         losses = hybrid(self.net(x_t, t, **conditions), image, x_t, t, noise, self.process)
