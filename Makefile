@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-fast lint clean
+.PHONY: help demo test test-fast lint docs clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/'
 
@@ -24,8 +24,11 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-docs  ## this project's pages as a site in docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -j auto $(SPHINXOPTS) -d docs/_build/doctrees docs docs/_build/html
+
 clean:  ## remove the virtual environment, caches and runs of this folder
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache runs
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache runs docs/_build docs/api
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

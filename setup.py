@@ -49,6 +49,7 @@ setup(
             "pyarrow>=14", "opencv-python-headless>=4.8",
         ],
         "dev": ["ruff", "mypy"],
+        "docs": ["sphinx>=8.1", "myst-parser>=4", "pydata-sphinx-theme>=0.16", "sphinx-copybutton"],
     },
     entry_points={"console_scripts": ["lightning = unclip_pl.cli:main", "unclip = unclip_pl.app:main"]},
 )
