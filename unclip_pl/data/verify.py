@@ -1,30 +1,43 @@
-"""`unclip data verify`: an embedding store read back, against its manifest and the tars that it was made from."""
+"""`unclip data verify`: an embedding store read back, against its manifest and the tars that it
+was made from."""
 
+import lzma
 import os
 import sys
+import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+from webdataset.tariterators import base_plus_ext
 
 from unclip_pl.clip import FrozenCLIP, require_same
 from unclip_pl.data.embeddings import EmbeddingStore, ShardRows, describe
-from unclip_pl.data.shards import BadSample, ErrorBudget, decode, expand, raw_samples
+from unclip_pl.data.names import expand, open_shard
+from unclip_pl.data.shards import IMAGES, BadSample, ErrorBudget, Lost, decode, read_shard
 from unclip_pl.errors import UserError
+
+ENDINGS = tuple(f".{ending}" for ending in IMAGES)
 
 
 def verify(
-    folder: str | os.PathLike, shards: str | Sequence[str] | None = None, clip: FrozenCLIP | None = None, notes: list[str] | None = None
+    folder: str | os.PathLike,
+    shards: str | Sequence[str] | None = None,
+    clip: FrozenCLIP | None = None,
+    notes: list[str] | None = None,
 ) -> list[str]:
-    """One line for each thing that is wrong, none where all is well; those that begin with a file of the store are cured by deleting it.
+    """One line for each thing that is wrong, none where all is well; those that begin with a file
+    of the store are cured by deleting it.
 
     Args:
         folder: the store.
         shards: the tars it must cover; None: those that its manifest names.
         clip: the CLIP that it must have been made with; None: any.
-        notes: a line is added for each image that has no row because it cannot be decoded, which is as it should be.
+        notes: a line is added for each image that has no row because it cannot be used, which is
+            as it should be, and for pictures that are no sample's own.
 
     Raises:
         UserError: it is no store, or one of another CLIP.
@@ -34,7 +47,12 @@ def verify(
     if clip is not None:
         require_same(manifest["clip"], clip.fingerprint(), f"The embedding store {store.folder}")
     problems: list[str] = []
-    for shard in tqdm(expand(shards) if shards else list(manifest["shards"]), desc="verifying", unit=" shards", file=sys.stderr):
+    for shard in tqdm(
+        expand(shards) if shards else list(manifest["shards"]),
+        desc="verifying",
+        unit=" shards",
+        file=sys.stderr,
+    ):
         path = store.path(shard)
         try:
             source = describe(shard)
@@ -47,7 +65,9 @@ def verify(
             problems.append(f"{path}: the rows of {shard} cannot be checked ({error})")
             continue
         if shard not in manifest["shards"]:
-            problems.append(f"manifest.json does not name {shard}, whose rows are there: fill the store again")
+            problems.append(
+                f"manifest.json does not name {shard}, whose rows are there: fill the store again"
+            )
         if rows.source != source:
             problems.append(f"{path}: stale, {shard} has changed since it was made")
         problems += [f"{path}: {line} (of {shard})" for line in _rows(rows)]
@@ -60,11 +80,19 @@ def verify(
 
 def _rows(rows: ShardRows) -> list[str]:
     tables = {"image_embed": rows.image_embed, "text_embed": rows.text_embed, "tokens": rows.tokens}
-    lines = [f"{len(table)} rows of {name} for {len(rows.keys)} keys" for name, table in tables.items() if len(table) != len(rows.keys)]
-    lines += [f"key {key} is doubled, it has {n} rows" for key, n in Counter(rows.keys).items() if n > 1]
+    lines = [
+        f"{len(table)} rows of {name} for {len(rows.keys)} keys"
+        for name, table in tables.items()
+        if len(table) != len(rows.keys)
+    ]
+    lines += [
+        f"key {key} is doubled, it has {n} rows" for key, n in Counter(rows.keys).items() if n > 1
+    ]
     for name in ("image_embed", "text_embed"):
         bad = np.flatnonzero(~np.isfinite(tables[name]).all(1))
-        lines += [f"key {rows.keys[i]} has a {name} that is not finite" for i in bad if i < len(rows.keys)]
+        lines += [
+            f"key {rows.keys[i]} has a {name} that is not finite" for i in bad if i < len(rows.keys)
+        ]
     return lines
 
 
@@ -72,9 +100,13 @@ def _pairs(rows: ShardRows, path: Path, shard: str) -> tuple[list[str], list[str
     """Problems, and notes on images that cannot be decoded."""
     lines: list[str] = []
     notes: list[str] = []
-    present = set()
+    present, lost = set(), 0
     try:
-        for sample in raw_samples(shard, ErrorBudget(1.0), whole=True):
+        for sample in read_shard(shard, ErrorBudget(1.0), whole=True):
+            if isinstance(sample, Lost):
+                lost += sample.count
+                notes.append(f"{sample.where} has no row: {sample.reason}")
+                continue
             present.add(sample["key"])
             if sample["key"] in rows.row:
                 continue
@@ -84,7 +116,40 @@ def _pairs(rows: ShardRows, path: Path, shard: str) -> tuple[list[str], list[str
                 lines.append(f"{path}: key {sample['key']} is missing, it has no row (of {shard})")
     except UserError as error:
         return [str(error)], []
-    return lines + [f"{path}: the row of key {key} has no image (in {shard})" for key in rows.keys if key not in present], notes
+    lines += [
+        f"{path}: the row of key {key} has no image (in {shard})"
+        for key in rows.keys
+        if key not in present
+    ]
+    unused = [name for name in pictures_in(shard) if name.rpartition(".")[0] not in present]
+    if unused:
+        some = ", ".join(unused[:3]) + (" ..." if len(unused) > 3 else "")
+        roles = [name for name in unused if base_plus_ext(name)[0] in present]
+        line = f"{shard} holds {len(unused)} pictures that no sample has the name of ({some})"
+        (notes if len(unused) <= lost + len(roles) else lines).append(line)
+    return lines, notes
+
+
+def pictures_in(shard: str) -> list[str]:
+    """The names of all pictures in a tar, as far as it can be read, by tarfile alone: a second look
+    at what the readers of shards may miss."""
+    names: list[str] = []
+    with open_shard(shard) as stream:
+        try:
+            with tarfile.open(fileobj=stream, mode="r|*", ignore_zeros=True) as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
+                    if not member.isdir() and member.name.lower().endswith(ENDINGS):
+                        names.append(member.name)
+            while stream.read(1 << 20):  # the command of a pipe is not left before it has ended
+                pass
+        except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError):
+            pass  # damage: the samples in front of it are compared
+    return [name for name in names if not any(map(_hidden, name.split("/")))]
+
+
+def _hidden(part: str) -> bool:
+    return part.startswith(".") and bool(part.strip("."))
 
 
 def _why(image: bytes) -> str:
