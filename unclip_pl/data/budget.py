@@ -1,4 +1,5 @@
-"""What is lost of the data on the way: samples that cannot be used, counted and named, up to a limit."""
+"""What is lost of the data on the way: samples that cannot be used, counted and named, up to a
+limit."""
 
 import errno
 import logging
@@ -11,12 +12,14 @@ log = logging.getLogger(__name__)
 
 
 class BadSample(Exception):
-    """A sample that cannot be used; its text says why and follows "sample KEY of SHARD was passed over: "."""
+    """A sample that cannot be used; its text says why and follows "sample KEY of SHARD was passed
+    over: "."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """What `read_shard` gives in the place of samples that cannot be used; whoever comes to it has `ErrorBudget.charge` count it."""
+    """What `read_shard` gives in the place of samples that cannot be used; whoever comes to it has
+    `ErrorBudget.charge` count it."""
 
     where: str
     reason: object
@@ -77,13 +80,15 @@ class ErrorBudget:
         self.spend(lost.where, lost.reason, lost.count)
 
     def broken(self, read: int, rest: int) -> int:
-        """How many samples a shard lost that ends after `read`: `rest`, or as many as the largest shard so far has more, and one at least."""
+        """How many samples a shard lost that ends after `read`: `rest`, or as many as the largest
+        shard so far has more, and one at least."""
         lost = max(1, rest, self.largest - read)
         self._broken.append((read, lost))
         return lost
 
     def larger(self, read: int) -> int:
-        """Take note of a shard of `read` samples; returns how many more than was thought the broken shards before it lost, if it is the largest."""
+        """Take note of a shard of `read` samples; returns how many more than was thought the broken
+        shards before it lost, if it is the largest."""
         if read <= self.largest:
             return 0
         self.largest, before = read, sum(lost for _, lost in self._broken)
@@ -92,9 +97,11 @@ class ErrorBudget:
 
 
 def too_many_files(error: Exception) -> UserError | None:
-    """What to raise for an error that is none of the file that was to be opened, but of the limit on open files; else None."""
+    """What to raise for an error that is none of the file that was to be opened, but of the limit
+    on open files; else None."""
     if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
         return None
     return UserError(
-        f"No more files can be opened ({error.strerror}): raise the limit with `ulimit -n` in the shell that starts the run."
+        f"No more files can be opened ({error.strerror}): raise the limit with `ulimit -n` in the "
+        "shell that starts the run."
     )

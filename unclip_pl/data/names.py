@@ -16,7 +16,8 @@ def is_url(shard: str) -> bool:
 
 
 def expand(spec: str | Sequence[str]) -> list[str]:
-    """Shard names from a brace pattern, a glob, a folder, one file, a URL (`http:`, `pipe:`, ...; webdataset's forms), or a list of these.
+    """Shard names from a brace pattern, a glob, a folder, one file, a URL (`http:`, `pipe:`, ...;
+    webdataset's forms), or a list of these.
 
     Raises:
         UserError: nothing is there, or webdataset has no means for the URL.
@@ -31,7 +32,8 @@ def expand(spec: str | Sequence[str]) -> list[str]:
         )
     except ValueError as error:
         raise UserError(
-            f"The shards {spec} are no pattern ({error}): write for example 'data/{{00000..00009}}.tar'."
+            f"The shards {spec} are no pattern ({error}): write for example "
+            f"'data/{{00000..00009}}.tar'."
         ) from None
     found: list[str] = []
     for name in names:
@@ -46,11 +48,13 @@ def expand(spec: str | Sequence[str]) -> list[str]:
             found += matches
         else:
             raise UserError(
-                f"There is no shard {path}: check data.train and data.val (a folder, a file, or a pattern such as 'data/{{00000..00009}}.tar')."
+                f"There is no shard {path}: check data.train and data.val (a folder, a file, or a "
+                f"pattern such as 'data/{{00000..00009}}.tar')."
             )
     if not found:
         raise UserError(
-            f"There are no .tar files in {spec}: give a folder of shards or a pattern such as 'data/{{00000..00009}}.tar'."
+            f"There are no .tar files in {spec}: give a folder of shards or a pattern such as "
+            f"'data/{{00000..00009}}.tar'."
         )
     return found
 
@@ -62,7 +66,8 @@ def _known(url: str) -> str:
     if scheme not in gopen_schemes and scheme != "file":
         example = f" (for example 'pipe:aws s3 cp {url} -')" if scheme == "s3" else ""
         raise UserError(
-            f"webdataset has no means to read {url}: name a command that writes the tar, as 'pipe:COMMAND'{example}."
+            f"webdataset has no means to read {url}: name a command that writes the tar, as "
+            f"'pipe:COMMAND'{example}."
         )
     return url
 

@@ -28,9 +28,11 @@ Decoded = TypeVar("Decoded")
 
 
 def decode(data: bytes, image_size: int | None, exact_jpeg: bool = False) -> Tensor:
-    """The bytes of a picture -> float32 (3, S, S) in [-1, 1]: short side to S, antialiased, and the centre cut out. With None: whole, at its own size.
+    """The bytes of a picture -> float32 (3, S, S) in [-1, 1]: short side to S, antialiased, and the
+    centre cut out. With None: whole, at its own size.
 
-    A JPEG is decoded at a half, quarter or eighth where that is still twice as large as S (not with `exact_jpeg`); no more than `MAX_PIXELS` are decoded.
+    A JPEG is decoded at a half, quarter or eighth where that is still twice as large as S (not with
+    `exact_jpeg`); no more than `MAX_PIXELS` are decoded.
 
     Raises:
         BadSample: they are no picture, or too large a one.
@@ -44,7 +46,8 @@ def decode(data: bytes, image_size: int | None, exact_jpeg: bool = False) -> Ten
 
 
 def decode_uncut(data: bytes, image_size: int, exact_jpeg: bool = False) -> Image.Image:
-    """The bytes of a picture -> RGB picture whose short side is at most S: larger ones are made smaller, antialiased, smaller ones stay as they are.
+    """The bytes of a picture -> RGB picture whose short side is at most S: larger ones are made
+    smaller, antialiased, smaller ones stay as they are.
 
     JPEGs, limit and BadSample as in `decode`.
     """
@@ -94,7 +97,8 @@ def _opened(
 
 
 def _less_long(image: Image.Image) -> Image.Image:
-    """Cut the ends of a picture that is a thin strip: enlarged to S it would not fit into memory."""
+    """Cut the ends of a picture that is a thin strip: enlarged to S it would not fit into
+    memory."""
     long = 4 * min(image.size)
     if max(image.size) <= 2 * long:
         return image
