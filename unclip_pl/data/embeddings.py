@@ -9,6 +9,7 @@ A file appears under its name when it is whole. A shard that is done and unchang
 
 import hashlib
 import json
+import logging
 import os
 import sys
 import time
@@ -30,12 +31,15 @@ from tqdm import tqdm
 
 from unclip_pl.atomic import atomic_file, file_lock, remove_leftovers
 from unclip_pl.clip import FrozenCLIP, require_same
+from unclip_pl.data.captions import Captionless
 from unclip_pl.data.shards import BadSample, ErrorBudget, Lost, decode, is_url, read_shard, too_many_files
 from unclip_pl.errors import UserError
 
+log = logging.getLogger(__name__)
 FORMAT = 1
 FILL = "fill it with `lightning predict -c stages/embed.yaml`"
 DAY = 86400.0
+LOOKED_AT = 64  # shards whose rows are asked for captions
 
 
 def mapped(path: Path) -> tuple[dict[str, Any], Callable[[str, str], np.ndarray]]:
@@ -117,6 +121,7 @@ class EmbeddingStore:
         self.folder = Path(folder)
         self._open: dict[str, ShardRows] = {}
         self._since = 0.0
+        self._captions = Captionless()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}  # a pickled mmap would be its contents
@@ -159,6 +164,15 @@ class EmbeddingStore:
         """How many rows each of `shards` has."""
         return [len(self._mapped(shard).keys) for shard in shards]
 
+    def captionless(self, shards: Sequence[str], blank: np.ndarray) -> Captionless:
+        """How many rows of `shards` have the tokens (L,) of no caption; of many shards, of some."""
+        found = Captionless()
+        for shard in shards[:: max(1, len(shards) // LOOKED_AT)]:
+            tokens = self._mapped(shard).tokens
+            found.seen += len(tokens)
+            found.missing += int((tokens == blank).all(1).sum())
+        return found
+
     def done(self, shard: str) -> bool:
         """Whether the shard's file is whole and made from the tar as it is now."""
         source = describe(shard)
@@ -190,12 +204,15 @@ class EmbeddingStore:
         """Embed those of `shards` that are not done; returns how many this process did, and leaves the manifest alone. See `ensure`."""
         self._own(clip)
         self._since, budget = time.monotonic(), budget or ErrorBudget()
+        self._captions = Captionless()
         missing = [shard for shard in shards if not self.done(shard)]
         sizes = [describe(shard)["size"] for shard in missing]
         total = None if None in sizes else sum(sizes)
         with tqdm(desc="embedding", total=total, unit="B", unit_scale=True, file=sys.stderr, disable=not (progress and missing)) as bar:
             first = {shard: self._embed_locked(shard, clip, batch_size, budget, bar, wait=0.0) for shard in dict.fromkeys(missing)}
             others = [self._embed_locked(shard, clip, batch_size, budget, bar, wait=DAY) for shard, embedded in first.items() if embedded is None]
+        if self._captions.missing:
+            log.warning("%s", self._captions)
         return sum(embedded is True for embedded in [*first.values(), *others])
 
     def finish(self, shards: Sequence[str], clip: FrozenCLIP) -> None:
@@ -279,6 +296,7 @@ class EmbeddingStore:
         keys: list[str] = []
         parts: dict[str, list[torch.Tensor]] = {"image_embed": [], "text_embed": [], "tokens": []}
         for batch in decoded_batches(shard, clip.image_size, batch_size, budget):
+            self._captions.add(batch)
             tokens = clip.tokenize([sample["caption"] for sample in batch])
             image = clip.embed_images(torch.stack([sample["image"] for sample in batch])).half().cpu()
             text = clip.embed_text(tokens).embed.half().cpu()

@@ -7,6 +7,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from unclip_pl._open_clip import folder_of
 from unclip_pl.atomic import cache_dir
 from unclip_pl.clip import CLIPConfig, FrozenCLIP, require_same, tokenize_bpe
-from unclip_pl.data.captions import augment_caption
+from unclip_pl.data.captions import Captionless, augment_caption
 from unclip_pl.data.embeddings import EmbeddingStore, Statistics, describe
 from unclip_pl.data.loader import LoaderConfig, Prepare, Samples, SamplesInOrder, TrainLoader, ValidationLoader, steps_of_epoch
 from unclip_pl.data.openmoji import STYLES, openmoji_shards
 from unclip_pl.data.rows import RowLoader, Rows, RowsConfig, RowsInOrder
-from unclip_pl.data.shards import BadSample, ErrorBudget, count_samples, expand, is_url
+from unclip_pl.data.shards import BadSample, ErrorBudget, count_samples, expand, is_url, raw_samples
 from unclip_pl.data.text_tokens import ensure_text_tokens
 from unclip_pl.errors import UserError
 
@@ -40,6 +41,11 @@ def resolve(spec: Spec | None, side: str, image_size: int) -> list[str]:
         folder = openmoji_shards(image_size, name=spec)
         return sorted(str(path) for path in folder.glob(f"{side}-*.tar"))
     return expand(spec)
+
+
+def looked_at(shard: str) -> Captionless:
+    """Of the captions of a shard's first samples."""
+    return Captionless().add(islice(raw_samples(shard, ErrorBudget(1.0)), 1000))
 
 
 class ShardData(LightningDataModule):
@@ -123,7 +129,7 @@ class Captioned:
     def __call__(self, sample: dict[str, Any], epoch: int) -> dict[str, Any]:
         caption = sample["caption"]
         if not caption:
-            raise BadSample("it has no caption (KEY.txt, or \"caption\" in KEY.json)")
+            raise BadSample(f"it has no caption (endings seen: {', '.join(sample['endings'])})")
         if self.train:
             caption = augment_caption(caption, random.Random(f"{self.seed} {epoch} {sample['key']}"))
         return {"key": sample["key"], "caption": caption, "tokens": self.clip.tokenize([caption])[0], "image": sample["image"]}
@@ -131,6 +137,11 @@ class Captioned:
 
 class ImageTextData(ShardData):
     """Images and captions, for a CLIP: `key`, `caption`, `tokens`, `image`. Training captions are varied, anew in each epoch."""
+
+    def prepare_data(self) -> None:
+        super().prepare_data()
+        if self.train_shards and not is_url(self.train_shards[0]):
+            looked_at(self.train_shards[0]).require(self.config.max_bad_rate)
 
     def preparation(self, train: bool) -> Captioned:
         return Captioned(self.clip, self.config.seed, train)
@@ -192,6 +203,20 @@ class ImageEmbeddingData(ShardData):
         self.clip.to("cuda" if torch.cuda.is_available() else "cpu")
         self.store.ensure([*self.train_shards, *self.val_shards], self.clip, budget=ErrorBudget(self.config.max_bad_rate))
         self.clip.to("cpu")
+        if self.reads_captions:
+            self._require_captions()
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether batches are used with their captions."""
+        return self.text_states or self.text_length is not None
+
+    def _require_captions(self) -> None:
+        blank = self.clip.tokenize([""])[0].numpy()
+        found, first = self.store.captionless(self.train_shards, blank), self.train_shards[0]
+        if found.missing and Path(first).is_file():
+            found.endings = looked_at(first).endings
+        found.require(self.config.max_bad_rate)
 
     def count(self, shards: Sequence[str]) -> int:
         return sum(self.store.rows(shards))
@@ -221,8 +246,13 @@ class PriorData(ImageEmbeddingData):
     ) -> None:
         super().__init__(train, val, image_size, clip, loader, store, text_states, text_length)  # type: ignore[arg-type]  # see `config`
 
+    @property
+    def reads_captions(self) -> bool:
+        return True
+
     def prepare_data(self) -> None:
         if self._from_store():
+            self._require_captions()
             return
         super().prepare_data()
         if self.text_length is not None:

@@ -8,19 +8,19 @@ key, and an image of more than 50 megapixels, for it would stall a worker and ta
 counts as large as it is decoded (`decode`).
 """
 
-import json
 import os
 from collections.abc import Collection, Iterator
 from typing import IO, Any
 
 from unclip_pl.data.budget import BadSample, ErrorBudget, Lost, too_many_files
+from unclip_pl.data.captions import caption_of
 from unclip_pl.data.names import expand, is_url, open_shard
 from unclip_pl.data.pictures import FORMATS, IMAGES, MAX_PIXELS, decode, decode_uncut
 from unclip_pl.data.tars import Group, Groups, NotPlain, tar_files, tar_names
 from unclip_pl.errors import UserError
 
 __all__ = [  # with what the rest of the system needs of the modules beneath
-    "FORMATS", "IMAGES", "MAX_PIXELS", "BadSample", "ErrorBudget", "Lost", "caption_of",
+    "FORMATS", "IMAGES", "MAX_PIXELS", "BadSample", "ErrorBudget", "Lost",
     "count_samples", "decode", "decode_uncut", "expand", "is_url", "raw_samples", "read_shard",
     "too_many_files",
 ]  # fmt: skip
@@ -29,8 +29,8 @@ __all__ = [  # with what the rest of the system needs of the modules beneath
 def raw_samples(
     url: str, budget: ErrorBudget, members: Collection[str] = (), whole: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The samples of a shard, undecoded: `key`, `shard`, `image` (bytes), `caption` (str). In the
-    tar's order; bad ones are charged at once.
+    """The samples of a shard, undecoded: `key`, `shard`, `image` (bytes), `caption` (str),
+    `endings` (of all files with its key). In the tar's order; bad ones are charged at once.
 
     With `members`, further endings such as "img_emb.npy" in small letters, also `members`: the
     bytes of those that are there.
@@ -109,6 +109,7 @@ def _sample(group: Group, url: str, keys: set[str], members: Collection[str]) ->
         "shard": url,
         "image": group.files[group.image],
         "caption": caption_of(group.files),
+        "endings": group.endings,
     }
     if members:
         sample["members"] = {name: group.files[name] for name in members if name in group.files}
@@ -124,19 +125,6 @@ def _rest(stream: IO[bytes], read: int) -> int:
 
 def _cause(error: Exception) -> str:
     return str(error.args[0]) if error.args else type(error).__name__
-
-
-def caption_of(sample: dict[str, Any]) -> str:
-    """The caption: KEY.txt, else "caption" of KEY.json, else "": img2dataset writes images without
-    captions, too."""
-    if "txt" in sample:
-        return sample["txt"].decode("utf-8", errors="replace").strip()
-    try:
-        fields = json.loads(sample.get("json", b"{}"))
-    except (ValueError, RecursionError):
-        raise BadSample("its .json cannot be read") from None
-    caption = fields.get("caption") if isinstance(fields, dict) else None
-    return caption.strip() if isinstance(caption, str) else ""
 
 
 def count_samples(shard: str) -> int:

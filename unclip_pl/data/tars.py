@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from unclip_pl.data.budget import Lost
+from unclip_pl.data.captions import ENDINGS
 from unclip_pl.data.pictures import IMAGES
 
-TEXTS = ("txt", "json")
+TEXTS = (*ENDINGS, "json")
 """Endings of the files that may hold a caption."""
 HELD = 64
 """Keys of one beginning (photo.0001, photo.0002) that are held at a time."""
