@@ -269,6 +269,7 @@ class TrainLoader:
             pin_memory=torch.cuda.is_available(), multiprocessing_context=start_method if config.num_workers else None, worker_init_fn=spare_worker,
         )
         self._stream: Generator[dict[str, Any], None, None] | None = None
+        self._loaded: dict[str, Any] | None = None  # the state to begin with, until a batch is asked for
         self._shards, self._missing = _digest(samples.shards)
 
     def __len__(self) -> int:
@@ -277,6 +278,7 @@ class TrainLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # One stream for all epochs: the workers stay, and their orders go on.
         self._stream = _plainly(iter(self.loader)) if self._stream is None else self._stream
+        self._loaded = None
         self.done = 0 if self.done >= self.steps else self.done
         while self.done < self.steps:
             batch = next(self._stream)
@@ -290,6 +292,16 @@ class TrainLoader:
             self._stream.close()
             self._stream = None
             self.loader.load_state_dict({})  # lets go of its iterator
+
+    def go_on_from(self, before: "TrainLoader") -> None:
+        """Begin an epoch at the place that another loader of this run has come to, and end that one. On several ranks all must call it."""
+        self.bad = before.bad
+        if before._stream is not None:
+            state = before.state_dict() | {"done": 0}
+            before.close()
+            self.load_state_dict(state)
+        elif before._loaded is not None:
+            self.load_state_dict(before._loaded)
 
     def shape(self) -> dict[str, Any]:
         """What a state depends on."""
@@ -311,7 +323,7 @@ class TrainLoader:
         return {"shape": self.shape(), "done": self.done, "ranks": every}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._stream, self.done = None, min(state["done"], self.steps)
+        self._stream, self._loaded, self.done = None, state, min(state["done"], self.steps)
         theirs, ours = state["shape"], self.shape()
         differs = [key for key, value in ours.items() if theirs.get(key) != value]
         if not differs:

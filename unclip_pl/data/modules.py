@@ -6,7 +6,7 @@
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -68,7 +68,7 @@ class ShardData(LightningDataModule):
         self.clip = FrozenCLIP(clip)
         self.train_shards: list[str] = []
         self.val_shards: list[str] = []
-        self._training: TrainLoader | None = None
+        self._training: TrainLoader | RowLoader | None = None
 
     @property
     def decoded_size(self) -> int | None:
@@ -83,10 +83,12 @@ class ShardData(LightningDataModule):
         self._resolve()
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self._training = None  # a new run
         self._resolve()
 
     def teardown(self, stage: str) -> None:
-        if self._training is not None:
+        if isinstance(self._training, TrainLoader):
             self._training.close()
 
     def _resolve(self) -> None:
@@ -101,14 +103,30 @@ class ShardData(LightningDataModule):
         """How many samples the shards hold."""
         return sum(count_samples(shard) for shard in shards)
 
+    @property
+    def batch_size(self) -> int:
+        """Samples a batch and rank; Lightning's BatchSizeFinder sets it between two loaders."""
+        return self.config.batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self.config = replace(self.config, batch_size=size)
+
     def _place(self) -> dict[str, int]:
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer else {}
 
     def train_dataloader(self) -> TrainLoader | RowLoader:
+        """A loader that begins where the one before it has come to: Lightning may ask for several in a run."""
+        loader = self._new_loader()
+        if self._training is not None:
+            loader.go_on_from(self._training)  # type: ignore[arg-type]  # of the same class
+        self._training = loader
+        return loader
+
+    def _new_loader(self) -> TrainLoader | RowLoader:
         samples = Samples(self.train_shards, self.decoded_size, self.config, self.preparation(train=True), **self._place())
         steps = self.config.steps_per_epoch or steps_of_epoch(self.config, self.count(self.train_shards), samples.world)
-        self._training = TrainLoader(samples, steps)
-        return self._training
+        return TrainLoader(samples, steps)
 
     def val_dataloader(self) -> DataLoader | RowsInOrder | list:
         if not self.val_shards:
@@ -283,7 +301,7 @@ class PriorData(ImageEmbeddingData):
     def _rows(self, shards: Sequence[str]) -> Rows:
         return Rows(self.store, shards, self.clip.caption_mask, self.text_length)
 
-    def train_dataloader(self) -> RowLoader:
+    def _new_loader(self) -> RowLoader:
         return RowLoader(self._rows(self.train_shards), self.config, **self._place())
 
     def val_dataloader(self) -> RowsInOrder | list:

@@ -169,6 +169,11 @@ class RowLoader:
             self.row, self.done = self.row + self.together, self.done + 1
             yield self.rows[shuffled(index, len(self.rows), self.config.seed, self.epoch)]
 
+    def go_on_from(self, before: "RowLoader") -> None:
+        """Begin an epoch at the place that another loader of this run has come to."""
+        if before.epoch or before.row:
+            self.load_state_dict(before.state_dict() | {"done": 0})
+
     def shape(self) -> dict[str, int]:
         """What a state depends on."""
         return {"rows": len(self.rows), "seed": self.config.seed}
