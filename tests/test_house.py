@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "unclip_pl"
 FILES = sorted(path for path in [*PACKAGE.rglob("*.py"), *(ROOT / "eval").rglob("*.py")] if "_configs" not in path.parts)
 
-BELOW = ("errors", "atomic", "signals", "_torchvision", "images", "precision", "text")  # seen from everywhere
+BELOW = ("errors", "atomic", "signals", "_torchvision", "images", "metadata", "precision", "text")  # seen from everywhere
 FLOORS = {
     "_open_clip": -1, "diffusion": 0, "networks": 0, "clip": 0,
     "data": 1, "release": 1,

@@ -1,17 +1,32 @@
-"""Pictures at the file boundary: tensors in [-1, 1] to uint8 PNGs and labelled grids, and any picture file to a tensor."""
+"""Pictures at the file boundary: tensors in [-1, 1] to uint8 PNGs and labelled grids, and any
+picture file to a tensor."""
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from unclip_pl.atomic import atomic_file
 from unclip_pl.errors import UserError
+from unclip_pl.metadata import without_metadata
+
+Used = TypeVar("Used")
+TURNS = {  # what brings a picture upright, by the orientation of its EXIF
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -20,7 +35,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image (B, C, H, W) in [-1, 1] against its target: (B,)."""
+    """Peak signal-to-noise ratio in dB of each image (B, C, H, W) in [-1, 1] against its target:
+    (B,)."""
     return 10 * (4 / (images.float() - targets.float()).square().flatten(1).mean(1)).log10()
 
 
@@ -30,9 +46,11 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def from_pil(image: Image.Image, size: int | None = None) -> Tensor:
-    """A PIL picture of any mode -> float32 (3, H, W) in [-1, 1]; turned as its EXIF says, transparency on white.
+    """A PIL picture of any mode -> float32 (3, H, W) in [-1, 1]; turned as its EXIF says,
+    transparency on white.
 
-    With `size`: the short side becomes `size` (antialiased bicubic), then the centre square is cut out.
+    With `size`: the short side becomes `size` (antialiased bicubic), then the centre square is cut
+    out.
     """
     pixels = torch.from_numpy(np.array(flatten(upright(image)))).permute(2, 0, 1)
     if size is not None and pixels.shape[1:] != (size, size):
@@ -46,13 +64,43 @@ def from_pil(image: Image.Image, size: int | None = None) -> Tensor:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF says; itself where there is nothing to turn."""
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return ImageOps.exif_transpose(image) if turned else image
+    """The picture turned as its EXIF says; itself where there is nothing to turn, or the EXIF is
+    broken."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow raises nearly anything on damaged metadata
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def open_image(
+    data: bytes, use: Callable[[Image.Image], Used], formats: Sequence[str] | None = None
+) -> Used:
+    """What `use` makes of the picture in `data`. Where the file cannot be read, its metadata are
+    left out, for they may be what is broken.
+
+    Raises:
+        Exception: Pillow's; Image.DecompressionBombError as `use` or Pillow raises it.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            return use(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise
+    except Exception as error:
+        bare = without_metadata(data)
+        if bare == data:
+            raise
+        try:
+            with Image.open(io.BytesIO(bare), formats=formats) as image:
+                return use(image)
+        except Exception:
+            raise error from None
 
 
 def reduced(images: Tensor, side: int) -> Tensor:
-    """(B, 3, H, W) in [-1, 1], brought (antialiased bicubic) to `side` pixels at the longer side; smaller ones come back as they are."""
+    """(B, 3, H, W) in [-1, 1], brought (antialiased bicubic) to `side` pixels at the longer side;
+    smaller ones come back as they are."""
     longer = max(images.shape[-2:])
     if longer <= side:
         return images
@@ -73,18 +121,24 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def load_image(path: str | os.PathLike, size: int | None = None) -> Tensor:
-    """Read a picture file as float32 (3, H, W) in [-1, 1]; see `from_pil`. One sentence where it cannot be read."""
+    """Read a picture file as float32 (3, H, W) in [-1, 1]; see `from_pil`. One sentence where it
+    cannot be read."""
     try:
-        with Image.open(path) as image:
-            return from_pil(image, size)
+        return open_image(Path(path).read_bytes(), lambda image: from_pil(image, size))
     except FileNotFoundError:
         raise UserError(f"There is no picture {path}.") from None
     except (OSError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error}).") from error
 
 
-def grid(rows: Sequence[Tensor], labels: Sequence[str] | None = None, gap: int = 2, heads: Sequence[str] | None = None) -> Image.Image:
-    """Rows of (N_r, 3, H, W) in [-1, 1] as one picture on white, each row with its label (of any lines) at the left, each column with its head above it.
+def grid(
+    rows: Sequence[Tensor],
+    labels: Sequence[str] | None = None,
+    gap: int = 2,
+    heads: Sequence[str] | None = None,
+) -> Image.Image:
+    """Rows of (N_r, 3, H, W) in [-1, 1] as one picture on white, each row with its label (of any
+    lines) at the left, each column with its head above it.
 
     Sizes may differ from row to row; a cell is as large as the largest.
     """
@@ -92,12 +146,29 @@ def grid(rows: Sequence[Tensor], labels: Sequence[str] | None = None, gap: int =
     columns = max(len(row) for row in rows)
     points = max(10, min(16, height // 5))
     font = ImageFont.load_default(size=points)
-    margin = max((int(font.getlength(line)) for label in labels for line in label.split("\n")), default=0) + 2 * gap if labels else 0
+    margin = (
+        max(
+            (int(font.getlength(line)) for label in labels for line in label.split("\n")), default=0
+        )
+        + 2 * gap
+        if labels
+        else 0
+    )
     above = points + 2 * gap if heads else 0
-    canvas = Image.new("RGB", (margin + columns * (width + gap) + gap, above + len(rows) * (height + gap) + gap), "white")
+    canvas = Image.new(
+        "RGB",
+        (margin + columns * (width + gap) + gap, above + len(rows) * (height + gap) + gap),
+        "white",
+    )
     draw = ImageDraw.Draw(canvas)
     for c, head in enumerate(heads or ()):
-        draw.text((margin + gap + c * (width + gap) + width // 2, gap), head, fill="black", font=font, anchor="ma")
+        draw.text(
+            (margin + gap + c * (width + gap) + width // 2, gap),
+            head,
+            fill="black",
+            font=font,
+            anchor="ma",
+        )
     for r, row in enumerate(rows):
         top = above + gap + r * (height + gap)
         if labels:

@@ -1,6 +1,5 @@
 """The bytes of a picture in a shard to a tensor, within limits."""
 
-import io
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,7 +8,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from unclip_pl.data.budget import BadSample
-from unclip_pl.images import flatten, from_pil, upright
+from unclip_pl.images import flatten, from_pil, open_image, upright
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 FORMATS = (
@@ -74,13 +73,16 @@ def _opened(
     """What `use` makes of the picture in `data`; raises BadSample, see `decode`."""
     if not data:
         raise BadSample("its image is empty, a file of 0 bytes")
+
+    def within_limits(image: Image.Image) -> Decoded:
+        if image_size is not None and not exact_jpeg:
+            image.draft(None, (2 * image_size, 2 * image_size))
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        return use(image)
+
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image_size is not None and not exact_jpeg:
-                image.draft(None, (2 * image_size, 2 * image_size))
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            return use(image)
+        return open_image(data, within_limits, FORMATS)
     except (
         Image.DecompressionBombError,
         Image.DecompressionBombWarning,
