@@ -1,6 +1,7 @@
 """The command `unclip`: what is done with trained stages, data and clusters; the subcommands stand in `commands/`."""
 
 import argparse
+import io
 import os
 import sys
 
@@ -28,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of `unclip`; returns the exit code."""
     # Before torch is imported: threads soon sleep while they wait (docs/cluster.md, "CPUs").
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    for stream in (sys.stdout, sys.stderr):  # a name that it cannot show is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     root = parser()
     parsed, flags = root.parse_known_args(arguments)
     if flags and not hasattr(parsed, "flags"):  # a command that passes flags on has this default

@@ -34,6 +34,7 @@ from unclip_pl._open_clip import (
 from unclip_pl.atomic import atomic_folder
 from unclip_pl.errors import UserError
 from unclip_pl.precision import has_instructions
+from unclip_pl.text import mended
 
 FIXED_CAPTION = "a red apple on a blue table"
 TOLERANCE = 0.04
@@ -169,7 +170,7 @@ class FrozenCLIP:
         """Captions -> (B, L) int64 on the CPU, by the model's own tokenizer; reads no weights."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.config)
-        return self._tokenizer(captions).long()
+        return self._tokenizer([mended(caption) for caption in captions]).long()
 
     def cut(self, caption: str) -> str:
         """The end of a caption that the tokenizer cuts off because it is too long; "" where all of it is read."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from unclip_pl.atomic import atomic_file
 from unclip_pl.errors import UserError
 from unclip_pl.metadata import without_metadata
+from unclip_pl.text import mended
 
 Used = TypeVar("Used")
 TURNS = {  # what brings a picture upright, by the orientation of its EXIF
@@ -145,6 +146,7 @@ def grid(
     height, width = max(row.shape[-2] for row in rows), max(row.shape[-1] for row in rows)
     columns = max(len(row) for row in rows)
     points = max(10, min(16, height // 5))
+    labels = [mended(label) for label in labels] if labels else None
     font = ImageFont.load_default(size=points)
     margin = (
         max(
@@ -183,7 +185,7 @@ def save_png(image: Image.Image | Tensor, path: str | os.PathLike, **metadata: s
     picture = to_pil(image) if isinstance(image, Tensor) else image
     text = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
-        text.add_itxt(key, value)
+        text.add_itxt(key, mended(value))
     with atomic_file(path) as file:
         picture.save(file, format="PNG", pnginfo=text, optimize=True)
     return Path(path)

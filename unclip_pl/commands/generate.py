@@ -7,8 +7,10 @@ from typing import Any
 
 from unclip_pl.commands.common import SPACING, Command, chosen, drawing, placement, spacing, upsampling
 from unclip_pl.errors import UserError
+from unclip_pl.text import mended
 
 GRID = 2048
+NAME = 150  # bytes of a prompt in the name of a file, which has 255 at most
 
 
 def add(command: Command) -> None:
@@ -37,16 +39,17 @@ def add(command: Command) -> None:
 
 def prompts_of(arguments: argparse.Namespace) -> list[str]:
     """The prompts as arguments and of the file, without empty lines; one sentence where there is none, or an empty one."""
-    prompts = list(arguments.prompts)
-    if any(not prompt.strip() for prompt in prompts):
+    prompts = [mended(prompt).strip() for prompt in arguments.prompts]
+    if any(not prompt for prompt in prompts):
         raise UserError("A prompt is empty: write what the picture should show.")
     if arguments.file:
         try:
-            prompts += [line.strip() for line in arguments.file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            lines = mended(arguments.file.read_text(encoding="utf-8-sig")).splitlines()
         except OSError as error:
             raise UserError(f"The file of prompts {arguments.file} cannot be read ({error.strerror}): check --file.") from None
         except UnicodeDecodeError as error:
             raise UserError(f"The file of prompts {arguments.file} is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
+        prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError("There is no prompt: write one, or name a file with one a line (--file).")
     return list(dict.fromkeys(prompts))  # each once
@@ -113,7 +116,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     settings += "".join(f", upsampler {path} {used}" for path, used in zip(upsamplers, by_size.values()))
     names: dict[str, str] = {}
     for prompt in prompts:
-        name = re.sub(r"\W+", "-", prompt).strip("-")[:60] or "picture"
+        name = re.sub(r"\W+", "-", prompt).strip("-")[:60].encode()[:NAME].decode(errors="ignore") or "picture"
         names[prompt] = name if name not in names.values() else f"{name}-{len(names) + 1}"
     drawn: list[torch.Tensor] = []
     with tqdm(total=len(todo), unit="picture", file=sys.stderr) as bar:

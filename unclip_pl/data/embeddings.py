@@ -146,7 +146,7 @@ class EmbeddingStore:
     def path(self, shard: str) -> Path:
         """The file of a shard; its name depends on the shard's whole name, as the configuration gives it."""
         stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(shard).stem)[:64]
-        return self.folder / f"{stem}-{hashlib.sha256(shard.encode()).hexdigest()[:8]}.safetensors"
+        return self.folder / f"{stem}-{hashlib.sha256(os.fsencode(shard)).hexdigest()[:8]}.safetensors"
 
     def shard(self, shard: str) -> ShardRows:
         """The rows of a shard, mapped once and kept."""

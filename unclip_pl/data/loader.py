@@ -341,7 +341,7 @@ def _digest(shards: Sequence[str]) -> tuple[str, list[str]]:
     sizes = [path.stat().st_size if not is_url(shard) and (path := Path(shard)).is_file() else None for shard in shards]
     names = [f"{Path(shard).name} {size}" for shard, size in zip(shards, sizes, strict=True)]
     missing = [shard for shard, size in zip(shards, sizes, strict=True) if size is None and not is_url(shard)]
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8], missing
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:8], missing
 
 
 def _places(state: Any) -> list[dict[str, Any]]:

@@ -357,5 +357,5 @@ def default_store(shards: Sequence[str], clip: CLIPConfig) -> Path:
     files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin", ".pth", ".pt")) if folder.is_dir() else []
     files += [path] if clip.pretrained and (path := Path(clip.pretrained).expanduser()).is_file() else []
     weights = [str(describe(str(file))) for file in files]
-    name = hashlib.sha256("\n".join([*map(str, shards), repr(clip), *weights]).encode()).hexdigest()[:12]
+    name = hashlib.sha256("\n".join([*map(str, shards), repr(clip), *weights]).encode(errors="surrogateescape")).hexdigest()[:12]
     return cache_dir() / f"embeddings-{Path(clip.model).name}-{name}"

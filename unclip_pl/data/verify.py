@@ -19,6 +19,7 @@ from unclip_pl.data.embeddings import EmbeddingStore, ShardRows, describe
 from unclip_pl.data.names import expand, open_shard
 from unclip_pl.data.shards import IMAGES, BadSample, ErrorBudget, Lost, decode, read_shard
 from unclip_pl.errors import UserError
+from unclip_pl.text import mended
 
 ENDINGS = tuple(f".{ending}" for ending in IMAGES)
 
@@ -140,7 +141,7 @@ def pictures_in(shard: str) -> list[str]:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
                     if not member.isdir() and member.name.lower().endswith(ENDINGS):
-                        names.append(member.name)
+                        names.append(mended(member.name))
             while stream.read(1 << 20):  # the command of a pipe is not left before it has ended
                 pass
         except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError):

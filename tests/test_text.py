@@ -1,0 +1,93 @@
+"""Text from outside that is not Unicode is mended before anything is computed, and no drawing is
+lost while it is written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.data.shardkit import FakeCLIP, picture, write_tar
+from unclip_pl.clip import FrozenCLIP
+from unclip_pl.commands.generate import prompts_of
+from unclip_pl.data.embeddings import EmbeddingStore
+from unclip_pl.data.loader import LoaderConfig, Samples, TrainLoader
+from unclip_pl.data.modules import default_store
+from unclip_pl.data.shards import ErrorBudget, raw_samples
+from unclip_pl.data.verify import verify
+from unclip_pl.images import grid, save_png
+
+BROKEN = "caf\udce9"  # as Python has the argument that a Latin-1 terminal gives
+
+
+def test_a_picture_is_written_whatever_its_metadata(tmp_path):
+    path = save_png(
+        torch.zeros(3, 8, 8), tmp_path / f"{BROKEN}.png", prompt=f"{BROKEN} \0", other="\ud83d"
+    )
+    with Image.open(path) as image:
+        assert image.text["prompt"] == "café  " and image.text["other"] == "\ufffd"
+    assert (
+        grid([torch.zeros(1, 3, 8, 8)], [BROKEN]).size
+        == grid([torch.zeros(1, 3, 8, 8)], ["café"]).size
+    )
+
+
+def test_a_broken_caption_has_the_tokens_of_the_mended_one():
+    clip = FrozenCLIP()
+    assert torch.equal(clip.tokenize([BROKEN]), clip.tokenize(["café"]))
+
+
+def test_names_in_a_tar_and_of_a_tar_need_not_be_unicode(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/sch\xf6n.tar")
+    names = [f"{BROKEN}{n}.{kind}" for n in range(4) for kind in ("png", "txt")]
+    files = {name: picture(1) if name.endswith("png") else b"x" for name in names}
+    shard = write_tar(path, files)
+    keys = [f"café{n}" for n in range(4)]
+    assert [sample["key"] for sample in raw_samples(shard, ErrorBudget(0))] == keys
+    store = EmbeddingStore(tmp_path / "store")
+    store.ensure([shard], FakeCLIP(), progress=False)
+    assert store.shard(shard).keys == keys and verify(store.folder) == []
+    assert default_store([shard], FrozenCLIP().config) != default_store(["a"], FrozenCLIP().config)
+    samples = Samples(
+        [shard], 8, LoaderConfig(batch_size=4, num_workers=0), lambda sample, _: sample
+    )
+    (batch,) = TrainLoader(samples, 1)
+    assert sorted(batch["key"]) == keys
+
+
+@pytest.mark.parametrize("argument", [b"caf\xe9", "café".encode(), b"nul in a \x01 file"])
+def test_prompts_are_mended_at_the_door(argument, tmp_path):
+    from argparse import Namespace
+
+    (tmp_path / "prompts.txt").write_text("a\0b\n\nfox\n")
+    given = Namespace(prompts=[os.fsdecode(argument)], file=tmp_path / "prompts.txt")
+    prompts = prompts_of(given)
+    assert prompts[1:] == ["a b", "fox"]
+    assert "".join(prompts).encode() and all(c.isprintable() for c in "".join(prompts))
+
+
+@pytest.mark.slow
+def test_drawings_with_any_prompt_into_any_folder_are_written_and_named(tmp_path):
+    out = os.fsencode(tmp_path) + b"/sch\xf6n"
+    prompts = [b"caf\xe9", ("火" * 100).encode(), "😀 dog".encode()]
+    arguments = [
+        b"generate",
+        *prompts,
+        b"--num-images",
+        b"1",
+        b"--steps",
+        b"1",
+        b"--prior-steps",
+        b"1",
+    ]
+    code = b"import sys; from unclip_pl.app import main; sys.exit(main())"
+    command = [os.fsencode(sys.executable), b"-c", code, *arguments, b"--out", out, b"--grid"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    names = [os.fsencode(path.name) for path in Path(os.fsdecode(out)).iterdir()]
+    assert len(names) == 4 and sum(name.endswith(b"-0.png") for name in names) == 3
+    assert done.stdout.count(b".png") == 4
