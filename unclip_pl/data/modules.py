@@ -287,7 +287,9 @@ class PriorData(ImageEmbeddingData):
             return False
         store = EmbeddingStore(self.store_folder)
         manifest = store.manifest
-        train, val = ([name for one in ([spec] if isinstance(spec, str) else spec or []) for name in braceexpand(one)] for spec in (self.train, self.val))
+        train, val = (
+            [name for one in ([spec] if isinstance(spec, str) else spec or []) for name in _in_store(one, manifest)] for spec in (self.train, self.val)
+        )
         if not train or not set(train + val) <= manifest["shards"].keys() or all(is_url(name) or Path(name).is_file() for name in train + val):
             return False
         require_same(manifest["clip"], self.clip.fingerprint(), f"The embedding store {store.folder}")
@@ -309,6 +311,11 @@ class PriorData(ImageEmbeddingData):
             return []
         rows = self._rows(self.val_shards)
         return RowsInOrder(rows, self.config.batch_size, **self._place())
+
+
+def _in_store(spec: str, manifest: dict[str, Any]) -> list[str]:
+    """The names of shards that are gone: a pattern, or a name as it stands in a store's manifest."""
+    return [spec] if spec in manifest["shards"] else list(braceexpand(spec))
 
 
 class EmbeddingJobData(LightningDataModule):

@@ -1,6 +1,8 @@
 """Names of shards: what a pattern, a folder or a URL stands for, and how each is opened."""
 
 import glob
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -9,54 +11,92 @@ import braceexpand
 
 from unclip_pl.errors import UserError
 
+URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+WRITE = "give a folder of shards, a file, or a pattern such as 'data/{00000..00009}.tar'"
+
 
 def is_url(shard: str) -> bool:
-    """Whether a shard is read through webdataset's `gopen` from elsewhere, not from a file here."""
-    return "://" in shard or shard.startswith("pipe:")
+    """Whether a shard is read through webdataset's `gopen` from elsewhere, not from a file here.
+    `expand` gives no file here such a name."""
+    return URL.match(shard) is not None
 
 
 def expand(spec: str | Sequence[str]) -> list[str]:
     """Shard names from a brace pattern, a glob, a folder, one file, a URL (`http:`, `pipe:`, ...;
     webdataset's forms), or a list of these.
 
+    What is there under the name as it stands is taken as it stands, whatever signs it has; and so
+    is, of a pattern, the folder that is there. Hidden files are no shards, unless named.
+
     Raises:
         UserError: nothing is there, or webdataset has no means for the URL.
     """
     if not isinstance(spec, str):
         return [url for one in spec for url in expand(one)]
-    try:
-        names = (
-            [spec]
-            if spec.startswith("pipe:") and "{" not in spec
-            else list(braceexpand.braceexpand(spec))
-        )
-    except ValueError as error:
-        raise UserError(
-            f"The shards {spec} are no pattern ({error}): write for example "
-            f"'data/{{00000..00009}}.tar'."
-        ) from None
+    path = Path(spec)
+    if spec.startswith("~") and not _exists(path):
+        path = path.expanduser()
+    here = _exists(path) or (path.parent != Path() and _exists(path.parent))
+    if is_url(spec) and not here:
+        plain = spec.startswith("pipe:") and "{" not in spec
+        return [_known(name) for name in ([spec] if plain else _braces(spec))]
+    folder = path
+    while not _exists(folder):
+        folder = folder.parent
     found: list[str] = []
-    for name in names:
-        path = Path(name).expanduser()
-        if is_url(name):
-            found.append(_known(name))
-        elif path.is_dir():
-            found += sorted(str(file) for file in path.glob("*.tar"))
-        elif path.is_file():
-            found.append(str(path))
-        elif matches := sorted(glob.glob(str(path))):  # noqa: PTH207  the pattern may be absolute
-            found += matches
+    for name in _braces(str(path.relative_to(folder))) if folder != path else ["."]:
+        here = folder / name
+        if here.is_dir():
+            found += _shards_of(here)
+        elif _exists(here):
+            found.append(_name(here))
+        elif matches := sorted(glob.glob(name, root_dir=folder)):  # noqa: PTH207  of many levels
+            files = [folder / match for match in matches]
+            found += [_name(file) for file in files if not file.is_dir()]
         else:
-            raise UserError(
-                f"There is no shard {path}: check data.train and data.val (a folder, a file, or a "
-                f"pattern such as 'data/{{00000..00009}}.tar')."
-            )
-    if not found:
-        raise UserError(
-            f"There are no .tar files in {spec}: give a folder of shards or a pattern such as "
-            f"'data/{{00000..00009}}.tar'."
-        )
+            raise UserError(f"There is no shard {here}: check data.train and data.val ({WRITE}).")
     return found
+
+
+def _braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"The shards {pattern} are no pattern ({error}): {WRITE}.") from None
+
+
+def _exists(path: Path) -> bool:
+    """Whether the name is there, if only as a link to what is gone."""
+    try:
+        return os.path.lexists(path)
+    except ValueError:  # a name that no file can have
+        return False
+
+
+def _name(file: Path) -> str:
+    """The file's name, absolute where it would else be taken for a URL or a home."""
+    if not file.exists():
+        target = file.readlink()
+        raise UserError(f"The shard {file} is a link to {target}, which is not there: mend it.")
+    name = str(file)
+    return str(Path.cwd() / name) if is_url(name) or name.startswith("~") else name
+
+
+def _shards_of(folder: Path) -> list[str]:
+    """The .tar files of a folder, else its compressed ones."""
+    files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
+    files = [file for file in files if not file.is_dir()]
+    plain = [_name(file) for file in files if file.suffix == ".tar"]
+    packed = [_name(file) for file in files if file.name.endswith(PACKED)]
+    if plain and packed:
+        raise UserError(
+            f"{folder} has {len(plain)} .tar files and {len(packed)} compressed ones, such as "
+            f"{packed[0]}: give a pattern that says which."
+        )
+    if not (plain or packed):
+        raise UserError(f"There are no .tar files in {folder}: {WRITE}.")
+    return plain or packed
 
 
 def _known(url: str) -> str:

@@ -1,0 +1,83 @@
+"""A path is a path: no character of a local name makes it a URL, a pattern or a brace list."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from tests.data.shardkit import FakeCLIP, write_shards
+from tests.data.test_bad_input import keys_of
+from tests.data.test_modules import data_of
+from unclip_pl.data.embeddings import EmbeddingStore
+from unclip_pl.data.modules import PriorData
+from unclip_pl.data.names import expand, is_url
+from unclip_pl.data.shards import ErrorBudget, count_samples
+from unclip_pl.data.verify import verify
+from unclip_pl.errors import UserError
+
+SIGNS = ["data[1]", "a{b,c}", "what?", "a*", "#1", "100%20", "pipe:touch pwned", "s3:", "C: x", "~"]
+
+
+@pytest.mark.parametrize("name", [*SIGNS, "{0..3}"])
+def test_a_name_with_signs_is_a_file_a_folder_and_the_folder_of_a_pattern(
+    tmp_path, monkeypatch, name
+):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / name
+    folder.mkdir()
+    write_shards(folder, [2, 3])
+    (folder / f"{name}.tar").write_bytes((folder / "00001.tar").read_bytes())
+    given = f"./{name}" if name == "~" else name
+    for spec, counts in {
+        f"{given}/00001.tar": [3],
+        given: [2, 3, 3],
+        f"{given}/0000*.tar": [2, 3],
+        f"{given}/{{00000..00001}}.tar": [2, 3],
+        f"{given}/{name}.tar": [3],
+    }.items():
+        shards = expand(spec)
+        assert sorted(map(count_samples, shards)) == counts, spec
+        assert not any(map(is_url, shards))
+        assert sorted(len(keys_of(shard, ErrorBudget(0))) for shard in shards) == counts
+    store = EmbeddingStore(tmp_path / "store")
+    store.ensure(expand(given), FakeCLIP(), progress=False)
+    assert verify(store.folder) == [] and not Path("pwned").exists()
+    data = data_of(PriorData, expand(given), store=store.folder)
+    for shard in expand(given):
+        Path(shard).unlink()
+    data.prepare_data()
+    assert len(data.train_shards) == 3
+
+
+def test_hidden_files_and_folders_are_no_shards(tmp_path):
+    write_shards(tmp_path, [2])
+    for name in ("._00000.tar", ".partial.tar"):
+        (tmp_path / name).write_bytes(b"no tar")
+    (tmp_path / "folder.tar").mkdir()
+    assert [Path(shard).name for shard in expand(str(tmp_path))] == ["00000.tar"]
+
+
+def test_links_are_followed_or_named(tmp_path):
+    (tmp_path / "real").mkdir()
+    (shard,) = write_shards(tmp_path / "real", [2])
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "a.tar"
+    link.symlink_to(shard)
+    (tmp_path / "linked").symlink_to(tmp_path / "links")
+    for spec in (link, tmp_path / "links", tmp_path / "linked", tmp_path / "links" / "*.tar"):
+        (found,) = expand(str(spec))
+        assert count_samples(found) == 2
+    Path(shard).unlink()
+    for spec in (link, tmp_path / "links", tmp_path / "links" / "*.tar"):
+        with pytest.raises(UserError, match=r"a\.tar is a link to .*which is not there"):
+            expand(str(spec))
+
+
+def test_a_folder_of_compressed_tars_is_taken_and_a_mixture_is_not(tmp_path):
+    (shard,) = map(Path, write_shards(tmp_path, [2]))
+    (tmp_path / "00001.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
+    with pytest.raises(UserError, match=r"1 \.tar files and 1 compressed .*00001\.tar\.gz"):
+        expand(str(tmp_path))
+    shard.unlink()
+    (found,) = expand(str(tmp_path))
+    assert count_samples(found) == len(keys_of(found, ErrorBudget(0))) == 2
