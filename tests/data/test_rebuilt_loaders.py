@@ -58,3 +58,20 @@ def test_trials_of_batch_sizes_use_up_no_sample_twice(tmp_path, kind):
     assert data.batch_size == 8 and {len(batch) for batch in keys[-4:]} == {8}
     flat = [key for batch in keys for key in batch]
     assert len(set(flat)) == len(flat)
+
+
+def test_a_loader_that_another_one_followed_still_tells_its_place(tmp_path):
+    data = data_of(ImageTextData, write_shards(tmp_path, [9, 4, 12, 7]), steps_per_epoch=9)
+    data.setup("fit")
+    first = data.train_dataloader()
+    batches = iter(first)
+    seen = [next(batches)["key"] for _ in range(3)]
+    batches.close()
+    state = first.state_dict()
+    seen += [batch["key"] for batch in data.train_dataloader()]
+    assert first.state_dict()["done"] == state["done"] == 3
+    resumed = data_of(ImageTextData, data.train, steps_per_epoch=9)
+    resumed.setup("fit")
+    loader = resumed.train_dataloader()
+    loader.load_state_dict(first.state_dict())
+    assert [batch["key"] for batch in loader] == seen[3:9]

@@ -313,7 +313,7 @@ def test_steps_of_an_epoch():
     assert steps_of_epoch(LoaderConfig(batch_size=8), 100, world=3) == 4
     assert steps_of_epoch(LoaderConfig(batch_size=8, steps_per_epoch=9), 100, world=3) == 9
     with pytest.raises(UserError, match="lower data.loader.batch_size"):
-        steps_of_epoch(LoaderConfig(batch_size=64), 100, world=2)
+        steps_of_epoch(LoaderConfig(batch_size=64), 63, world=2)
 
 
 def test_a_state_is_for_the_same_files_not_for_the_same_names(tmp_path, shards, caplog):

@@ -100,6 +100,7 @@ class Place:
     window: int = 0
     offset: int = 0
     last: int | None = None
+    borrows: bool = False  # there are fewer samples than readers and this one has none: it takes one of the others' of each window
 
 
 class Samples(_Shards):
@@ -137,7 +138,8 @@ class Samples(_Shards):
             whole, usable = place.window == place.offset == 0 and place.last is None, 0
             windows = self._windows(place)
             while place.window < len(windows):
-                samples, lost = self._read(windows[place.window], place, budget)
+                window = windows[place.window]
+                samples, lost = (self._borrowed(window, place, budget), {}) if place.borrows else self._read(window, place, budget)
                 while True:
                     for one in lost.get(place.offset, ()):
                         budget.charge(one)
@@ -150,6 +152,9 @@ class Samples(_Shards):
                         passed, told = budget.bad - told, budget.bad
                         yield ready | {PASSED_OVER: passed}
                 place.window, place.offset = place.window + 1, 0
+            if whole and not usable and not place.borrows and self._share_samples(place.readers):
+                place.window, place.borrows = 0, True
+                continue
             if whole and not usable:
                 at = f"Reader {place.reader + 1} of {place.readers}"
                 raise UserError(f"{at} found no usable sample in its part of {self.shards[0]} ...: check data.train.")
@@ -187,6 +192,11 @@ class Samples(_Shards):
             so_far += lost.count
             due[-(-so_far * len(samples) // total)].append(lost)
         return samples, due
+
+    def _borrowed(self, window: list[str], place: Place, budget: ErrorBudget) -> list[dict[str, Any]]:
+        """One sample of a window, for a reader that has none of its own."""
+        found = [sample for shard in window for sample in read_shard(shard, budget) if not isinstance(sample, Lost)]
+        return [found[place.reader % len(found)]] if found else []
 
 
 class SamplesInOrder(_Shards):
@@ -297,9 +307,10 @@ class TrainLoader:
         """Begin an epoch at the place that another loader of this run has come to, and end that one. On several ranks all must call it."""
         self.bad = before.bad
         if before._stream is not None:
-            state = before.state_dict() | {"done": 0}
+            state = before.state_dict()
             before.close()
-            self.load_state_dict(state)
+            before.load_state_dict(state)  # whoever still asks it for its place gets this one
+            self.load_state_dict(state | {"done": 0})
         elif before._loaded is not None:
             self.load_state_dict(before._loaded)
 
@@ -316,6 +327,8 @@ class TrainLoader:
         return self.shape() | {"rank": self.samples.rank, "world": self.samples.world, "missing": self._missing}
 
     def state_dict(self) -> dict[str, Any]:
+        if self._stream is None and self._loaded is not None:
+            return self._loaded
         own, world = self.loader.state_dict(), self.samples.world
         every = [own] * world
         if world > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -373,12 +386,12 @@ class ValidationLoader(DataLoader):
 
 
 def steps_of_epoch(config: LoaderConfig, samples: int, world: int) -> int:
-    """Batches an epoch on every rank; the last, partial one is left to the next epoch.
+    """Batches an epoch on every rank; the last, partial one is left to the next epoch. Where the samples fill a batch but not one on each rank, one: ranks
+    then share samples.
 
     Raises:
-        UserError: the samples do not fill one batch on each rank.
+        UserError: the samples do not fill one batch.
     """
-    steps = config.steps_per_epoch or samples // (config.batch_size * world)
-    if steps < 1:
-        raise UserError(f"{samples} samples do not fill a batch of {config.batch_size} on each of {world} ranks: lower data.loader.batch_size.")
-    return steps
+    if config.steps_per_epoch is None and samples < config.batch_size:
+        raise UserError(f"{samples} samples do not fill a batch of {config.batch_size}: lower data.loader.batch_size.")
+    return config.steps_per_epoch or max(1, samples // (config.batch_size * world))

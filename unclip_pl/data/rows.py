@@ -139,7 +139,7 @@ class RowLoader:
     with others the data go on at the start of the next permutation, with a warning.
 
     Raises:
-        UserError: the rows do not fill one batch on each rank.
+        UserError: the rows do not fill one batch.
     """
 
     def __init__(self, rows: Rows, config: RowsConfig, *, rank: int = 0, world: int = 1) -> None:
@@ -148,12 +148,12 @@ class RowLoader:
         whole = (
             len(rows) // self.together
         )  # batches of a permutation; the rows left over are others each time
-        if whole < 1:
+        if len(rows) < config.batch_size:
             raise UserError(
-                f"{len(rows)} rows do not fill a batch of {config.batch_size} on each of {world} "
-                "ranks: lower data.loader.batch_size."
+                f"{len(rows)} rows do not fill a batch of {config.batch_size}: lower "
+                "data.loader.batch_size."
             )
-        self.steps = config.steps_per_epoch or whole
+        self.steps = config.steps_per_epoch or max(1, whole)
         self.epoch = self.row = self.done = 0
 
     def __len__(self) -> int:
@@ -162,10 +162,11 @@ class RowLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.done = 0 if self.done >= self.steps else self.done
         while self.done < self.steps:
-            if self.row + self.together > len(self.rows):
+            if self.row and self.row + self.together > len(self.rows):
                 self.epoch, self.row = self.epoch + 1, 0
             first = self.row + self.rank * self.config.batch_size
-            index = np.arange(first, first + self.config.batch_size)
+            # Where the rows do not fill a batch on each rank, ranks share some
+            index = np.arange(first, first + self.config.batch_size) % len(self.rows)
             self.row, self.done = self.row + self.together, self.done + 1
             yield self.rows[shuffled(index, len(self.rows), self.config.seed, self.epoch)]
 
