@@ -89,3 +89,14 @@ def test_what_is_no_picture_is_a_sentence(tmp_path):
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(UserError, match="cannot be read as a picture"):
         load_image(tmp_path / "text.png")
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0, 65535.0])
+def test_a_tiff_of_floats_keeps_its_brightness(white, tmp_path):
+    ramp = np.linspace(0, white, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "a.tiff")
+    expected = torch.from_numpy(np.rint(ramp * (255 / white)) / 127.5 - 1)
+    assert (load_image(tmp_path / "a.tiff") - expected).abs().max() < 1e-2
+    Image.fromarray(ramp - white).save(tmp_path / "b.tiff")
+    with pytest.raises(UserError, match="its floats are from -"):
+        load_image(tmp_path / "b.tiff")

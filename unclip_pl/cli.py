@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from unclip_pl import __version__, signals
 from unclip_pl.atomic import REASONS
+from unclip_pl.data.names import refuse_loose_shards
 from unclip_pl.errors import SharedError, UserError
 
 USAGE = f"""unclip_pl {__version__}: train the stages of unCLIP
@@ -247,6 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     saving = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
     saving.addFilter(lambda record: "`weights_only` was not set" not in record.getMessage())  # with every checkpoint
     try:
+        refuse_loose_shards(arguments)
         build_cli(resume(find_configs(arguments)))
     except UserError as error:
         # from a loader's worker the sentence comes wrapped in that process's traceback

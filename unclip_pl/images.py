@@ -109,11 +109,23 @@ def reduced(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
+def _of_floats(image: Image.Image) -> Image.Image:
+    """A picture of floats as one of 8 bits: from 0 to 1, 255 or 65535, whatever holds them."""
+    grey = np.asarray(image, dtype=np.float64)
+    low, high = float(grey.min()), float(grey.max())
+    if not 0 <= low <= high <= 65535:
+        raise ValueError(f"its floats are from {low:g} to {high:g}, not from 0 to 1, 255 or 65535")
+    white = next(white for white in (1.0, 255.0, 65535.0) if high <= white)
+    return Image.fromarray((grey * (255 / white)).round().astype(np.uint8))
+
+
 def flatten(image: Image.Image) -> Image.Image:
     """Any mode (grey, 16 bit, palette, CMYK, transparent) as RGB on white."""
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         grey = np.asarray(image, dtype=np.float64) / 257.0
         image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+    if image.mode == "F":
+        image = _of_floats(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

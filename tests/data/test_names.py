@@ -8,6 +8,7 @@ import pytest
 from tests.data.shardkit import FakeCLIP, write_shards
 from tests.data.test_bad_input import keys_of
 from tests.data.test_modules import data_of
+from unclip_pl import cli
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.modules import PriorData
 from unclip_pl.data.names import expand, is_url
@@ -81,3 +82,19 @@ def test_a_folder_of_compressed_tars_is_taken_and_a_mixture_is_not(tmp_path):
     shard.unlink()
     (found,) = expand(str(tmp_path))
     assert count_samples(found) == len(keys_of(found, ErrorBudget(0))) == 2
+
+
+def test_an_empty_file_is_one_sentence_before_any_work(tmp_path):
+    (tmp_path / "a.tar").touch()
+    for spec in (tmp_path, tmp_path / "a.tar", tmp_path / "*.tar"):
+        with pytest.raises(UserError, match=r"a\.tar is empty, a file of 0 bytes"):
+            expand(str(spec))
+
+
+def test_a_pattern_that_the_shell_has_taken_apart_is_one_sentence(tmp_path, capsys):
+    shards = write_shards(tmp_path, [1, 1])
+    command = ["fit", "-c", "stages/decoder.yaml", "--data.train", *shards, "--data.val", "null"]
+    for arguments in (command, [*command[:3], f"--data.train={shards[0]}", shards[1]]):
+        assert cli.main(arguments) == 1
+        said = capsys.readouterr().err.strip()
+        assert "\n" not in said and "write it in quotes, as in --data." in said

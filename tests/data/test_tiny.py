@@ -7,6 +7,7 @@ import pytest
 from tests.data.shardkit import write_shards
 from tests.data.test_prior_data import module
 from tests.data.test_shards import loader, take
+from tests.stages.test_diffusion_prior import batch, prior
 from unclip_pl.data.loader import LoaderConfig, steps_of_epoch
 from unclip_pl.data.modules import PriorData
 from unclip_pl.data.rows import RowLoader, RowsConfig
@@ -20,8 +21,8 @@ def test_one_picture_feeds_all_readers_and_a_resume_is_exact(tmp_path, workers):
     assert take(first, 7) == [["000000"] * 2] * 7
     second = loader(shards, steps=5, num_workers=workers, batch_size=2)
     second.load_state_dict(first.state_dict())
-    epochs = [batch["epoch"].tolist() for batch in itertools.islice(first, 3)]
-    assert [batch["epoch"].tolist() for batch in itertools.islice(second, 3)] == epochs
+    epochs = [found["epoch"].tolist() for found in itertools.islice(first, 3)]
+    assert [found["epoch"].tolist() for found in itertools.islice(second, 3)] == epochs
     second.close()
     first.close()
 
@@ -55,9 +56,14 @@ def test_few_rows_on_many_ranks(tmp_path):
     batches = []
     for rank in range(3):
         one = RowLoader(rows, RowsConfig(batch_size=4), rank=rank, world=3)
-        batches.append([batch["key"] for _ in range(3) for batch in one])
+        batches.append([found["key"] for _ in range(3) for found in one])
         assert len(one) == 1 and [len(keys) for keys in batches[-1]] == [4, 4, 4]
     for together in zip(*batches, strict=True):
         assert {key for keys in together for key in keys} == {f"{n:06d}" for n in range(5)}
     with pytest.raises(UserError, match="5 rows do not fill a batch of 6: lower"):
         RowLoader(rows, RowsConfig(batch_size=6))
+
+
+def test_the_long_end_of_a_prior_on_few_rows_has_a_bar(capsys):
+    prior().estimate_variance([batch()], draws=1)
+    assert "analytic variance: 100%" in capsys.readouterr().err

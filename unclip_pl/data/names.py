@@ -1,6 +1,7 @@
 """Names of shards: what a pattern, a folder or a URL stands for, and how each is opened."""
 
 import glob
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -59,6 +60,20 @@ def expand(spec: str | Sequence[str]) -> list[str]:
     return found
 
 
+def refuse_loose_shards(arguments: Sequence[str]) -> None:
+    """Raise a UserError where the shell has put several shards in the place of a pattern."""
+    for before, argument in itertools.pairwise(arguments):
+        if not argument.endswith((".tar", *PACKED)) or argument.startswith("-"):
+            continue
+        if not before.startswith("-") or "=" in before:
+            given = [word for word in arguments if word.startswith("--data")]
+            option = given[-1].partition("=")[0] if given else "--data.train"
+            raise UserError(
+                f"{option} was given several files, {argument} among them, because the shell put "
+                f"them in the place of a pattern: write it in quotes, as in {option} 'data/*.tar'."
+            )
+
+
 def _braces(pattern: str) -> list[str]:
     try:
         return list(braceexpand.braceexpand(pattern))
@@ -79,6 +94,10 @@ def _name(file: Path) -> str:
     if not file.exists():
         target = file.readlink()
         raise UserError(f"The shard {file} is a link to {target}, which is not there: mend it.")
+    if file.is_file() and file.stat().st_size == 0:
+        raise UserError(
+            f"The shard {file} is empty, a file of 0 bytes: fetch it again or remove it."
+        )
     name = str(file)
     return str(Path.cwd() / name) if is_url(name) or name.startswith("~") else name
 

@@ -6,6 +6,7 @@ kept.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from unclip_pl.diffusion.analytic import ErrorByTimestep, with_analytic_variance
 from unclip_pl.diffusion.guidance import guided, halves, thresholded
@@ -291,10 +293,18 @@ class DiffusionPrior(Stage):
             for batch in batches
             for i in range(0, len(batch["image_embed"]), ROWS)
         ]
+        bar = tqdm(
+            total=len(small) * passes,
+            desc="analytic variance",
+            unit=" passes",
+            file=sys.stderr,
+            disable=self.global_rank != 0,
+        )
         for batch in small:  # the keys and values of a caption take 100 MB at the paper's size
             z = self.normalizer.normalize(batch["image_embed"])
             prefix = self.encode_text(batch, len(z))
             for _ in range(passes):
+                bar.update()
                 t = errors.timesteps(len(z))
                 x_t = self.process.diffuse(
                     z, t, torch.randn(z.shape, generator=generator).to(z.device)
@@ -302,4 +312,5 @@ class DiffusionPrior(Stage):
                 errors.add(
                     t, z, self.process.to_x0(self.net.denoise(x_t, t, prefix).float(), x_t, t)
                 )
+        bar.close()
         self.x0_error.copy_(errors.mean())
