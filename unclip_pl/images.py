@@ -75,7 +75,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def open_image(
-    data: bytes, use: Callable[[Image.Image], Used], formats: Sequence[str] | None = None
+    data: bytes, use: Callable[[Image.Image], Used], formats: tuple[str, ...] | None = None
 ) -> Used:
     """What `use` makes of the picture in `data`. Where the file cannot be read, its metadata are
     left out, for they may be what is broken.

@@ -38,8 +38,8 @@ def expand(spec: str | Sequence[str]) -> list[str]:
     path = Path(spec)
     if spec.startswith("~") and not _exists(path):
         path = path.expanduser()
-    here = _exists(path) or (path.parent != Path() and _exists(path.parent))
-    if is_url(spec) and not here:
+    local = _exists(path) or (path.parent != Path() and _exists(path.parent))
+    if is_url(spec) and not local:
         plain = spec.startswith("pipe:") and "{" not in spec
         return [_known(name) for name in ([spec] if plain else _braces(spec))]
     folder = path

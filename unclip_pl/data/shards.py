@@ -101,18 +101,20 @@ def _sample(group: Group, url: str, keys: set[str], members: Collection[str]) ->
         raise BadSample(f"it has no image ({', '.join(IMAGES)})")
     if group.key in keys:
         raise BadSample("an earlier sample of the shard has the same key")
+    files: dict[str, bytes] = {}
     for ending, content in group.files.items():
         if isinstance(content, NotPlain):
             raise BadSample(f"its .{ending} {content.why}")
-    sample = {
+        files[ending] = content
+    sample: dict[str, Any] = {
         "key": group.key,
         "shard": url,
-        "image": group.files[group.image],
-        "caption": caption_of(group.files),
+        "image": files[group.image],
+        "caption": caption_of(files),
         "endings": group.endings,
     }
     if members:
-        sample["members"] = {name: group.files[name] for name in members if name in group.files}
+        sample["members"] = {name: files[name] for name in members if name in files}
     return sample
 
 

@@ -13,7 +13,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, Any
 
 from unclip_pl.data.budget import Lost
 from unclip_pl.data.captions import ENDINGS
@@ -67,7 +67,7 @@ class Member(tarfile.TarInfo):
 def tar_files(stream: IO[bytes]) -> Iterator[tuple[str, Content]]:
     """Names and contents of the files in a tar, compressed or not; raises nearly anything where it
     is damaged."""
-    packed = stream
+    packed: Any = stream
     if isinstance(stream, io.BufferedReader) and stream.peek(2)[:2] == b"\x1f\x8b":
         packed = gzip.GzipFile(fileobj=stream)  # tarfile's own reads the first of several parts
     with tarfile.open(fileobj=packed, mode="r|*", tarinfo=Member, ignore_zeros=True) as tar:
