@@ -3,14 +3,14 @@
 A stage owns its networks, its loss and how to sample; CLIP, data, EMA, pictures and checkpoints live elsewhere.
 """
 
-import dataclasses
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -24,9 +24,9 @@ from unclip_pl.networks.compilation import compile_blocks
 from unclip_pl.networks.long_text import VOCABULARY, own_length
 from unclip_pl.networks.renamed import rename
 from unclip_pl.training.muon import Muon, hidden_weights
+from unclip_pl.training.resume import keep_patience, use_own_settings
+from unclip_pl.training.settings import as_config, changes, plain, settings_of
 from unclip_pl.training.sharded import shard
-
-Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -56,28 +56,6 @@ class OptimizerConfig:
             raise ValueError(f'There is no optimizer "{self.name}": choose "adamw" or "muon".')
 
 
-def plain(value: Any) -> Any:
-    """Dataclasses as dicts and tuples as lists, all the way down: what a checkpoint may hold and `weights_only` will load."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def as_config(kind: type[Config], value: Config | dict) -> Config:
-    """The dataclass `kind` from an instance or from the plain dict that `plain` made of one.
-
-    Lists become tuples, and `checkpointing` may be a bool, as it was before it had three kinds.
-    """
-    if not isinstance(value, dict):
-        return value
-    fields = {k: tuple(item) if isinstance(item, list) else item for k, item in value.items()}
-    if isinstance(fields.get("checkpointing"), bool):
-        fields["checkpointing"] = "full" if fields["checkpointing"] else "none"
-    return kind(**fields)
-
-
 def empty_caption(clip: Any) -> tuple[Tensor, Tensor]:
     """What a `FrozenCLIP` gives for "": states (2, W) of SOT and EOT, and the embedding (D,)."""
     features = clip.embed_text(clip.tokenize([""]))
@@ -89,9 +67,13 @@ def check_clip(data: Any, embed_dim: int, text: Any) -> None:
     clip = data.clip
     if clip.embed_dim != embed_dim:
         given = clip.embed_dim
-        raise UserError(f"The CLIP of the data gives embeddings of {given} numbers and model.net.embed_dim is {embed_dim}: set it to {given}.")
+        raise UserError(
+            f"The CLIP of the data gives embeddings of {given} numbers and model.net.embed_dim is {embed_dim}: set it to {given}."
+        )
     if text.kind == "states" and not data.text_states:
-        raise UserError('model.text.kind is "states", for which the data must give CLIP\'s token states: set data.text_states to true.')
+        raise UserError(
+            'model.text.kind is "states", for which the data must give CLIP\'s token states: set data.text_states to true.'
+        )
     if text.kind == "states" and clip.states_width != text.states_width:
         raise UserError(
             f"The CLIP of the data has token states of {clip.states_width} numbers and model.text.states_width is {text.states_width}: set it to "
@@ -102,7 +84,9 @@ def check_clip(data: Any, embed_dim: int, text: Any) -> None:
 def check_length(data: Any, text: Any) -> None:
     """UserError where the CLIP of a DataModule has longer captions than the `text` config has positions."""
     if (length := data.clip.context_length) > text.context_length:
-        raise UserError(f"The CLIP of the data has captions of {length} tokens and model.text.context_length is {text.context_length}: set it to {length}.")
+        raise UserError(
+            f"The CLIP of the data has captions of {length} tokens and model.text.context_length is {text.context_length}: set it to {length}."
+        )
 
 
 def check_own_tokens(data: Any, text: Any) -> None:
@@ -133,7 +117,11 @@ def follow_layout(optimizer: torch.optim.Optimizer) -> None:
     """Bring state that was loaded from a run of another memory format into that of its weights: fused AdamW goes through both in the order of memory."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+            if (
+                isinstance(value, Tensor)
+                and value.shape == parameter.shape
+                and value.stride() != parameter.stride()
+            ):
                 state[name] = torch.empty_like(parameter).copy_(value)
 
 
@@ -150,10 +138,15 @@ class Stage(LightningModule):
     compile_networks: bool = False
     """Training compiles the blocks of all networks."""
     skipped_steps: Tensor
+    _own_groups: list[dict[str, Any]] | None = None
+    """The optimizer's groups as this run's settings have them; only after a checkpoint was loaded."""
 
     def remember(self, optimizer: OptimizerConfig | dict, **arguments: Any) -> None:
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
-        self.save_hyperparameters({"optimizer": plain(self.optimizer_config)} | {k: plain(v) for k, v in arguments.items()})
+        self.save_hyperparameters(
+            {"optimizer": plain(self.optimizer_config)}
+            | {k: plain(v) for k, v in arguments.items()}
+        )
         self.stage_name = type(self).__name__  # sharding gives the object another class
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
 
@@ -191,14 +184,27 @@ class Stage(LightningModule):
     def check_data(self, data: Any) -> None:
         """Raise a sentence where the DataModule does not fit the stage (widths, image size)."""
 
+    def on_train_start(self) -> None:
+        if self._own_groups is not None:
+            use_own_settings(
+                self.optimizers(use_pl_optimizer=False), self.lr_schedulers(), self._own_groups
+            )
+            self._own_groups = None
+
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         # Noise, timesteps and dropout of a step depend on the seed, the step and the rank alone: a resumed run draws the same.
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        torch.manual_seed(((seed * 1_000_003 + self.global_step) * 65_537 + batch_idx * 8_191 + self.global_rank) % 2**64)  # torch takes no larger one
+        torch.manual_seed(
+            ((seed * 1_000_003 + self.global_step) * 65_537 + batch_idx * 8_191 + self.global_rank)
+            % 2**64
+        )  # torch takes no larger one
 
     def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
         losses = self.loss(batch)
-        self.log_dict({f"train/{name}": value for name, value in losses.items() if value.ndim == 0}, batch_size=len(batch["key"]))
+        self.log_dict(
+            {f"train/{name}": value for name, value in losses.items() if value.ndim == 0},
+            batch_size=len(batch["key"]),
+        )
         return losses
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
@@ -233,8 +239,16 @@ class Stage(LightningModule):
             Muon(groups, **settings) if muon else torch.optim.AdamW(groups, fused=True, **settings)
         )
         optimizer.register_load_state_dict_post_hook(follow_layout)
+        if self._own_groups is not None:
+            self._own_groups = [
+                {k: v for k, v in group.items() if k != "params"}
+                for group in optimizer.param_groups
+            ]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def lr_factor(self, step: int) -> float:
         """The learning rate at an optimiser step, as a share of `optimizer.lr`."""
@@ -245,15 +259,21 @@ class Stage(LightningModule):
             return 1.0
         total = self.trainer.max_steps
         if total <= 0:
-            raise UserError("optimizer.decay: cosine needs to know the last step: give --trainer.max_steps.")
+            raise UserError(
+                "optimizer.decay: cosine needs to know the last step: give --trainer.max_steps."
+            )
         share = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()  # the trainer's own comes after the next forward pass, which would lie beside these gradients
 
-    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any
+    ) -> None:
         # A step whose gradients are not finite is skipped inside the fused kernel (`found_inf`): no value travels to the host.
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_config.clip_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -279,3 +299,23 @@ class Stage(LightningModule):
         if checkpoint.get("clip_fingerprint") and self.clip_fingerprint:
             require_same(checkpoint["clip_fingerprint"], self.clip_fingerprint, "The checkpoint")
         self.clip_fingerprint = checkpoint.get("clip_fingerprint") or self.clip_fingerprint
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self._go_on_from(checkpoint)
+
+    def _go_on_from(self, checkpoint: dict) -> None:
+        """What this run's settings say wins over the checkpoint's, and a line says what differs."""
+        settings = settings_of(type(self), checkpoint.get("hyper_parameters", {}))
+        name = settings["optimizer"]["name"]
+        if name != self.optimizer_config.name:
+            raise UserError(
+                f"The checkpoint was trained with model.optimizer.name {name}, whose state does "
+                f"not fit {self.optimizer_config.name}: keep {name}, or give the checkpoint to "
+                "--init instead, which starts with a new optimizer."
+            )
+        if changed := changes(settings, dict(self.hparams)):
+            said = ", ".join(
+                f"model.{key} {ours} (it was {theirs})" for key, (theirs, ours) in changed.items()
+            )
+            rank_zero_info(f"Going on with other settings than the checkpoint's: {said}.")
+        keep_patience(self.trainer, checkpoint)
+        self._own_groups = []

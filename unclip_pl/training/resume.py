@@ -1,0 +1,39 @@
+"""A run that goes on from a checkpoint: what its own settings say wins over what was saved."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def use_own_settings(
+    optimizer: Optimizer, scheduler: LambdaLR, own: Sequence[dict[str, Any]]
+) -> None:
+    """Give a restored optimizer and its schedule the settings of this run.
+
+    Args:
+        optimizer: its groups hold what the checkpoint said.
+        scheduler: of the optimizer; stays at its step.
+        own: each group's settings with "lr" at its highest, as this run's configuration has them.
+    """
+    for group, settings in zip(optimizer.param_groups, own):
+        group.update(settings, initial_lr=settings["lr"])
+    scheduler.base_lrs = [settings["lr"] for settings in own]
+    rates = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)
+    ]
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def keep_patience(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Lightning's EarlyStopping would take its patience from the checkpoint, whatever this run's is."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it outside of the class
+        state = checkpoint.get("callbacks", {}).get(callback.state_key)
+        if isinstance(callback, EarlyStopping) and state:
+            state["patience"] = callback.patience

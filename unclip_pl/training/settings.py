@@ -1,0 +1,72 @@
+"""Settings of a stage as plain values: how they are saved, read again and compared."""
+
+import dataclasses
+import inspect
+import typing
+from typing import Any, TypeVar
+
+from unclip_pl.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dicts and tuples as lists, all the way down: what a checkpoint may hold and
+    `weights_only` will load."""
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def as_config(kind: type[Config], value: Config | dict) -> Config:
+    """The dataclass `kind` from an instance or from the plain dict that `plain` made of one.
+
+    Lists become tuples, and `checkpointing` may be a bool, as it was before it had three kinds.
+    """
+    if not isinstance(value, dict):
+        return value
+    fields = {k: tuple(item) if isinstance(item, list) else item for k, item in value.items()}
+    if isinstance(fields.get("checkpointing"), bool):
+        fields["checkpointing"] = "full" if fields["checkpointing"] else "none"
+    return kind(**fields)
+
+
+def settings_of(kind: type, hyper_parameters: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a stage of class `kind` as plain values, those that it was saved without (by
+    an older version) at their defaults.
+
+    Raises:
+        UserError: there are settings that the class does not know.
+    """
+    constructor = kind.__init__  # type: ignore[misc]  # only its signature is read
+    hints, found = typing.get_type_hints(constructor), {}
+    parameters = list(inspect.signature(constructor).parameters.values())[1:]
+    try:
+        for parameter in parameters:
+            value = hyper_parameters.get(parameter.name, parameter.default)
+            hint = hints[parameter.name]
+            found[parameter.name] = plain(
+                as_config(hint, value) if dataclasses.is_dataclass(hint) else value
+            )
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"The checkpoint has settings of model.{parameter.name} that this version does not "
+            f"know ({error}): use the version that it was trained with."
+        ) from error
+    return found
+
+
+def changes(theirs: Any, ours: Any, place: str = "") -> dict[str, tuple[Any, Any]]:
+    """Where two trees of plain values differ: {"net.width": (theirs, ours), ...}; None where a value
+    is missing."""
+    if not (isinstance(theirs, dict) and isinstance(ours, dict)):
+        return {} if theirs == ours else {place: (theirs, ours)}
+    found = {}
+    for key in theirs | ours:
+        below = f"{place}.{key}" if place else str(key)
+        found |= changes(theirs.get(key), ours.get(key), below)
+    return found
