@@ -46,18 +46,33 @@ def find_config(path: str) -> str:
         head, _, tail = path.partition(f"{folder}/")
         if not head and tail and (config_folder(folder) / tail).exists():
             return str(config_folder(folder) / tail)
-    shipped = sorted(str(p.relative_to(config_folder("stages").parent)) for f in ("stages", "lightning_config") for p in config_folder(f).rglob("*.yaml"))
+    shipped = sorted(
+        str(p.relative_to(config_folder("stages").parent))
+        for f in ("stages", "lightning_config")
+        for p in config_folder(f).rglob("*.yaml")
+    )
     near = difflib.get_close_matches(path, shipped, 1, 0.5)
-    raise UserError(f"There is no configuration {path}" + (f": did you mean {near[0]}?" if near else f". Shipped are: {', '.join(shipped)}."))
+    raise UserError(
+        f"There is no configuration {path}"
+        + (f": did you mean {near[0]}?" if near else f". Shipped are: {', '.join(shipped)}.")
+    )
 
 
 def sentence(message: str) -> str:
     """jsonargparse's message cut to one sentence, with the nearest right key for one that is not accepted."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    errors = lines[lines.index("Errors:") + 1 :] if "Errors:" in lines else lines  # a list of why each type of a Union did not fit
-    said = " ".join(line for line in errors if line and "NoneType" not in line and not line.startswith("Given value"))
+    errors = (
+        lines[lines.index("Errors:") + 1 :] if "Errors:" in lines else lines
+    )  # a list of why each type of a Union did not fit
+    said = " ".join(
+        line
+        for line in errors
+        if line and "NoneType" not in line and not line.startswith("Given value")
+    )
     unrecognized = re.search(r"unrecognized arguments: --([\w.]+)", said)
-    option = re.search(r"(?:option|Option|Key|key) '([\w.]+)'(?: is not (?:accepted|expected)|$)", said)
+    option = re.search(
+        r"(?:option|Option|Key|key) '([\w.]+)'(?: is not (?:accepted|expected)|$)", said
+    )
     found = unrecognized or option
     if not found:
         return said or message
@@ -65,7 +80,9 @@ def sentence(message: str) -> str:
     path = found[1].split(".")
     wrong = next((key for key in path if key not in keys), path[-1])
     near = difflib.get_close_matches(wrong, keys, 1, 0.6)
-    return f"There is no option '{wrong}'" + (f": did you mean '{near[0]}'?" if near else "; `lightning fit --help` lists them all.")
+    return f"There is no option '{wrong}'" + (
+        f": did you mean '{near[0]}'?" if near else "; `lightning fit --help` lists them all."
+    )
 
 
 def known_keys() -> set[str]:
@@ -79,13 +96,27 @@ def known_keys() -> set[str]:
     from unclip_pl.stages.base import Stage
     from unclip_pl.training import checkpoint, ema, pictures, preemption, startup, watchdog
 
-    keys: set[str] = {"model", "data", "trainer", "seed_everything", "ckpt_path", "init", "compile", "init_args", "class_path"}
+    keys: set[str] = {
+        "model",
+        "data",
+        "trainer",
+        "seed_everything",
+        "ckpt_path",
+        "init",
+        "compile",
+        "init_args",
+        "class_path",
+    }
     keys |= {"ema", "newest", "best", "pictures", "preemption", "startup", "watchdog"}
 
     def add(kind: type) -> None:
         constructor = kind.__init__  # type: ignore[misc]  # only its signature is read
         names = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else constructor)
-        parameters = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else list(inspect.signature(constructor).parameters)
+        parameters = (
+            [f.name for f in dataclasses.fields(kind)]
+            if dataclasses.is_dataclass(kind)
+            else list(inspect.signature(constructor).parameters)
+        )
         keys.update(parameters)
         for name in parameters:
             if dataclasses.is_dataclass(names.get(name)):
@@ -96,7 +127,12 @@ def known_keys() -> set[str]:
         return {kind} | {deep for child in children for deep in subclasses(child)}
 
     callbacks = {ema.EMA, checkpoint.NewestCheckpoint, checkpoint.BestCheckpoint, pictures.Pictures}
-    for kind in {Trainer, preemption.Preemption, startup.StartupCheck, watchdog.Watchdog} | callbacks:
+    for kind in {
+        Trainer,
+        preemption.Preemption,
+        startup.StartupCheck,
+        watchdog.Watchdog,
+    } | callbacks:
         add(kind)
     for kind in subclasses(Stage) | subclasses(LightningDataModule):
         if kind.__module__.startswith("unclip_pl"):
@@ -105,12 +141,21 @@ def known_keys() -> set[str]:
 
 
 def resume(arguments: list[str]) -> list[str]:
-    """Replace `--resume [auto|FILE]` by `--ckpt_path FILE`; `auto`, or nothing, is the newest whole checkpoint of the run's folder, or none."""
+    """Replace `--resume [auto|FILE]` by `--ckpt_path resume:FILE`; `auto`, or nothing, is the newest whole checkpoint of the run's folder, or none."""
     for i, argument in enumerate(arguments):
         if argument == "--resume" or argument.startswith("--resume="):
-            given = [value for value in arguments[i + 1 : i + 2] if argument == "--resume" and not value.startswith("-")]
+            given = [
+                value
+                for value in arguments[i + 1 : i + 2]
+                if argument == "--resume" and not value.startswith("-")
+            ]
             value = argument.partition("=")[2] or "".join(given) or "auto"
-            return [*arguments[:i], *arguments[i + 1 + len(given) :], "--ckpt_path", f"resume:{value}"]
+            return [
+                *arguments[:i],
+                *arguments[i + 1 + len(given) :],
+                "--ckpt_path",
+                f"resume:{value}",
+            ]
     return arguments
 
 
@@ -143,10 +188,11 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     from unclip_pl.pipeline import start_from
     from unclip_pl.precision import usable
     from unclip_pl.stages.base import Stage
-    from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint, newest_checkpoint
+    from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint
     from unclip_pl.training.ema import EMA
     from unclip_pl.training.pictures import Pictures
     from unclip_pl.training.preemption import Preemption
+    from unclip_pl.training.run_folder import RunConfig, claimed, find_checkpoint
     from unclip_pl.training.startup import StartupCheck
     from unclip_pl.training.watchdog import Watchdog
 
@@ -157,7 +203,9 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
 
     class Parser(LightningArgumentParser):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs, allow_abbrev=False)  # else a typo that is the start of an option is taken for it
+            super().__init__(
+                *args, **kwargs, allow_abbrev=False
+            )  # else a typo that is the start of an option is taken for it
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise UserError(sentence(message)) from ex
@@ -166,7 +214,11 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             for key, callback in always.items():
                 parser.add_lightning_class_args(callback, key)
-            parser.add_argument("--init", type=str | None, help="a release or checkpoint of the same stage whose weights training starts from")
+            parser.add_argument(
+                "--init",
+                type=str | None,
+                help="a release or checkpoint of the same stage whose weights training starts from",
+            )
             parser.add_argument(
                 "--compile",
                 type=bool,
@@ -176,7 +228,23 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
             )
 
         def _parse_ckpt_path(self) -> None:
-            """Files and flags win over what a checkpoint remembers of its own run (Lightning's default is the other way round)."""
+            """Find the checkpoint that is meant.
+
+            Files and flags win over what a checkpoint remembers of its own run (Lightning's default is the other way round).
+            """
+            if not self.config.get("subcommand"):
+                return
+            config = self.config[self.config.subcommand]
+            given, folder = config.get("ckpt_path"), Path(config.trainer.default_root_dir or ".")
+            found = find_checkpoint(given and str(given), folder)
+            config["ckpt_path"] = str(found) if found else None
+            if given and str(given).startswith("resume:"):
+                print(
+                    f"Resuming from {found}."
+                    if found
+                    else f"No checkpoint in {folder}: starting anew.",
+                    file=sys.stderr,
+                )
 
         def instantiate_trainer(self, **kwargs: object) -> Trainer:
             """TensorBoard writes into the run's folder itself, so that a run is one folder; `--trainer.logger false` turns it off.
@@ -184,11 +252,21 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
             Under Slurm the job script requeues: Lightning saves inside its signal handler, where ranks wait for each other for ever.
             """
             trainer = self._get(self.config_init, "trainer")
-            if trainer.get("logger") is None:
-                kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir or ".", name="", version="")
+            if trainer.get("logger") is None and self.subcommand not in (None, "fit"):
+                kwargs["logger"] = False  # what is only looked at has no place in the run's curves
+            elif trainer.get("logger") is None:
+                kwargs["logger"] = TensorBoardLogger(
+                    trainer.default_root_dir or ".", name="", version=""
+                )
             if trainer.get("enable_progress_bar") is False:
-                trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, ProgressBar)]
-            if str(trainer.precision).startswith("bf16") and (trainer.accelerator == "cpu" or not torch.accelerator.is_available()):
+                trainer.callbacks = [
+                    callback
+                    for callback in trainer.callbacks
+                    if not isinstance(callback, ProgressBar)
+                ]
+            if str(trainer.precision).startswith("bf16") and (
+                trainer.accelerator == "cpu" or not torch.accelerator.is_available()
+            ):
                 trainer.precision = usable(str(trainer.precision), "cpu", "32-true")
             if SLURMEnvironment.detect():
                 trainer.plugins = [*(trainer.plugins or []), SLURMEnvironment(auto_requeue=False)]
@@ -203,25 +281,39 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
             config = self.config[self.subcommand] if self.subcommand else self.config
             if config.get("compile") and isinstance(self.model, Stage):
                 self.model.compile_networks = True
-            if config.get("init") and not config.get("ckpt_path"):  # else a run that is resumed has its weights from there
+            if config.get("init") and not config.get(
+                "ckpt_path"
+            ):  # else a run that is resumed has its weights from there
                 start_from(self.model, config["init"])
 
-        def before_instantiate_classes(self) -> None:
-            config = self.config[self.subcommand] if self.subcommand else self.config
-            root = Path(config.trainer.default_root_dir or "runs")
-            path = config.get("ckpt_path")
-            if path and str(path).startswith("resume:"):
-                value = str(path).removeprefix("resume:")
-                found = newest_checkpoint(root) if value in ("auto", "") else Path(value)
-                config["ckpt_path"] = str(found) if found else None
-                print(f"Resuming from {found}." if found else f"No checkpoint under {root}: starting anew.", file=sys.stderr)
+        def fit(self, **kwargs: Any) -> None:
+            """Trains in a folder that no other run has."""
+            if self.trainer.fast_dev_run:  # which writes nothing
+                self.trainer.fit(**kwargs)
+                return
+            folder, checkpoint = Path(self.trainer.default_root_dir), kwargs.get("ckpt_path")
+            source = Path(checkpoint) if checkpoint else None
+            with claimed(folder, source, self.trainer.is_global_zero):
+                self.trainer.fit(**kwargs)
 
     return UnclipCLI(
-        LightningModule, LightningDataModule, run=run, args=arguments, parser_class=Parser,
-        subclass_mode_model=True, subclass_mode_data=True, auto_configure_optimizers=False, seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={"plugins": [{"class_path": "unclip_pl.training.checkpoint.AtomicCheckpointIO"}]},
-        parser_kwargs={s: {"default_config_files": [str(config_folder("lightning_config") / "default.yaml")]} for s in ("fit", "validate", "test", "predict")},
+        LightningModule,
+        LightningDataModule,
+        run=run,
+        args=arguments,
+        parser_class=Parser,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=RunConfig,
+        trainer_defaults={
+            "plugins": [{"class_path": "unclip_pl.training.checkpoint.AtomicCheckpointIO"}]
+        },
+        parser_kwargs={
+            s: {"default_config_files": [str(config_folder("lightning_config") / "default.yaml")]}
+            for s in ("fit", "validate", "test", "predict")
+        },
     )
 
 
@@ -244,21 +336,31 @@ def main(arguments: list[str] | None = None) -> int:
         "LightningCLI's args parameter is intended to run from within Python.*",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
     saving = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
-    saving.addFilter(lambda record: "`weights_only` was not set" not in record.getMessage())  # with every checkpoint
+    saving.addFilter(
+        lambda record: "`weights_only` was not set" not in record.getMessage()
+    )  # with every checkpoint
     try:
         refuse_loose_shards(arguments)
         build_cli(resume(find_configs(arguments)))
     except UserError as error:
         # from a loader's worker the sentence comes wrapped in that process's traceback
         if not isinstance(error, SharedError) or signals.rank() == 0:
-            print(f"lightning{signals.rank_and_host()}: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
+            print(
+                f"lightning{signals.rank_and_host()}: {str(error).strip().rpartition('UserError: ')[2]}",
+                file=sys.stderr,
+            )
         return 1
     except OSError as error:  # what others write: logs, the saved configuration
         if error.errno not in REASONS:
             raise
         what = f"{error.filename or 'A file of this run'} cannot be opened or written ({REASONS[error.errno]})"
-        print(f"lightning{signals.rank_and_host()}: {what}: free space or choose another --trainer.default_root_dir.", file=sys.stderr)
+        print(
+            f"lightning{signals.rank_and_host()}: {what}: free space or choose another --trainer.default_root_dir.",
+            file=sys.stderr,
+        )
         return 1
     return signals.EXIT_CODES[signals.notes.agreed]

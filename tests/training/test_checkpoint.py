@@ -11,32 +11,67 @@ from tests.training.toy import Toy, loader, trainer
 from unclip_pl.errors import UserError
 from unclip_pl.stages.base import Stage
 from unclip_pl.training import checkpoint as module
-from unclip_pl.training.checkpoint import AtomicCheckpointIO, BestCheckpoint, NewestCheckpoint, newest_checkpoint, read_checkpoint
+from unclip_pl.training.checkpoint import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    NewestCheckpoint,
+    newest_checkpoint,
+    read_checkpoint,
+)
 
 
 def test_newest_replaces_the_one_before_and_best_stays(tmp_path):
     callbacks = NewestCheckpoint(2), BestCheckpoint()
-    trainer(tmp_path, *callbacks, steps=7, val_check_interval=3, check_val_every_n_epoch=None).fit(Toy(), loader(), loader())
+    trainer(tmp_path, *callbacks, steps=7, val_check_interval=3, check_val_every_n_epoch=None).fit(
+        Toy(), loader(), loader()
+    )
     names = sorted(path.name for path in tmp_path.rglob("*.ckpt"))
-    assert [name for name in names if name.startswith("newest")] == ["newest-step=7.ckpt"]  # also the step at which training ended
-    assert any(name in ("best-step=3.ckpt", "best-step=6.ckpt") for name in names) and len(names) == 2
+    assert [name for name in names if name.startswith("newest")] == [
+        "newest-step=7.ckpt"
+    ]  # also the step at which training ended
+    assert (
+        any(name in ("best-step=3.ckpt", "best-step=6.ckpt") for name in names) and len(names) == 2
+    )
 
 
 def test_a_run_resumed_from_another_folder_leaves_that_folder_as_it_is(tmp_path):
     trainer(tmp_path / "source", NewestCheckpoint(2), steps=2).fit(Toy(), loader())
     source = newest_checkpoint(tmp_path / "source")
     for _ in range(2):  # the second time there is a checkpoint of its own to replace
-        trainer(tmp_path / "mine", NewestCheckpoint(2), steps=5).fit(Toy(), loader(), ckpt_path=source)
-        assert source.is_file() and [path.name for path in (tmp_path / "mine").rglob("*.ckpt")] == ["newest-step=5.ckpt"]
+        trainer(tmp_path / "mine", NewestCheckpoint(2), steps=5).fit(
+            Toy(), loader(), ckpt_path=source
+        )
+        assert source.is_file() and [path.name for path in (tmp_path / "mine").rglob("*.ckpt")] == [
+            "newest-step=5.ckpt"
+        ]
 
 
-def test_a_checkpoint_that_a_kill_orphaned_goes_with_the_next_save(tmp_path):
-    trainer(tmp_path, NewestCheckpoint(2), steps=2).fit(Toy(), loader())
+def test_a_checkpoint_that_a_kill_orphaned_goes_with_the_next_save(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints"
-    for name in ("newest-step=1.ckpt", "newest-step=90.ckpt", "best-step=1.ckpt", "newest-mine.ckpt"):  # 1: a run was killed before it removed it
-        shutil.copy(folder / "newest-step=2.ckpt", folder / name)
-    trainer(tmp_path, NewestCheckpoint(2), steps=4).fit(Toy(), loader(), ckpt_path=folder / "newest-step=2.ckpt")
-    assert sorted(path.name for path in folder.iterdir()) == ["best-step=1.ckpt", "newest-mine.ckpt", "newest-step=4.ckpt", "newest-step=90.ckpt"]
+    monkeypatch.setattr(module, "remove", lambda path: None)  # it was killed before it removed it
+    trainer(tmp_path, NewestCheckpoint(2), steps=4).fit(Toy(), loader())
+    monkeypatch.undo()
+    for name in ("newest-step=3.ckpt", "newest-step=90.ckpt", "newest-mine.ckpt"):  # of others
+        shutil.copy(folder / "newest-step=4.ckpt", folder / name)
+    source = folder / "newest-step=4.ckpt"
+    trainer(tmp_path, NewestCheckpoint(2), steps=6).fit(Toy(), loader(), ckpt_path=source)
+    names = ["newest-mine.ckpt", *(f"newest-step={step}.ckpt" for step in (3, 6, 90))]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_a_run_removes_no_checkpoint_of_another_in_its_folder(tmp_path):
+    folder = tmp_path / "checkpoints"
+    trainer(tmp_path, NewestCheckpoint(2), steps=3).fit(Toy(), loader())
+    trainer(tmp_path, NewestCheckpoint(2), steps=6).fit(Toy(), loader())
+    names = ["newest-step=3.ckpt", "newest-step=6.ckpt"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_checkpoints_in_folders_below_are_those_of_other_runs(tmp_path):
+    trainer(tmp_path / "other", NewestCheckpoint(2), steps=4).fit(Toy(), loader())
+    assert newest_checkpoint(tmp_path) is None
+    trainer(tmp_path, NewestCheckpoint(2), steps=2).fit(Toy(), loader())
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "newest-step=2.ckpt"
 
 
 def test_a_direct_construction_loads_with_weights_only_and_rebuilds(tmp_path):
@@ -108,7 +143,9 @@ def test_newest_passes_over_files_cut_short(tmp_path):
     torch.save({}, tmp_path / "newest-step=5.ckpt")
     torch.save({}, tmp_path / "best-step=20.ckpt")
     shutil.copy(tmp_path / "newest-step=5.ckpt", tmp_path / ".newest-step=99.ckpt.tmp")
-    (tmp_path / "newest-step=30.ckpt").write_bytes((tmp_path / "newest-step=5.ckpt").read_bytes()[:200])
+    (tmp_path / "newest-step=30.ckpt").write_bytes(
+        (tmp_path / "newest-step=5.ckpt").read_bytes()[:200]
+    )
     assert newest_checkpoint(tmp_path).name == "best-step=20.ckpt"
 
 

@@ -15,7 +15,12 @@ from unclip_pl.training.checkpoint import AtomicCheckpointIO
 
 
 class Toy(Stage):
-    def __init__(self, width: int = 4, optimizer: OptimizerConfig = OptimizerConfig(lr=0.1, warmup_steps=2), noise: float = 0.01) -> None:
+    def __init__(
+        self,
+        width: int = 4,
+        optimizer: OptimizerConfig = OptimizerConfig(lr=0.1, warmup_steps=2),
+        noise: float = 0.01,
+    ) -> None:
         super().__init__()
         self.remember(optimizer, width=width, noise=noise)
         self.noise = noise
@@ -24,7 +29,9 @@ class Toy(Stage):
 
     def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         self.counter += 1
-        error = self.net(batch["x"]).squeeze(1) - batch["y"] + self.noise * torch.randn(len(batch["x"]))
+        error = (
+            self.net(batch["x"]).squeeze(1) - batch["y"] + self.noise * torch.randn(len(batch["x"]))
+        )
         return {"loss": error.square().mean() * batch["scale"].mean()}
 
     def sample(self, batch: dict, noise: object) -> Tensor:
@@ -43,15 +50,40 @@ class ToyData(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict:
         scale = torch.tensor(float("nan") if i == self.bad else 1.0)
-        return {"key": str(i), "x": self.x[i], "y": self.x[i].sum(), "scale": scale, "image": torch.zeros(3, 8, 8)}
+        return {
+            "key": str(i),
+            "x": self.x[i],
+            "y": self.x[i].sum(),
+            "scale": scale,
+            "image": torch.zeros(3, 8, 8),
+        }
 
 
 def trainer(folder, *callbacks, steps: int = 8, **kwargs) -> Trainer:
     return Trainer(
-        default_root_dir=folder, max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=list(callbacks),
-        plugins=[AtomicCheckpointIO()], enable_checkpointing=any("Checkpoint" in type(c).__name__ for c in callbacks), **kwargs,
+        default_root_dir=folder,
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=any("Checkpoint" in type(c).__name__ for c in callbacks),
+        **kwargs,
     )
+
+
+def command(folder, *flags: str, steps: int = 8) -> list[str]:
+    """Arguments of `lightning` that train the toy."""
+    return [
+        *("fit", "--model", "tests.training.toy.Toy", "--data", "tests.training.toy.ToyRows"),
+        *("--trainer.default_root_dir", str(folder), "--trainer.max_steps", str(steps)),
+        *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", *flags),
+    ]
 
 
 def loader(bad: int | None = None, batch: int = 4, size: int = 64) -> torch.utils.data.DataLoader:
@@ -69,10 +101,20 @@ class ToyRows(LightningDataModule):
         return len(self.samples)
 
     def __getitem__(self, index: np.ndarray) -> dict:
-        return {"key": [str(i) for i in index], "x": self.samples.x[index], "y": self.samples.x[index].sum(1), "scale": torch.ones(len(index))}
+        return {
+            "key": [str(i) for i in index],
+            "x": self.samples.x[index],
+            "y": self.samples.x[index].sum(1),
+            "scale": torch.ones(len(index)),
+        }
 
     def train_dataloader(self) -> RowLoader:
-        return RowLoader(self, RowsConfig(self.batch_size), rank=self.trainer.global_rank, world=self.trainer.world_size)
+        return RowLoader(
+            self,
+            RowsConfig(self.batch_size),
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+        )
 
 
 class Slow(Callback):

@@ -21,14 +21,18 @@ from unclip_pl.training.distributed import META, Target, is_whole, read_folder, 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write beside the target, fsync, rename: a crash or a full disk leaves the previous checkpoint as it was. Reads files and folders."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
+    ) -> None:
         try:
             with atomic_file(path) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError, UserError) as error:
             raise unwritten(path, error) from error
 
-    def load_checkpoint(self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
         return read_checkpoint(path, map_location)
 
     def remove_checkpoint(self, path: str | os.PathLike) -> None:
@@ -47,7 +51,12 @@ def unwritten(path: str | os.PathLike, error: BaseException) -> BaseException:
     )
 
 
-def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", target: Target = whole(), together: bool = False) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | os.PathLike,
+    map_location: Any = "cpu",
+    target: Target = whole(),
+    together: bool = False,
+) -> dict[str, Any]:
     """Load a checkpoint, a file or a sharded folder, without executing what is in it: one that would run code on loading is refused with a sentence.
 
     Args:
@@ -60,16 +69,22 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", target: 
             return read_folder(Path(path), target, together)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"There is no checkpoint {path}: check the path, or leave it out to start anew.") from None
+        raise UserError(
+            f"There is no checkpoint {path}: check the path, or leave it out to start anew."
+        ) from None
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} was refused: it holds Python objects that would run code on loading, which no checkpoint of ours does. "
             "Do not load it with another tool unless you trust who made it."
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, CheckpointException) as error:
-        raise UserError(f"{path} is no whole checkpoint ({str(error).splitlines()[0]}): take an earlier one, or --resume auto.") from error
+        raise UserError(
+            f"{path} is no whole checkpoint ({str(error).splitlines()[0]}): take an earlier one, or --resume auto."
+        ) from error
     if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} holds no checkpoint but a {type(checkpoint).__name__}: give a .ckpt file that `lightning fit` wrote.")
+        raise UserError(
+            f"{path} holds no checkpoint but a {type(checkpoint).__name__}: give a .ckpt file that `lightning fit` wrote."
+        )
     return checkpoint
 
 
@@ -81,24 +96,37 @@ def change_checkpoint(path: str | os.PathLike, change: Callable[[dict[str, Any]]
     AtomicCheckpointIO().save_checkpoint(checkpoint, file)
 
 
-def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """The whole checkpoint under `folder` with the highest step, whatever the clock says; what is cut short is passed over. None where there is none."""
+def newest_checkpoint(folder: str | os.PathLike, name: str = "") -> Path | None:
+    """The whole checkpoint with the highest step, whatever the clock says, in a run's folder or its
+    `checkpoints/`, and not in folders below; what is cut short is passed over.
+
+    Args:
+        folder: the run's.
+        name: how the file's name begins.
+
+    Returns:
+        None: there is none.
+    """
     found = []
-    for path in Path(folder).rglob("*.ckpt"):
-        if not path.name.startswith(".") and (is_whole(path) if path.is_dir() else zipfile.is_zipfile(path)):
-            found.append((_step(path), path.name.startswith("newest"), -len(path.parts), str(path)))
+    for path in [*Path(folder).glob("*.ckpt"), *Path(folder).glob("checkpoints/*.ckpt")]:
+        hidden = path.name.startswith(".") or not path.name.startswith(name)
+        if not hidden and (is_whole(path) if path.is_dir() else zipfile.is_zipfile(path)):
+            newest = path.name.startswith("newest")
+            found.append((step_of(path), newest, -len(path.parts), str(path)))
     return Path(max(found)[-1]) if found else None
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name; -1: it has none."""
     digits = path.stem.partition("step=")[2].split("-")[0]
     return int(digits) if digits.isdigit() else -1
 
 
 class NewestCheckpoint(Checkpoint):
-    """Every so many steps, and when training ends: the file to resume from, `newest-step=N.ckpt`. Those before it in this run's folder are then removed.
+    """Every so many steps, and when training ends: the file to resume from, `newest-step=N.ckpt`.
 
-    A run that is told to stop saves at that very step, where the place in the data is exact.
+    Those that the run wrote before, or went on from in its own folder, are then removed, and no
+    others. A run that is told to stop saves at that very step, where the place in the data is exact.
 
     Args:
         every_n_train_steps: steps between two files.
@@ -106,14 +134,25 @@ class NewestCheckpoint(Checkpoint):
 
     def __init__(self, every_n_train_steps: int = 500) -> None:
         if every_n_train_steps < 1:
-            raise ValueError(f"newest.every_n_train_steps is {every_n_train_steps}: give 1 or more.")
+            raise ValueError(
+                f"newest.every_n_train_steps is {every_n_train_steps}: give 1 or more."
+            )
         self.every_n_train_steps = every_n_train_steps
         self._saved_step = -1
+        self._own: list[
+            str
+        ] = []  # names in this run's folder that the next file takes the place of
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
+        folder = checkpoint_folder(trainer)
+        source = Path(trainer.ckpt_path or "")
+        if source.resolve().parent != folder.resolve():
+            self._own = []  # those that it remembers lie in another folder
+        elif source.name.startswith("newest-"):
+            self._own.append(source.name)
         if trainer.is_global_zero:
-            remove_leftovers(checkpoint_folder(trainer), "*.ckpt")  # of a run that was killed while it wrote
+            remove_leftovers(folder, "*.ckpt")  # of a run that was killed while it wrote
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if trainer.global_step % self.every_n_train_steps == 0 or trainer.should_stop:
@@ -127,13 +166,22 @@ class NewestCheckpoint(Checkpoint):
             return
         self._saved_step = trainer.global_step
         folder = checkpoint_folder(trainer)
-        trainer.save_checkpoint(folder / f"newest-step={trainer.global_step}.ckpt")
-        if trainer.is_global_zero:
-            # What lies in this folder and nothing else: a run resumed from another folder leaves that one as it is.
-            # What a kill left between the new file and the removal of the old one goes too.
-            for path in folder.glob("newest-step=*.ckpt"):
-                if 0 <= _step(path) < trainer.global_step:
-                    remove(path)
+        path = folder / f"newest-step={trainer.global_step}.ckpt"
+        self._own = [
+            *dict.fromkeys(self._own),
+            path.name,
+        ]  # a kill may come before they are removed
+        trainer.save_checkpoint(path)
+        for name in self._own[:-1]:
+            if trainer.is_global_zero and name != path.name:
+                remove(folder / name)
+        self._own = [path.name]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"own": self._own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._own = list(state_dict["own"])
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:
@@ -150,7 +198,13 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, monitor: str = "val/loss", mode: str = "min") -> None:
-        super().__init__(filename="best-{step}", monitor=monitor, mode=mode, save_top_k=1, save_on_train_epoch_end=False)
+        super().__init__(
+            filename="best-{step}",
+            monitor=monitor,
+            mode=mode,
+            save_top_k=1,
+            save_on_train_epoch_end=False,
+        )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = str(checkpoint_folder(trainer).absolute())
