@@ -47,6 +47,18 @@ def test_a_run_goes_on_in_its_folder_as_often_as_one_likes(first, tmp_path):
         assert names == [f"newest-step={steps}.ckpt"]
 
 
+def test_configuration_of_a_resumed_run_can_be_used_again(first, tmp_path, capsys):
+    folder = shutil.copytree(first, tmp_path / "run")
+    assert main(command(folder, "--resume", "auto", steps=6)) == 0
+    config = ["fit", "-c", str(folder / "config.yaml")]
+    elsewhere = ["--trainer.default_root_dir", str(tmp_path / "again"), "--trainer.max_steps", "1"]
+    assert main([*config, *elsewhere]) == 0
+    assert newest_checkpoint(tmp_path / "again").name == "newest-step=1.ckpt"
+    assert main(config) == 1 and "holds a run already" in said(capsys)
+    assert main([*config, "--resume", "auto", "--trainer.max_steps", "7"]) == 0
+    assert newest_checkpoint(folder).name == "newest-step=7.ckpt"
+
+
 def test_looking_at_a_run_writes_nothing_into_its_folder(first):
     before, flags = contents(first), ["--trainer.limit_val_batches", "0"]
     arguments = ["validate", *command(first, *flags)[1:]]

@@ -133,7 +133,10 @@ def set_aside(folder: Path) -> None:
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the configuration of a training run, `config.yaml`, at its first step."""
+    """Writes the configuration of a training run, `config.yaml`, at its first step.
+
+    It names no checkpoint to go on from: that one is removed later, and the file can be used again.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Not yet: a run that cannot start has nothing to record."""
@@ -141,7 +144,9 @@ class RunConfig(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it outside of the class
             return
+        config = self.config.clone()
+        config["ckpt_path"] = None
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / CONFIG) as file:
-            file.write(self.parser.dump(self.config, skip_none=False).encode())
+            file.write(self.parser.dump(config, skip_none=False).encode())
