@@ -178,7 +178,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
 
     load_all()  # first, so that lightning can import torchvision
     import torch
-    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -194,6 +194,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     from unclip_pl.training.preemption import Preemption
     from unclip_pl.training.run_folder import RunConfig, claimed, find_checkpoint
     from unclip_pl.training.startup import StartupCheck
+    from unclip_pl.training.trainer import Trainer, hold_first
     from unclip_pl.training.watchdog import Watchdog
 
     always = {
@@ -288,6 +289,8 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
 
         def fit(self, **kwargs: Any) -> None:
             """Trains in a folder that no other run has."""
+            if self.trainer.held_batches:
+                hold_first(self.datamodule, self.trainer.held_batches)
             if self.trainer.fast_dev_run:  # which writes nothing
                 self.trainer.fit(**kwargs)
                 return
@@ -299,6 +302,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     return UnclipCLI(
         LightningModule,
         LightningDataModule,
+        trainer_class=Trainer,
         run=run,
         args=arguments,
         parser_class=Parser,

@@ -117,6 +117,13 @@ class ToyRows(LightningDataModule):
         )
 
 
+class ToyRowsAndMore(ToyRows):
+    """With 16 batches to validate on."""
+
+    def val_dataloader(self) -> torch.utils.data.DataLoader:
+        return loader()
+
+
 class Slow(Callback):
     """Makes each step last, so that a test can meet a run at its work."""
 

@@ -1,0 +1,108 @@
+"""Lightning's trainer, with options that mean what they say."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+
+from unclip_pl.errors import UserError
+
+
+class Trainer(pl.Trainer):
+    """The trainer of `lightning fit`; all other options are those of `lightning.pytorch.Trainer`.
+
+    Whole numbers of batches come first in the types: Lightning's own are read as fractions where
+    another package names the two the other way round, so that 1 would mean all batches.
+
+    Args:
+        limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches: a number
+            of batches, or a fraction (1.0: all).
+        overfit_batches: train on the first so many batches again and again, the same at each pass;
+            0: on all.
+
+    Raises:
+        UserError: an option has no effect here, or does not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0,
+        **options: Any,
+    ) -> None:
+        if overfit_batches != int(overfit_batches) or overfit_batches < 0:
+            raise UserError(
+                f"trainer.overfit_batches is {overfit_batches}: give a whole number of batches."
+            )
+        for name in ("gradient_clip_val", "gradient_clip_algorithm"):
+            if options.get(name) is not None:
+                raise UserError(
+                    f"trainer.{name} has no effect here: the norm of the gradients is held to "
+                    "model.optimizer.clip_norm, set that instead."
+                )
+        self.held_batches = int(overfit_batches)
+        if self.held_batches:
+            limit_train_batches = self.held_batches
+            if limit_val_batches is None:
+                limit_val_batches = self.held_batches
+        super().__init__(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            **options,
+        )
+
+
+class FirstBatches:
+    """The first batches of a loader, kept in memory: the same ones at each pass.
+
+    Args:
+        loader: of batches; resumed runs need one that begins with the same ones each time.
+        count: how many of them.
+    """
+
+    def __init__(self, loader: Any, count: int) -> None:
+        self.loader, self.count = loader, count
+        self._held: list[Any] = []
+        self._next = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        self._held = self._held or list(islice(iter(self.loader), self.count))
+        if len(self._held) < self.count:
+            raise UserError(
+                f"trainer.overfit_batches is {self.count}, and there are {len(self._held)} batches "
+                "to train on: give a smaller number."
+            )
+        self._next %= self.count  # a whole pass may end without asking for more
+        while self._next < self.count:
+            self._next += 1
+            yield self._held[self._next - 1]
+
+    def share(self) -> dict[str, Any]:
+        """As the loader's own: what the ranks compare before the first step."""
+        return self.loader.share()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self._next % self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._next = state["next"]
+
+
+def hold_first(data: Any, count: int) -> None:
+    """Make a DataModule train on its first `count` batches alone."""
+    own = data.train_dataloader
+
+    def train_dataloader() -> FirstBatches:
+        return FirstBatches(own(), count)
+
+    data.train_dataloader = train_dataloader
