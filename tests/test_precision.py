@@ -4,10 +4,14 @@ import logging
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
+from tests.training.toy import Toy, command, loader, trainer
 from unclip_pl import UnCLIP, precision
-from unclip_pl.cli import build_cli, find_configs
+from unclip_pl.cli import build_cli, find_configs, main
 from unclip_pl.clip import CLIPConfig, FrozenCLIP
+from unclip_pl.errors import UserError
+from unclip_pl.stages.base import OptimizerConfig
 
 KINDS = [torch.bfloat16, torch.float16]
 
@@ -78,3 +82,59 @@ def test_a_training_on_a_processor_without_bfloat16_is_in_float32(instructions, 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     cli = build_cli(find_configs(["-c", "stages/decoder.yaml", "--trainer.precision", "bf16-mixed", "--trainer.default_root_dir", str(tmp_path)]), run=False)
     assert cli.trainer.precision == ("bf16-mixed" if instructions else "32-true")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("16-mixed", "does not work on a CPU"),
+        ("16", "does not work on a CPU"),
+        ("bf16-true", "trains in 32-true, bf16-mixed or, on a GPU, 16-mixed"),
+        ("16-true", "trains in 32-true"),
+        ("64-true", "trainer.precision is 64-true"),
+        ("transformer-engine", "trains in 32-true"),
+    ],
+)
+def test_a_precision_that_nothing_trains_in_is_one_sentence(given, words, tmp_path, capsys):
+    assert main(command(tmp_path, "--trainer.precision", given)) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("lightning: trainer.precision is ") and words in last
+
+
+def test_names_of_precisions(instructions):
+    half = "bf16-mixed" if instructions else "32-true"
+    names = {None: "32-true", 32: "32-true", "bf16": half, "bf16-mixed": half}
+    for given, name in names.items():
+        assert precision.trainable(given, on_cpu=True, sharded=False) == name
+    assert precision.trainable("bf16", on_cpu=False, sharded=True) == "bf16-mixed"
+    assert precision.trainable(16, on_cpu=False, sharded=False) == "16-mixed"
+    with pytest.raises(UserError, match="does not work with sharded weights"):
+        precision.trainable("16-mixed", on_cpu=False, sharded=True)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_gradients_in_float16_are_clipped_as_they_are_and_not_as_they_are_scaled(name, tmp_path):
+    norms, weights = [], []
+    for half in (False, True):
+        run = trainer(tmp_path, steps=3)
+        if half:
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+            run.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        module = Toy(optimizer=OptimizerConfig(name, lr=0.05, warmup_steps=0, clip_norm=0.5))
+        torch.nn.init.ones_(module.net.weight)
+        torch.nn.init.zeros_(module.net.bias)
+        run.fit(module, loader())
+        assert module.skipped_steps == 0
+        norms.append(run.logged_metrics["train/grad_norm"])
+        weights.append(module.net.weight.detach())
+    torch.testing.assert_close(*norms, rtol=0.02, atol=0.01)
+    torch.testing.assert_close(*weights, rtol=0.02, atol=0.01)
+
+
+def test_a_step_that_float16_cannot_hold_is_skipped_and_counted(tmp_path):
+    run, module = trainer(tmp_path, steps=6), Toy()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    run.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    run.fit(module, loader(bad=9))
+    assert module.skipped_steps == 1 and scaler.get_scale() == 2.0**9
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())

@@ -177,7 +177,6 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     from unclip_pl.stages import load_all
 
     load_all()  # first, so that lightning can import torchvision
-    import torch
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -186,7 +185,6 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
 
     from unclip_pl.data import crops, modules  # noqa: F401  short names of the DataModules
     from unclip_pl.pipeline import start_from
-    from unclip_pl.precision import usable
     from unclip_pl.stages.base import Stage
     from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint
     from unclip_pl.training.ema import EMA
@@ -265,10 +263,6 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
                     for callback in trainer.callbacks
                     if not isinstance(callback, ProgressBar)
                 ]
-            if str(trainer.precision).startswith("bf16") and (
-                trainer.accelerator == "cpu" or not torch.accelerator.is_available()
-            ):
-                trainer.precision = usable(str(trainer.precision), "cpu", "32-true")
             if SLURMEnvironment.detect():
                 trainer.plugins = [*(trainer.plugins or []), SLURMEnvironment(auto_requeue=False)]
             return super().instantiate_trainer(**kwargs)

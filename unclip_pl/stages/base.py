@@ -274,6 +274,10 @@ class Stage(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any
     ) -> None:
+        plugin = getattr(self._trainer, "precision_plugin", None)
+        scaler = getattr(plugin, "scaler", None)  # of 16-mixed
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)  # Lightning leaves it to the fused step, which comes later
         # A step whose gradients are not finite is skipped inside the fused kernel (`found_inf`): no value travels to the host.
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_config.clip_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -5,8 +5,11 @@ from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from unclip_pl.errors import UserError
+from unclip_pl.precision import trainable
 
 
 class Trainer(pl.Trainer):
@@ -45,6 +48,9 @@ class Trainer(pl.Trainer):
                     f"trainer.{name} has no effect here: the norm of the gradients is held to "
                     "model.optimizer.clip_norm, set that instead."
                 )
+        on_cpu = options.get("accelerator") == "cpu" or not torch.accelerator.is_available()
+        sharded = isinstance(options.get("strategy"), ModelParallelStrategy)
+        options["precision"] = trainable(options.get("precision"), on_cpu, sharded)
         self.held_batches = int(overfit_batches)
         if self.held_batches:
             limit_train_batches = self.held_batches
