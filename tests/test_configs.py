@@ -21,6 +21,9 @@ from tests.conftest import ROOT
 from tests.training.forks import Ranks
 from unclip_pl.cli import build_cli, find_config, find_configs, main, resume, sentence
 from unclip_pl.errors import UserError
+from unclip_pl.networks.unet import UNetConfig
+from unclip_pl.stages.decoder import Decoder
+from unclip_pl.training.arguments import with_model
 from unclip_pl.training.sharded import ShardedStrategy
 
 
@@ -176,6 +179,13 @@ def test_decoder_on_text_embeddings_differs_from_the_decoder_in_its_condition_al
     assert dict(image.model.hparams) | {"condition": "text"} == dict(text.model.hparams)
     assert image.trainer.max_steps == text.trainer.max_steps
     assert image.datamodule.config == text.datamodule.config
+
+
+def test_a_checkpoints_own_model_stands_over_the_files_and_under_the_flags():
+    settings = Decoder(UNetConfig(width=32, mults=(1,), attention=(), head_width=32)).hparams
+    given = ["-c", "stages/decoder.yaml", "--model.net.dropout", "0.3", "--ema.decay", "0.5"]
+    net = build(*with_model(given, dict(settings))).model.hparams["net"]
+    assert net == settings["net"] | {"dropout": 0.3}
 
 
 def test_files_merge_and_flags_win():

@@ -155,6 +155,18 @@ def test_fine_tuning_starts_from_the_averaged_weights_with_a_new_optimiser_and_g
     assert read_checkpoint(newest_checkpoint(tmp_path))["global_step"] == 2
 
 
+@pytest.mark.timeout(1200)
+def test_validate_needs_no_more_than_the_stage_and_a_checkpoint(whole, shards, capsys):
+    data = ["--data.val", str(shards / "val-*.tar"), "--data.store", str(shards / "store")]
+    given = ["validate", "-c", "stages/decoder.yaml", *data, "--trainer.accelerator", "cpu"]
+    given += ["--ckpt_path", str(newest_checkpoint(whole[0]))]
+    given += ["--data.train", str(shards / "train-*.tar")]
+    assert build_cli(given).trainer.callback_metrics["val/loss"].isfinite()
+    assert main([*given, "--model.diffusion.schedule", "linear"]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "trained with model.diffusion.schedule cosine, and this run has linear" in last
+
+
 def test_the_debug_overlay_does_two_steps_of_everything_on_the_device(shards, tmp_path, device):
     data = ["--data.train", str(shards / "train-*.tar"), "--data.val", str(shards / "val-*.tar")]
     data += ["--data.store", str(shards / "store"), "--data.loader.num_workers", "0"]

@@ -141,7 +141,7 @@ def test_training_starts_from_the_weights_of_a_release_or_checkpoint_and_from_no
         assert stage.skipped_steps == 0 and stage.clip_fingerprint == decoder.clip_fingerprint
         assert stage.optimizer_config.lr == 3e-4 and stage.condition == "text" and stage.training
     for changes, words in (
-        ({"net": replace(NET, width=64)}, r"does not fit this run's model \(size mismatch"),
+        ({"net": replace(NET, width=64)}, r"trained with model\.net\.width 32, and this run has 64"),
         ({"diffusion": DiffusionConfig(parametrization="eps")}, "was trained with model.diffusion"),
         ({"normalizer": "none"}, "was trained with model.normalizer unit, and this run has none"),
     ):

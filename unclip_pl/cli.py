@@ -186,7 +186,8 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     from unclip_pl.data import crops, modules  # noqa: F401  short names of the DataModules
     from unclip_pl.pipeline import start_from
     from unclip_pl.stages.base import Stage
-    from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint
+    from unclip_pl.training.arguments import with_model
+    from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint, read_settings
     from unclip_pl.training.ema import EMA
     from unclip_pl.training.pictures import Pictures
     from unclip_pl.training.preemption import Preemption
@@ -226,24 +227,26 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
                 "minutes, later ones less time on GPUs",
             )
 
-        def _parse_ckpt_path(self) -> None:
-            """Find the checkpoint that is meant.
-
-            Files and flags win over what a checkpoint remembers of its own run (Lightning's default is the other way round).
-            """
-            if not self.config.get("subcommand"):
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            """Find the checkpoint that is meant; what is not trained is of its model."""
+            super().parse_arguments(parser, args)
+            if not (subcommand := self.config.get("subcommand")):
                 return
-            config = self.config[self.config.subcommand]
+            config = self.config[subcommand]
             given, folder = config.get("ckpt_path"), Path(config.trainer.default_root_dir or ".")
             found = find_checkpoint(given and str(given), folder)
-            config["ckpt_path"] = str(found) if found else None
+            if found and subcommand != "fit" and config.get("model"):
+                stage, settings = read_settings(found)
+                if config.model.class_path.rpartition(".")[2] == stage:
+                    super().parse_arguments(parser, with_model(args, settings))
+            self.config[subcommand]["ckpt_path"] = str(found) if found else None
             if given and str(given).startswith("resume:"):
-                print(
-                    f"Resuming from {found}."
-                    if found
-                    else f"No checkpoint in {folder}: starting anew.",
-                    file=sys.stderr,
-                )
+                anew = f"No checkpoint in {folder}: starting anew."
+                print(f"Resuming from {found}." if found else anew, file=sys.stderr)
+
+        def _parse_ckpt_path(self) -> None:
+            """Nothing more: files and flags win over what a checkpoint remembers (Lightning's
+            default is the other way round)."""
 
         def instantiate_trainer(self, **kwargs: object) -> Trainer:
             """TensorBoard writes into the run's folder itself, so that a run is one folder; `--trainer.logger false` turns it off.

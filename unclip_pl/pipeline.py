@@ -36,6 +36,7 @@ from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.stages.upsampler import Upsampler, Upsampler256, Upsampler1024, UpsamplingConfig
 from unclip_pl.training.checkpoint import read_checkpoint
 from unclip_pl.training.distributed import META, whole
+from unclip_pl.training.settings import require_same_model, settings_of
 
 log = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent / "assets"
@@ -107,16 +108,10 @@ def start_from(stage: Stage, path: str | os.PathLike) -> None:
     weights = read_weights(path)
     if weights.stage != type(stage).__name__:
         raise UserError(f"{path} holds a {weights.stage}, and this run trains a {type(stage).__name__}: give --init a release or checkpoint of one.")
-    for name in ("diffusion", "normalizer"):  # the weights fit any of them, and mean something in their own alone
-        theirs, ours = weights.hyper_parameters.get(name), stage.hparams.get(name)
-        if theirs != ours:
-            raise UserError(f"{path} was trained with model.{name} {theirs}, and this run has {ours}: make them equal, or leave --init out.")
-    theirs, ours = (h.get("net", {}).get("dot_first", False) for h in (weights.hyper_parameters, stage.hparams))
-    if theirs != ours:
-        raise UserError(
-            f"{path} was trained with model.net.dot_first {theirs}, and this run has {ours}: make "
-            "them equal, or leave --init out."
-        )
+    theirs = settings_of(type(stage), weights.hyper_parameters)
+    require_same_model(
+        str(path), theirs, dict(stage.hparams), stage.may_change, "leave --init out"
+    )
     try:
         stage.load_state_dict(weights.tensors | {"skipped_steps": torch.zeros_like(stage.skipped_steps)})
     except RuntimeError as error:

@@ -5,10 +5,15 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 
-from tests.training.toy import Toy, loader, trainer
+from tests.factories import tiny_stage
+from tests.training.toy import Toy, command, loader, trainer
+from unclip_pl.cli import build_cli, main
 from unclip_pl.errors import UserError
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.training.checkpoint import NewestCheckpoint, newest_checkpoint, read_checkpoint
+from unclip_pl.training.settings import settings_of
+
+VALIDATED = ("--data", "tests.training.toy.ToyRowsAndMore", "--trainer.limit_val_batches", "2")
 
 
 class Groups(Callback):
@@ -74,3 +79,42 @@ def test_patience_of_the_command_line_wins(tmp_path):
     run = trainer(tmp_path, stop, steps=6, **flags)
     run.fit(Toy(), loader(), loader(), ckpt_path=newest_checkpoint(tmp_path))
     assert stop.patience == 7 and stop.best_score < torch.inf
+
+
+def test_another_model_than_the_checkpoints_is_one_sentence(tmp_path):
+    path = first_part(tmp_path)
+    config = OptimizerConfig(lr=0.1)
+    for module, words in [
+        (Toy(width=5, optimizer=config), r"model\.width 4, and this run has 5: make them equal"),
+        (Toy(noise=0.5, optimizer=config), r"model\.noise 0\.01, and this run has 0\.5"),
+    ]:
+        with pytest.raises(UserError, match=words) as raised:
+            trainer(tmp_path, steps=8).fit(module, loader(), ckpt_path=path)
+        assert "\n" not in str(raised.value)
+        with pytest.raises(UserError, match=words):
+            trainer(tmp_path).validate(module, loader(), ckpt_path=path)
+
+
+def test_meaning_of_a_stages_output_must_be_the_checkpoints():
+    """Nothing in the shapes of the weights shows it."""
+    saved: dict = {}
+    tiny_stage("decoder", parametrization="x0").on_save_checkpoint(saved)
+    saved["hyper_parameters"] = dict(tiny_stage("decoder", parametrization="x0").hparams)
+    with pytest.raises(UserError, match=r"diffusion\.parametrization x0, and this run has v"):
+        tiny_stage("decoder", parametrization="v").on_load_checkpoint(saved)
+    tiny_stage("decoder", "full", parametrization="x0", dropout=0.3).on_load_checkpoint(saved)
+
+
+def test_settings_of_an_older_version_are_at_their_defaults():
+    found = settings_of(Toy, {"width": 5, "optimizer": {"lr": 0.3}})
+    assert found["noise"] == 0.01 and found["optimizer"]["betas"] == [0.9, 0.999]
+    with pytest.raises(UserError, match=r"model\.optimizer that this version does not know"):
+        settings_of(Toy, {"optimizer": {"speed": 1}})
+
+
+def test_validate_takes_the_checkpoints_own_model_unless_told_otherwise(tmp_path, capsys):
+    assert main(command(tmp_path, *VALIDATED, "--model.noise", "0.5", steps=2)) == 0
+    look = ["validate", *command(tmp_path, *VALIDATED)[1:], "--ckpt_path", "last"]
+    assert build_cli(look).model.noise == 0.5
+    assert main([*look, "--model.noise", "0.2"]) == 1
+    assert "model.noise 0.5, and this run has 0.2" in capsys.readouterr().err

@@ -25,7 +25,13 @@ from unclip_pl.networks.long_text import VOCABULARY, own_length
 from unclip_pl.networks.renamed import rename
 from unclip_pl.training.muon import Muon, hidden_weights
 from unclip_pl.training.resume import keep_patience, use_own_settings
-from unclip_pl.training.settings import as_config, changes, plain, settings_of
+from unclip_pl.training.settings import (
+    as_config,
+    changes,
+    plain,
+    require_same_model,
+    settings_of,
+)
 from unclip_pl.training.sharded import shard
 
 
@@ -138,6 +144,13 @@ class Stage(LightningModule):
     compile_networks: bool = False
     """Training compiles the blocks of all networks."""
     skipped_steps: Tensor
+    may_change: tuple[str, ...] = (
+        *("optimizer.*", "sampling.*", "condition", "diffusion.max_snr", "*checkpointing"),
+        *("net.dropout", "dropout.embed", "dropout.text", "text_dropout", "drop_text"),
+        *("augment", "sam_rho"),
+    )
+    """Settings with which other weights still mean the same, as patterns; all others must be those
+    of the checkpoint or release that a run starts from."""
     _own_groups: list[dict[str, Any]] | None = None
     """The optimizer's groups as this run's settings have them; only after a checkpoint was loaded."""
 
@@ -303,12 +316,17 @@ class Stage(LightningModule):
         if checkpoint.get("clip_fingerprint") and self.clip_fingerprint:
             require_same(checkpoint["clip_fingerprint"], self.clip_fingerprint, "The checkpoint")
         self.clip_fingerprint = checkpoint.get("clip_fingerprint") or self.clip_fingerprint
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            self._go_on_from(checkpoint)
+        if "hyper_parameters" not in checkpoint:
+            return
+        settings = settings_of(type(self), checkpoint["hyper_parameters"])
+        fit = self._trainer is not None and self.trainer.state.fn == "fit"
+        way_out = "train in another folder, without it" if fit else "leave those options out"
+        require_same_model("The checkpoint", settings, dict(self.hparams), self.may_change, way_out)
+        if fit:
+            self._go_on_from(checkpoint, settings)
 
-    def _go_on_from(self, checkpoint: dict) -> None:
+    def _go_on_from(self, checkpoint: dict, settings: dict[str, Any]) -> None:
         """What this run's settings say wins over the checkpoint's, and a line says what differs."""
-        settings = settings_of(type(self), checkpoint.get("hyper_parameters", {}))
         name = settings["optimizer"]["name"]
         if name != self.optimizer_config.name:
             raise UserError(

@@ -56,6 +56,7 @@ def read_checkpoint(
     map_location: Any = "cpu",
     target: Target = whole(),
     together: bool = False,
+    mmap: bool = False,
 ) -> dict[str, Any]:
     """Load a checkpoint, a file or a sharded folder, without executing what is in it: one that would run code on loading is refused with a sentence.
 
@@ -63,11 +64,12 @@ def read_checkpoint(
         path: of either kind.
         map_location: as torch.load takes it; a folder is read to the CPU.
         target, together: of a folder, see `read_folder`; by default this process reads all of it.
+        mmap: of a file, read tensors where they are first used.
     """
     try:
         if Path(path).is_dir():
             return read_folder(Path(path), target, together)
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(
             f"There is no checkpoint {path}: check the path, or leave it out to start anew."
@@ -86,6 +88,13 @@ def read_checkpoint(
             f"{path} holds no checkpoint but a {type(checkpoint).__name__}: give a .ckpt file that `lightning fit` wrote."
         )
     return checkpoint
+
+
+def read_settings(path: str | os.PathLike) -> tuple[str, dict[str, Any]]:
+    """The stage of a checkpoint and its settings as plain values, without reading its weights."""
+    file = Path(path) / META if Path(path).is_dir() else Path(path)
+    checkpoint = read_checkpoint(file, mmap=True)
+    return checkpoint.get("stage", ""), checkpoint.get("hyper_parameters", {})
 
 
 def change_checkpoint(path: str | os.PathLike, change: Callable[[dict[str, Any]], object]) -> None:

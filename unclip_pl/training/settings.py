@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 import typing
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from typing import Any, TypeVar
 
 from unclip_pl.errors import UserError
@@ -70,3 +72,29 @@ def changes(theirs: Any, ours: Any, place: str = "") -> dict[str, tuple[Any, Any
         below = f"{place}.{key}" if place else str(key)
         found |= changes(theirs.get(key), ours.get(key), below)
     return found
+
+
+def require_same_model(
+    what: str, theirs: dict[str, Any], ours: dict[str, Any], free: Sequence[str], way_out: str
+) -> None:
+    """UserError where weights would mean something else in this run's model.
+
+    Args:
+        what: whose weights, to begin the sentence with.
+        theirs: the settings that they were trained with, from `settings_of`.
+        ours: this run's.
+        free: patterns of the settings that may differ ("net.dropout", "optimizer.*").
+        way_out: what to do if they are not to be made equal, to end the sentence with.
+    """
+    found = {
+        key: values
+        for key, values in changes(theirs, ours).items()
+        if not any(fnmatch(key, pattern) for pattern in free)
+    }
+    if found:
+        named = ", ".join(f"model.{key} {value}" for key, (value, _) in found.items())
+        instead = ", ".join(str(value) for _, value in found.values())
+        raise UserError(
+            f"{what} was trained with {named}, and this run has {instead}: make them equal, or "
+            f"{way_out}."
+        )
