@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from unclip_pl import __version__, signals
-from unclip_pl.atomic import REASONS
 from unclip_pl.data.names import refuse_loose_shards
 from unclip_pl.errors import SharedError, UserError
 
@@ -260,6 +259,10 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
                 kwargs["logger"] = TensorBoardLogger(
                     trainer.default_root_dir or ".", name="", version=""
                 )
+            trainer.callbacks = trainer.callbacks or []
+            bars = [bar for bar in trainer.callbacks if isinstance(bar, ProgressBar)]
+            if len(bars) > 1:  # another than ours was asked for
+                trainer.callbacks = [each for each in trainer.callbacks if each is not bars[0]]
             if trainer.get("enable_progress_bar") is False:
                 trainer.callbacks = [
                     callback
@@ -283,6 +286,30 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
                 "ckpt_path"
             ):  # else a run that is resumed has its weights from there
                 start_from(self.model, config["init"])
+
+        def _set_seed(self) -> None:
+            seed = self._get(self.config, "seed_everything")
+            if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+                raise UserError(f"seed_everything is {seed}: give a number from 0 to {2**32 - 1}.")
+            super()._set_seed()
+
+        def before_test(self) -> None:
+            raise UserError("There is no test of a stage: `lightning validate` measures its loss.")
+
+        def before_predict(self) -> None:
+            if isinstance(self.model, Stage):
+                raise UserError(
+                    "`lightning predict` fills an embedding store (-c stages/embed.yaml), and this "
+                    "is a stage: draw with `unclip generate`."
+                )
+
+        def before_validate(self) -> None:
+            config = self.config[self.subcommand]
+            if not config.get("ckpt_path") and not config.get("init"):
+                raise UserError(
+                    "Without weights there is nothing to validate: give --ckpt_path FILE, last or "
+                    "best, or --init with a release."
+                )
 
         def fit(self, **kwargs: Any) -> None:
             """Trains in a folder that no other run has."""
@@ -355,13 +382,11 @@ def main(arguments: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
         return 1
-    except OSError as error:  # what others write: logs, the saved configuration
-        if error.errno not in REASONS:
+    except Exception as error:
+        from unclip_pl.training.trainer import of_others
+
+        if (said := of_others(error)) is None:
             raise
-        what = f"{error.filename or 'A file of this run'} cannot be opened or written ({REASONS[error.errno]})"
-        print(
-            f"lightning{signals.rank_and_host()}: {what}: free space or choose another --trainer.default_root_dir.",
-            file=sys.stderr,
-        )
+        print(f"lightning{signals.rank_and_host()}: {said}", file=sys.stderr)
         return 1
     return signals.EXIT_CODES[signals.notes.agreed]

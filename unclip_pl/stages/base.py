@@ -3,6 +3,7 @@
 A stage owns its networks, its loss and how to sample; CLIP, data, EMA, pictures and checkpoints live elsewhere.
 """
 
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
@@ -60,6 +61,16 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):
             raise ValueError(f'There is no optimizer "{self.name}": choose "adamw" or "muon".')
+        for name in ("lr", "muon_lr", "eps", "weight_decay", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}: give 0 or more.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            given = list(self.betas)
+            raise ValueError(f"optimizer.betas is {given}: give two numbers from 0 to below 1.")
+        if not self.clip_norm > 0:
+            raise ValueError(
+                f"optimizer.clip_norm is {self.clip_norm}: give more than 0, or .inf for no limit."
+            )
 
 
 def empty_caption(clip: Any) -> tuple[Tensor, Tensor]:
@@ -151,8 +162,8 @@ class Stage(LightningModule):
     )
     """Settings with which other weights still mean the same, as patterns; all others must be those
     of the checkpoint or release that a run starts from."""
-    _own_groups: list[dict[str, Any]] | None = None
-    """The optimizer's groups as this run's settings have them; only after a checkpoint was loaded."""
+    _resumed: bool = False
+    """A checkpoint was loaded, and training has not begun yet."""
 
     def remember(self, optimizer: OptimizerConfig | dict, **arguments: Any) -> None:
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
@@ -198,11 +209,11 @@ class Stage(LightningModule):
         """Raise a sentence where the DataModule does not fit the stage (widths, image size)."""
 
     def on_train_start(self) -> None:
-        if self._own_groups is not None:
+        if self._resumed:
             use_own_settings(
-                self.optimizers(use_pl_optimizer=False), self.lr_schedulers(), self._own_groups
+                self.optimizers(use_pl_optimizer=False), self.lr_schedulers(), self._own
             )
-            self._own_groups = None
+            self._resumed = False
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         # Noise, timesteps and dropout of a step depend on the seed, the step and the rank alone: a resumed run draws the same.
@@ -252,16 +263,29 @@ class Stage(LightningModule):
             Muon(groups, **settings) if muon else torch.optim.AdamW(groups, fused=True, **settings)
         )
         optimizer.register_load_state_dict_post_hook(follow_layout)
-        if self._own_groups is not None:
-            self._own_groups = [
-                {k: v for k, v in group.items() if k != "params"}
-                for group in optimizer.param_groups
-            ]
+        # what the settings say, before a checkpoint (of a sharded run: after this) says otherwise
+        self._own = [
+            {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+        ]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    @property
+    def lr(self) -> float:
+        """`optimizer.lr`, by the name under which Lightning's LearningRateFinder sets it."""
+        return self.optimizer_config.lr
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        self.optimizer_config = dataclasses.replace(self.optimizer_config, lr=rate)
+        self.hparams["optimizer"]["lr"] = rate
+        for group in self._own:
+            if not group.get("muon"):
+                group["lr"] = rate
+        self._resumed = True  # its search ends with a checkpoint from before it
 
     def lr_factor(self, step: int) -> float:
         """The learning rate at an optimiser step, as a share of `optimizer.lr`."""
@@ -340,4 +364,4 @@ class Stage(LightningModule):
             )
             rank_zero_info(f"Going on with other settings than the checkpoint's: {said}.")
         keep_patience(self.trainer, checkpoint)
-        self._own_groups = []
+        self._resumed = True

@@ -6,8 +6,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, StochasticWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from unclip_pl.atomic import REASONS
 from unclip_pl.errors import UserError
 from unclip_pl.precision import trainable
 
@@ -42,14 +45,20 @@ class Trainer(pl.Trainer):
             raise UserError(
                 f"trainer.overfit_batches is {overfit_batches}: give a whole number of batches."
             )
-        for name in ("gradient_clip_val", "gradient_clip_algorithm"):
-            if options.get(name) is not None:
-                raise UserError(
-                    f"trainer.{name} has no effect here: the norm of the gradients is held to "
-                    "model.optimizer.clip_norm, set that instead."
-                )
+        refuse(options)
+        devices = options.get("devices", "auto")
         on_cpu = options.get("accelerator") == "cpu" or not torch.accelerator.is_available()
         sharded = isinstance(options.get("strategy"), ModelParallelStrategy)
+        if on_cpu and options.get("accelerator") in ("gpu", "cuda", "mps"):
+            raise UserError(
+                f"trainer.accelerator is {options['accelerator']}, and there is no GPU that torch "
+                "can use here: leave lightning_config/gpu.yaml out, or give "
+                "--trainer.accelerator cpu."
+            )
+        if on_cpu and str(devices) != "auto" and not _counts(devices):
+            raise UserError(
+                f"trainer.devices is {devices}: on a CPU give a number of processes, 1 or more."
+            )
         options["precision"] = trainable(options.get("precision"), on_cpu, sharded)
         self.held_batches = int(overfit_batches)
         if self.held_batches:
@@ -63,6 +72,60 @@ class Trainer(pl.Trainer):
             limit_predict_batches=limit_predict_batches,
             **options,
         )
+
+
+def refuse(options: dict[str, Any]) -> None:
+    """UserError for the first option of the trainer that has no effect here, or does not work."""
+    for name in ("gradient_clip_val", "gradient_clip_algorithm"):
+        if options.get(name) is not None:
+            raise UserError(
+                f"trainer.{name} has no effect here: the norm of the gradients is held to "
+                "model.optimizer.clip_norm, set that instead."
+            )
+    if options.get("enable_checkpointing") is False:
+        raise UserError(
+            "trainer.enable_checkpointing is false, and a run here always writes checkpoints: for "
+            "one that writes nothing give --trainer.fast_dev_run 2."
+        )
+    if not _counts(options.get("accumulate_grad_batches", 1)):
+        given = options["accumulate_grad_batches"]
+        raise UserError(f"trainer.accumulate_grad_batches is {given}: give 1 or more.")
+    if str(options.get("strategy")).endswith(("_spawn", "_fork", "_notebook")):
+        raise UserError(
+            f"trainer.strategy is {options['strategy']}, which cannot start this program: give ddp."
+        )
+    for callback in options.get("callbacks") or []:
+        if isinstance(callback, StochasticWeightAveraging):
+            raise UserError(
+                "trainer.callbacks has StochasticWeightAveraging, and every run averages its "
+                "weights already: leave it out, and see ema.decay."
+            )
+        if isinstance(callback, BatchSizeFinder):
+            raise UserError(
+                "trainer.callbacks has BatchSizeFinder, and the data are shared out for one batch "
+                "size: leave it out, and try values of data.loader.batch_size with "
+                "lightning_config/debug.yaml."
+            )
+
+
+def _counts(value: Any) -> bool:
+    """Whether an option is a whole number from 1."""
+    return str(value).isdecimal() and int(value) >= 1
+
+
+def of_others(error: Exception) -> str | None:
+    """One sentence for what Lightning says of the trainer's options, and the system of the files
+    that others write (logs, the saved configuration); None: it is none of these."""
+    if isinstance(error, OSError) and error.errno in REASONS:
+        return (
+            f"{error.filename or 'A file of this run'} cannot be opened or written "
+            f"({REASONS[error.errno]}): free space or choose another --trainer.default_root_dir."
+        )
+    said = " ".join(str(error).replace("Timer(duration=", "Trainer(max_time=").split())
+    own = said.startswith(("`val_check_interval`", "Early stopping conditioned on metric"))
+    if own or isinstance(error, MisconfigurationException):
+        return f"The run's settings do not fit: {said}"
+    return None
 
 
 class FirstBatches:
