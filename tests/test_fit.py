@@ -145,7 +145,8 @@ def test_saved_configuration_runs_again(whole, shards, tmp_path):
 @pytest.mark.timeout(1200)
 def test_fine_tuning_starts_from_the_averaged_weights_with_a_new_optimiser_and_goes_on_where_it_stopped(whole, shards, tmp_path):
     given = newest_checkpoint(whole[0])
-    flags = ["--init", str(given), "--model.condition", "text", "--model.optimizer.lr", "0", "--trainer.max_steps", "1"]
+    rates = ["--model.optimizer.lr", "0", "--model.optimizer.muon_lr", "0"]
+    flags = ["--init", str(given), "--model.condition", "text", *rates, "--trainer.max_steps", "1"]
     build_cli(arguments(tmp_path, shards, *flags))
     ours, theirs = read_checkpoint(newest_checkpoint(tmp_path)), read_checkpoint(given)
     assert ours["global_step"] == 1 and ours["optimizer_states"][0]["state"][0]["step"] == 1
