@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import warnings
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -191,6 +192,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     from unclip_pl.training.pictures import Pictures
     from unclip_pl.training.preemption import Preemption
     from unclip_pl.training.run_folder import RunConfig, claimed, find_checkpoint
+    from unclip_pl.training.settings import settings_of
     from unclip_pl.training.startup import StartupCheck
     from unclip_pl.training.trainer import Trainer, hold_first
     from unclip_pl.training.watchdog import Watchdog
@@ -236,7 +238,9 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
             found = find_checkpoint(given and str(given), folder)
             if found and subcommand != "fit" and config.get("model"):
                 stage, settings = read_settings(found)
-                if config.model.class_path.rpartition(".")[2] == stage:
+                module, _, name = config.model.class_path.rpartition(".")
+                if name == stage:
+                    settings = settings_of(getattr(import_module(module), name), settings)
                     super().parse_arguments(parser, with_model(args, settings))
             self.config[subcommand]["ckpt_path"] = str(found) if found else None
             if given and str(given).startswith("resume:"):

@@ -10,6 +10,7 @@ from tests.training.toy import Toy, command, loader, trainer
 from unclip_pl.cli import build_cli, main
 from unclip_pl.errors import UserError
 from unclip_pl.stages.base import OptimizerConfig
+from unclip_pl.stages.upsampler import Upsampler256
 from unclip_pl.training.checkpoint import NewestCheckpoint, newest_checkpoint, read_checkpoint
 from unclip_pl.training.settings import settings_of
 
@@ -108,6 +109,7 @@ def test_meaning_of_a_stages_output_must_be_the_checkpoints():
 def test_settings_of_an_older_version_are_at_their_defaults():
     found = settings_of(Toy, {"width": 5, "optimizer": {"lr": 0.3}})
     assert found["noise"] == 0.01 and found["optimizer"]["betas"] == [0.9, 0.999]
+    assert settings_of(Upsampler256, {})["clamp_condition"] is True
     with pytest.raises(UserError, match=r"model\.optimizer that this version does not know"):
         settings_of(Toy, {"optimizer": {"speed": 1}})
 

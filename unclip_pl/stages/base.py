@@ -162,6 +162,8 @@ class Stage(LightningModule):
     )
     """Settings with which other weights still mean the same, as patterns; all others must be those
     of the checkpoint or release that a run starts from."""
+    before_it_was_a_setting: dict[str, Any] = {}
+    """What stands for settings that older weights do not name, where it is not their default."""
     _resumed: bool = False
     """A checkpoint was loaded, and training has not begun yet."""
 

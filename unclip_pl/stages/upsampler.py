@@ -80,6 +80,8 @@ class Upsampler(Stage):
     factor = 4
     """Side of the output by side of `low_res`."""
 
+    before_it_was_a_setting = {"clamp_condition": True}
+
     def __init__(
         self,
         net: UNetConfig = UNetConfig(image_size=256, dropout=0.0, **NET),  # type: ignore[arg-type]  # mixed values

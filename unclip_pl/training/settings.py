@@ -39,17 +39,19 @@ def as_config(kind: type[Config], value: Config | dict) -> Config:
 
 def settings_of(kind: type, hyper_parameters: dict[str, Any]) -> dict[str, Any]:
     """The settings of a stage of class `kind` as plain values, those that it was saved without (by
-    an older version) at their defaults.
+    an older version) as the stage says, or at their defaults.
 
     Raises:
         UserError: there are settings that the class does not know.
     """
     constructor = kind.__init__  # type: ignore[misc]  # only its signature is read
+    older = getattr(kind, "before_it_was_a_setting", {})
     hints, found = typing.get_type_hints(constructor), {}
     parameters = list(inspect.signature(constructor).parameters.values())[1:]
     try:
         for parameter in parameters:
-            value = hyper_parameters.get(parameter.name, parameter.default)
+            default = older.get(parameter.name, parameter.default)
+            value = hyper_parameters.get(parameter.name, default)
             hint = hints[parameter.name]
             found[parameter.name] = plain(
                 as_config(hint, value) if dataclasses.is_dataclass(hint) else value
