@@ -12,7 +12,7 @@ import warnings
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from unclip_pl import __version__, signals
 from unclip_pl.data.names import refuse_loose_shards
@@ -275,7 +275,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
                 ]
             if SLURMEnvironment.detect():
                 trainer.plugins = [*(trainer.plugins or []), SLURMEnvironment(auto_requeue=False)]
-            return super().instantiate_trainer(**kwargs)
+            return cast(Trainer, super().instantiate_trainer(**kwargs))
 
         def instantiate_classes(self) -> None:
             """What a stage, DataModule or callback says of its settings reaches the user as one sentence."""
@@ -317,9 +317,10 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
 
         def fit(self, **kwargs: Any) -> None:
             """Trains in a folder that no other run has."""
-            if self.trainer.held_batches:
-                hold_first(self.datamodule, self.trainer.held_batches)
-            if self.trainer.fast_dev_run:  # which writes nothing
+            trainer: Any = self.trainer
+            if trainer.held_batches:
+                hold_first(self.datamodule, trainer.held_batches)
+            if trainer.fast_dev_run:  # which writes nothing
                 self.trainer.fit(**kwargs)
                 return
             folder, checkpoint = Path(self.trainer.default_root_dir), kwargs.get("ckpt_path")

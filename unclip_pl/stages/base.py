@@ -212,9 +212,9 @@ class Stage(LightningModule):
 
     def on_train_start(self) -> None:
         if self._resumed:
-            use_own_settings(
-                self.optimizers(use_pl_optimizer=False), self.lr_schedulers(), self._own
-            )
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)  # a stage has one of each
+            scheduler: Any = self.lr_schedulers()
+            use_own_settings(optimizer, scheduler, self._own)
             self._resumed = False
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:

@@ -5,7 +5,7 @@ import inspect
 import typing
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from unclip_pl.errors import UserError
 
@@ -54,7 +54,7 @@ def settings_of(kind: type, hyper_parameters: dict[str, Any]) -> dict[str, Any]:
             value = hyper_parameters.get(parameter.name, default)
             hint = hints[parameter.name]
             found[parameter.name] = plain(
-                as_config(hint, value) if dataclasses.is_dataclass(hint) else value
+                as_config(cast(type, hint), value) if dataclasses.is_dataclass(hint) else value
             )
     except (TypeError, ValueError) as error:
         raise UserError(
@@ -69,7 +69,7 @@ def changes(theirs: Any, ours: Any, place: str = "") -> dict[str, tuple[Any, Any
     is missing."""
     if not (isinstance(theirs, dict) and isinstance(ours, dict)):
         return {} if theirs == ours else {place: (theirs, ours)}
-    found = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for key in theirs | ours:
         below = f"{place}.{key}" if place else str(key)
         found |= changes(theirs.get(key), ours.get(key), below)
