@@ -14,8 +14,15 @@ from unclip_pl.errors import UserError
 ROOT = Path("runs/demo")
 STAGES = {"decoder": ROOT / "decoder", "diffusion_prior": ROOT / "diffusion_prior"}
 PROMPTS = [
-    "red heart", "sun", "fox", "thumbs up", "red apple", "woman firefighter", "grinning face", "bicycle"
-]  # fmt: skip
+    "woman firefighter",
+    "man cook",
+    "grinning face",
+    "couple with heart",
+    "woman pilot",
+    "fox",
+    "red heart",
+    "sun",
+]
 SOURCE = "OpenMoji, CC BY-SA 4.0, openmoji.org"
 
 
@@ -132,7 +139,7 @@ def draw_prompts() -> str:
     return "\n".join([*lines, f"Captions: {captions}"])
 
 
-def draw_cascade(prompt: str = "woman firefighter, dark skin tone") -> str:
+def draw_cascade(prompt: str = "couple with heart") -> str:
     """A caption at 64, 256 and 1024 pixels by the package's weights, all shown at the largest size.
 
     Returns a report in words.

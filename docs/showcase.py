@@ -1,0 +1,85 @@
+"""The picture on top of the README, from the weights in the package: `python docs/showcase.py`.
+
+Captions, variations, an interpolation and a text diff, each drawn at 64 pixels and enlarged to 256 by
+the first upsampler. Minutes on a CPU.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unclip_pl import manipulate
+from unclip_pl.images import grid, save_png
+from unclip_pl.pipeline import UnCLIP
+
+CAPTIONS = [
+    "woman firefighter, dark skin tone",
+    "man health worker, light skin tone",
+    "couple with heart",
+    "woman pilot, medium skin tone",
+    "man detective",
+    "person in wheelchair, dark skin tone",
+]
+COLUMNS = len(CAPTIONS)
+SOURCE = "OpenMoji, CC BY-SA 4.0, openmoji.org"
+
+
+def rows(unclip: UnCLIP, seed: int = 0) -> dict[str, Tensor]:
+    """Each row's label and its pictures, (6, 3, 64, 64)."""
+    drawn = unclip.generate(CAPTIONS, [seed] * COLUMNS, size=64)
+    person = unclip.generate(["woman, light skin tone"], [seed], size=64)
+    embed = unclip.embed_images(person)
+    varied = unclip.decode(embed.expand(COLUMNS - 1, -1), range(1, COLUMNS))
+    theta = torch.linspace(0, 1, COLUMNS)
+    ends = unclip.generate(
+        ["woman pilot, dark skin tone", "man with beard, light skin tone"], [seed] * 2, size=64
+    )
+    start, end = (manipulate.invert(unclip, image[None], 50) for image in ends)
+    between = manipulate.interpolate(
+        unclip, repeated(start), repeated(end), theta, seed, unclip.decoder.sampling
+    )
+    changed = manipulate.text_diff(
+        unclip,
+        repeated(manipulate.invert(unclip, person, 50)),
+        ["woman, light skin tone"] * COLUMNS,
+        ["woman, dark skin tone"] * COLUMNS,
+        0.25 * theta,
+        unclip.decoder.sampling,
+    )
+    return {
+        "captions": drawn,
+        "variations": torch.cat([person, varied]),
+        "interpolation": between,
+        "text diff": changed,
+    }
+
+
+def repeated(latent: manipulate.Latent) -> manipulate.Latent:
+    """The latent of one picture, for each column."""
+    return manipulate.Latent(
+        latent.image_embed.expand(COLUMNS, -1),
+        latent.x_T.expand(COLUMNS, -1, -1, -1),
+        latent.steps,
+    )
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--out", type=Path, default=Path("docs/showcase.png"))
+    arguments.add_argument("--decoder", help="a release or checkpoint in place of the package's")
+    arguments.add_argument("--side", type=int, default=128, help="of a picture in the grid")
+    given = arguments.parse_args()
+    decoder = {"decoder": given.decoder} if given.decoder else {}
+    unclip = UnCLIP.load(**decoder, prior="diffusion", upsamplers=("256",))
+    shown = {}
+    for name, images in rows(unclip).items():
+        large = unclip.upsample(images, range(len(images)))
+        shown[name] = F.interpolate(large, given.side, mode="area")
+    print(save_png(grid(list(shown.values()), list(shown)), given.out, source=SOURCE))
+
+
+if __name__ == "__main__":
+    main()
