@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from unclip_pl import manipulate
@@ -78,7 +79,8 @@ def main() -> None:
     for name, images in rows(unclip).items():
         large = unclip.upsample(images, range(len(images)))
         shown[name] = F.interpolate(large, given.side, mode="area")
-    print(save_png(grid(list(shown.values()), list(shown)), given.out, source=SOURCE))
+    picture = grid(list(shown.values()), list(shown)).quantize(256, Image.Quantize.FASTOCTREE)
+    print(save_png(picture, given.out, source=SOURCE))
 
 
 if __name__ == "__main__":

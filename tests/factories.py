@@ -61,7 +61,8 @@ def tiny_stage(
             net, PriorTextConfig("states", **states), sampling=sampling, optimizer=optimizer
         )
     net = ARPriorConfig(max_codes=8, buckets=16, **transformer)
-    stage = ar_prior.ARPrior(net, TextConfig("states", **states), optimizer=optimizer)
+    text = TextConfig("states", **states)
+    stage = ar_prior.ARPrior(net, text, max_error=0.9, optimizer=optimizer)
     data = tiny_batch("ar_prior", 200)
     exact = data["image_embed"].double()
     stage.quantizer.fit(

@@ -209,10 +209,10 @@ def test_export_makes_a_release_of_a_checkpoint(checkpoint, tmp_path):
 
 
 def test_assets_of_the_package_are_whole_and_small():
-    """What a newcomer draws with: the CLIP and the decoder load, fit each other, and stay under 16 MB each."""
+    """What a newcomer draws with: the CLIP and the decoder load, fit each other, and stay small."""
     unclip = UnCLIP.load()
     assert unclip.decoder.net_config.image_size == 64
     clips = [pipeline.ASSETS / name for name in ("clip-openmoji", "clip-openmoji-judge")]
-    for folder in (DEFAULT_DECODER, *clips):
-        assert sum(file.stat().st_size for file in folder.iterdir()) <= 16_000_000
+    for folder, limit in {DEFAULT_DECODER: 20, clips[0]: 16, clips[1]: 8}.items():
+        assert sum(file.stat().st_size for file in folder.iterdir()) <= limit * 1_000_000
         assert "OpenMoji" in (folder / "README.md").read_text(encoding="utf-8")

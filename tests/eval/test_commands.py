@@ -12,7 +12,7 @@ from PIL import ImageFilter
 
 from eval import clip_score, fid
 from eval.features import named
-from unclip_pl.clip import FrozenCLIP
+from unclip_pl.clip import CLIPConfig, FrozenCLIP
 from unclip_pl.data.openmoji import draw, records
 
 
@@ -128,7 +128,7 @@ def test_own_captions_score_above_others_and_the_file_gives_them_line_by_line(
     captions = drawings[1]
     assert clip_score.main(["--device", "cpu", "--images", str(folder)]) == 0
     own = last_line(capsys)
-    clip = FrozenCLIP()
+    clip = FrozenCLIP(CLIPConfig("openmoji-judge"))
     expected = torch.cosine_similarity(
         clip.embed_images(pixels(drawings[0]) / 127.5 - 1),
         clip.embed_text(clip.tokenize(captions)).embed,

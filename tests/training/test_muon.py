@@ -21,8 +21,9 @@ def test_the_update_is_near_the_orthogonal_factor_of_the_svd(shape: tuple[int, i
 
 
 def test_matrices_move_as_under_torch_s_own_muon() -> None:
-    ours = [nn.Parameter(torch.randn(6, 12)), nn.Parameter(torch.randn(12, 6))]
-    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    torch.manual_seed(0)
+    start = [torch.randn(6, 12), torch.randn(12, 6)]
+    ours, theirs = ([nn.Parameter(p.clone()) for p in start] for _ in range(2))
     a = Muon([{"params": ours, "muon": True, "lr": 0.02}], weight_decay=0.1)
     b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True)
     for _ in range(3):
@@ -31,8 +32,8 @@ def test_matrices_move_as_under_torch_s_own_muon() -> None:
             q.grad = p.grad.clone()
         a.step()
         b.step()
-    for p, q in zip(ours, theirs):
-        assert (p - q).abs().max() < 2e-3  # torch's iterates in bfloat16
+    for p, q, s in zip(ours, theirs, start):
+        assert (p - q).norm() < 0.05 * (q - s).norm()  # torch's iterates in bfloat16
 
 
 def test_the_other_weights_move_as_under_torch_s_adamw() -> None:
