@@ -244,8 +244,8 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
                     super().parse_arguments(parser, with_model(args, settings))
             self.config[subcommand]["ckpt_path"] = str(found) if found else None
             if given and str(given).startswith("resume:"):
-                anew = f"No checkpoint in {folder}: starting anew."
-                print(f"Resuming from {found}." if found else anew, file=sys.stderr)
+                fresh = f"No checkpoint in {folder}: starting from scratch."
+                print(f"Resuming from {found}." if found else fresh, file=sys.stderr)
 
         def _parse_ckpt_path(self) -> None:
             """Nothing more: files and flags win over what a checkpoint remembers (Lightning's

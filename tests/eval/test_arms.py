@@ -72,7 +72,7 @@ def test_z_t_reaches_the_decoder_only_where_the_arm_says_so(all_arms, name, monk
 
 
 def test_the_caption_alone_is_without_any_embedding(all_arms, monkeypatch):
-    """Drawn anew with another caption's z_t: nothing is remembered, and nothing may change."""
+    """Drawn again with another caption's z_t: nothing is remembered, and nothing may change."""
     pooled, found = all_arms
     captions = found["caption"].captions
     before = pictures(found["caption"])

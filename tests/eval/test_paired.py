@@ -55,7 +55,7 @@ def test_kids_of_many_subsets_at_once_are_those_of_each(monkeypatch):
 
 @pytest.mark.parametrize("name", ["fd", "kid"])
 def test_interval_of_a_distance_is_as_wide_as_fresh_sets_differ(name):
-    """Sets drawn anew are the oracle: the half width must be about 1.96 times the spread."""
+    """Freshly drawn sets are the oracle: the half width must be about 1.96 times the spread."""
     text, apart = features(200, 16, 6), []
     for k in range(24):
         sets = seen(3 * k, 200), seen(3 * k + 1, 200, shift=0.1)

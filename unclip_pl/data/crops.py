@@ -1,4 +1,4 @@
-"""Images at the high resolution, and crops of them with their spoiled low-resolution conditions,
+"""Images at the high resolution, and crops of them with their degraded low-resolution conditions,
 for the upsamplers. No CLIP is read."""
 
 import hashlib
@@ -84,7 +84,7 @@ class Cropped:
 
 class UpsamplerData(ShardData):
     """Crops for an upsampler: `key`, `image` (high resolution), `low_res` (a quarter of the side,
-    made of the same crop and spoiled).
+    made of the same crop and degraded).
 
     Pictures whose short side is larger than `image_size` are made smaller first, others are taken
     as they are: none is ever enlarged.

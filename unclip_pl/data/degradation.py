@@ -1,4 +1,4 @@
-"""Low-resolution conditions for the upsamplers, spoiled as the paper says: Gaussian blur for 256
+"""Low-resolution conditions for the upsamplers, degraded as the paper says: Gaussian blur for 256
 (unCLIP App. C), BSR-light for 1024 (LDM, BSRGAN).
 
 The steps work on float32 (3, H, W) in [0, 1] and return a new tensor in [0, 1]; all chance comes
@@ -33,7 +33,7 @@ class DegradationConfig:
     """"blur": a Gaussian, for 64 -> 256; "bsr": BSR-light, for 256 -> 1024; "none": antialiased
     downscaling alone."""
     probability: float | None = None
-    """Share of the conditions that are spoiled, the others are only downscaled. None: 0.5 for blur
+    """Share of the conditions that are degraded, the others are only downscaled. None: 0.5 for blur
     (Cascaded Diffusion 3.1; unCLIP is silent), 1 for bsr."""
     kernel_size: int = 3
     """blur: side of the kernel in pixels, odd."""

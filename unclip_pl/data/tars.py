@@ -100,7 +100,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Content:
 def _not_plain(member: tarfile.TarInfo) -> NotPlain:
     kind = KINDS.get(member.type, f"file of tar's type {member.type.decode('latin-1')!r}")
     if member.islnk() or member.issym():
-        cure = "write the tar anew with its content (tar --dereference --hard-dereference)"
+        cure = "write the tar again with its content (tar --dereference --hard-dereference)"
         return NotPlain(f"is a {kind} to {member.linkname}: {cure}")
     return NotPlain(f"is a {kind}, not a plain file")
 

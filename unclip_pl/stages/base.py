@@ -334,7 +334,8 @@ class Stage(LightningModule):
         if theirs != self.stage_name:
             raise UserError(
                 f"The checkpoint holds a {theirs or 'model of another program'}, and this run trains a {self.stage_name}: "
-                "give a checkpoint of the same stage, or leave --ckpt_path out to start anew."
+                "give a checkpoint of the same stage, or leave --ckpt_path out to start from "
+                "scratch."
             )
         for part in ("state_dict", "current_model_state"):
             if part in checkpoint:

@@ -60,7 +60,7 @@ class UpsamplingConfig:
 
 
 class Upsampler(Stage):
-    """Trains on `image` (B, 3, H, W) and `low_res` (B, 3, H/4, W/4), spoiled, of a batch; draws
+    """Trains on `image` (B, 3, H, W) and `low_res` (B, 3, H/4, W/4), degraded, of a batch; draws
     from `low_res` alone.
 
     Args:
@@ -245,12 +245,12 @@ class Upsampler(Stage):
 
 
 class Upsampler256(Upsampler):
-    """64 -> 256: cosine schedule, 27 steps (unCLIP Table 3); trained on conditions spoiled by
+    """64 -> 256: cosine schedule, 27 steps (unCLIP Table 3); trained on conditions degraded by
     Gaussian blur."""
 
 
 class Upsampler1024(Upsampler):
-    """256 -> 1024: linear schedule, 15 steps (unCLIP Table 3); trained on conditions spoiled by
+    """256 -> 1024: linear schedule, 15 steps (unCLIP Table 3); trained on conditions degraded by
     BSR-light."""
 
     def __init__(

@@ -72,7 +72,7 @@ def read_checkpoint(
         checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(
-            f"There is no checkpoint {path}: check the path, or leave it out to start anew."
+            f"There is no checkpoint {path}: check the path, or leave it out to start from scratch."
         ) from None
     except pickle.UnpicklingError as error:
         raise UserError(

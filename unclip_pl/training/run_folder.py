@@ -22,7 +22,7 @@ ELSEWHERE = "give this run a folder of its own with --trainer.default_root_dir"
 
 
 def find_checkpoint(given: str | None, folder: Path) -> Path | None:
-    """The checkpoint that `--ckpt_path` or `--resume` means; None: the run starts anew.
+    """The checkpoint that `--ckpt_path` or `--resume` means; None: the run starts from scratch.
 
     Args:
         given: a path; "last" and "best" for the newest and the best of the run's folder;
@@ -52,7 +52,8 @@ def find_checkpoint(given: str | None, folder: Path) -> Path | None:
         )
     if not Path(value).exists():
         raise UserError(
-            f"There is no checkpoint {value}: check the path, or leave it out to start anew."
+            f"There is no checkpoint {value}: check the path, or leave it out to start from "
+            "scratch."
         )
     return Path(value)
 
@@ -63,7 +64,7 @@ def claimed(folder: Path, checkpoint: Path | None, leader: bool) -> Iterator[Non
 
     Args:
         folder: the run's.
-        checkpoint: what it goes on from; None: it starts anew.
+        checkpoint: what it goes on from; None: it starts from scratch.
         leader: of all ranks the one that writes.
 
     Raises:
