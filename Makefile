@@ -12,7 +12,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/'
 
 demo: $(VENV)/.installed  ## data, embeddings, a short decoder training, pictures (runs/demo)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m unclip_pl.demo
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m unclip_pl.cli.demo
 
 test: $(VENV)/.installed-test  ## the whole test suite
 	$(PYTEST)

@@ -5,7 +5,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-CONFIGS = {"unclip_pl._configs.stages": "stages", "unclip_pl._configs.lightning_config": "lightning_config"}
+CONFIGS = {
+    "unclip_pl._configs.stages": "stages",
+    "unclip_pl._configs.lightning_config": "lightning_config",
+}
 
 REQUIREMENTS = [
     "torch>=2.6",
@@ -38,18 +41,35 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["unclip_pl", "unclip_pl.*", "eval"]), "unclip_pl._configs", *CONFIGS],
+    packages=[
+        *find_packages(include=["unclip_pl", "unclip_pl.*", "eval"]),
+        "unclip_pl._configs",
+        *CONFIGS,
+    ],
     package_dir={"unclip_pl._configs": "lightning_config", **CONFIGS},
-    package_data={"unclip_pl": ["assets/**/*"], **{name: ["**/*.yaml", "**/*.sbatch"] for name in CONFIGS}},
+    package_data={
+        "unclip_pl": ["assets/**/*"],
+        **{name: ["**/*.yaml", "**/*.sbatch"] for name in CONFIGS},
+    },
     install_requires=REQUIREMENTS,
     extras_require={
         # diffusers, OpenCV: second opinions in the tests
         "test": [
-            "pytest>=8", "pytest-timeout", "pytest-xdist>=3.5", "diffusers>=0.33", "transformers",
-            "pyarrow>=14", "opencv-python-headless>=4.8",
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist>=3.5",
+            "diffusers>=0.33",
+            "transformers",
+            "pyarrow>=14",
+            "opencv-python-headless>=4.8",
         ],
         "dev": ["ruff", "mypy"],
         "docs": ["sphinx>=8.1", "myst-parser>=4", "pydata-sphinx-theme>=0.16", "sphinx-copybutton"],
     },
-    entry_points={"console_scripts": ["lightning = unclip_pl.cli:main", "unclip = unclip_pl.app:main"]},
+    entry_points={
+        "console_scripts": [
+            "lightning = unclip_pl.cli.lightning:main",
+            "unclip = unclip_pl.cli.unclip:main",
+        ]
+    },
 )

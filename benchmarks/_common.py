@@ -16,13 +16,13 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import unclip_pl._torchvision  # noqa: F401
+import unclip_pl.utils.torchvision  # noqa: F401
 
 # isort: split
 import torch
 from _results import about, save
 
-from unclip_pl.precision import usable
+from unclip_pl.utils.precision import usable
 
 
 def parser(

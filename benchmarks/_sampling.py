@@ -15,7 +15,7 @@ from _common import (  # sets what must be set before torch
 # isort: split
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.networks.compilation import compile_blocks
-from unclip_pl.precision import autocast
+from unclip_pl.utils.precision import autocast
 
 
 def options(arguments: argparse.ArgumentParser, steps: int) -> None:

@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader
 
 from unclip_pl.networks.checkpointing import Checkpointing, apply_checkpointing
 from unclip_pl.networks.compilation import compile_blocks
-from unclip_pl.precision import autocast, usable
 from unclip_pl.stages.base import Stage
 from unclip_pl.training.ema import EMA
 from unclip_pl.training.progress import LossByTimestep, Progress
+from unclip_pl.utils.precision import autocast, usable
 
 
 class Clock(Callback):

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from unclip_pl.demo import PROMPTS
-from unclip_pl.pipeline import UnCLIP
+from unclip_pl.cli.demo import PROMPTS
+from unclip_pl.pipeline.unclip import UnCLIP
 
 
 class Stages:

@@ -17,9 +17,9 @@ import json
 import torch
 from _results import save_rows
 
-from unclip_pl.clip import CLIPConfig, FrozenCLIP
-from unclip_pl.data.modules import resolve
+from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
 from unclip_pl.data.shards import ErrorBudget, decode, expand, raw_samples
+from unclip_pl.datamodules.modules import resolve
 
 
 def recall(similarity: torch.Tensor, right: torch.Tensor, k: int) -> float:

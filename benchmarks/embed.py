@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from unclip_pl._open_clip import import_open_clip
-from unclip_pl.clip import CLIPConfig, FrozenCLIP, save_clip
+from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP, save_clip
+from unclip_pl.clip.loading import import_open_clip
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.shards import expand
 

@@ -23,7 +23,7 @@ import torch
 from _results import save_rows
 
 from tests.slurmkit import Job, Slurm, shell
-from unclip_pl.training.checkpoint import newest_checkpoint, read_checkpoint
+from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 
 NET = {
     "width": 32, "mults": [1, 2], "depth": 1, "patch_size": 8, "attention": [4], "head_width": 16,

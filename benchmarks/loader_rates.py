@@ -23,12 +23,12 @@ import torch
 from _common import results_option
 from _results import save_rows
 
-from unclip_pl.clip import CLIPConfig, FrozenCLIP
+from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.loader import LoaderConfig
-from unclip_pl.data.modules import Embedded, ImageTextData, PriorData, resolve
 from unclip_pl.data.rows import RowsConfig
 from unclip_pl.data.shards import expand
+from unclip_pl.datamodules.modules import Embedded, ImageTextData, PriorData, resolve
 
 warnings.filterwarnings("ignore", module="torchdata")
 PRIOR_BATCHES = (64, 512, 2048)

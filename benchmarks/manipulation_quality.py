@@ -21,11 +21,10 @@ import torch
 from _results import save_rows
 from torch import Tensor
 
-from unclip_pl.clip import CLIPConfig
-from unclip_pl.data.modules import ImageEmbeddingData
+from unclip_pl.clip.frozen import CLIPConfig
 from unclip_pl.data.openmoji import TONES, Drawing, composition_split, records
+from unclip_pl.datamodules.modules import ImageEmbeddingData
 from unclip_pl.diffusion import samplers
-from unclip_pl.images import psnr
 from unclip_pl.manipulate import (
     Latent,
     decode,
@@ -35,7 +34,8 @@ from unclip_pl.manipulate import (
     text_diff,
     vary,
 )
-from unclip_pl.pipeline import UnCLIP
+from unclip_pl.pipeline.unclip import UnCLIP
+from unclip_pl.utils.images import psnr
 
 GENDERS = (("woman", "man"), ("women", "men"), ("girl", "boy"))
 

@@ -29,9 +29,9 @@ from embed import PREPROCESS
 from prior_train import DIM, prior
 from upsampler_train import upsampler
 
-from unclip_pl._open_clip import import_open_clip
-from unclip_pl.clip import CLIPConfig, FrozenCLIP, save_clip
-from unclip_pl.pipeline import UnCLIP
+from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP, save_clip
+from unclip_pl.clip.loading import import_open_clip
+from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.stages.decoder import SamplingConfig
 from unclip_pl.stages.diffusion_prior import PriorSamplingConfig
 from unclip_pl.stages.upsampler import UpsamplingConfig

@@ -25,13 +25,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unclip_pl.data.crops import UpsamplerData
 from unclip_pl.data.degradation import DegradationConfig
 from unclip_pl.data.loader import LoaderConfig
+from unclip_pl.datamodules.crops import UpsamplerData
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.images import grid, psnr, save_png
-from unclip_pl.pipeline import ASSETS, load_stage
+from unclip_pl.pipeline.unclip import ASSETS, load_stage
 from unclip_pl.stages.upsampler import Upsampler256, Upsampler1024
+from unclip_pl.utils.images import grid, psnr, save_png
 
 KINDS = {256: Upsampler256, 1024: Upsampler1024}
 SHOWN = 4  # drawings in the picture

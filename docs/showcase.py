@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from unclip_pl import manipulate
-from unclip_pl.images import grid, save_png
-from unclip_pl.pipeline import UnCLIP
+from unclip_pl.pipeline.unclip import UnCLIP
+from unclip_pl.utils.images import grid, save_png
 
 CAPTIONS = [
     "woman firefighter, dark skin tone",

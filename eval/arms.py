@@ -15,11 +15,11 @@ from torch import Tensor
 from eval.captions import Caption
 from eval.drawn import Draw, Drawn
 from eval.source import Model
-from unclip_pl.cascade import at_work
 from unclip_pl.data.shards import decode
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.networks.text import StatesText
-from unclip_pl.pipeline import UnCLIP
+from unclip_pl.pipeline.cascade import at_work
+from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
 
 Embed = Callable[[Sequence[int], Sequence[int]], Tensor | None]

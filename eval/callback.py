@@ -7,7 +7,7 @@ In YAML:
 
 from typing import cast
 
-import unclip_pl._torchvision  # noqa: F401  before the first import of lightning
+import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lightning
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,8 +17,8 @@ from torchmetrics import Metric
 from eval.features import Features, named
 from eval.metrics import CLIPScore, FrechetDistance, KernelDistance, PrecisionRecall
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.images import to_uint8
-from unclip_pl.training.needs import Draws
+from unclip_pl.training.protocols import Draws
+from unclip_pl.utils.images import to_uint8
 
 
 class Evaluate(Callback):

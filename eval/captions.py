@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unclip_pl.data.modules import resolve
 from unclip_pl.data.shards import ErrorBudget, raw_samples
-from unclip_pl.errors import UserError
+from unclip_pl.datamodules.modules import resolve
+from unclip_pl.utils.errors import UserError
 
 MAX_BAD_RATE = 0.01
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import logging
 import sys
 
 from eval.common import Figures, command, parser, progress, rank, table
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def run(given: argparse.Namespace) -> Figures:
     from eval.judge import same_clip, score_clip
     from eval.metrics import CLIPScore, RetrievalRank
     from eval.source import open_source
-    from unclip_pl.clip import FrozenCLIP
+    from unclip_pl.clip.frozen import FrozenCLIP
 
     source = open_source(given)
     conditions = getattr(source, "clip", None)

@@ -38,14 +38,14 @@ from eval.folders import Pictures, Source
 from eval.judge import same_clip
 from eval.metrics import FRECHET, CLIPScore, frechet_key
 from eval.source import Model, add_sampling, weights_of
-from unclip_pl.atomic import atomic_file
-from unclip_pl.clip import FrozenCLIP
-from unclip_pl.commands.common import chosen
-from unclip_pl.errors import UserError
-from unclip_pl.pipeline import DEFAULT_DECODER, DEFAULT_PRIORS, UnCLIP, load_stage
+from unclip_pl.cli.options import chosen
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.pipeline.unclip import DEFAULT_DECODER, DEFAULT_PRIORS, UnCLIP, load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.decoder import SamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import atomic_file
 
 log = logging.getLogger(__name__)
 SIDE = 256

@@ -13,9 +13,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from unclip_pl.atomic import atomic_file
-from unclip_pl.commands.common import Help, pick_device, seed
-from unclip_pl.errors import UserError
+from unclip_pl.cli.options import Help, pick_device, seed
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import atomic_file
 
 Figures = dict[str, Any]
 PATIENCE = timedelta(days=1)

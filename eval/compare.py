@@ -33,14 +33,14 @@ from eval.tables import (
     real_row,
     row,
 )
-from unclip_pl.atomic import atomic_file
-from unclip_pl.clip import require_same
-from unclip_pl.commands.common import chosen
-from unclip_pl.errors import UserError
-from unclip_pl.images import save_png
-from unclip_pl.pipeline import DEFAULT_DECODER, DEFAULT_PRIORS, Prior, UnCLIP, load_stage
+from unclip_pl.cli.options import chosen
+from unclip_pl.clip.frozen import require_same
+from unclip_pl.pipeline.unclip import DEFAULT_DECODER, DEFAULT_PRIORS, Prior, UnCLIP, load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import atomic_file
+from unclip_pl.utils.images import save_png
 
 GRID = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 PRIORS: dict[str, tuple[type[Prior], tuple[str, ...]]] = {

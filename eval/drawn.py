@@ -25,10 +25,10 @@ from torch import Tensor
 from eval.captions import Caption
 from eval.folders import Batch, Pictures
 from unclip_pl import __version__
-from unclip_pl.atomic import atomic_file, remove_leftovers
-from unclip_pl.clip import FrozenCLIP
-from unclip_pl.errors import UserError
-from unclip_pl.images import from_pil, to_pil
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import atomic_file, remove_leftovers
+from unclip_pl.utils.images import from_pil, to_pil
 
 Draw = Callable[[Sequence[int]], Tensor]
 """Indices of captions -> float (B, 3, H, W) in [-1, 1]."""

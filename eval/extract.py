@@ -13,7 +13,7 @@ from torch import Tensor
 from eval.common import progress
 from eval.features import Features
 from eval.folders import Pictures, Source
-from unclip_pl.atomic import atomic_file, cache_dir
+from unclip_pl.utils.files import atomic_file, cache_dir
 
 
 def extract(network: Features, source: Source, batch_size: int, what: str = "features") -> Tensor:

@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from unclip_pl.atomic import atomic_file, cache_dir, file_lock
-from unclip_pl.clip import CLIPConfig, FrozenCLIP
-from unclip_pl.errors import UserError
+from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import atomic_file, cache_dir, file_lock
 
 INCEPTION = "inception-2015-12-05.pt"
 

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from eval.common import Figures, add_features, command, features_of, parser, rank, table, world_size
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,7 +19,7 @@ from eval.extract import reference
 from eval.folders import Pictures
 from eval.judge import Judge, Seen, gathered, numbered, pictures_of
 from unclip_pl.data.openmoji import STYLES, openmoji_shards
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 
 REPEATS = 20
 """Pairs of sets that are drawn."""

@@ -24,8 +24,8 @@ from unclip_pl.data.shards import (
     is_url,
     raw_samples,
 )
-from unclip_pl.errors import UserError
-from unclip_pl.images import to_uint8
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.images import to_uint8
 
 MAX_BAD_RATE = 0.01
 FILES = (*IMAGES, "gif", "bmp", "tif", "tiff")

@@ -17,10 +17,10 @@ from eval.captions import Caption
 from eval.common import Figures, add_features, features_of
 from eval.features import Features, clip_config, clip_features, named
 from eval.folders import Batch
-from unclip_pl.clip import ClipMismatch, Fingerprint, FrozenCLIP, require_same
+from unclip_pl.clip.frozen import ClipMismatch, Fingerprint, FrozenCLIP, require_same
 from unclip_pl.data.shards import decode
-from unclip_pl.errors import UserError
-from unclip_pl.images import to_uint8
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.images import to_uint8
 
 log = logging.getLogger(__name__)
 EMBEDDED_JUDGE = "openmoji-judge"

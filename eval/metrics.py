@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import unclip_pl._torchvision  # noqa: F401  before the first import of torchmetrics
+import unclip_pl.utils.torchvision  # noqa: F401  before the first import of torchmetrics
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from eval import distances
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 FRECHET = {"fid": "FID", "fd_clip": "FD of CLIP", "fd": "FD"}

@@ -15,7 +15,7 @@ from torch import Tensor
 from eval import distances, metrics
 from eval.common import Figures
 from eval.judge import Seen
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,17 @@ import numpy as np
 from PIL import Image
 
 from unclip_pl import __version__
-from unclip_pl.atomic import atomic_file
+from unclip_pl.utils.files import atomic_file
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe & Ito: told apart by everyone
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+)  # Okabe & Ito: told apart by everyone
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right }
@@ -30,7 +38,13 @@ Points = Sequence[tuple[float, float]]
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown, the first column to the left."""
     lines = [headers, [":--", *["--:"] * (len(headers) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    return (
+        "\n".join(
+            "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |"
+            for line in lines
+        )
+        + "\n"
+    )
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -78,20 +92,36 @@ def plot(series: Mapping[str, Points], x: str, y: str, width: int = 420, height:
         '<rect width="100%" height="100%" fill="white"/>',
     ]
     for value in _ticks(low_x, high_x):
-        parts.append(f'<line x1="{at_x(value):.1f}" x2="{at_x(value):.1f}" y1="{top}" y2="{height - 44}" stroke="#e5e5e5"/>')
-        parts.append(f'<text x="{at_x(value):.1f}" y="{height - 30}" text-anchor="middle">{value:g}</text>')
+        parts.append(
+            f'<line x1="{at_x(value):.1f}" x2="{at_x(value):.1f}" y1="{top}" y2="{height - 44}" stroke="#e5e5e5"/>'
+        )
+        parts.append(
+            f'<text x="{at_x(value):.1f}" y="{height - 30}" text-anchor="middle">{value:g}</text>'
+        )
     for value in _ticks(low_y, high_y):
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{at_y(value):.1f}" y2="{at_y(value):.1f}" stroke="#e5e5e5"/>')
-        parts.append(f'<text x="{left - 5}" y="{at_y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
-    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 14}" text-anchor="middle">{html.escape(x)}</text>')
+        parts.append(
+            f'<line x1="{left}" x2="{width - right}" y1="{at_y(value):.1f}" y2="{at_y(value):.1f}" stroke="#e5e5e5"/>'
+        )
+        parts.append(
+            f'<text x="{left - 5}" y="{at_y(value) + 4:.1f}" text-anchor="end">{value:g}</text>'
+        )
+    parts.append(
+        f'<text x="{(left + width - right) / 2}" y="{height - 14}" text-anchor="middle">{html.escape(x)}</text>'
+    )
     middle = (top + height - 44) / 2
-    parts.append(f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">{html.escape(y)}</text>')
+    parts.append(
+        f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">{html.escape(y)}</text>'
+    )
     for i, (name, line) in enumerate(series.items()):
         colour, below = COLOURS[i % len(COLOURS)], height + 4 + 17 * i
         dots = [(at_x(a), at_y(b)) for a, b in line]
-        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in dots)}"/>')
+        parts.append(
+            f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in dots)}"/>'
+        )
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.8" fill="{colour}"/>' for a, b in dots]
-        parts.append(f'<line x1="{left}" x2="{left + 18}" y1="{below}" y2="{below}" stroke="{colour}" stroke-width="1.8"/>')
+        parts.append(
+            f'<line x1="{left}" x2="{left + 18}" y1="{below}" y2="{below}" stroke="{colour}" stroke-width="1.8"/>'
+        )
         parts.append(f'<text x="{left + 24}" y="{below + 4}">{html.escape(name)}</text>')
     return "".join(parts) + "</svg>"
 
@@ -108,12 +138,17 @@ def _ticks(low: float, high: float) -> list[float]:
     rough = (high - low) / 5
     power = 10.0 ** np.floor(np.log10(rough))
     step = next(float(power * factor) for factor in (1, 2, 5, 10) if power * factor >= rough)
-    return [round(k * step, 12) for k in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1)]
+    return [
+        round(k * step, 12) for k in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1)
+    ]
 
 
 def versions() -> dict[str, str]:
     """Of what the figures depend on."""
-    packages = {name: metadata.version(name) for name in ("torch", "torchmetrics", "open_clip_torch", "numpy", "pillow")}
+    packages = {
+        name: metadata.version(name)
+        for name in ("torch", "torchmetrics", "open_clip_torch", "numpy", "pillow")
+    }
     return {"unclip_pl": __version__, "Python": platform.python_version(), **packages}
 
 
@@ -126,13 +161,25 @@ def command_line() -> str:
 def write_page(path: Path, title: str, parts: Sequence[str], settings: Mapping[str, Any]) -> Path:
     """The page, whole or not at all; settings, versions and the command stand at its end."""
     rows = [[name, str(value)] for name, value in {**settings, **versions()}.items()]
-    body = "\n".join([f"<h1>{html.escape(title)}</h1>", *parts, heading("Settings"), table(["", ""], rows), f"<pre>{html.escape(command_line())}</pre>"])
+    body = "\n".join(
+        [
+            f"<h1>{html.escape(title)}</h1>",
+            *parts,
+            heading("Settings"),
+            table(["", ""], rows),
+            f"<pre>{html.escape(command_line())}</pre>",
+        ]
+    )
     with atomic_file(path, "w") as file:
-        file.write(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>\n{body}\n</html>\n')
+        file.write(
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>\n{body}\n</html>\n'
+        )
     return path
 
 
-def write_tensorboard(folder: Path, scalars: Mapping[str, Points], pictures: Mapping[str, Image.Image] | None = None) -> None:
+def write_tensorboard(
+    folder: Path, scalars: Mapping[str, Points], pictures: Mapping[str, Image.Image] | None = None
+) -> None:
     """Scalars (step, value) and pictures as TensorBoard's events; a line's x is its step, times 100 where it is no whole number."""
     from torch.utils.tensorboard import SummaryWriter
 

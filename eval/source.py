@@ -16,10 +16,8 @@ from eval.captions import Caption, read_captions
 from eval.common import positive, rank, world_size
 from eval.drawn import SHARD, Drawn, digest_of
 from eval.folders import MAX_BAD_RATE, Pictures, Source
-from unclip_pl.atomic import cache_dir
-from unclip_pl.commands.common import SPACING, chosen, spacing
-from unclip_pl.errors import UserError
-from unclip_pl.pipeline import (
+from unclip_pl.cli.options import SPACING, chosen, spacing
+from unclip_pl.pipeline.unclip import (
     CONDITIONS,
     DEFAULT_DECODER,
     DEFAULT_PRIORS,
@@ -28,7 +26,9 @@ from unclip_pl.pipeline import (
     UnCLIP,
     read_weights,
 )
-from unclip_pl.precision import Precision, usable
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import cache_dir
+from unclip_pl.utils.precision import Precision, usable
 
 
 def weights_of(path: str | os.PathLike) -> dict[str, str]:

@@ -18,8 +18,8 @@ from eval.floor import Floor, floor_of, other_real, real_seen
 from eval.judge import Judge, Seen, gathered
 from eval.paired import Difference, paired_differences, score_of, spread
 from unclip_pl.data.shards import decode
-from unclip_pl.images import grid
 from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.utils.images import grid
 
 Differences = dict[str, dict[str, dict[str, Difference]]]
 """By "fixed" or "best", arm and figure."""

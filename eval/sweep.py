@@ -35,12 +35,12 @@ from eval.judge import SHOWN, Judge, add_judging, gathered, shown
 from eval.metrics import frechet_key
 from eval.source import Model, add_drawing, weights_of
 from eval.tables import Section, floor_row, notes
-from unclip_pl.atomic import atomic_file
-from unclip_pl.commands.common import SPACING, chosen, spacing
-from unclip_pl.errors import UserError
-from unclip_pl.images import grid, save_png
-from unclip_pl.pipeline import CONDITIONS, DEFAULT_DECODER, DEFAULT_PRIORS
+from unclip_pl.cli.options import SPACING, chosen, spacing
+from unclip_pl.pipeline.unclip import CONDITIONS, DEFAULT_DECODER, DEFAULT_PRIORS
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import atomic_file
+from unclip_pl.utils.images import grid, save_png
 
 SETTINGS = ("sampler", "steps", "guidance")
 """The first columns of the table."""

@@ -16,7 +16,10 @@ limits: dict[Path, int] = {}  # bytes that a folder may hold, of those that stan
 
 def mount(*arguments: str) -> bool:
     program = shutil.which("mount")
-    return program is not None and subprocess.run([program, *arguments], capture_output=True).returncode == 0
+    return (
+        program is not None
+        and subprocess.run([program, *arguments], capture_output=True).returncode == 0
+    )
 
 
 def unmount(folder: Path) -> None:
@@ -41,7 +44,9 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
     sync = os.fsync
 
     def fsync(handle: int) -> None:
-        taken = sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
+        taken = sum(
+            -(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file()
+        )
         if taken > limits[folder]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(handle)
@@ -72,7 +77,9 @@ def read_only(folder: Path) -> Iterator[Path]:
         finally:
             folder.chmod(0o755)
         return
-    if not (mount("--bind", str(folder), str(folder)) and mount("-o", "remount,ro,bind", str(folder))):
+    if not (
+        mount("--bind", str(folder), str(folder)) and mount("-o", "remount,ro,bind", str(folder))
+    ):
         unmount(folder)
         pytest.skip("nothing can be mounted read-only here")
     try:

@@ -6,7 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from unclip_pl.app import main
+from unclip_pl.cli.unclip import main
 
 QUIET = ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
 
@@ -24,8 +24,16 @@ class Slurm:
     def __call__(self, *command: str) -> str:
         if command == ("hurry",):
             time.sleep(3)  # a node that revoked a job's credential takes none of the same second
-        done = subprocess.run(["bash", self.script, *command], env=os.environ | self.own, capture_output=True, text=True, timeout=300)
-        if done.returncode and command != ("hurry",):  # a job that starts at this very moment is none to hurry
+        done = subprocess.run(
+            ["bash", self.script, *command],
+            env=os.environ | self.own,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if done.returncode and command != (
+            "hurry",
+        ):  # a job that starts at this very moment is none to hurry
             raise RuntimeError(f"local-slurm {' '.join(command)}: {done.stderr.strip()[-300:]}")
         return done.stdout
 
@@ -36,21 +44,58 @@ class Slurm:
 
     def __exit__(self, *_: object) -> None:
         self("down")
-        os.environ.pop("SLURM_CONF") if self.before is None else os.environ.update(SLURM_CONF=self.before)
+        os.environ.pop("SLURM_CONF") if self.before is None else os.environ.update(
+            SLURM_CONF=self.before
+        )
 
 
 class Job:
     """A job in a folder of its own."""
 
-    def __init__(self, folder: Path, *options: str, stage: str = "", diary: dict | None = None, slow: float = 0.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        stage: str = "",
+        diary: dict | None = None,
+        slow: float = 0.0,
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.folder, self.diary = folder, folder / "diary.jsonl"
-        callbacks = [("tests.training.diary.Diary", {"path": str(self.diary)} | (diary or {})), ("tests.training.toy.Slow", {"seconds": slow})]
-        flags = [flag for name, given in callbacks for flag in ("--trainer.callbacks+", json.dumps({"class_path": name, "init_args": given}))]
+        callbacks = [
+            ("tests.training.diary.Diary", {"path": str(self.diary)} | (diary or {})),
+            ("tests.training.toy.Slow", {"seconds": slow}),
+        ]
+        flags = [
+            flag
+            for name, given in callbacks
+            for flag in (
+                "--trainer.callbacks+",
+                json.dumps({"class_path": name, "init_args": given}),
+            )
+        ]
         if not stage:
-            (folder / "toy.yaml").write_text("model: {class_path: tests.training.toy.Toy}\ndata: {class_path: tests.training.toy.ToyRows}\n")
-        submit = ["submit", stage or str(folder / "toy.yaml"), "--nodes", "2", "--gpus", "0", "--cpus", "1", "--time", "30", "--logs", str(folder)]
-        assert main([*submit, *QUIET, *flags, "--trainer.default_root_dir", str(folder), *options]) == 0
+            (folder / "toy.yaml").write_text(
+                "model: {class_path: tests.training.toy.Toy}\ndata: {class_path: tests.training.toy.ToyRows}\n"
+            )
+        submit = [
+            "submit",
+            stage or str(folder / "toy.yaml"),
+            "--nodes",
+            "2",
+            "--gpus",
+            "0",
+            "--cpus",
+            "1",
+            "--time",
+            "30",
+            "--logs",
+            str(folder),
+        ]
+        assert (
+            main([*submit, *QUIET, *flags, "--trainer.default_root_dir", str(folder), *options])
+            == 0
+        )
         self.id = max(map(int, shell("squeue -h -t all -o %A").split()))
 
     def state(self) -> str:
@@ -61,7 +106,11 @@ class Job:
         return "".join(path.read_text() for path in self.folder.glob("*.out"))
 
     def lines(self) -> list[dict]:
-        return [json.loads(line) for line in self.diary.read_text().splitlines()] if self.diary.exists() else []
+        return (
+            [json.loads(line) for line in self.diary.read_text().splitlines()]
+            if self.diary.exists()
+            else []
+        )
 
     def step(self) -> int:
         return max((line["step"] for line in self.lines()), default=0)

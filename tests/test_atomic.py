@@ -13,8 +13,15 @@ import time
 import pytest
 
 from tests.disk import read_only, small_disk
-from unclip_pl.atomic import REASONS, atomic_file, atomic_folder, cache_dir, file_lock, remove_leftovers
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import (
+    REASONS,
+    atomic_file,
+    atomic_folder,
+    cache_dir,
+    file_lock,
+    remove_leftovers,
+)
 
 
 def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
@@ -40,7 +47,9 @@ def test_folder_appears_whole_and_the_first_one_stays(tmp_path):
         assert not (tmp_path / "f").exists()
         with atomic_folder(tmp_path / "f") as other:
             (other / "a").write_text("theirs")
-    assert (tmp_path / "f" / "a").read_text() == "theirs" and [p.name for p in tmp_path.iterdir()] == ["f"]
+    assert (tmp_path / "f" / "a").read_text() == "theirs" and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["f"]
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "g"):
         raise RuntimeError
     assert not (tmp_path / "g").exists()
@@ -61,7 +70,11 @@ def test_lock_lets_one_in_at_a_time_and_says_when_it_gives_up(tmp_path):
     for thread in threads:
         thread.join()
     assert entered in (list("aabb"), list("bbaa"))
-    with file_lock(tmp_path / "lock"), pytest.raises(UserError, match="Another process has held"), file_lock(tmp_path / "lock", timeout=0.2):
+    with (
+        file_lock(tmp_path / "lock"),
+        pytest.raises(UserError, match="Another process has held"),
+        file_lock(tmp_path / "lock", timeout=0.2),
+    ):
         pass
 
 
@@ -82,7 +95,11 @@ def test_a_disk_that_cannot_take_it_is_one_sentence(tmp_path, monkeypatch, numbe
     for use in (atomic_file, atomic_folder):
         with pytest.raises(UserError, match="cannot be written") as error, use(tmp_path / "x"):
             pass
-        assert REASONS[number] in str(error.value) and str(tmp_path / "x") in str(error.value) and "\n" not in str(error.value)
+        assert (
+            REASONS[number] in str(error.value)
+            and str(tmp_path / "x") in str(error.value)
+            and "\n" not in str(error.value)
+        )
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
@@ -99,9 +116,14 @@ def test_a_full_disk_keeps_the_old_file_and_folder(tmp_path, monkeypatch, may_mo
             file.write(b"old")
         with pytest.raises(UserError, match="the disk is full"), atomic_file(disk / "file") as file:
             file.write(bytes(100_000))
-        with pytest.raises(UserError, match="the disk is full"), atomic_folder(disk / "folder") as folder:
+        with (
+            pytest.raises(UserError, match="the disk is full"),
+            atomic_folder(disk / "folder") as folder,
+        ):
             (folder / "a").write_bytes(bytes(100_000))
-        assert (disk / "file").read_bytes() == b"old" and [path.name for path in disk.iterdir()] == ["file"]
+        assert (disk / "file").read_bytes() == b"old" and [
+            path.name for path in disk.iterdir()
+        ] == ["file"]
 
 
 def test_a_read_only_folder_is_a_sentence(tmp_path):
@@ -109,7 +131,13 @@ def test_a_read_only_folder_is_a_sentence(tmp_path):
     folder.mkdir()
     with read_only(folder):
         for use in (atomic_file, atomic_folder, file_lock):
-            with pytest.raises(UserError, match=r"x cannot be written \((the file system is read-only|no permission)\)"), use(folder / "x"):
+            with (
+                pytest.raises(
+                    UserError,
+                    match=r"x cannot be written \((the file system is read-only|no permission)\)",
+                ),
+                use(folder / "x"),
+            ):
                 pass
 
 
@@ -124,7 +152,9 @@ def test_leftovers_of_a_killed_writer_go_and_what_is_being_written_stays(tmp_pat
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_told_of_once_and_used(tmp_path, monkeypatch, caplog, number):
+def test_a_file_system_without_locks_is_told_of_once_and_used(
+    tmp_path, monkeypatch, caplog, number
+):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
@@ -152,7 +182,7 @@ def leave(folder, name):
     """The file that a killed writer of `name` leaves."""
     code = f"""
 import os, signal
-from unclip_pl.atomic import atomic_file
+from unclip_pl.utils.files import atomic_file
 with atomic_file({str(folder / name)!r}) as file:
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -172,7 +202,9 @@ def test_leftovers_of_another_host_stay(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("moment", ["before the lock", "under the lock"])
-def test_a_file_removed_between_its_making_and_its_lock_is_made_again(tmp_path, monkeypatch, moment):
+def test_a_file_removed_between_its_making_and_its_lock_is_made_again(
+    tmp_path, monkeypatch, moment
+):
     lock, took, held = fcntl.flock, [], contextlib.ExitStack()
 
     def meanwhile(file, operation):

@@ -19,12 +19,12 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from tests.conftest import ROOT
 from tests.training.forks import Ranks
-from unclip_pl.cli import build_cli, find_config, find_configs, main, resume, sentence
-from unclip_pl.errors import UserError
+from unclip_pl.cli.lightning import build_cli, find_config, find_configs, main, resume, sentence
+from unclip_pl.cluster.sharded import ShardedStrategy
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.stages.decoder import Decoder
 from unclip_pl.training.arguments import with_model
-from unclip_pl.training.sharded import ShardedStrategy
+from unclip_pl.utils.errors import UserError
 
 
 def stems(folder: str) -> list[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from unclip_pl.app import parser
-from unclip_pl.cli import find_config
+from unclip_pl.cli.lightning import find_config
+from unclip_pl.cli.unclip import parser
 from unclip_pl.data.shards import expand
 
 ROOT = Path(__file__).resolve().parent.parent

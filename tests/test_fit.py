@@ -14,13 +14,17 @@ from PIL import Image
 
 from tests.disk import read_only
 from tests.training.forks import Ranks
-from unclip_pl.cli import build_cli, main, resume
+from unclip_pl.cli.lightning import build_cli, main, resume
+from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.data import openmoji
-from unclip_pl.training.checkpoint import newest_checkpoint, read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 LAST = 40  # steps; an epoch has 6
-KILLS = {5: "step", 11: "step", 20: "save"}  # all in mid-epoch; with a checkpoint every 4 steps the runs go on from 4, 8 and 16, and 20 steps follow
+KILLS = {
+    5: "step",
+    11: "step",
+    20: "save",
+}  # all in mid-epoch; with a checkpoint every 4 steps the runs go on from 4, 8 and 16, and 20 steps follow
 SHAPE = {"width": 32, "mults": [1, 2], "depth": 1, "patch_size": 8}
 SHAPE |= {"attention": [4], "head_width": 16}
 SMALL = [
@@ -53,7 +57,10 @@ def arguments(root, shards, *flags: str) -> list[str]:
 
 def diary(root, **kill: int) -> list[str]:
     """Flags that write each step's keys and loss into `root` and end the process at a step by SIGKILL; see tests/training/diary.py."""
-    options = {"class_path": "tests.training.diary.Diary", "init_args": {"path": str(root / "diary.jsonl"), **kill}}
+    options = {
+        "class_path": "tests.training.diary.Diary",
+        "init_args": {"path": str(root / "diary.jsonl"), **kill},
+    }
     return ["--trainer.callbacks+", json.dumps(options)]
 
 
@@ -62,7 +69,15 @@ def whole(request, shards, tmp_path_factory):
     """(folder, command line, number of workers) of a run that nobody interrupted."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole")
-    return folder, build_cli(arguments(folder, shards, "--data.loader.num_workers", str(request.param), *diary(folder))), request.param
+    return (
+        folder,
+        build_cli(
+            arguments(
+                folder, shards, "--data.loader.num_workers", str(request.param), *diary(folder)
+            )
+        ),
+        request.param,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +100,9 @@ def killed(whole, shards, tmp_path_factory):
         else:
             (code,) = Ranks(folder, given).wait(200)
         assert code == -signal.SIGKILL, said.read_text()[-3000:]
-        assert [path.name[:20] for path in (folder / "checkpoints").glob(".*.tmp")] == [".newest-step=20.ckpt"] * (when == "save")
+        assert [path.name[:20] for path in (folder / "checkpoints").glob(".*.tmp")] == [
+            ".newest-step=20.ckpt"
+        ] * (when == "save")
         assert newest_checkpoint(folder).name == f"newest-step={(step - 1) // 4 * 4}.ckpt"
     build_cli(resume(arguments(folder, shards, *flags, *diary(folder))))
     return folder
@@ -94,11 +111,22 @@ def killed(whole, shards, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # the fixtures train, also on a busy machine
 def test_a_run_killed_three_times_sees_the_same_samples_and_has_the_same_losses(whole, killed):
-    straight, pieces = ([json.loads(line) for line in (folder / "diary.jsonl").read_text().splitlines()] for folder in (whole[0], killed))
+    straight, pieces = (
+        [json.loads(line) for line in (folder / "diary.jsonl").read_text().splitlines()]
+        for folder in (whole[0], killed)
+    )
     assert [line["step"] for line in straight] == list(range(1, LAST + 1))
-    assert [line["step"] for line in pieces] == [*range(1, 6), *range(5, 12), *range(9, 21), *range(17, LAST + 1)]
+    assert [line["step"] for line in pieces] == [
+        *range(1, 6),
+        *range(5, 12),
+        *range(9, 21),
+        *range(17, LAST + 1),
+    ]
     assert [straight[line["step"] - 1] for line in pieces] == pieces
-    assert len({line["loss"] for line in straight}) == LAST and len({tuple(line["keys"]) for line in straight}) > LAST // 2
+    assert (
+        len({line["loss"] for line in straight}) == LAST
+        and len({tuple(line["keys"]) for line in straight}) > LAST // 2
+    )
 
 
 @pytest.mark.slow
@@ -110,8 +138,13 @@ def test_a_run_killed_three_times_ends_with_the_same_weights_bit_for_bit(whole, 
         assert ours[part].keys() == theirs[part].keys()
         for name, value in ours[part].items():
             assert torch.equal(value, theirs[part][name]), (part, name)
-    assert not torch.equal(ours["state_dict"]["net.conv_out.weight"], ours["current_model_state"]["net.conv_out.weight"])
-    names = sorted(path.name for path in (killed / "checkpoints").iterdir() if "newest" in path.name)
+    assert not torch.equal(
+        ours["state_dict"]["net.conv_out.weight"],
+        ours["current_model_state"]["net.conv_out.weight"],
+    )
+    names = sorted(
+        path.name for path in (killed / "checkpoints").iterdir() if "newest" in path.name
+    )
     assert names == [f"newest-step={LAST}.ckpt"]  # and nothing of what the kills left behind
 
 
@@ -121,29 +154,58 @@ def test_pictures_logs_and_configuration_lie_in_the_run_folder(whole):
     pictures = sorted(path.name for path in (folder / "pictures").iterdir())
     assert pictures == ["step-0000012.png", "step-0000024.png", "step-0000036.png"]
     with Image.open(folder / "pictures" / pictures[0]) as picture:
-        assert picture.height >= 2 * 64 and picture.width >= 3 * 64 and len(set(picture.getdata())) > 20
+        assert (
+            picture.height >= 2 * 64
+            and picture.width >= 3 * 64
+            and len(set(picture.getdata())) > 20
+        )
     assert (folder / "config.yaml").is_file() and list(folder.glob("events.out.tfevents*"))
     logged = cli.trainer.logged_metrics
-    assert {"train/loss", "train/mse", "train/vb", "train/grad_norm", "train/skipped_steps", "train/loss_q0", "train/loss_q3"} <= set(logged)
-    assert logged["train/skipped_steps"] == 0 and all(torch.isfinite(value) for value in logged.values())
+    assert {
+        "train/loss",
+        "train/mse",
+        "train/vb",
+        "train/grad_norm",
+        "train/skipped_steps",
+        "train/loss_q0",
+        "train/loss_q3",
+    } <= set(logged)
+    assert logged["train/skipped_steps"] == 0 and all(
+        torch.isfinite(value) for value in logged.values()
+    )
     assert "val/loss" in cli.trainer.callback_metrics
 
 
 @pytest.mark.timeout(1200)
 def test_checkpoint_knows_its_clip_and_stage(whole):
     checkpoint = read_checkpoint(newest_checkpoint(whole[0]))
-    assert checkpoint["stage"] == "Decoder" and checkpoint["clip_fingerprint"]["config"]["model"] == "openmoji"
+    assert (
+        checkpoint["stage"] == "Decoder"
+        and checkpoint["clip_fingerprint"]["config"]["model"] == "openmoji"
+    )
     assert checkpoint["hyper_parameters"]["net"]["embed_dim"] == 256
 
 
 @pytest.mark.timeout(1200)
 def test_saved_configuration_runs_again(whole, shards, tmp_path):
-    cli = build_cli(["fit", "-c", str(whole[0] / "config.yaml"), "--trainer.default_root_dir", str(tmp_path), "--trainer.max_steps", "1"])
+    cli = build_cli(
+        [
+            "fit",
+            "-c",
+            str(whole[0] / "config.yaml"),
+            "--trainer.default_root_dir",
+            str(tmp_path),
+            "--trainer.max_steps",
+            "1",
+        ]
+    )
     assert cli.trainer.global_step == 1
 
 
 @pytest.mark.timeout(1200)
-def test_fine_tuning_starts_from_the_averaged_weights_with_a_new_optimiser_and_goes_on_where_it_stopped(whole, shards, tmp_path):
+def test_fine_tuning_starts_from_the_averaged_weights_with_a_new_optimiser_and_goes_on_where_it_stopped(
+    whole, shards, tmp_path
+):
     given = newest_checkpoint(whole[0])
     rates = ["--model.optimizer.lr", "0", "--model.optimizer.muon_lr", "0"]
     flags = ["--init", str(given), "--model.condition", "text", *rates, "--trainer.max_steps", "1"]
@@ -152,7 +214,13 @@ def test_fine_tuning_starts_from_the_averaged_weights_with_a_new_optimiser_and_g
     assert ours["global_step"] == 1 and ours["optimizer_states"][0]["state"][0]["step"] == 1
     for name in theirs["state_dict"]:  # at a learning rate of 0 a step leaves what it began with
         assert torch.equal(ours["state_dict"][name], theirs["state_dict"][name]), name
-    build_cli(resume(arguments(tmp_path, shards, "--init", "gone.ckpt", *flags[2:-1], "2", "--resume", "auto")))  # now the weights come from the run
+    build_cli(
+        resume(
+            arguments(
+                tmp_path, shards, "--init", "gone.ckpt", *flags[2:-1], "2", "--resume", "auto"
+            )
+        )
+    )  # now the weights come from the run
     assert read_checkpoint(newest_checkpoint(tmp_path))["global_step"] == 2
 
 
@@ -183,7 +251,9 @@ def test_width_that_does_not_fit_the_clip_is_a_sentence(shards, tmp_path, capsys
     given = ["fit", "-c", "stages/decoder.yaml", *TINY, "--data.train", str(shards / "train-*.tar"), "--data.val", "null",
                  "--data.store", str(shards / "store"), "--trainer.default_root_dir", str(tmp_path), "--model.net.embed_dim", "512"]  # fmt: skip
     assert main(given) == 1
-    assert "gives embeddings of 256 numbers and model.net.embed_dim is 512" in capsys.readouterr().err
+    assert (
+        "gives embeddings of 256 numbers and model.net.embed_dim is 512" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -210,4 +280,8 @@ def test_a_run_folder_that_cannot_be_written_is_one_sentence(shards, tmp_path, c
     with read_only(tmp_path / "runs"):
         assert main(arguments(tmp_path / "runs" / "mine", shards)) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("lightning: ") and "written (" in last and "--trainer.default_root_dir" in last
+    assert (
+        last.startswith("lightning: ")
+        and "written (" in last
+        and "--trainer.default_root_dir" in last
+    )

@@ -6,16 +6,26 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip_pl import app, release
-from unclip_pl.clip import ClipMismatch, FrozenCLIP
+from unclip_pl.cli import unclip as app
+from unclip_pl.clip.frozen import ClipMismatch, FrozenCLIP
 from unclip_pl.diffusion.process import DiffusionConfig
-from unclip_pl.errors import UserError
 from unclip_pl.networks.unet import UNetConfig
-from unclip_pl.pipeline import DEFAULT_PRIORS, UnCLIP
-from unclip_pl.release import Release
+from unclip_pl.pipeline import release
+from unclip_pl.pipeline.release import Release
+from unclip_pl.pipeline.unclip import DEFAULT_PRIORS, UnCLIP
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.utils.errors import UserError
 
-NET = UNetConfig(image_size=16, width=32, mults=(1,), depth=1, attention=(), middle_attention=False, head_width=32, embed_dim=256)
+NET = UNetConfig(
+    image_size=16,
+    width=32,
+    mults=(1,),
+    depth=1,
+    attention=(),
+    middle_attention=False,
+    head_width=32,
+    embed_dim=256,
+)
 PROMPTS = ["woman firefighter, dark skin tone", "waving hand"]
 
 
@@ -23,11 +33,17 @@ PROMPTS = ["woman firefighter, dark skin tone", "waving hand"]
 def folder(tmp_path_factory):
     """A decoder release with random weights."""
     torch.manual_seed(0)
-    stage = Decoder(net=NET, sampling=SamplingConfig(sampler="ddim", steps=2), diffusion=DiffusionConfig(parametrization="v"))
+    stage = Decoder(
+        net=NET,
+        sampling=SamplingConfig(sampler="ddim", steps=2),
+        diffusion=DiffusionConfig(parametrization="v"),
+    )
     for parameter in stage.net.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
-    weights = Release("Decoder", dict(stage.hparams), FrozenCLIP().fingerprint(), stage.state_dict(), 1)
+    weights = Release(
+        "Decoder", dict(stage.hparams), FrozenCLIP().fingerprint(), stage.state_dict(), 1
+    )
     return release.write(tmp_path_factory.mktemp("decoder") / "release", weights, "# a card\n")
 
 
@@ -40,7 +56,9 @@ def test_both_priors_of_the_package_draw_from_captions(unclip):
     drawn = unclip.generate(PROMPTS, [3, 4])
     assert drawn.shape == (2, 3, 16, 16) and torch.isfinite(drawn).all() and drawn.abs().max() <= 1
     alone = unclip.generate(PROMPTS[1:], [4])
-    torch.testing.assert_close(drawn[1], alone[0], rtol=1e-3, atol=1e-3)  # picture k depends on caption and seed k alone
+    torch.testing.assert_close(
+        drawn[1], alone[0], rtol=1e-3, atol=1e-3
+    )  # picture k depends on caption and seed k alone
     assert not torch.allclose(drawn[1], unclip.generate(PROMPTS[1:], [5])[0], atol=1e-2)
 
 
@@ -67,7 +85,10 @@ def test_steps_are_told_by_stage(unclip):
     told = []
     unclip.generate(PROMPTS[:1], [0], callback=lambda *step: told.append(step))
     stages = [stage for stage, _, _ in told]
-    assert stages == sorted(stages, reverse=True) and set(stages) == {"prior", "decoder"}  # the prior first
+    assert stages == sorted(stages, reverse=True) and set(stages) == {
+        "prior",
+        "decoder",
+    }  # the prior first
     assert all(told[i][1] == told[i][2] for i in (stages.index("decoder") - 1, -1))
 
 
@@ -97,20 +118,75 @@ def test_priors_of_the_package_are_small_and_have_cards():
 
 def test_generate_writes_pictures_named_by_prompt_and_seed(folder, tmp_path, capsys):
     (tmp_path / "more.txt").write_text("\ufeffbicycle\n\n", encoding="utf-8")
-    arguments = ["generate", PROMPTS[0], "--file", str(tmp_path / "more.txt"), "--decoder", str(folder), "--num-images", "2", "--seed", "7"]
+    arguments = [
+        "generate",
+        PROMPTS[0],
+        "--file",
+        str(tmp_path / "more.txt"),
+        "--decoder",
+        str(folder),
+        "--num-images",
+        "2",
+        "--seed",
+        "7",
+    ]
     arguments += ["--steps", "2,1"]
-    assert app.main([*arguments, "--prior-steps", "3", "--guidance-scale", "2", "--batch-size", "3", "--grid", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        app.main(
+            [
+                *arguments,
+                "--prior-steps",
+                "3",
+                "--guidance-scale",
+                "2",
+                "--batch-size",
+                "3",
+                "--grid",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["bicycle-7.png", "bicycle-8.png", "grid.png", "woman-firefighter-dark-skin-tone-7.png", "woman-firefighter-dark-skin-tone-8.png"]
+    assert names == [
+        "bicycle-7.png",
+        "bicycle-8.png",
+        "grid.png",
+        "woman-firefighter-dark-skin-tone-7.png",
+        "woman-firefighter-dark-skin-tone-8.png",
+    ]
     with Image.open(tmp_path / "out" / "bicycle-8.png") as image:
-        assert image.size == (16, 16) and image.text["prompt"] == "bicycle" and image.text["seed"] == "8"
+        assert (
+            image.size == (16, 16)
+            and image.text["prompt"] == "bicycle"
+            and image.text["seed"] == "8"
+        )
         assert "guidance_scale=2.0" in image.text["unclip"] and "steps=3" in image.text["unclip"]
         assert "steps=(2, 1)" in image.text["unclip"]
     assert "grid.png" in capsys.readouterr().out
 
 
 def test_prompts_that_look_alike_have_files_of_their_own(folder, tmp_path):
-    assert app.main(["generate", "fox", "fox!", "fox", "--decoder", str(folder), "--num-images", "1", "--condition", "text", "--out", str(tmp_path)]) == 0
+    assert (
+        app.main(
+            [
+                "generate",
+                "fox",
+                "fox!",
+                "fox",
+                "--decoder",
+                str(folder),
+                "--num-images",
+                "1",
+                "--condition",
+                "text",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fox-0.png", "fox-2-0.png"]
 
 
@@ -128,12 +204,25 @@ def test_there_must_be_a_seed_for_each_caption(folder):
 
 def test_a_prompt_that_is_too_long_is_drawn_and_what_was_cut_is_named(folder, tmp_path, capsys):
     long = "a red apple " * 40 + "and a pear"
-    arguments = ["generate", long, "--decoder", str(folder), "--condition", "text", "--num-images", "1", "--out", str(tmp_path)]
+    arguments = [
+        "generate",
+        long,
+        "--decoder",
+        str(folder),
+        "--condition",
+        "text",
+        "--num-images",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     assert app.main(arguments) == 0
     assert 'and a pear"' in capsys.readouterr().err
     clip = FrozenCLIP()
     kept = long[: -len(clip.cut(long))]
-    assert torch.equal(clip.tokenize([kept]), clip.tokenize([long])) and not torch.equal(clip.tokenize([kept[:-1]]), clip.tokenize([long]))
+    assert torch.equal(clip.tokenize([kept]), clip.tokenize([long])) and not torch.equal(
+        clip.tokenize([kept[:-1]]), clip.tokenize([long])
+    )
     assert clip.cut("a red apple") == ""
 
 
@@ -152,20 +241,42 @@ def test_a_prompt_that_is_too_long_is_drawn_and_what_was_cut_is_named(folder, tm
         (["apple", "--guidance-scale", "0.5"], "--guidance-scale is 0.5"),
         (["apple", "--prior-guidance-scale", "0"], "--prior-guidance-scale is 0.0"),
         (["apple", "--prior", "gone.ckpt"], "There is no checkpoint gone.ckpt"),
-        (["apple", "--prior", "ar", "--prior-steps", "5"], "--prior-steps is no setting of this stage"),
+        (
+            ["apple", "--prior", "ar", "--prior-steps", "5"],
+            "--prior-steps is no setting of this stage",
+        ),
         (["apple", "--prior", "ar", "--prior-top-p", "0"], "top_p of the AR prior is 0.0"),
-        (["apple", "--prior-temperature", "0.5"], "--prior-temperature is no setting of this stage"),
+        (
+            ["apple", "--prior-temperature", "0.5"],
+            "--prior-temperature is no setting of this stage",
+        ),
         (["apple", "--prior-guidance-scale", "inf"], "--prior-guidance-scale is inf"),
         (["apple", "--condition", "text", "--prior-steps", "5"], "--condition text uses no prior"),
         (["apple", "--sampler", "ddpm", "--eta", "1"], "--eta is for the sampler ddim"),
         (["apple", "--device", "nothing"], "There is no device nothing"),
-        (["apple", "--condition", "text", "--num-images", "1", "--out", "latin.txt/out"], "cannot be used"),
-        (["apple", "--prior", "DECODER"], "holds a Decoder, and a DiffusionPrior or ARPrior is needed"),
+        (
+            ["apple", "--condition", "text", "--num-images", "1", "--out", "latin.txt/out"],
+            "cannot be used",
+        ),
+        (
+            ["apple", "--prior", "DECODER"],
+            "holds a Decoder, and a DiffusionPrior or ARPrior is needed",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, words, folder, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    assert app.main(["generate", *(str(folder) if a == "DECODER" else a for a in arguments), "--decoder", str(folder)]) == 1
+    assert (
+        app.main(
+            [
+                "generate",
+                *(str(folder) if a == "DECODER" else a for a in arguments),
+                "--decoder",
+                str(folder),
+            ]
+        )
+        == 1
+    )
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("unclip: ") and words in error[0]

@@ -9,32 +9,28 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "unclip_pl"
-FILES = sorted(path for path in [*PACKAGE.rglob("*.py"), *(ROOT / "eval").rglob("*.py")] if "_configs" not in path.parts)
+FILES = sorted(
+    path
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "eval").rglob("*.py")]
+    if "_configs" not in path.parts
+)
 
-BELOW = ("errors", "atomic", "signals", "_torchvision", "images", "metadata", "precision", "text")  # seen from everywhere
 FLOORS = {
-    "_open_clip": -1, "diffusion": 0, "networks": 0, "clip": 0,
-    "data": 1, "release": 1,
-    "training": 2, "data.modules": 2, "data.crops": 2,
-    "stages": 3,
-    "pipeline": 4, "cascade": 4,
-    "manipulate": 5, "probe": 5,
-    "commands": 6, "cli": 6, "app": 6, "demo": 6, "__main__": 7,
-}
-# deliberate openings between rooms: (importing room, imported room)
-ALLOWED = {
-    ("training", "diffusion"), ("data.modules", "data"), ("data.crops", "data.modules"), ("pipeline", "cascade"), ("app", "commands"), ("commands", "cli"),
-    ("demo", "app"), ("demo", "cli"),
+    "utils": 1, "diffusion": 1,
+    "networks": 2, "clip": 2,
+    "data": 3, "cluster": 3, "optim": 3, "planner": 3,
+    "stages": 4, "datamodules": 4, "training": 4,
+    "pipeline": 5,
+    "manipulate": 6, "probe": 6,
+    "cli": 7,
+    "__main__": 8,
 }  # fmt: skip
 
 
 def room(module: str) -> str | None:
     """The room of a dotted module name inside unclip_pl, None for the package itself."""
     parts = module.split(".")[1:]
-    if not parts:
-        return None
-    two = ".".join(parts[:2])
-    return two if two in FLOORS else parts[0]
+    return parts[0] if parts else None
 
 
 def imports(path: Path) -> set[str]:
@@ -48,13 +44,12 @@ def imports(path: Path) -> set[str]:
 
 
 def violations(path: Path, module: str) -> list[str]:
+    """Imports, lazy ones included, that do not run down; a file of the root is a room of its own."""
     own = room(module)
-    if own is None or own in BELOW:
-        return [f"{module} imports {name}" for name in imports(path) if own in BELOW and room(name) not in (None, *BELOW)]
     bad = []
     for name in imports(path):
         other = room(name)
-        if other in (None, own, *BELOW) or (own, other) in ALLOWED or other not in FLOORS:
+        if own is None or other not in FLOORS or other == own:
             continue
         if FLOORS[other] >= FLOORS[own]:
             bad.append(f"{module} (floor {FLOORS[own]}) imports {name} (floor {FLOORS[other]})")
@@ -66,7 +61,12 @@ def module_of(path: Path) -> str:
 
 
 def test_imports_run_down_only():
-    bad = [line for path in FILES if path.is_relative_to(PACKAGE) for line in violations(path, module_of(path))]
+    bad = [
+        line
+        for path in FILES
+        if path.is_relative_to(PACKAGE)
+        for line in violations(path, module_of(path))
+    ]
     assert not bad, "\n".join(bad)
 
 
@@ -75,8 +75,8 @@ def test_the_import_test_can_fail(tmp_path):
     upwards.write_text("from unclip_pl.stages.decoder import Decoder\n")
     assert violations(upwards, "unclip_pl.networks.unet")
     sideways = tmp_path / "release.py"
-    sideways.write_text("import unclip_pl.data.shards\n")
-    assert violations(sideways, "unclip_pl.release")
+    sideways.write_text("def late():\n    import unclip_pl.stages.decoder\n")
+    assert violations(sideways, "unclip_pl.datamodules.modules")
 
 
 def test_the_package_does_not_know_what_judges_it():
@@ -90,11 +90,16 @@ def test_the_package_does_not_know_what_judges_it():
 
 
 def test_every_room_has_a_floor():
-    assert {room(module_of(path)) for path in FILES if path.is_relative_to(PACKAGE)} - {None, *BELOW} <= set(FLOORS)
+    rooms = {room(module_of(path)) for path in FILES if path.is_relative_to(PACKAGE)}
+    assert rooms - {None} <= set(FLOORS)
 
 
 def test_files_stay_under_400_lines():
-    long = {str(path.relative_to(ROOT)): n for path in FILES if (n := len(path.read_text(encoding="utf-8").splitlines())) > 400}
+    long = {
+        str(path.relative_to(ROOT)): n
+        for path in FILES
+        if (n := len(path.read_text(encoding="utf-8").splitlines())) > 400
+    }
     assert not long
 
 
@@ -103,7 +108,9 @@ def test_constructors_take_at_most_8_arguments():
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-                count = len(node.args.posonlyargs) + len(node.args.args) + len(node.args.kwonlyargs) - 1
+                count = (
+                    len(node.args.posonlyargs) + len(node.args.args) + len(node.args.kwonlyargs) - 1
+                )
                 if count > 8:
                     wide.append(f"{path.name}:{node.lineno} takes {count}")
     assert not wide
@@ -111,7 +118,11 @@ def test_constructors_take_at_most_8_arguments():
 
 def test_every_stage_has_a_yaml():
     yamls = [path.stem for path in (ROOT / "stages").glob("*.yaml")]
-    stages = [path.stem for path in (PACKAGE / "stages").glob("*.py") if path.stem not in ("__init__", "base")]
+    stages = [
+        path.stem
+        for path in (PACKAGE / "stages").glob("*.py")
+        if path.stem not in ("__init__", "base")
+    ]
     assert stages and all(any(yaml.startswith(stage) for yaml in yamls) for stage in stages)
 
 
@@ -119,11 +130,11 @@ HEAVY = "torch", "lightning", "numpy", "scipy", "PIL", "open_clip"  # seconds to
 
 
 @pytest.mark.parametrize("option", ["--version", "--help"])
-@pytest.mark.parametrize("command", ["cli", "app"])  # `lightning` and `unclip`
+@pytest.mark.parametrize("command", ["lightning", "unclip"])
 def test_help_and_version_answer_without_heavy_imports(command, option):
     code = f"""
 import sys
-from unclip_pl.{command} import main
+from unclip_pl.cli.{command} import main
 try:
     sys.exit(main(["{option}"]))
 except SystemExit as end:

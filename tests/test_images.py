@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip_pl.errors import UserError
-from unclip_pl.images import from_pil, grid, load_image, save_png, to_pil, to_uint8
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.images import from_pil, grid, load_image, save_png, to_pil, to_uint8
 
 RED = torch.tensor([1.0, -1.0, -1.0])
 
@@ -69,16 +69,25 @@ def test_centre_square_of_any_size(shape):
 def test_it_is_resized_as_pillow_does_it_and_cut_out(shape, size):
     noise = np.random.default_rng(0).integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8)
     scale = size / min(shape)
-    whole = Image.fromarray(noise).resize((round(shape[0] * scale), round(shape[1] * scale)), Image.Resampling.BICUBIC)
+    whole = Image.fromarray(noise).resize(
+        (round(shape[0] * scale), round(shape[1] * scale)), Image.Resampling.BICUBIC
+    )
     left, top = (whole.width - size) // 2, (whole.height - size) // 2
-    difference = (from_pil(Image.fromarray(noise), size) - from_pil(whole.crop((left, top, left + size, top + size)))).abs() * 127.5
+    difference = (
+        from_pil(Image.fromarray(noise), size)
+        - from_pil(whole.crop((left, top, left + size, top + size)))
+    ).abs() * 127.5
     assert difference.max() < 2.5 and difference.mean() < 0.05
 
 
 def test_grid_shows_every_picture_in_its_place():
     rows = [RED[:, None, None].expand(2, 3, 8, 8), -torch.ones(2, 3, 8, 8)]
     picture = np.array(grid(rows))
-    assert picture.shape[0] >= 16 and (picture[6, 6] == [255, 0, 0]).all() and (picture[16, 6] == 0).all()
+    assert (
+        picture.shape[0] >= 16
+        and (picture[6, 6] == [255, 0, 0]).all()
+        and (picture[16, 6] == 0).all()
+    )
     assert grid(rows, ["a long label", "b"]).width > grid(rows).width
     assert to_pil(rows[0][0]).size == (8, 8)
 

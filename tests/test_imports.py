@@ -10,8 +10,8 @@ import pytest
 FIRST = (
     "from unclip_pl.stages.decoder import Decoder",
     "from unclip_pl.training.ema import EMA",
-    "from unclip_pl.data.modules import ImageTextData",
-    "from unclip_pl.clip import FrozenCLIP; FrozenCLIP().tokenize(['fox'])",
+    "from unclip_pl.datamodules.modules import ImageTextData",
+    "from unclip_pl.clip.frozen import FrozenCLIP; FrozenCLIP().tokenize(['fox'])",
     "from eval.metrics import FrechetDistance",
     "from eval.callback import Evaluate",
 )

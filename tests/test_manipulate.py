@@ -10,18 +10,38 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from unclip_pl import manipulate
-from unclip_pl.clip import ClipMismatch, FrozenCLIP
+from unclip_pl.clip.frozen import ClipMismatch, FrozenCLIP
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Prediction, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
-from unclip_pl.errors import UserError
-from unclip_pl.images import psnr
-from unclip_pl.manipulate import Latent, deterministic, image_to_image, inpaint, interpolate, invert, reconstruct, slerp, text_diff, vary
+from unclip_pl.manipulate import (
+    Latent,
+    deterministic,
+    image_to_image,
+    inpaint,
+    interpolate,
+    invert,
+    reconstruct,
+    slerp,
+    text_diff,
+    vary,
+)
 from unclip_pl.networks.unet import UNetConfig
-from unclip_pl.pipeline import UnCLIP
+from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.images import psnr
 
-NET = UNetConfig(image_size=16, width=32, mults=(1,), depth=1, attention=(), middle_attention=False, head_width=32, embed_dim=256)
+NET = UNetConfig(
+    image_size=16,
+    width=32,
+    mults=(1,),
+    depth=1,
+    attention=(),
+    middle_attention=False,
+    head_width=32,
+    embed_dim=256,
+)
 QUICK = SamplingConfig(sampler="ddim", steps=4)
 SPREAD = 0.4  # standard deviation of the Gaussian pictures
 
@@ -49,9 +69,13 @@ def gaussian(unclip, monkeypatch):
     def predict(x, t):
         abar = process.schedule.alphas_cumprod[t].float().view(-1, 1, 1, 1)
         x0 = abar.sqrt() * SPREAD**2 / (abar * SPREAD**2 + 1 - abar) * x
-        return Prediction(x0, process.x0_to_eps(x0, x, t), process.log_variance(torch.zeros_like(x), t, 4))
+        return Prediction(
+            x0, process.x0_to_eps(x0, x, t), process.log_variance(torch.zeros_like(x), t, 4)
+        )
 
-    monkeypatch.setattr(unclip.decoder, "predictor", lambda batch, size, schedule, settings: predict)
+    monkeypatch.setattr(
+        unclip.decoder, "predictor", lambda batch, size, schedule, settings: predict
+    )
     return unclip
 
 
@@ -67,7 +91,9 @@ def great_circle(a, b, theta):
     if np.linalg.norm(across) < 1e-12:
         return u, 0.0
     omega = np.arctan2(np.linalg.norm(across), v @ u)
-    return np.cos(theta * omega) * u + np.sin(theta * omega) * across / np.linalg.norm(across), omega
+    return np.cos(theta * omega) * u + np.sin(theta * omega) * across / np.linalg.norm(
+        across
+    ), omega
 
 
 @pytest.mark.parametrize("angle", [0.0, 1e-4, 0.3, math.pi / 2, 2.5, math.pi - 1e-3])
@@ -99,7 +125,9 @@ def test_slerp_of_the_same_vector_is_that_vector():
     torch.testing.assert_close(slerp(a, 2 * a, torch.tensor([0.5])), 1.5 * a)
 
 
-@pytest.mark.parametrize("other, words", [(-1.0, "opposite directions"), (-2.0, "opposite directions"), (0.0, "zero")])
+@pytest.mark.parametrize(
+    "other, words", [(-1.0, "opposite directions"), (-2.0, "opposite directions"), (0.0, "zero")]
+)
 def test_slerp_between_opposite_vectors_or_zero_is_a_sentence(other, words):
     a = pictures(1)
     with pytest.raises(UserError, match=words):
@@ -117,13 +145,21 @@ def test_inversion_of_gaussian_pictures_is_the_closed_form(gaussian):
     images = pictures()
     abar = float(gaussian.decoder.process.schedule.alphas_cumprod[-1])
     exact = images * math.sqrt(abar * SPREAD**2 + 1 - abar) / SPREAD
-    errors = [float((invert(gaussian, images, steps).x_T - exact).abs().max() / exact.abs().max()) for steps in (10, 50, 250)]
+    errors = [
+        float((invert(gaussian, images, steps).x_T - exact).abs().max() / exact.abs().max())
+        for steps in (10, 50, 250)
+    ]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.01
 
 
 def test_round_trips_grow_better_with_steps(gaussian):
     images = pictures()
-    found = [float(psnr(reconstruct(gaussian, invert(gaussian, images, steps)), images.clamp(-1, 1)).mean()) for steps in (5, 20, 100)]
+    found = [
+        float(
+            psnr(reconstruct(gaussian, invert(gaussian, images, steps)), images.clamp(-1, 1)).mean()
+        )
+        for steps in (5, 20, 100)
+    ]
     assert found == sorted(found) and found[-1] > 45
 
 
@@ -133,21 +169,28 @@ def test_a_picture_comes_back_from_its_latent_and_is_conditioned_on_its_embeddin
     torch.testing.assert_close(latent.image_embed, unclip.embed_images(images))
     assert float(psnr(reconstruct(unclip, latent), images).min()) > 35
     other = Latent(latent.image_embed.flip(0), latent.x_T, latent.steps)
-    assert float(psnr(reconstruct(unclip, other), images).max()) < float(psnr(reconstruct(unclip, latent), images).min())
+    assert float(psnr(reconstruct(unclip, other), images).max()) < float(
+        psnr(reconstruct(unclip, latent), images).min()
+    )
 
 
 def test_eta_0_gives_the_picture_back_whatever_the_seed_and_distance_grows_with_eta(gaussian):
     images = pictures(8).clamp(-1, 1)
     latent = invert(gaussian, images, 50)
     torch.testing.assert_close(vary(gaussian, latent, range(8), 0.0), reconstruct(gaussian, latent))
-    distances = [float((vary(gaussian, latent, range(8), eta) - images).square().mean()) for eta in (0.0, 0.3, 0.6, 1.0)]
+    distances = [
+        float((vary(gaussian, latent, range(8), eta) - images).square().mean())
+        for eta in (0.0, 0.3, 0.6, 1.0)
+    ]
     assert distances == sorted(distances)
 
 
 def test_variation_k_depends_on_seed_k_alone(unclip):
     latent = invert(unclip, pictures(1), 4)[[0, 0, 0]]
     drawn = vary(unclip, latent, [5, 6, 7], 0.8)
-    torch.testing.assert_close(vary(unclip, latent[:1], [6], 0.8)[0], drawn[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        vary(unclip, latent[:1], [6], 0.8)[0], drawn[1], rtol=1e-4, atol=1e-4
+    )
     assert (drawn[0] - drawn[1]).abs().max() > 0.05
 
 
@@ -176,7 +219,9 @@ def test_with_a_seed_the_way_has_one_noise_and_another_seed_is_another_way(uncli
     latent = invert(unclip, pictures(), 4)
     a, b, theta = latent[[0, 0]], latent[[1, 1]], torch.tensor([0.0, 0.5])
     drawn = interpolate(unclip, a, b, theta, seed=3)
-    expected = unclip.decode(latent.image_embed[:1], [0], None, deterministic(unclip, 4), x_T=Noise([3])((3, 16, 16))).clamp(-1, 1)
+    expected = unclip.decode(
+        latent.image_embed[:1], [0], None, deterministic(unclip, 4), x_T=Noise([3])((3, 16, 16))
+    ).clamp(-1, 1)
     torch.testing.assert_close(drawn[:1], expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(drawn, interpolate(unclip, a, b, theta, seed=4), atol=1e-2)
 
@@ -184,16 +229,23 @@ def test_with_a_seed_the_way_has_one_noise_and_another_seed_is_another_way(uncli
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_any_sampler_draws_from_a_latent(unclip, sampler):
     latent = invert(unclip, pictures(), 4)
-    drawn = manipulate.decode(unclip, latent, [0, 1], sampling=deterministic(unclip, 4, sampler=sampler))
+    drawn = manipulate.decode(
+        unclip, latent, [0, 1], sampling=deterministic(unclip, 4, sampler=sampler)
+    )
     assert drawn.shape == (2, 3, 16, 16) and drawn.isfinite().all()
 
 
 def test_a_text_diff_turns_z_i_towards_the_difference_and_keeps_its_norm(unclip, monkeypatch):
     latent, seen = invert(unclip, pictures(), 4), []
-    monkeypatch.setattr(manipulate, "decode", lambda unclip, latent, *rest, **more: seen.append(latent))
+    monkeypatch.setattr(
+        manipulate, "decode", lambda unclip, latent, *rest, **more: seen.append(latent)
+    )
     text_diff(unclip, latent, ["a photo", "a cat"], ["a fox", "a dog"], torch.tensor([0.25, 0.5]))
     z = latent.image_embed.double().numpy()
-    texts = (unclip.embed_text(captions).double() for captions in (["a fox", "a dog"], ["a photo", "a cat"]))
+    texts = (
+        unclip.embed_text(captions).double()
+        for captions in (["a fox", "a dog"], ["a photo", "a cat"])
+    )
     t, t0 = ((x / x.norm(dim=1, keepdim=True)).numpy() for x in texts)
     for k, theta in enumerate((0.25, 0.5)):
         direction, _ = great_circle(z[k], (t - t0)[k], theta)
@@ -202,7 +254,9 @@ def test_a_text_diff_turns_z_i_towards_the_difference_and_keeps_its_norm(unclip,
         assert np.linalg.norm(found) == pytest.approx(np.linalg.norm(z[k]), rel=1e-5)
     assert torch.equal(seen[0].x_T, latent.x_T)  # the base noise is fixed
     text_diff(unclip, latent, None, ["a fox", "a dog"], torch.tensor([1.0, 1.0]))
-    similarity = torch.nn.functional.cosine_similarity(seen[1].image_embed, unclip.embed_text(["a fox", "a dog"]))
+    similarity = torch.nn.functional.cosine_similarity(
+        seen[1].image_embed, unclip.embed_text(["a fox", "a dog"])
+    )
     torch.testing.assert_close(similarity, torch.ones(2))
 
 
@@ -214,21 +268,41 @@ def test_a_text_diff_of_0_is_the_reconstruction_and_one_that_goes_nowhere_is_a_s
         text_diff(unclip, latent, ["a photo", "a fox"], ["a cat", "a fox"], torch.ones(2))
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0), ("dpm_solver_pp", 0.0)])
+@pytest.mark.parametrize(
+    "sampler, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0), ("dpm_solver_pp", 0.0)]
+)
 def test_inpainting_keeps_what_is_known_and_draws_the_rest(unclip, sampler, eta):
     images = pictures().clamp(-1, 1)
     mask = torch.zeros(2, 1, 16, 16, dtype=torch.bool)
     mask[:, :, 4:12, 4:12] = True
-    drawn = inpaint(unclip, None, [0, 1], sampling=SamplingConfig(sampler=sampler, steps=5, eta=eta), images=images, mask=mask)
+    drawn = inpaint(
+        unclip,
+        None,
+        [0, 1],
+        sampling=SamplingConfig(sampler=sampler, steps=5, eta=eta),
+        images=images,
+        mask=mask,
+    )
     inside = mask.expand_as(images)
     assert torch.equal(drawn[~inside], images[~inside])
     assert (drawn - images)[inside].abs().mean() > 0.05
-    other = inpaint(unclip, None, [2, 3], sampling=SamplingConfig(sampler=sampler, steps=5, eta=eta), images=images, mask=mask)
+    other = inpaint(
+        unclip,
+        None,
+        [2, 3],
+        sampling=SamplingConfig(sampler=sampler, steps=5, eta=eta),
+        images=images,
+        mask=mask,
+    )
     assert not torch.allclose(other[inside], drawn[inside], atol=1e-2)
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0), ("dpm_solver_pp", 0.0)])
-def test_inpainting_follows_what_is_known_the_more_the_more_rounds(unclip, monkeypatch, sampler, eta):
+@pytest.mark.parametrize(
+    "sampler, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0), ("dpm_solver_pp", 0.0)]
+)
+def test_inpainting_follows_what_is_known_the_more_the_more_rounds(
+    unclip, monkeypatch, sampler, eta
+):
     """Right half and left half correlate by 0.8 and the left one is 0.6: without it the right one's mean would be 0, its exact conditional mean is 0.48."""
     process = unclip.decoder.process
     covariance = torch.tensor([[1.0, 0.8], [0.8, 1.0]]) * 0.25
@@ -237,20 +311,39 @@ def test_inpainting_follows_what_is_known_the_more_the_more_rounds(unclip, monke
         a = process.schedule.alphas_cumprod[t[0]].float()
         gain = a.sqrt() * covariance @ torch.linalg.inv(a * covariance + (1 - a) * torch.eye(2))
         left, right = x.chunk(2, dim=3)
-        x0 = torch.cat([gain[0, 0] * left + gain[0, 1] * right, gain[1, 0] * left + gain[1, 1] * right], dim=3)
-        return Prediction(x0, process.x0_to_eps(x0, x, t), process.log_variance(torch.full_like(x, -1.0), t, x.ndim))
+        x0 = torch.cat(
+            [gain[0, 0] * left + gain[0, 1] * right, gain[1, 0] * left + gain[1, 1] * right], dim=3
+        )
+        return Prediction(
+            x0,
+            process.x0_to_eps(x0, x, t),
+            process.log_variance(torch.full_like(x, -1.0), t, x.ndim),
+        )
 
-    monkeypatch.setattr(unclip.decoder, "predictor", lambda batch, size, schedule, settings: predict)
+    monkeypatch.setattr(
+        unclip.decoder, "predictor", lambda batch, size, schedule, settings: predict
+    )
     known, mask = torch.full((4, 3, 16, 16), 0.6), torch.arange(16).ge(8).expand(4, 1, 16, 16)
     settings = SamplingConfig(sampler=sampler, steps=40, eta=eta)
-    means = [float(inpaint(unclip, None, range(4), sampling=settings, images=known, mask=mask, rounds=rounds)[..., 8:].mean()) for rounds in (0, 3)]
+    means = [
+        float(
+            inpaint(
+                unclip, None, range(4), sampling=settings, images=known, mask=mask, rounds=rounds
+            )[..., 8:].mean()
+        )
+        for rounds in (0, 3)
+    ]
     assert 0.15 < means[0] < means[1] - 0.05 and means[1] < 0.48
 
 
 def test_impossible_masks_are_sentences(unclip):
     images = pictures()
     everything = torch.ones(2, 1, 16, 16, dtype=torch.bool)
-    other = {"whole picture": [everything], "all black": [~everything], "of their size": [everything[:, :, :8], everything.float()]}
+    other = {
+        "whole picture": [everything],
+        "all black": [~everything],
+        "of their size": [everything[:, :, :8], everything.float()],
+    }
     for words, mask in ((words, mask) for words, masks in other.items() for mask in masks):
         with pytest.raises(UserError, match=words):
             inpaint(unclip, None, [0, 1], images=images, mask=mask)
@@ -259,16 +352,30 @@ def test_impossible_masks_are_sentences(unclip):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_strength_0_gives_the_picture_and_1_forgets_it(unclip, sampler):
     images, settings = pictures(), SamplingConfig(sampler=sampler, steps=6)
-    assert torch.equal(image_to_image(unclip, None, [0, 1], sampling=settings, images=images, strength=0.0), images)
+    assert torch.equal(
+        image_to_image(unclip, None, [0, 1], sampling=settings, images=images, strength=0.0), images
+    )
     forgotten = image_to_image(unclip, None, [0, 1], sampling=settings, images=images, strength=1.0)
-    torch.testing.assert_close(forgotten, unclip.decode(None, [0, 1], sampling=settings), rtol=0, atol=0)
+    torch.testing.assert_close(
+        forgotten, unclip.decode(None, [0, 1], sampling=settings), rtol=0, atol=0
+    )
 
 
 def test_distance_grows_with_strength(gaussian):
     images = pictures(8).clamp(-1, 1)
     settings = SamplingConfig(sampler="ddim", steps=20)
     distances = [
-        float((image_to_image(gaussian, None, range(8), sampling=settings, images=images, strength=s) - images).square().mean()) for s in (0.05, 0.3, 0.6, 1.0)
+        float(
+            (
+                image_to_image(
+                    gaussian, None, range(8), sampling=settings, images=images, strength=s
+                )
+                - images
+            )
+            .square()
+            .mean()
+        )
+        for s in (0.05, 0.3, 0.6, 1.0)
     ]
     assert distances == sorted(distances)
     with pytest.raises(UserError, match="strength is 1.1"):
@@ -280,7 +387,11 @@ def test_a_latent_comes_back_from_its_file(unclip, tmp_path, steps):
     latent = invert(unclip, pictures(), steps)
     latent.save(tmp_path / "a.safetensors", unclip)
     found = Latent.load(tmp_path / "a.safetensors", unclip)
-    assert torch.equal(found.x_T, latent.x_T) and torch.equal(found.image_embed, latent.image_embed) and found.steps == steps
+    assert (
+        torch.equal(found.x_T, latent.x_T)
+        and torch.equal(found.image_embed, latent.image_embed)
+        and found.steps == steps
+    )
     assert load_file(tmp_path / "a.safetensors").keys() == {"x_T", "image_embed"}
 
 
@@ -313,7 +424,11 @@ def test_a_latent_of_another_model_is_refused(unclip, tmp_path):
         header = file.metadata()
     model = json.loads(header["model"])
     model["clip_fingerprint"]["embed_dim"] = 512
-    save_file({"x_T": latent.x_T, "image_embed": latent.image_embed}, path, header | {"model": json.dumps(model)})
+    save_file(
+        {"x_T": latent.x_T, "image_embed": latent.image_embed},
+        path,
+        header | {"model": json.dumps(model)},
+    )
     with pytest.raises(ClipMismatch, match="The latent"):
         Latent.load(path, unclip)
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from unclip_pl.data.shards import BadSample, decode
-from unclip_pl.images import load_image
-from unclip_pl.metadata import without_metadata
+from unclip_pl.utils.images import load_image
+from unclip_pl.utils.metadata import without_metadata
 
 DRAWING = Image.radial_gradient("L").convert("RGB").resize((32, 32))
 DRAWING.paste("red", (0, 0, 16, 8))

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from tests.conftest import ROOT
-from unclip_pl.cli import build_cli, find_configs
+from unclip_pl.cli.lightning import build_cli, find_configs
 
 VIT_H = "lightning_config/clip/ViT-H-14.yaml"
 ADAM = "model.optimizer"

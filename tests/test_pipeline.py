@@ -7,20 +7,31 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip_pl import app, pipeline, release
-from unclip_pl.clip import ClipMismatch, FrozenCLIP
+from unclip_pl.cli import unclip as app
+from unclip_pl.clip.frozen import ClipMismatch, FrozenCLIP
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
-from unclip_pl.errors import UserError
 from unclip_pl.networks.unet import UNetConfig
-from unclip_pl.pipeline import DEFAULT_DECODER, UnCLIP, load_stage, read_weights, start_from
-from unclip_pl.release import Release
+from unclip_pl.pipeline import release
+from unclip_pl.pipeline import unclip as pipeline
+from unclip_pl.pipeline.release import Release
+from unclip_pl.pipeline.unclip import DEFAULT_DECODER, UnCLIP, load_stage, read_weights, start_from
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.clip import CLIP
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
+from unclip_pl.utils.errors import UserError
 
-NET = UNetConfig(image_size=16, width=32, mults=(1,), depth=1, attention=(), middle_attention=False, head_width=32, embed_dim=256)
+NET = UNetConfig(
+    image_size=16,
+    width=32,
+    mults=(1,),
+    depth=1,
+    attention=(),
+    middle_attention=False,
+    head_width=32,
+    embed_dim=256,
+)
 QUICK = SamplingConfig(sampler="ddim", steps=2)
 
 
@@ -42,7 +53,9 @@ def decoder(fingerprint):
 
 @pytest.fixture
 def folder(tmp_path, decoder):
-    weights = Release("Decoder", dict(decoder.hparams), decoder.clip_fingerprint, decoder.state_dict(), 7)
+    weights = Release(
+        "Decoder", dict(decoder.hparams), decoder.clip_fingerprint, decoder.state_dict(), 7
+    )
     return release.write(tmp_path / "release", weights, "# a card\n")
 
 
@@ -59,9 +72,17 @@ def checkpoint(tmp_path, decoder):
 def test_release_and_checkpoint_draw_the_same(folder, checkpoint, decoder):
     given = {"image_embed": torch.randn(2, 256)}
     expected = decoder.eval().sample(given, Noise([1, 2]))
-    torch.testing.assert_close(load_stage(checkpoint, Decoder).sample(given, Noise([1, 2])), expected, rtol=0, atol=0)
-    torch.testing.assert_close(load_stage(folder, Decoder).sample(given, Noise([1, 2])), expected, rtol=0, atol=0.02)  # float16 weights
-    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    torch.testing.assert_close(
+        load_stage(checkpoint, Decoder).sample(given, Noise([1, 2])), expected, rtol=0, atol=0
+    )
+    torch.testing.assert_close(
+        load_stage(folder, Decoder).sample(given, Noise([1, 2])), expected, rtol=0, atol=0.02
+    )  # float16 weights
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
     assert read_weights(folder).steps == 7
 
 
@@ -117,8 +138,12 @@ def test_three_ways_to_condition(decoder):
     assert not torch.equal(unclip.decode(None, [3, 4]), drawn)
 
 
-def test_decoder_on_text_embeddings_gets_those_of_the_captions_and_wants_no_prior(decoder, fingerprint):
-    text = Decoder(net=NET, sampling=QUICK, diffusion=DiffusionConfig(parametrization="v"), condition="text")
+def test_decoder_on_text_embeddings_gets_those_of_the_captions_and_wants_no_prior(
+    decoder, fingerprint
+):
+    text = Decoder(
+        net=NET, sampling=QUICK, diffusion=DiffusionConfig(parametrization="v"), condition="text"
+    )
     text.load_state_dict(decoder.state_dict())
     text.clip_fingerprint = fingerprint
     unclip, captions = UnCLIP(text), ["dog", "cat"]
@@ -131,17 +156,27 @@ def test_decoder_on_text_embeddings_gets_those_of_the_captions_and_wants_no_prio
         UnCLIP(text, DiffusionPrior.__new__(DiffusionPrior))
 
 
-def test_training_starts_from_the_weights_of_a_release_or_checkpoint_and_from_nothing_else(folder, checkpoint, decoder, tmp_path):
+def test_training_starts_from_the_weights_of_a_release_or_checkpoint_and_from_nothing_else(
+    folder, checkpoint, decoder, tmp_path
+):
     fresh = lambda **changes: Decoder(**(dict(decoder.hparams) | changes))
     for path, tolerance in ((checkpoint, 0), (folder, 1e-3)):
         stage = fresh(condition="text", optimizer=OptimizerConfig(lr=3e-4))
         stage.skipped_steps += 3
         start_from(stage, path)
-        torch.testing.assert_close(dict(stage.named_parameters()), dict(decoder.named_parameters()), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            dict(stage.named_parameters()),
+            dict(decoder.named_parameters()),
+            rtol=tolerance,
+            atol=tolerance,
+        )
         assert stage.skipped_steps == 0 and stage.clip_fingerprint == decoder.clip_fingerprint
         assert stage.optimizer_config.lr == 3e-4 and stage.condition == "text" and stage.training
     for changes, words in (
-        ({"net": replace(NET, width=64)}, r"trained with model\.net\.width 32, and this run has 64"),
+        (
+            {"net": replace(NET, width=64)},
+            r"trained with model\.net\.width 32, and this run has 64",
+        ),
         ({"diffusion": DiffusionConfig(parametrization="eps")}, "was trained with model.diffusion"),
         ({"normalizer": "none"}, "was trained with model.normalizer unit, and this run has none"),
     ):
@@ -167,12 +202,27 @@ def test_training_starts_from_weights_that_are_older_than_a_setting(decoder, tmp
 
 def test_vary_writes_pictures_with_their_settings(folder, tmp_path, capsys):
     Image.new("RGBA", (90, 40), (200, 30, 30, 255)).save(tmp_path / "red.png")
-    arguments = ["vary", str(tmp_path / "red.png"), "--decoder", str(folder), "--num-images", "2", "--seed", "5", "--out", str(tmp_path / "out")]
+    arguments = [
+        "vary",
+        str(tmp_path / "red.png"),
+        "--decoder",
+        str(folder),
+        "--num-images",
+        "2",
+        "--seed",
+        "5",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert app.main(arguments) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["red-5.png", "red-6.png", "variations.png"]
     with Image.open(tmp_path / "out" / "red-5.png") as image:
-        assert image.size == (16, 16) and image.text["seed"] == "5" and "steps=2" in image.text["unclip"]
+        assert (
+            image.size == (16, 16)
+            and image.text["seed"] == "5"
+            and "steps=2" in image.text["unclip"]
+        )
     assert "variations.png" in capsys.readouterr().out
 
 
@@ -196,10 +246,14 @@ def test_bad_input_is_one_sentence(arguments, words, capsys, tmp_path, monkeypat
 
 def test_a_release_keeps_statistics_exact_and_refuses_what_float16_cannot_hold(tmp_path):
     tensors = {"net.weight": torch.tensor([0.1]), "edges": torch.tensor([0.1])}
-    found = release.read(release.write(tmp_path / "a", Release("Decoder", {}, None, tensors), "", exact=["edges"])).tensors
+    found = release.read(
+        release.write(tmp_path / "a", Release("Decoder", {}, None, tensors), "", exact=["edges"])
+    ).tensors
     assert found["edges"] == tensors["edges"] and found["net.weight"] != tensors["net.weight"]
     with pytest.raises(UserError, match=r"not finite in float16 \(net.weight\)"):
-        release.write(tmp_path / "b", Release("Decoder", {}, None, {"net.weight": torch.tensor([1e6])}), "")
+        release.write(
+            tmp_path / "b", Release("Decoder", {}, None, {"net.weight": torch.tensor([1e6])}), ""
+        )
     assert not (tmp_path / "b").exists()
 
 

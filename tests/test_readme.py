@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from unclip_pl.app import parser
-from unclip_pl.cli import find_config
+from unclip_pl.cli.lightning import find_config
+from unclip_pl.cli.unclip import parser
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-LINES = [line.split("  #")[0].split("   ")[0].replace("...", "").strip() for block in BLOCKS for line in block.splitlines()]
+LINES = [
+    line.split("  #")[0].split("   ")[0].replace("...", "").strip()
+    for block in BLOCKS
+    for line in block.splitlines()
+]
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("lightning ")])

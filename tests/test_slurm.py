@@ -12,12 +12,15 @@ import torch
 
 from tests.conftest import ROOT, SHARED
 from tests.slurmkit import QUIET, Job, Slurm, shell
-from unclip_pl.cli import build_cli
-from unclip_pl.training.checkpoint import newest_checkpoint, read_checkpoint
+from unclip_pl.cli.lightning import build_cli
+from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 
 LOCAL = SHARED / "slurm" / "local-slurm"
 TOY = ["--model", "tests.training.toy.Toy", "--data", "tests.training.toy.ToyRows", *QUIET]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a busy machine takes its time to import torch
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+]  # a busy machine takes its time to import torch
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,9 @@ def slurm():
     if not LOCAL.is_file():
         pytest.skip("local-slurm is not beside this checkout")
     folder = os.environ.get("LOCAL_SLURM_DIR") or tempfile.mkdtemp(prefix="slurm-") + "/s"
-    one = Slurm(LOCAL, folder, int(os.environ.get("LOCAL_SLURM_PORT") or 25000 + os.getpid() % 1500))
+    one = Slurm(
+        LOCAL, folder, int(os.environ.get("LOCAL_SLURM_PORT") or 25000 + os.getpid() % 1500)
+    )
     try:
         one.__enter__()
     except RuntimeError as error:
@@ -58,18 +63,35 @@ def _in_the_checkout(monkeypatch):
 def test_two_nodes_with_two_ranks_each_have_the_losses_of_one_process(slurm, folder):
     job = Job(folder / "four", "--ranks", "2", "--model.noise", "0", "--trainer.max_steps", "20")
     alone = folder / "alone"
-    diary = json.dumps({"class_path": "tests.training.diary.Diary", "init_args": {"path": str(folder / "alone.jsonl")}})
+    diary = json.dumps(
+        {
+            "class_path": "tests.training.diary.Diary",
+            "init_args": {"path": str(folder / "alone.jsonl")},
+        }
+    )
     build_cli(["fit", *TOY, "--trainer.accelerator", "cpu", "--trainer.max_steps", "20", "--trainer.default_root_dir", str(alone), "--model.noise", "0",
                "--data.batch_size", "16", "--trainer.callbacks+", diary])  # fmt: skip
     assert job.ended() == "COMPLETED", job.said()[-3000:]
-    theirs, ours = mean_losses(job.lines()), mean_losses([json.loads(line) for line in (folder / "alone.jsonl").read_text().splitlines()])
+    theirs, ours = (
+        mean_losses(job.lines()),
+        mean_losses(
+            [json.loads(line) for line in (folder / "alone.jsonl").read_text().splitlines()]
+        ),
+    )
     assert len(job.lines()) == 80 and list(theirs) == list(ours) == list(range(1, 21))
     assert max(abs(theirs[step] - ours[step]) for step in ours) < 1e-5 and ours[1] > 10 * ours[20]
 
 
 @pytest.mark.usefixtures("_in_the_checkout")
 def test_a_job_preempted_and_then_killed_ends_like_one_that_was_not(slurm, folder):
-    flags = ["--trainer.max_steps", "60", "--newest.every_n_train_steps", "10", "--preemption.ask_every", "0"]
+    flags = [
+        "--trainer.max_steps",
+        "60",
+        "--newest.every_n_train_steps",
+        "10",
+        "--preemption.ask_every",
+        "0",
+    ]
     job = Job(folder / "cut", *flags, slow=0.1, diary={"kill_once": 44})
     job.until(lambda: job.step() >= 12)
     shell("sbatch --partition=urgent --nodes=2 --exclusive --output=/dev/null --wrap=true")
@@ -78,13 +100,24 @@ def test_a_job_preempted_and_then_killed_ends_like_one_that_was_not(slurm, folde
     job.until(lambda: job.state() == "PENDING")
     job.until(lambda: slurm("hurry") == "" and job.step() > stopped)
     straight = Job(folder / "straight", *flags)
-    assert (job.ended(), straight.ended()) == ("COMPLETED", "COMPLETED"), job.said()[-3000:] + straight.said()[-3000:]
+    assert (job.ended(), straight.ended()) == ("COMPLETED", "COMPLETED"), (
+        job.said()[-3000:] + straight.said()[-3000:]
+    )
     lines, whole = job.lines(), straight.lines()
     by_place = {(line["step"], line["rank"]): line for line in whole}
-    assert len(whole) == 120 and all(by_place[line["step"], line["rank"]] == line for line in lines)  # the same samples and losses, to the last bit
-    assert [line["step"] for line in lines if line["rank"] == 0][:stopped] == list(range(1, stopped + 1))  # none of them done twice by the preemption
-    assert sorted({line["step"] for line in lines}) == list(range(1, 61)) and len(lines) <= 120 + 2 * 5  # by the kill those since the last checkpoint
-    assert "restart 1 of 3" in job.said() and (folder / "cut" / f"{job.id}.failures").read_text() == "1\n"
+    assert len(whole) == 120 and all(
+        by_place[line["step"], line["rank"]] == line for line in lines
+    )  # the same samples and losses, to the last bit
+    assert [line["step"] for line in lines if line["rank"] == 0][:stopped] == list(
+        range(1, stopped + 1)
+    )  # none of them done twice by the preemption
+    assert (
+        sorted({line["step"] for line in lines}) == list(range(1, 61)) and len(lines) <= 120 + 2 * 5
+    )  # by the kill those since the last checkpoint
+    assert (
+        "restart 1 of 3" in job.said()
+        and (folder / "cut" / f"{job.id}.failures").read_text() == "1\n"
+    )
     ours, theirs = (read_checkpoint(newest_checkpoint(one.folder)) for one in (job, straight))
     assert ours["global_step"] == theirs["global_step"] == 60
     for part in ("state_dict", "current_model_state"):
@@ -99,4 +132,9 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, folder):
     assert job.ended() == "CANCELLED"
     job.until(lambda: newest_checkpoint(job.folder) is not None, 30)
     saved = int(newest_checkpoint(job.folder).stem.partition("=")[2])
-    assert saved >= 5 and job.step() == saved and "requeueing" not in job.said() and "restart" not in job.said()
+    assert (
+        saved >= 5
+        and job.step() == saved
+        and "requeueing" not in job.said()
+        and "restart" not in job.said()
+    )

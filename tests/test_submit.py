@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from unclip_pl.app import main
+from unclip_pl.cli.unclip import main
 
 
 def script(capsys, *arguments: str) -> str:
@@ -18,7 +18,11 @@ def script(capsys, *arguments: str) -> str:
 
 
 def sbatch_options(text: str) -> dict[str, str]:
-    return dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in text.splitlines() if line.startswith("#SBATCH"))
+    return dict(
+        line.removeprefix("#SBATCH --").partition("=")[::2]
+        for line in text.splitlines()
+        if line.startswith("#SBATCH")
+    )
 
 
 def command(text: str) -> list[str]:
@@ -29,7 +33,14 @@ def command(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("stage", ["stages/decoder.yaml", "stages/embed.yaml"])
-@pytest.mark.parametrize("flags", [["--gpus", "8"], ["--gpus", "0", "--ranks", "2"], ["--validate", "--partition", "a100", "--account", "x", "--mem", "200G"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--gpus", "8"],
+        ["--gpus", "0", "--ranks", "2"],
+        ["--validate", "--partition", "a100", "--account", "x", "--mem", "200G"],
+    ],
+)
 def test_every_script_is_one_that_bash_takes_with_nothing_left_to_fill_in(capsys, stage, flags):
     text = script(capsys, stage, *flags)
     assert text.startswith("#!/usr/bin/env bash\n#SBATCH --job-name=") and "{{" not in text
@@ -39,33 +50,87 @@ def test_every_script_is_one_that_bash_takes_with_nothing_left_to_fill_in(capsys
 
 
 def test_ranks_of_slurm_are_those_of_lightning(capsys):
-    text = script(capsys, "stages/decoder.yaml", "--nodes", "8", "--gpus", "4", "--time", "12:00:00", "--warn", "300", "--cpus", "6")
+    text = script(
+        capsys,
+        "stages/decoder.yaml",
+        "--nodes",
+        "8",
+        "--gpus",
+        "4",
+        "--time",
+        "12:00:00",
+        "--warn",
+        "300",
+        "--cpus",
+        "6",
+    )
     options, words = sbatch_options(text), command(text)
-    assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"], options["cpus-per-task"]) == ("8", "4", "4", "6")
+    assert (
+        options["nodes"],
+        options["ntasks-per-node"],
+        options["gpus-per-node"],
+        options["cpus-per-task"],
+    ) == ("8", "4", "4", "6")
     assert options["signal"] == "USR1@300" and options["time"] == "12:00:00"
-    assert words[words.index("--trainer.num_nodes") + 1] == "8" and words[words.index("--trainer.devices") + 1] == "4"
-    assert words[:6] == [sys.executable, "-m", "unclip_pl", "fit", "-c", "stages/decoder.yaml"] and words[-2:] == ["--resume", "auto"]
-    assert "lightning_config/gpu.yaml" in words and "lightning_config/ddp.yaml" in words and "gpus-per-task" not in text
+    assert (
+        words[words.index("--trainer.num_nodes") + 1] == "8"
+        and words[words.index("--trainer.devices") + 1] == "4"
+    )
+    assert words[:6] == [
+        sys.executable,
+        "-m",
+        "unclip_pl",
+        "fit",
+        "-c",
+        "stages/decoder.yaml",
+    ] and words[-2:] == ["--resume", "auto"]
+    assert (
+        "lightning_config/gpu.yaml" in words
+        and "lightning_config/ddp.yaml" in words
+        and "gpus-per-task" not in text
+    )
 
 
 def test_nodes_without_gpus_get_ranks_on_cpus(capsys):
     text = script(capsys, "stages/ar_prior.yaml", "--nodes", "2", "--gpus", "0", "--ranks", "2")
     options, words = sbatch_options(text), command(text)
     assert options["ntasks-per-node"] == "2" and "gpus-per-node" not in options
-    assert "lightning_config/gpu.yaml" not in words and words[words.index("--trainer.accelerator") + 1] == "cpu"
+    assert (
+        "lightning_config/gpu.yaml" not in words
+        and words[words.index("--trainer.accelerator") + 1] == "cpu"
+    )
     alone = command(script(capsys, "stages/ar_prior.yaml", "--gpus", "0"))
     assert "lightning_config/ddp.yaml" not in alone
 
 
 def test_flags_of_lightning_come_last_and_keep_their_quotes(capsys):
-    words = command(script(capsys, "stages/decoder.yaml", "-c", "my overlay.yaml", "--nodes", "2", "--model.net", '{"width": 32}', "--name", "mine"))
+    words = command(
+        script(
+            capsys,
+            "stages/decoder.yaml",
+            "-c",
+            "my overlay.yaml",
+            "--nodes",
+            "2",
+            "--model.net",
+            '{"width": 32}',
+            "--name",
+            "mine",
+        )
+    )
     assert words[words.index("--model.net") + 1] == '{"width": 32}'
-    assert words.index("my overlay.yaml") > words.index("lightning_config/ddp.yaml")  # what comes later wins
+    assert words.index("my overlay.yaml") > words.index(
+        "lightning_config/ddp.yaml"
+    )  # what comes later wins
 
 
 def test_embedding_and_validation_have_their_own_jobs(capsys):
     text = script(capsys, "stages/embed.yaml", "--array", "4", "--gpus", "1")
-    assert sbatch_options(text)["array"] == "0-3" and command(text)[3] == "predict" and "kill-on-bad-exit" not in text
+    assert (
+        sbatch_options(text)["array"] == "0-3"
+        and command(text)[3] == "predict"
+        and "kill-on-bad-exit" not in text
+    )
     assert command(script(capsys, "stages/decoder.yaml", "--validate"))[3] == "validate"
 
 
@@ -91,22 +156,42 @@ def test_the_script_goes_to_sbatch_as_it_was_shown(capsys, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert main(["submit", "stages/decoder.yaml"]) == 0
     out = capsys.readouterr().out
-    assert out.endswith("Submitted batch job 7\n") and (tmp_path / "got").read_text() in out and (tmp_path / "slurm").is_dir()
+    assert (
+        out.endswith("Submitted batch job 7\n")
+        and (tmp_path / "got").read_text() in out
+        and (tmp_path / "slurm").is_dir()
+    )
     fake.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2; exit 1\n")
     assert main(["submit", "stages/decoder.yaml", "--partition", "x"]) == 1
-    assert "sbatch refused the job (sbatch: error: invalid partition specified: x)" in capsys.readouterr().err
+    assert (
+        "sbatch refused the job (sbatch: error: invalid partition specified: x)"
+        in capsys.readouterr().err
+    )
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert main(["submit", "stages/decoder.yaml"]) == 1 and "There is no sbatch here" in capsys.readouterr().err
+    assert (
+        main(["submit", "stages/decoder.yaml"]) == 1
+        and "There is no sbatch here" in capsys.readouterr().err
+    )
 
 
 def test_a_wheel_has_the_templates():
     names = {path.name for path in (ROOT / "lightning_config" / "slurm").glob("*.sbatch")}
-    assert names == {"train.sbatch", "embed.sbatch", "eval.sbatch"} and '"**/*.sbatch"' in (ROOT / "setup.py").read_text()
+    assert (
+        names == {"train.sbatch", "embed.sbatch", "eval.sbatch"}
+        and '"**/*.sbatch"' in (ROOT / "setup.py").read_text()
+    )
 
 
 def run_template(tmp_path, kind, codes, words=(), restarts=2):
     """Exit code and output of a filled template whose srun gives `codes` in turn and leaves `words` in turn; scontrol is recorded."""
-    arguments = ["submit", "stages/embed.yaml" if kind == "embed" else "stages/decoder.yaml", "--restarts", str(restarts), "--logs", str(tmp_path)]
+    arguments = [
+        "submit",
+        "stages/embed.yaml" if kind == "embed" else "stages/decoder.yaml",
+        "--restarts",
+        str(restarts),
+        "--logs",
+        str(tmp_path),
+    ]
     commands = {
         "srun": f'n=$(cat {tmp_path}/n 2>/dev/null || echo 0); echo $((n + 1)) >{tmp_path}/n\nset -- {" ".join(map(str, codes))}\nshift $n; code=$1\n'
         f'set -- {" ".join(words) or "-"}\n[ $# -gt $n ] && shift $n && [ "$1" != - ] && echo $1 >"$UNCLIP_ENDED"\nexit $code',
@@ -115,12 +200,14 @@ def run_template(tmp_path, kind, codes, words=(), restarts=2):
     for name, body in commands.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    from unclip_pl.app import parser
-    from unclip_pl.commands.submit import job_script
+    from unclip_pl.cli.submit import job_script
+    from unclip_pl.cli.unclip import parser
 
     text = job_script(parser().parse_args(arguments))
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "123456"}
-    return subprocess.run(["bash"], input=text, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["bash"], input=text, env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,9 +217,15 @@ def run_template(tmp_path, kind, codes, words=(), restarts=2):
         ([137, 0], [], 2, 0, 2, False), ([137, 143, 9], [], 2, 9, 3, False), ([7], [], 0, 7, 1, False), ([137, 75], ["-", "requeue"], 2, 75, 2, True),
     ],
 )  # fmt: skip
-def test_the_training_job_restarts_requeues_or_ends(tmp_path, codes, words, restarts, code, starts, requeued):
+def test_the_training_job_restarts_requeues_or_ends(
+    tmp_path, codes, words, restarts, code, starts, requeued
+):
     done = run_template(tmp_path, "train", codes, words, restarts)
-    assert (done.returncode, int((tmp_path / "n").read_text()), (tmp_path / "asked").exists()) == (code, starts, requeued), done.stdout + done.stderr
+    assert (done.returncode, int((tmp_path / "n").read_text()), (tmp_path / "asked").exists()) == (
+        code,
+        starts,
+        requeued,
+    ), done.stdout + done.stderr
     assert not requeued or (tmp_path / "asked").read_text() == "requeue 123456\n"
 
 

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from tests.data.shardkit import FakeCLIP, picture, write_tar
-from unclip_pl.clip import FrozenCLIP
-from unclip_pl.commands.generate import prompts_of
+from unclip_pl.cli.generate import prompts_of
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.loader import LoaderConfig, Samples, TrainLoader
-from unclip_pl.data.modules import default_store
 from unclip_pl.data.shards import ErrorBudget, raw_samples
 from unclip_pl.data.verify import verify
-from unclip_pl.images import grid, save_png
+from unclip_pl.datamodules.modules import default_store
+from unclip_pl.utils.images import grid, save_png
 
 BROKEN = "caf\udce9"  # as Python has the argument that a Latin-1 terminal gives
 
@@ -83,7 +83,7 @@ def test_drawings_with_any_prompt_into_any_folder_are_written_and_named(tmp_path
         b"--prior-steps",
         b"1",
     ]
-    code = b"import sys; from unclip_pl.app import main; sys.exit(main())"
+    code = b"import sys; from unclip_pl.cli.unclip import main; sys.exit(main())"
     command = [os.fsencode(sys.executable), b"-c", code, *arguments, b"--out", out, b"--grid"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
     done = subprocess.run(command, capture_output=True, env=environment, timeout=280)

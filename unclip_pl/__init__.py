@@ -5,7 +5,14 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_NAMES = {"UnCLIP": "pipeline", "Cascade": "cascade", "FrozenCLIP": "clip", "CLIPConfig": "clip", "Decoder": "stages.decoder", "Noise": "diffusion.noise"}
+_NAMES = {
+    "UnCLIP": "pipeline.unclip",
+    "Cascade": "pipeline.cascade",
+    "FrozenCLIP": "clip.frozen",
+    "CLIPConfig": "clip.frozen",
+    "Decoder": "stages.decoder",
+    "Noise": "diffusion.noise",
+}
 __all__ = ["CLIPConfig", "Cascade", "Decoder", "FrozenCLIP", "Noise", "UnCLIP", "__version__"]
 
 

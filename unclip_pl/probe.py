@@ -8,10 +8,10 @@ from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
 from unclip_pl.data.embeddings import Statistics
-from unclip_pl.errors import UserError
-from unclip_pl.images import from_pil, to_pil
 from unclip_pl.networks.quantizer import pca
-from unclip_pl.pipeline import UnCLIP
+from unclip_pl.pipeline.unclip import UnCLIP
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.images import from_pil, to_pil
 
 PAPER_DIMENSIONS = (20, 30, 40, 80, 120, 160, 200, 320)
 """Of D = 1024 (unCLIP figure 7)."""
@@ -35,7 +35,11 @@ class PrincipalComponents:
         """Those of a store. UserError where its embeddings do not differ."""
         covariance = statistics.covariance.double()
         components, _ = pca(covariance, 0.0, len(covariance))
-        return cls(statistics.mean.double(), components, torch.einsum("nd,de,ne->n", components, covariance, components))
+        return cls(
+            statistics.mean.double(),
+            components,
+            torch.einsum("nd,de,ne->n", components, covariance, components),
+        )
 
     @property
     def dim(self) -> int:
@@ -52,7 +56,9 @@ class PrincipalComponents:
         UserError for fewer than 1 or more than D.
         """
         if not 1 <= k <= self.dim:
-            raise UserError(f"{k} principal components were asked for, and embeddings of this CLIP have 1 to {self.dim}: give a number between.")
+            raise UserError(
+                f"{k} principal components were asked for, and embeddings of this CLIP have 1 to {self.dim}: give a number between."
+            )
         if k == self.dim:  # also what lies outside of the data's span
             return image_embed
         chosen = self.components[:k]
@@ -82,6 +88,11 @@ def labelled(image: Tensor, text: str) -> Tensor:
     centre = (width / 2, height / 2)
     left, top, right, bottom = draw.textbbox(centre, text, font=font, anchor="mm")
     edge = max(1, height // 40)
-    draw.rectangle((left - 2 * edge, top - 2 * edge, right + 2 * edge, bottom + 2 * edge), fill="white", outline="black", width=max(1, edge // 2))
+    draw.rectangle(
+        (left - 2 * edge, top - 2 * edge, right + 2 * edge, bottom + 2 * edge),
+        fill="white",
+        outline="black",
+        width=max(1, edge // 2),
+    )
     draw.text(centre, text, fill="black", font=font, anchor="mm")
     return from_pil(picture)

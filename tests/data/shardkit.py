@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unclip_pl.clip import TextFeatures, require_same
+from unclip_pl.clip.frozen import TextFeatures, require_same
 
 
 def picture(number: int, size: int = 16, kind: str = "PNG") -> bytes:
@@ -63,7 +63,9 @@ class FakeCLIP:
 
     def embed_text(self, tokens: torch.Tensor) -> TextFeatures:
         embed = torch.stack([tokens.float().sin().mean(1) * k for k in range(1, 7)], 1)
-        return TextFeatures(embed, tokens.float()[..., None].expand(-1, -1, 5).clone(), self.caption_mask(tokens))
+        return TextFeatures(
+            embed, tokens.float()[..., None].expand(-1, -1, 5).clone(), self.caption_mask(tokens)
+        )
 
     def caption_mask(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens > 0
@@ -78,9 +80,21 @@ class FakeCLIP:
             return base64.b64encode(values.numpy().astype("<f2").tobytes()).decode()
 
         return {
-            "config": {"model": f"fake-{self.seed}", "pretrained": None, "precision": "fp32", "force_quick_gelu": False, "context_length": None},
-            "embed_dim": 6, "states_width": 5, "context_length": 12, "image_size": 8, "activation": "GELU", "preprocessing": {},
-            "image": pack(self.matrix[0]), "text": pack(self.matrix[1]),
+            "config": {
+                "model": f"fake-{self.seed}",
+                "pretrained": None,
+                "precision": "fp32",
+                "force_quick_gelu": False,
+                "context_length": None,
+            },
+            "embed_dim": 6,
+            "states_width": 5,
+            "context_length": 12,
+            "image_size": 8,
+            "activation": "GELU",
+            "preprocessing": {},
+            "image": pack(self.matrix[0]),
+            "text": pack(self.matrix[1]),
         }
 
 

@@ -26,15 +26,16 @@ from tests.data.test_modules import fit as fit_data
 from tests.data.test_shards import keep, loader, saved, take
 from tests.disk import enlarge, read_only, small_disk
 from tests.training import toy
+from unclip_pl.cluster.checkpoint_io import newest_checkpoint
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.loader import LoaderConfig, Samples
-from unclip_pl.data.modules import ImageEmbeddingData, ImageTextData
 from unclip_pl.data.openmoji import openmoji_shards
 from unclip_pl.data.shards import BadSample, ErrorBudget, count_samples, decode, expand, raw_samples
 from unclip_pl.data.verify import verify
-from unclip_pl.errors import UserError
-from unclip_pl.training.checkpoint import NewestCheckpoint, newest_checkpoint
+from unclip_pl.datamodules.modules import ImageEmbeddingData, ImageTextData
+from unclip_pl.training.checkpoints import NewestCheckpoint
 from unclip_pl.training.progress import Progress
+from unclip_pl.utils.errors import UserError
 
 
 def keys_of(shard: str, budget: ErrorBudget) -> list[str]:
@@ -47,13 +48,22 @@ def test_damage_anywhere_in_a_tar_is_named_and_counted(tmp_path, packed, caplog)
     (shard,) = write_shards(tmp_path, [20])
     whole = Path(shard).read_bytes()
     headers = [at for at in range(0, len(whole), 512) if whole[at + 257 : at + 262] == b"ustar"]
-    damaged = [whole[:at] + b"\x99" * 512 + whole[at + 512 :] for at in headers[3::9]]  # tarfile takes such a header for the end
+    damaged = [
+        whole[:at] + b"\x99" * 512 + whole[at + 512 :] for at in headers[3::9]
+    ]  # tarfile takes such a header for the end
     cut = [whole[:at] for at in (headers[5], headers[5] + 300, headers[-1], headers[-1] + 700)]
-    for data, images in [*((data, 19) for data in damaged), *zip(cut, (1, 1, 20, 20), strict=True)]:  # what ends is a .json that nobody needs
+    for data, images in [
+        *((data, 19) for data in damaged),
+        *zip(cut, (1, 1, 20, 20), strict=True),
+    ]:  # what ends is a .json that nobody needs
         Path(shard).write_bytes(pack(data))
         caplog.clear()
         budget = ErrorBudget(1.0)
-        assert len(keys_of(shard, budget)) <= images and budget.bad >= 1 and any("is no whole tar" in line for line in caplog.messages)
+        assert (
+            len(keys_of(shard, budget)) <= images
+            and budget.bad >= 1
+            and any("is no whole tar" in line for line in caplog.messages)
+        )
         with pytest.raises(UserError, match="is no whole tar"):
             count_samples(shard)
     for length in (0, 1, 5, 11, 40) if packed else (0, 1, 100, 511):
@@ -65,23 +75,47 @@ def test_damage_anywhere_in_a_tar_is_named_and_counted(tmp_path, packed, caplog)
 def png_header(side: int) -> bytes:
     """A PNG that says it is side x side and has no pixels."""
     body = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">II", zlib.crc32(body), 9999) + b"IDAT"
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + body
+        + struct.pack(">II", zlib.crc32(body), 9999)
+        + b"IDAT"
+    )
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as shards.py has it; pytest sets filters of its own
+@pytest.mark.filterwarnings(
+    "ignore::PIL.Image.DecompressionBombWarning"
+)  # as shards.py has it; pytest sets filters of its own
 def test_a_picture_of_a_hundred_megapixels_is_a_bad_sample_at_once(tmp_path, caplog, monkeypatch):
     huge = saved(Image.new("1", (10_000, 10_000)))
     load, loaded = ImageFile.ImageFile.load, []
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: loaded.append(image.width * image.height) or load(image))
-    shard = write_tar(tmp_path / "a.tar", {"a.png": huge, "b.png": png_header(40_000), "c.png": b"", "d.png": picture(1)})
+    monkeypatch.setattr(
+        ImageFile.ImageFile,
+        "load",
+        lambda image: loaded.append(image.width * image.height) or load(image),
+    )
+    shard = write_tar(
+        tmp_path / "a.tar",
+        {"a.png": huge, "b.png": png_header(40_000), "c.png": b"", "d.png": picture(1)},
+    )
     samples = Samples([shard], 8, LoaderConfig(max_bad_rate=1.0), keep)
-    assert [sample["key"] for sample in itertools.islice(samples, 2)] == ["d", "d"]  # and so a whole pass
+    assert [sample["key"] for sample in itertools.islice(samples, 2)] == [
+        "d",
+        "d",
+    ]  # and so a whole pass
     assert loaded and max(loaded) < 10_000  # "at once": the pixels of no other were read
     with warnings.catch_warnings(), pytest.raises(BadSample, match="larger than 50 megapixels"):
         warnings.simplefilter("error")
         decode(huge, 8)
-    for key, reason in {"a": "larger than 50 megapixels", "b": "larger than 50 megapixels", "c": "0 bytes"}.items():
-        assert any(f"sample {key} of {shard}" in line and reason in line for line in caplog.messages), key
+    for key, reason in {
+        "a": "larger than 50 megapixels",
+        "b": "larger than 50 megapixels",
+        "c": "0 bytes",
+    }.items():
+        assert any(
+            f"sample {key} of {shard}" in line and reason in line for line in caplog.messages
+        ), key
 
 
 def test_a_jpeg_of_a_hundred_megapixels_is_decoded_at_an_eighth():
@@ -98,14 +132,23 @@ def test_of_doubled_keys_the_first_is_taken_and_the_rest_named(tmp_path, caplog)
     again = write_shards(tmp_path, [2])[0]
     data = Path(again).read_bytes().rstrip(b"\0")
     data += bytes(-len(data) % 512)
-    Path(again).write_bytes(data + data + bytes(1024))  # every sample twice, the tar appended to itself
+    Path(again).write_bytes(
+        data + data + bytes(1024)
+    )  # every sample twice, the tar appended to itself
     budget = ErrorBudget(1.0)
     found = {sample["key"]: sample for sample in raw_samples(shard, budget)}
-    assert found["a"]["caption"] == "first" and found["c"]["image"] == picture(3) and budget.bad == len(caplog.messages)
+    assert (
+        found["a"]["caption"] == "first"
+        and found["c"]["image"] == picture(3)
+        and budget.bad == len(caplog.messages)
+    )
     assert any("the second of the name c.PNG" in line for line in caplog.messages)
     caplog.clear()
     assert keys_of(again, budget) == ["000000", "000001"]
-    assert [f"sample 00000{n} of {again}" in line and "has the same key" in line for n, line in enumerate(caplog.messages)] == [True, True]
+    assert [
+        f"sample 00000{n} of {again}" in line and "has the same key" in line
+        for n, line in enumerate(caplog.messages)
+    ] == [True, True]
     store = EmbeddingStore(tmp_path / "store")
     store.ensure([again], FakeCLIP(), progress=False, budget=ErrorBudget(1.0))
     assert store.rows([again]) == [2] and verify(store.folder) == []
@@ -125,7 +168,10 @@ def test_pictures_of_every_format_with_gaps_and_json_captions_make_batches(tmp_p
     assert sorted(batch["key"]) == ["000000003", "000000007", "000000011", "000000019"]
     exact = decode(saved(drawing), 8)
     assert (batch["image"] - exact).abs().amax() < 0.05
-    assert all(word in " ".join(batch["caption"]).lower() for word in ("three", "seven", "eleven", "nineteen"))
+    assert all(
+        word in " ".join(batch["caption"]).lower()
+        for word in ("three", "seven", "eleven", "nineteen")
+    )
 
 
 @pytest.fixture
@@ -138,7 +184,9 @@ def server(tmp_path):
         def log_message(self, *_):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as httpd:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=folder)
+    ) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{httpd.server_port}", folder
@@ -151,8 +199,13 @@ def test_shards_come_over_http_by_a_brace_pattern(server, workers, caplog):
     here = write_shards(folder, [9, 4, 12])
     there = expand(f"{address}/{{00000..00002}}.tar")
     assert list(map(count_samples, there)) == [9, 4, 12]
-    assert [keys_of(shard, ErrorBudget(0)) for shard in there] == [keys_of(shard, ErrorBudget(0)) for shard in here]
-    assert sorted(itertools.chain(*take(loader(there, steps=6, num_workers=workers), 6)))[-1] <= "000024"
+    assert [keys_of(shard, ErrorBudget(0)) for shard in there] == [
+        keys_of(shard, ErrorBudget(0)) for shard in here
+    ]
+    assert (
+        sorted(itertools.chain(*take(loader(there, steps=6, num_workers=workers), 6)))[-1]
+        <= "000024"
+    )
     missing = f"{address}/00003.tar"
     budget = ErrorBudget(1.0)
     assert keys_of(missing, budget) == [] and budget.bad == 1 and missing in caplog.messages[-1]
@@ -164,14 +217,18 @@ def test_shards_in_s3_come_through_the_command_that_fetches_them(tmp_path, monke
     (tmp_path / "bucket").mkdir()
     shards = write_shards(tmp_path / "bucket", [9, 4])
     aws = tmp_path / "aws"
-    aws.write_text(f'#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] && exec cat "{tmp_path}/${{3#s3://}}"\nexit 9\n')
+    aws.write_text(
+        f'#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] && exec cat "{tmp_path}/${{3#s3://}}"\nexit 9\n'
+    )
     aws.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(UserError) as error:
         expand("s3://bucket/00000.tar")
     assert "'pipe:aws s3 cp s3://bucket/00000.tar -'" in str(error.value)
     urls = expand("pipe:aws s3 cp s3://bucket/{00000..00001}.tar -")
-    assert [keys_of(url, ErrorBudget(0)) for url in urls] == [keys_of(shard, ErrorBudget(0)) for shard in shards]
+    assert [keys_of(url, ErrorBudget(0)) for url in urls] == [
+        keys_of(shard, ErrorBudget(0)) for shard in shards
+    ]
 
 
 class ReaderOf(Samples):
@@ -188,7 +245,9 @@ def test_the_progress_bar_counts_bad_samples_that_any_worker_met(tmp_path, worke
 
     class Watching(Recorder):
         def training_step(self, batch, batch_idx):
-            assert "passed_over" not in batch  # a number of the host, which no device needs to be asked for
+            assert (
+                "passed_over" not in batch
+            )  # a number of the host, which no device needs to be asked for
             return super().training_step(batch, batch_idx)
 
     progress = Progress(refresh_rate=1)
@@ -199,13 +258,22 @@ def test_the_progress_bar_counts_bad_samples_that_any_worker_met(tmp_path, worke
         num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=[progress],
     )  # fmt: skip
     before = set(multiprocessing.active_children())
-    trainer.fit(module, datamodule=data)  # 54 batches of 4 are three passes over the 72 good samples
+    trainer.fit(
+        module, datamodule=data
+    )  # 54 batches of 4 are three passes over the 72 good samples
     assert set(multiprocessing.active_children()) <= before  # no worker outlives the training
     count = trainer.train_dataloader.bad
-    readers = [ReaderOf(data.train_shards, 8, data.config, data.preparation(train=True)) for _ in range(workers or 1)]
+    readers = [
+        ReaderOf(data.train_shards, 8, data.config, data.preparation(train=True))
+        for _ in range(workers or 1)
+    ]
     for place, reader in enumerate(readers):
         reader.place = place, len(readers)
-    assert count == sum(sample["passed_over"] for reader in readers for sample in itertools.islice(reader, 216 // len(readers)))
+    assert count == sum(
+        sample["passed_over"]
+        for reader in readers
+        for sample in itertools.islice(reader, 216 // len(readers))
+    )
     assert isinstance(count, int) and 16 < count < 32
     assert f"bad={count}" in progress.train_progress_bar.postfix
     clean = loader(write_shards(tmp_path, [20] * 4), num_workers=workers)
@@ -222,8 +290,14 @@ def test_embeddings_without_their_images_are_left_over(tmp_path):
     data = data_of(ImageEmbeddingData, shards, shards[1:], tmp_path / "store", max_bad_rate=0.0)
     data.setup("fit")  # as on a rank that finds the store as it is
     seen = [key for _ in range(2) for batch in data.train_dataloader() for key in batch["key"]]
-    assert set(seen) <= {f"{n:06d}" for n in (*range(9), 9, 12, 16)} and len(seen) == 2 * 4 * (17 // 4)
-    assert [key for batch in data.val_dataloader() for key in batch["key"]] == ["000009", "000012", "000016"]
+    assert set(seen) <= {f"{n:06d}" for n in (*range(9), 9, 12, 16)} and len(seen) == 2 * 4 * (
+        17 // 4
+    )
+    assert [key for batch in data.val_dataloader() for key in batch["key"]] == [
+        "000009",
+        "000012",
+        "000016",
+    ]
 
 
 def test_a_manifest_of_another_version_is_refused_before_any_work(tmp_path):
@@ -234,7 +308,11 @@ def test_a_manifest_of_another_version_is_refused_before_any_work(tmp_path):
     good = path.read_text()
     path.write_text(json.dumps({"format": 7, "tables": []}))
     clip = FakeCLIP()
-    for use in (lambda: store.ensure(shards, clip, progress=False), lambda: store.finish(shards[:1], clip), lambda: verify(store.folder)):
+    for use in (
+        lambda: store.ensure(shards, clip, progress=False),
+        lambda: store.finish(shards[:1], clip),
+        lambda: verify(store.folder),
+    ):
         with pytest.raises(UserError, match="has format 7, this version reads 1: fill a new one"):
             use()
     assert clip.seen == 0 and json.loads(path.read_text())["format"] == 7
@@ -250,16 +328,23 @@ def test_a_manifest_of_another_version_is_refused_before_any_work(tmp_path):
 
 
 @pytest.mark.parametrize("may_mount", [True, False])
-def test_a_store_on_a_full_disk_says_so_and_goes_on_when_there_is_room(tmp_path, monkeypatch, may_mount):
+def test_a_store_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
+    tmp_path, monkeypatch, may_mount
+):
     if not may_mount:
         monkeypatch.setattr("tests.disk.mount", lambda *_: False)
     shards = write_shards(tmp_path, [150] * 4)
     with small_disk(tmp_path / "disk", "48k") as disk:
         store = EmbeddingStore(disk / "store")
-        with pytest.raises(UserError, match=r"cannot be written \(the disk is full\): free space, or choose another folder") as error:
+        with pytest.raises(
+            UserError,
+            match=r"cannot be written \(the disk is full\): free space, or choose another folder",
+        ) as error:
             store.ensure(shards, FakeCLIP(), progress=False)
         done = len(list(store.folder.glob("*.safetensors")))
-        assert "\n" not in str(error.value) and not list(store.folder.glob("*.tmp")) and 0 < done < 4
+        assert (
+            "\n" not in str(error.value) and not list(store.folder.glob("*.tmp")) and 0 < done < 4
+        )
         enlarge(disk, "4m")
         second = FakeCLIP()
         store.ensure(shards, second, progress=False)
@@ -280,7 +365,10 @@ def test_a_whole_cache_may_be_read_only_and_one_that_is_not_says_so(tmp_path, mo
             lambda: EmbeddingStore(folder).ensure(shards, FakeCLIP(), progress=False), lambda: EmbeddingStore(cache / "new").ensure(shards, FakeCLIP()),
             lambda: openmoji_shards(32, progress=False),
         ):  # fmt: skip
-            with pytest.raises(UserError, match=r"cannot be written \((the file system is read-only|no permission)\).*UNCLIP_CACHE"):
+            with pytest.raises(
+                UserError,
+                match=r"cannot be written \((the file system is read-only|no permission)\).*UNCLIP_CACHE",
+            ):
                 use()
 
 
@@ -309,6 +397,8 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step_whatever_its_time(tmp
     for name in ("copy/newest-step=100.ckpt", "best-step=100.ckpt"):
         torch.save({}, tmp_path / name)
     for times in ((1, 2e9), (2e9, 1)):
-        for name, moment in zip(("newest-step=100.ckpt", "copy/newest-step=100.ckpt"), times, strict=True):
+        for name, moment in zip(
+            ("newest-step=100.ckpt", "copy/newest-step=100.ckpt"), times, strict=True
+        ):
             os.utime(tmp_path / name, (moment, moment))
         assert newest_checkpoint(tmp_path) == tmp_path / "newest-step=100.ckpt"

@@ -11,7 +11,7 @@ from tests.data.test_shards import keep, loader, take
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.loader import LoaderConfig
 from unclip_pl.data.shards import ErrorBudget
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 
 
 def without_images(folder: Path, counts: list[int], missing: set[int]) -> list[str]:
@@ -19,7 +19,12 @@ def without_images(folder: Path, counts: list[int], missing: set[int]) -> list[s
     shards, ends = [], list(itertools.accumulate(counts))
     for index, (count, end) in enumerate(zip(counts, ends, strict=True)):
         numbers = range(end - count, end)
-        files = {f"{n:06d}.{kind}": picture(n, 8) if kind == "png" else b"x" for n in numbers for kind in ("txt", "png") if kind == "txt" or n not in missing}
+        files = {
+            f"{n:06d}.{kind}": picture(n, 8) if kind == "png" else b"x"
+            for n in numbers
+            for kind in ("txt", "png")
+            if kind == "txt" or n not in missing
+        }
         shards.append(write_tar(folder / f"{index:05d}.tar", files))
     return shards
 
@@ -41,17 +46,25 @@ def passes(shards: list[str], readers: int, epochs: int = 1, **config) -> list[t
 
 
 @pytest.mark.parametrize("readers", [1, 4, 8])
-@pytest.mark.parametrize("missing", [{0, 200, 400, 600, 800}, {0, 1, 2, 3, 4}, {995, 996, 997, 998, 999}])
-def test_samples_without_an_image_below_the_limit_stop_no_reader_and_count_once(tmp_path, readers, missing):
+@pytest.mark.parametrize(
+    "missing", [{0, 200, 400, 600, 800}, {0, 1, 2, 3, 4}, {995, 996, 997, 998, 999}]
+)
+def test_samples_without_an_image_below_the_limit_stop_no_reader_and_count_once(
+    tmp_path, readers, missing
+):
     shards = without_images(tmp_path, [1000], missing)
-    counts = passes(shards, readers, epochs=2, max_bad_rate=0.01)  # before, "5 of 100 samples could not be used"
+    counts = passes(
+        shards, readers, epochs=2, max_bad_rate=0.01
+    )  # before, "5 of 100 samples could not be used"
     assert [sum(column) for column in zip(*counts, strict=True)] == [2 * 995, 2 * 5]
 
 
 @pytest.mark.parametrize("readers", [1, 4, 8])
 def test_too_many_samples_without_an_image_stop_a_reader(tmp_path, readers):
     with pytest.raises(UserError, match=r"of 1\d\d samples could not be used.*it has no image"):
-        passes(without_images(tmp_path, [1000], set(range(0, 1000, 50))), readers, max_bad_rate=0.01)
+        passes(
+            without_images(tmp_path, [1000], set(range(0, 1000, 50))), readers, max_bad_rate=0.01
+        )
 
 
 @pytest.mark.parametrize("readers", [1, 4, 8])
@@ -99,7 +112,9 @@ def test_what_broken_shards_lost_is_the_same_in_any_order(tmp_path):
         budget = ErrorBudget(1.0)
         assert sum(len(keys_of(shard, budget)) for shard in order) + budget.bad == 600
     budget = ErrorBudget(1.0)
-    assert sum(len(keys_of(shard, budget)) for shard in shards[:2]) + budget.bad >= 200  # the half one shows what the quarter lost
+    assert (
+        sum(len(keys_of(shard, budget)) for shard in shards[:2]) + budget.bad >= 200
+    )  # the half one shows what the quarter lost
     assert budget.bad > 45
 
 

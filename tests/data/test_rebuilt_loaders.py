@@ -5,8 +5,8 @@ from lightning.pytorch.callbacks import BatchSizeFinder
 
 from tests.data.shardkit import write_shards
 from tests.data.test_modules import SaveAt, data_of, fit
-from unclip_pl.data.modules import ImageTextData, PriorData
 from unclip_pl.data.rows import RowsConfig
+from unclip_pl.datamodules.modules import ImageTextData, PriorData
 
 
 def of_kind(kind, shards, folder, workers):

@@ -12,9 +12,16 @@ import torch
 from PIL import Image
 
 from tests.data.shardkit import picture, pixels, write_shards, write_tar
-from unclip_pl.data.loader import LoaderConfig, Samples, SamplesInOrder, TrainLoader, ValidationLoader, steps_of_epoch
+from unclip_pl.data.loader import (
+    LoaderConfig,
+    Samples,
+    SamplesInOrder,
+    TrainLoader,
+    ValidationLoader,
+    steps_of_epoch,
+)
 from unclip_pl.data.shards import BadSample, ErrorBudget, count_samples, decode, expand, raw_samples
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 
 
 def keep(sample: dict, epoch: int) -> dict:
@@ -23,7 +30,9 @@ def keep(sample: dict, epoch: int) -> dict:
 
 def loader(shards, steps=7, rank=0, world=1, start_method=None, **config) -> TrainLoader:
     config = LoaderConfig(**{"batch_size": 4, "num_workers": 0, "window": 2, **config})
-    return TrainLoader(Samples(shards, 8, config, keep, rank=rank, world=world), steps, start_method)
+    return TrainLoader(
+        Samples(shards, 8, config, keep, rank=rank, world=world), steps, start_method
+    )
 
 
 def take(batches: TrainLoader, count: int) -> list[list[str]]:
@@ -49,12 +58,20 @@ def saved(data: bytes | Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def test_patterns_lists_folders_and_urls_expand(tmp_path, shards):
-    assert expand(str(tmp_path)) == expand(str(tmp_path / "{00000..00005}.tar")) == expand(str(tmp_path / "*.tar")) == shards
+    assert (
+        expand(str(tmp_path))
+        == expand(str(tmp_path / "{00000..00005}.tar"))
+        == expand(str(tmp_path / "*.tar"))
+        == shards
+    )
     assert expand([shards[2], str(tmp_path / "{00000,00001}.tar")]) == [shards[2], *shards[:2]]
     assert expand("https://host/{0..1}.tar") == ["https://host/0.tar", "https://host/1.tar"]
 
 
-@pytest.mark.parametrize("spec", ["nothing", "none-*.tar", "{00000..00007}.tar", "empty", "{0..", "s3://bucket/0.tar", []])
+@pytest.mark.parametrize(
+    "spec",
+    ["nothing", "none-*.tar", "{00000..00007}.tar", "empty", "{0..", "s3://bucket/0.tar", []],
+)
 def test_what_matches_nothing_is_one_sentence(tmp_path, shards, spec, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -63,32 +80,61 @@ def test_what_matches_nothing_is_one_sentence(tmp_path, shards, spec, monkeypatc
         return
     with pytest.raises(UserError) as error:
         expand(spec)
-    assert "\n" not in str(error.value) and ("shard" in str(error.value) or ".tar" in str(error.value))
+    assert "\n" not in str(error.value) and (
+        "shard" in str(error.value) or ".tar" in str(error.value)
+    )
 
 
 def test_img2dataset_output_is_read_as_it_is(noto):
     shards = expand(str(noto))
     samples = [sample for shard in shards for sample in raw_samples(shard, ErrorBudget(0))]
     assert len(samples) == sum(map(count_samples, shards)) == 400
-    assert len({sample["key"] for sample in samples}) == 400 and all(sample["caption"] for sample in samples)
+    assert len({sample["key"] for sample in samples}) == 400 and all(
+        sample["caption"] for sample in samples
+    )
     image = decode(samples[0]["image"], 64)
-    assert image.shape == (3, 64, 64) and image.dtype == torch.float32 and -1 <= image.min() < image.max() <= 1
+    assert (
+        image.shape == (3, 64, 64)
+        and image.dtype == torch.float32
+        and -1 <= image.min() < image.max() <= 1
+    )
 
 
 def test_a_shard_is_read_through_a_pipe(shards):
     url = f"pipe:cat {shards[1]}"
     assert expand(url) == [url]
-    assert [s["key"] for s in raw_samples(url, ErrorBudget(0))] == [s["key"] for s in raw_samples(shards[1], ErrorBudget(0))]
+    assert [s["key"] for s in raw_samples(url, ErrorBudget(0))] == [
+        s["key"] for s in raw_samples(shards[1], ErrorBudget(0))
+    ]
     assert count_samples(url) == 4
 
 
 def test_captions_come_from_txt_then_json_and_may_be_missing(tmp_path):
     image = picture(0)
-    shard = write_tar(tmp_path / "a.tar", {
-        "a.png": image, "a.txt": b" one \n", "b.jpg": image, "b.json": b'{"caption": "two"}', "c.webp": image, "d.png": image, "d.txt": b"",
-        "e.png": image, "e.json": b"[1]", "f.PNG": image, "f.txt": b"\xff",
-    })
-    assert {s["key"]: s["caption"] for s in raw_samples(shard, ErrorBudget(0))} == {"a": "one", "b": "two", "c": "", "d": "", "e": "", "f": "ÿ"}
+    shard = write_tar(
+        tmp_path / "a.tar",
+        {
+            "a.png": image,
+            "a.txt": b" one \n",
+            "b.jpg": image,
+            "b.json": b'{"caption": "two"}',
+            "c.webp": image,
+            "d.png": image,
+            "d.txt": b"",
+            "e.png": image,
+            "e.json": b"[1]",
+            "f.PNG": image,
+            "f.txt": b"\xff",
+        },
+    )
+    assert {s["key"]: s["caption"] for s in raw_samples(shard, ErrorBudget(0))} == {
+        "a": "one",
+        "b": "two",
+        "c": "",
+        "d": "",
+        "e": "",
+        "f": "ÿ",
+    }
 
 
 def test_no_pickle_is_opened(tmp_path):
@@ -97,7 +143,18 @@ def test_no_pickle_is_opened(tmp_path):
             return (open, (str(tmp_path / "boom"), "w"))
 
     bomb = pickle.dumps(Bomb())
-    shard = write_tar(tmp_path / "a.tar", {"a.png": picture(1), "a.txt": b"x", "a.pkl": bomb, "a.pth": bomb, "a.pyd": bomb, "b.png": bomb, "b.txt": b"y"})
+    shard = write_tar(
+        tmp_path / "a.tar",
+        {
+            "a.png": picture(1),
+            "a.txt": b"x",
+            "a.pkl": bomb,
+            "a.pth": bomb,
+            "a.pyd": bomb,
+            "b.png": bomb,
+            "b.txt": b"y",
+        },
+    )
     for sample in raw_samples(shard, ErrorBudget(1)):
         try:
             decode(sample["image"], 8)
@@ -121,15 +178,21 @@ def test_transparency_is_white_and_exif_turns():
 
 
 def test_grey_16_bit_and_cmyk_keep_their_brightness():
-    assert decode(saved(Image.fromarray(pixels(257 * 100))), 8).unique().numpy() == pytest.approx(100 / 127.5 - 1, abs=1e-5)
-    assert decode(saved(Image.new("L", (9, 9), 100)), 8).unique().numpy() == pytest.approx(100 / 127.5 - 1, abs=1e-5)
+    assert decode(saved(Image.fromarray(pixels(257 * 100))), 8).unique().numpy() == pytest.approx(
+        100 / 127.5 - 1, abs=1e-5
+    )
+    assert decode(saved(Image.new("L", (9, 9), 100)), 8).unique().numpy() == pytest.approx(
+        100 / 127.5 - 1, abs=1e-5
+    )
     assert decode(saved(Image.new("CMYK", (16, 16), (0, 0, 0, 0)), "JPEG"), 8).min() > 0.97
 
 
 def test_the_short_side_is_resized_antialiased_and_the_centre_cut():
     wide = Image.new("RGB", (96, 32), "black")
     wide.paste("white", (32, 0, 64, 32))
-    assert decode(saved(wide), 16)[..., 1:-1].min() > 0.95  # at the very edge the filter sees the black beside the cut
+    assert (
+        decode(saved(wide), 16)[..., 1:-1].min() > 0.95
+    )  # at the very edge the filter sees the black beside the cut
     checks = Image.new("L", (64, 64))
     checks.putdata([255 * ((x + y) % 2) for y in range(64) for x in range(64)])
     assert decode(saved(checks), 8).abs().max() < 0.05  # grey, not aliased to black or white
@@ -139,24 +202,48 @@ def test_the_short_side_is_resized_antialiased_and_the_centre_cut():
 
 def test_a_large_jpeg_decoded_small_is_the_same_picture(tmp_path, noto):
     picture = decode(next(raw_samples(expand(str(noto))[0], ErrorBudget(0)))["image"], 256)
-    large = Image.fromarray(((picture.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype("uint8")).resize((1024, 1024), Image.Resampling.BICUBIC)
-    jpeg, whole = saved(large, "JPEG", quality=95), decode(saved(Image.open(io.BytesIO(saved(large, "JPEG", quality=95)))), 64)
+    large = Image.fromarray(
+        ((picture.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype("uint8")
+    ).resize((1024, 1024), Image.Resampling.BICUBIC)
+    jpeg, whole = (
+        saved(large, "JPEG", quality=95),
+        decode(saved(Image.open(io.BytesIO(saved(large, "JPEG", quality=95)))), 64),
+    )
     assert 0 < (decode(jpeg, 64) - whole).abs().mean() < 0.02
     assert torch.equal(decode(jpeg, 64, exact_jpeg=True), whole)
     shard = write_tar(tmp_path / "a.tar", {"a.jpg": jpeg, "a.txt": b"a"})
-    exact, fast = (next(iter(Samples([shard], 64, LoaderConfig(exact_jpeg=exact), keep)))["image"] for exact in (True, False))
+    exact, fast = (
+        next(iter(Samples([shard], 64, LoaderConfig(exact_jpeg=exact), keep)))["image"]
+        for exact in (True, False)
+    )
     assert torch.equal(exact, whole) and not torch.equal(fast, whole)
 
 
 def test_bad_samples_are_named_and_counted(tmp_path, caplog):
-    shard = write_tar(tmp_path / "a.tar", {
-        "a.png": b"garbage", "a.txt": b"x", "b.txt": b"no image", "c.png": picture(0)[:-40], "c.txt": b"cut",
-        "d.png": picture(1), "d.json": b"{", "e.png": picture(2),
-    })
+    shard = write_tar(
+        tmp_path / "a.tar",
+        {
+            "a.png": b"garbage",
+            "a.txt": b"x",
+            "b.txt": b"no image",
+            "c.png": picture(0)[:-40],
+            "c.txt": b"cut",
+            "d.png": picture(1),
+            "d.json": b"{",
+            "e.png": picture(2),
+        },
+    )
     samples = Samples([shard], 8, LoaderConfig(max_bad_rate=1.0), keep)
     assert [s["key"] for s in itertools.islice(samples, 3)] == ["e"] * 3
-    for key, reason in {"a": "cannot be decoded", "b": "no image", "c": "cannot be decoded", "d": ".json cannot be read"}.items():
-        assert any(f"sample {key} of {shard}" in line and reason in line for line in caplog.messages), key
+    for key, reason in {
+        "a": "cannot be decoded",
+        "b": "no image",
+        "c": "cannot be decoded",
+        "d": ".json cannot be read",
+    }.items():
+        assert any(
+            f"sample {key} of {shard}" in line and reason in line for line in caplog.messages
+        ), key
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -165,7 +252,11 @@ def test_too_many_bad_samples_stop_the_run_with_one_sentence(tmp_path, workers):
     assert len(take(loader(shards, steps=40, max_bad_rate=0.06), 40)) == 40
     with pytest.raises(UserError) as error:
         take(loader(shards, steps=50, max_bad_rate=0.04, num_workers=workers), 50)
-    assert "could not be used" in str(error.value) and "max_bad_rate (0.04)" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        "could not be used" in str(error.value)
+        and "max_bad_rate (0.04)" in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_truncated_garbage_and_missing_shards_have_sentences(tmp_path, shards, caplog):
@@ -173,7 +264,10 @@ def test_truncated_garbage_and_missing_shards_have_sentences(tmp_path, shards, c
     (tmp_path / "00002.tar").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "00001.tar").write_bytes(b"garbage" * 1000)
     budget = ErrorBudget(1.0)
-    assert 3 < len(list(raw_samples(shards[2], budget))) < 12 and list(raw_samples(shards[1], budget)) == []
+    assert (
+        3 < len(list(raw_samples(shards[2], budget))) < 12
+        and list(raw_samples(shards[1], budget)) == []
+    )
     assert any("the rest of shard" in line and "no whole tar" in line for line in caplog.messages)
     with pytest.raises(UserError, match=r"00001\.tar is no whole tar"):
         count_samples(shards[1])
@@ -233,8 +327,16 @@ def test_resume_is_exact_with_bad_samples_and_at_the_end_of_the_only_window(tmp_
 
 def test_a_state_of_an_earlier_form_starts_the_next_epoch(shards, caplog):
     second = loader(shards)
-    second.load_state_dict({"shape": {"world": 1}, "done": 3, "loader": {"dataset_state": {"epoch": 4, "window": 0, "offset": 8}}})
-    assert next(iter(second))["epoch"].tolist() == [5] * 4 and "start of the next epoch" in caplog.text
+    second.load_state_dict(
+        {
+            "shape": {"world": 1},
+            "done": 3,
+            "loader": {"dataset_state": {"epoch": 4, "window": 0, "offset": 8}},
+        }
+    )
+    assert (
+        next(iter(second))["epoch"].tolist() == [5] * 4 and "start of the next epoch" in caplog.text
+    )
 
 
 def test_a_pass_gives_each_sample_once_and_the_next_another_order(shards):
@@ -290,7 +392,15 @@ def test_validation_gives_every_rank_as_much_and_repeats_only_to_fill(tmp_path, 
     shards = write_shards(tmp_path, [total - 1, 1])
     ranks = []
     for rank in range(world):
-        samples = SamplesInOrder(shards, 8, LoaderConfig(batch_size=2, num_workers=0), keep, rank=rank, world=world, total=total)
+        samples = SamplesInOrder(
+            shards,
+            8,
+            LoaderConfig(batch_size=2, num_workers=0),
+            keep,
+            rank=rank,
+            world=world,
+            total=total,
+        )
         batches = list(ValidationLoader(samples))
         assert len(ValidationLoader(samples)) == len(batches)
         ranks.append([key for batch in batches for key in batch["key"]])
@@ -303,7 +413,10 @@ def test_validation_gives_every_rank_as_much_and_repeats_only_to_fill(tmp_path, 
 def test_validation_with_bad_samples_keeps_ranks_in_step(tmp_path):
     shards = write_shards(tmp_path, [12], bad={0, 3})  # both of rank 0
     config = LoaderConfig(batch_size=2, num_workers=0, max_bad_rate=1.0)
-    lengths = [len(list(SamplesInOrder(shards, 8, config, keep, rank=rank, world=3, total=12))) for rank in range(3)]
+    lengths = [
+        len(list(SamplesInOrder(shards, 8, config, keep, rank=rank, world=3, total=12)))
+        for rank in range(3)
+    ]
     assert lengths == [4, 4, 4]
     alone = [s["key"] for s in SamplesInOrder(shards, 8, config, keep, total=12)]
     assert alone == [f"{n:06d}" for n in range(12) if n not in (0, 3)]
@@ -348,7 +461,9 @@ def resumed(shards, given, old, **shape) -> list[TrainLoader]:
     return new
 
 
-@pytest.mark.parametrize("counts", [[9, 4, 12, 7, 5, 11], [3] * 40], ids=["samples shared out", "shards shared out"])
+@pytest.mark.parametrize(
+    "counts", [[9, 4, 12, 7, 5, 11], [3] * 40], ids=["samples shared out", "shards shared out"]
+)
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -357,15 +472,24 @@ def resumed(shards, given, old, **shape) -> list[TrainLoader]:
     ],
     ids=str,
 )  # fmt: skip
-def test_another_number_of_readers_gives_each_sample_of_the_epoch_once(tmp_path, counts, before, after, caplog):
+def test_another_number_of_readers_gives_each_sample_of_the_epoch_once(
+    tmp_path, counts, before, after, caplog
+):
     shards, world = write_shards(tmp_path, counts), before.get("world", 1)
     old = [loader(shards, rank=rank, **before) for rank in range(world)]
     steps = round(1.4 * sum(counts) / (4 * world))  # somewhere in epoch 1
-    given = [pair for one in old for batch in one_by_one(one, steps) for pair in zip(batch["epoch"].tolist(), batch["key"], strict=True)]
+    given = [
+        pair
+        for one in old
+        for batch in one_by_one(one, steps)
+        for pair in zip(batch["epoch"].tolist(), batch["key"], strict=True)
+    ]
     given += until(resumed(shards, given, old, **after), 2)
     every = Counter(given)
     for epoch in range(3):
-        assert {key: every[epoch, key] for key in (f"{n:06d}" for n in range(sum(counts)))} == {f"{n:06d}": 1 for n in range(sum(counts))}, epoch
+        assert {key: every[epoch, key] for key in (f"{n:06d}" for n in range(sum(counts)))} == {
+            f"{n:06d}": 1 for n in range(sum(counts))
+        }, epoch
     assert not caplog.messages
 
 
@@ -378,7 +502,12 @@ def test_a_second_change_of_readers_within_the_epoch_loses_nothing_either(tmp_pa
     shards = write_shards(tmp_path, [3] * 40)
     old, given = [loader(shards, rank=rank, world=2) for rank in range(2)], []
     for world in (3, 1, 2):
-        given += [pair for one in old for batch in one_by_one(one, 4) for pair in zip(batch["epoch"].tolist(), batch["key"], strict=True)]
+        given += [
+            pair
+            for one in old
+            for batch in one_by_one(one, 4)
+            for pair in zip(batch["epoch"].tolist(), batch["key"], strict=True)
+        ]
         old = resumed(shards, given, old, world=world)
     given += until(old, 1)
     every = Counter(given)

@@ -9,9 +9,9 @@ from tests.data.test_prior_data import module
 from tests.data.test_shards import loader, take
 from tests.stages.test_diffusion_prior import batch, prior
 from unclip_pl.data.loader import LoaderConfig, steps_of_epoch
-from unclip_pl.data.modules import PriorData
 from unclip_pl.data.rows import RowLoader, RowsConfig
-from unclip_pl.errors import UserError
+from unclip_pl.datamodules.modules import PriorData
+from unclip_pl.utils.errors import UserError
 
 
 @pytest.mark.parametrize("workers", [2, 3])

@@ -36,15 +36,22 @@ def test_it_is_the_form_of_analytic_dpm():
     r, s = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
     lam2, ratio = schedule.posterior_variance, r / s
     second_moment = (1 - r) / (r * STD**2 + 1 - r)  # of eps given x_t: linear in x_t
-    theirs = lam2 + (((1 - r) / ratio).sqrt() - (1 - s - lam2).sqrt()).square() * (1 - second_moment)
-    torch.testing.assert_close(analytic_variance(schedule, EXACT)[1:], theirs[1:], rtol=1e-6, atol=1e-12)
+    theirs = lam2 + (((1 - r) / ratio).sqrt() - (1 - s - lam2).sqrt()).square() * (
+        1 - second_moment
+    )
+    torch.testing.assert_close(
+        analytic_variance(schedule, EXACT)[1:], theirs[1:], rtol=1e-6, atol=1e-12
+    )
 
 
 def test_few_steps_keep_the_spread_of_the_data_and_the_small_variance_does_not():
     schedule = PROCESS.schedule.respaced(6)
     predict = PROCESS.adapt(optimal, schedule)
     drawn = {}
-    for name, choice in {"analytic": with_analytic_variance(predict, schedule, EXACT.float()), "small": predict}.items():
+    for name, choice in {
+        "analytic": with_analytic_variance(predict, schedule, EXACT.float()),
+        "small": predict,
+    }.items():
         noise = Noise([1, 2])
         drawn[name] = float(ddpm(choice, noise((20_000,)), schedule, noise=noise).std())
     assert abs(drawn["analytic"] - STD) < 0.01
@@ -60,6 +67,8 @@ def test_error_is_estimated_at_every_timestep():
         assert t.max() - t.min() > 500  # all levels of noise in each batch
         errors.add(t, x0, optimal(PROCESS.diffuse(x0, t, torch.randn(70, 64)), t))
     assert errors.counts.min() >= 10
-    assert ((errors.mean() / EXACT).log().abs() < 0.35).all() and abs((errors.mean() / EXACT).mean() - 1) < 0.01
+    assert ((errors.mean() / EXACT).log().abs() < 0.35).all() and abs(
+        (errors.mean() / EXACT).mean() - 1
+    ) < 0.01
     with pytest.raises(ValueError, match=r"at least 1 draw"):
         ErrorByTimestep(1000, 0)

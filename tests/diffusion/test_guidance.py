@@ -29,13 +29,20 @@ def test_scale_one_draws_exactly_what_the_conditional_draws(sampler):
     schedule = PROCESS.schedule.respaced(10)
     predict = guided(lambda x, t: (conditional(x, t), null(x, t)), 1.0)
     draw = SAMPLERS[sampler]
-    assert torch.equal(draw(predict, x_of(), schedule, noise=Noise([1, 2, 3])), draw(conditional, x_of(), schedule, noise=Noise([1, 2, 3])))
+    assert torch.equal(
+        draw(predict, x_of(), schedule, noise=Noise([1, 2, 3])),
+        draw(conditional, x_of(), schedule, noise=Noise([1, 2, 3])),
+    )
 
 
 def test_guidance_extrapolates_x0_and_eps_alike():
     conditional, null = two_models()
     x = x_of()
-    cond, none, ours = conditional(x, T), null(x, T), guided(lambda x, t: (conditional(x, t), null(x, t)), 3.0)(x, T)
+    cond, none, ours = (
+        conditional(x, T),
+        null(x, T),
+        guided(lambda x, t: (conditional(x, t), null(x, t)), 3.0)(x, T),
+    )
     torch.testing.assert_close(ours.eps, none.eps + 3 * (cond.eps - none.eps))
     torch.testing.assert_close(ours.x0, PROCESS.to_x0(ours.eps, x, T), rtol=1e-4, atol=1e-3)
     assert torch.equal(ours.log_var, cond.log_var)
@@ -63,7 +70,9 @@ def test_static_threshold_is_a_clamp_and_eps_still_describes_x_t():
         ours = thresholded(conditional, PROCESS, mode)(x, T)
         assert ours.x0.abs().max() <= 1
         torch.testing.assert_close(PROCESS.diffuse(ours.x0, T, ours.eps), x, rtol=1e-4, atol=1e-4)
-    assert torch.equal(static_threshold(torch.tensor([-12.0, 0.5, 11.0]), 10.0), torch.tensor([-10.0, 0.5, 10.0]))
+    assert torch.equal(
+        static_threshold(torch.tensor([-12.0, 0.5, 11.0]), 10.0), torch.tensor([-10.0, 0.5, 10.0])
+    )
 
 
 def test_a_threshold_changes_nothing_where_x0_is_in_range():

@@ -11,8 +11,14 @@ def test_a_sample_has_the_same_noise_in_any_batch():
     first, second = batch((3, 5, 5)), batch((3, 5, 5))
     for k, seed in enumerate([3, 1, 4, 1]):
         alone = Noise([seed])
-        assert torch.equal(alone((3, 5, 5))[0], first[k]) and torch.equal(alone((3, 5, 5))[0], second[k])
-    assert torch.equal(first[1], first[3]) and not torch.equal(first[0], first[1]) and not torch.equal(first, second)
+        assert torch.equal(alone((3, 5, 5))[0], first[k]) and torch.equal(
+            alone((3, 5, 5))[0], second[k]
+        )
+    assert (
+        torch.equal(first[1], first[3])
+        and not torch.equal(first[0], first[1])
+        and not torch.equal(first, second)
+    )
 
 
 def test_slices_share_the_streams():
@@ -46,5 +52,7 @@ def test_uniform_draws_are_uniform_and_each_samples_own():
     whole = Noise([3, 1, 4])
     first, second = whole.uniform((5,)), whole.uniform((5,))
     alone = Noise([1])
-    assert torch.equal(alone.uniform((5,))[0], first[1]) and torch.equal(alone.uniform((5,))[0], second[1])
+    assert torch.equal(alone.uniform((5,))[0], first[1]) and torch.equal(
+        alone.uniform((5,))[0], second[1]
+    )
     assert not torch.equal(first, second)

@@ -16,7 +16,11 @@ T_VALUES = [0, 1, 250, 500, 900, 998]
 
 def draw(shape, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return torch.rand(shape, generator=g) * 2 - 1, torch.randn(shape, generator=g), torch.tensor(T_VALUES)
+    return (
+        torch.rand(shape, generator=g) * 2 - 1,
+        torch.randn(shape, generator=g),
+        torch.tensor(T_VALUES),
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -28,22 +32,43 @@ def test_every_parametrisation_agrees_with_the_oracle(kind, shape):
     output = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     abar = oracle.products(oracle.cosine_betas(1000))
     for b, time in enumerate(T_VALUES):
-        np.testing.assert_allclose(x_t[b], oracle.diffuse(abar[time], x0[b].double().numpy(), noise[b].double().numpy()), atol=1e-6)
-        np.testing.assert_allclose(target[b], oracle.target(kind, abar[time], x0[b].double().numpy(), noise[b].double().numpy()), atol=1e-6)
-        clean, eps = oracle.x0_and_eps(kind, abar[time], output[b].double().numpy(), x_t[b].double().numpy())
+        np.testing.assert_allclose(
+            x_t[b],
+            oracle.diffuse(abar[time], x0[b].double().numpy(), noise[b].double().numpy()),
+            atol=1e-6,
+        )
+        np.testing.assert_allclose(
+            target[b],
+            oracle.target(kind, abar[time], x0[b].double().numpy(), noise[b].double().numpy()),
+            atol=1e-6,
+        )
+        clean, eps = oracle.x0_and_eps(
+            kind, abar[time], output[b].double().numpy(), x_t[b].double().numpy()
+        )
         np.testing.assert_allclose(process.to_x0(output, x_t, t)[b], clean, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(process.to_eps(output, x_t, t)[b], eps, rtol=1e-4, atol=1e-5)
-        mean, _ = oracle.posterior(abar[time], abar[time - 1] if time else 1.0, x0[b].double().numpy(), x_t[b].double().numpy())
-        np.testing.assert_allclose(process.posterior_mean(x0, x_t, t)[b], mean, rtol=1e-5, atol=1e-6)
+        mean, _ = oracle.posterior(
+            abar[time],
+            abar[time - 1] if time else 1.0,
+            x0[b].double().numpy(),
+            x_t[b].double().numpy(),
+        )
+        np.testing.assert_allclose(
+            process.posterior_mean(x0, x_t, t)[b], mean, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_target_as_output_gives_x0_and_noise_back(kind):
     process = Process(DiffusionConfig(parametrization=kind, variance="fixed_small"))
     x0, noise, t = draw((6, 3, 4, 4))
-    prediction = process.adapt(lambda x, t: process.target(x0, t, noise))(process.diffuse(x0, t, noise), t)
+    prediction = process.adapt(lambda x, t: process.target(x0, t, noise))(
+        process.diffuse(x0, t, noise), t
+    )
     torch.testing.assert_close(prediction.x0, x0, atol=1e-3, rtol=0)
-    torch.testing.assert_close(prediction.eps, noise, atol=5e-4, rtol=0)  # x0 -> eps divides by sigma_0 = 0.0064
+    torch.testing.assert_close(
+        prediction.eps, noise, atol=5e-4, rtol=0
+    )  # x0 -> eps divides by sigma_0 = 0.0064
 
 
 @pytest.mark.parametrize("steps", [None, 27])
@@ -56,8 +81,14 @@ def test_learned_variance_spans_btilde_to_beta_of_the_steps(steps):
     for v, expected in ((-1.0, schedule.posterior_log_variance), (1.0, schedule.betas.log())):
         output = torch.cat([x, torch.full_like(x, v)], 1)
         log_var = process.adapt(lambda x, t, output=output: output, schedule)(x, t).log_var
-        torch.testing.assert_close(log_var[:, 0, 0, 0].double(), expected[position], rtol=1e-5, atol=1e-5)
-    fixed = Process(DiffusionConfig(variance="fixed_large")).adapt(lambda x, t: x, schedule)(x, t).log_var
+        torch.testing.assert_close(
+            log_var[:, 0, 0, 0].double(), expected[position], rtol=1e-5, atol=1e-5
+        )
+    fixed = (
+        Process(DiffusionConfig(variance="fixed_large"))
+        .adapt(lambda x, t: x, schedule)(x, t)
+        .log_var
+    )
     torch.testing.assert_close(fixed, log_var[:, :1, :1, :1])
 
 
@@ -71,7 +102,9 @@ def test_a_variance_asked_outside_of_the_steps_is_nan():
 def test_steps_of_another_process_are_refused():
     process = Process(DiffusionConfig())
     with pytest.raises(ValueError, match="process.schedule.respaced"):
-        process.adapt(lambda x, t: x, Process(DiffusionConfig(schedule="linear")).schedule.respaced(10))
+        process.adapt(
+            lambda x, t: x, Process(DiffusionConfig(schedule="linear")).schedule.respaced(10)
+        )
 
 
 @pytest.mark.parametrize("bound", [2.0, 1.0])
@@ -114,15 +147,23 @@ def test_tables_stay_float32_and_right_under_casts_and_meta():
     assert not reference.state_dict()
     with torch.device("meta"):
         built_on_meta = Process(DiffusionConfig())
-    for process in (copy.deepcopy(reference).half(), copy.deepcopy(reference).to(torch.bfloat16), built_on_meta.to_empty(device="cpu")):
-        for (name, ours), (_, right) in zip(process.named_buffers(), reference.named_buffers(), strict=True):
+    for process in (
+        copy.deepcopy(reference).half(),
+        copy.deepcopy(reference).to(torch.bfloat16),
+        built_on_meta.to_empty(device="cpu"),
+    ):
+        for (name, ours), (_, right) in zip(
+            process.named_buffers(), reference.named_buffers(), strict=True
+        ):
             assert ours.dtype == torch.float32 and torch.equal(ours, right), name
 
 
 def test_predictions_are_float32_for_a_bfloat16_network():
     process = Process(DiffusionConfig())
     predict = process.adapt(lambda x, t: torch.cat([x, x], 1).bfloat16())
-    assert {p.dtype for p in predict(torch.zeros(2, 3, 4, 4), torch.tensor([3, 7]))} == {torch.float32}
+    assert {p.dtype for p in predict(torch.zeros(2, 3, 4, 4), torch.tensor([3, 7]))} == {
+        torch.float32
+    }
 
 
 @pytest.mark.parametrize("field", ["schedule", "parametrization", "variance"])

@@ -9,7 +9,14 @@ import torch
 from tests.oracles import diffusion as oracle
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Prediction, Process
-from unclip_pl.diffusion.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp, invert, invert_implicit
+from unclip_pl.diffusion.samplers import (
+    SAMPLERS,
+    ddim,
+    ddpm,
+    dpm_solver_pp,
+    invert,
+    invert_implicit,
+)
 
 MEAN = torch.tensor([0.6, -0.3])
 COVARIANCE = torch.tensor([[0.40, 0.18], [0.18, 0.25]])
@@ -53,30 +60,57 @@ def double_predict(abar, betas, timesteps):
 def test_whole_trajectories_agree_with_the_oracle(name, eta, steps):
     process = Process(DiffusionConfig(schedule="linear"))
     schedule = process.schedule.respaced(steps)
-    ours = SAMPLERS[name](process.adapt(network, schedule), start(), schedule, noise=Noise([8, 9]), eta=eta)
+    ours = SAMPLERS[name](
+        process.adapt(network, schedule), start(), schedule, noise=Noise([8, 9]), eta=eta
+    )
     timesteps = oracle.strided(1000, steps)
     abar = oracle.products(oracle.linear_betas(1000))[timesteps]
     betas = 1 - abar / np.concatenate([[1.0], abar[:-1]])
-    predict, stream, x = double_predict(abar, betas, timesteps), Noise([8, 9]), start().double().numpy()
+    predict, stream, x = (
+        double_predict(abar, betas, timesteps),
+        Noise([8, 9]),
+        start().double().numpy(),
+    )
     noises = [stream((3, 4, 4)).double().numpy() for _ in range(steps - 1)]
-    theirs = oracle.ddpm(predict, x, abar, timesteps, noises) if name == "ddpm" else oracle.ddim(predict, x, abar, timesteps, eta, noises)
+    theirs = (
+        oracle.ddpm(predict, x, abar, timesteps, noises)
+        if name == "ddpm"
+        else oracle.ddim(predict, x, abar, timesteps, eta, noises)
+    )
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).max())
 
 
 def walk(scheduler, timesteps, x, generator, **options):
     for t in timesteps:
-        x = scheduler.step(network(x, torch.full((1,), int(t)))[:, : options["channels"]], t, x, generator=generator).prev_sample
+        x = scheduler.step(
+            network(x, torch.full((1,), int(t)))[:, : options["channels"]],
+            t,
+            x,
+            generator=generator,
+        ).prev_sample
     return x
 
 
-@pytest.mark.parametrize("schedule_name, theirs", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
-@pytest.mark.parametrize("variance, channels", [("fixed_small", 3), ("fixed_large", 3), ("learned_range", 6)])
+@pytest.mark.parametrize(
+    "schedule_name, theirs", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")]
+)
+@pytest.mark.parametrize(
+    "variance, channels", [("fixed_small", 3), ("fixed_large", 3), ("learned_range", 6)]
+)
 def test_ddpm_agrees_with_diffusers(schedule_name, theirs, variance, channels):
     diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDPMScheduler(1000, 1e-4, 0.02, theirs, variance_type=variance, clip_sample=False)
+    scheduler = diffusers.DDPMScheduler(
+        1000, 1e-4, 0.02, theirs, variance_type=variance, clip_sample=False
+    )
     positions = (0, 40, 200, 201, 400, 650, 900)
     scheduler.set_timesteps(timesteps=list(positions[::-1]))
-    x = walk(scheduler, scheduler.timesteps, start(1), torch.Generator().manual_seed(5), channels=channels)
+    x = walk(
+        scheduler,
+        scheduler.timesteps,
+        start(1),
+        torch.Generator().manual_seed(5),
+        channels=channels,
+    )
     process = Process(DiffusionConfig(schedule=schedule_name, variance=variance))
     schedule = process.schedule.at(positions)
     predict = process.adapt(lambda x, t: network(x, t)[:, :channels], schedule)
@@ -85,17 +119,37 @@ def test_ddpm_agrees_with_diffusers(schedule_name, theirs, variance, channels):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("kind, theirs", [("eps", "epsilon"), ("x0", "sample"), ("v", "v_prediction")])
+@pytest.mark.parametrize(
+    "kind, theirs", [("eps", "epsilon"), ("x0", "sample"), ("v", "v_prediction")]
+)
 def test_ddim_agrees_with_diffusers(kind, theirs, eta):
     diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDIMScheduler(1000, 1e-4, 0.02, "linear", prediction_type=theirs, clip_sample=False, timestep_spacing="leading")
+    scheduler = diffusers.DDIMScheduler(
+        1000,
+        1e-4,
+        0.02,
+        "linear",
+        prediction_type=theirs,
+        clip_sample=False,
+        timestep_spacing="leading",
+    )
     scheduler.set_timesteps(50)
     x, generator = start(1), torch.Generator().manual_seed(5)
     for t in scheduler.timesteps:
-        x = scheduler.step(network(x, t.view(1))[:, :3], t, x, eta=eta, generator=generator).prev_sample
-    process = Process(DiffusionConfig(schedule="linear", parametrization=kind, variance="fixed_small"))
+        x = scheduler.step(
+            network(x, t.view(1))[:, :3], t, x, eta=eta, generator=generator
+        ).prev_sample
+    process = Process(
+        DiffusionConfig(schedule="linear", parametrization=kind, variance="fixed_small")
+    )
     schedule = process.schedule.at(tuple(range(0, 1000, 20)))
-    ours = ddim(process.adapt(lambda x, t: network(x, t)[:, :3], schedule), start(1), schedule, noise=Noise([5]), eta=eta)
+    ours = ddim(
+        process.adapt(lambda x, t: network(x, t)[:, :3], schedule),
+        start(1),
+        schedule,
+        noise=Noise([5]),
+        eta=eta,
+    )
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
 
 
@@ -103,12 +157,16 @@ def test_ddim_agrees_with_diffusers(kind, theirs, eta):
 @pytest.mark.parametrize("steps", [2, 12, 40])
 def test_dpm_solver_agrees_with_diffusers(steps):
     diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DPMSolverMultistepScheduler(1000, 1e-4, 0.02, "linear", solver_order=2, final_sigmas_type="zero")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        1000, 1e-4, 0.02, "linear", solver_order=2, final_sigmas_type="zero"
+    )
     scheduler.set_timesteps(steps)
     x = walk(scheduler, scheduler.timesteps, start(1), None, channels=3)
     process = Process(DiffusionConfig(schedule="linear", variance="fixed_small"))
     schedule = process.schedule.at(tuple(int(t) for t in reversed(scheduler.timesteps)))
-    ours = dpm_solver_pp(process.adapt(lambda x, t: network(x, t)[:, :3], schedule), start(1), schedule)
+    ours = dpm_solver_pp(
+        process.adapt(lambda x, t: network(x, t)[:, :3], schedule), start(1), schedule
+    )
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
 
 
@@ -125,7 +183,11 @@ def best_denoiser(process, steps=None, true_variance=False):
         if true_variance:
             i = positions[int(t[0])]
             left = torch.diagonal(COVARIANCE - a.sqrt() * gain @ COVARIANCE)
-            log_var = (steps.posterior_variance[i] + steps.posterior_x0_weight[i] ** 2 * left).float().log()
+            log_var = (
+                (steps.posterior_variance[i] + steps.posterior_x0_weight[i] ** 2 * left)
+                .float()
+                .log()
+            )
         return Prediction(x0, process.x0_to_eps(x0, x, t), log_var)
 
     return predict
@@ -140,16 +202,24 @@ def whitened(size):
 
 def moments_error(name, eta, schedule, steps, size):
     """Largest error of the mean and of the covariance of what is drawn."""
-    process = Process(DiffusionConfig(schedule=schedule, parametrization="x0", variance="fixed_small"))
+    process = Process(
+        DiffusionConfig(schedule=schedule, parametrization="x0", variance="fixed_small")
+    )
     if steps == "even log SNR":
         abar = process.schedule.alphas_cumprod
         lam = (abar / (1 - abar)).log()
         even = torch.linspace(lam[0], lam[-1], 20, dtype=torch.float64)
-        respaced = process.schedule.at(sorted({int((lam - value).abs().argmin()) for value in even}))
+        respaced = process.schedule.at(
+            sorted({int((lam - value).abs().argmin()) for value in even})
+        )
     else:
         respaced = process.schedule.respaced(steps)
-    drawn = SAMPLERS[name](best_denoiser(process), whitened(size), respaced, noise=OneStream(), eta=eta)
-    return (drawn.mean(0) - MEAN).abs().max().item(), (drawn.T.cov() - COVARIANCE).abs().max().item()
+    drawn = SAMPLERS[name](
+        best_denoiser(process), whitened(size), respaced, noise=OneStream(), eta=eta
+    )
+    return (drawn.mean(0) - MEAN).abs().max().item(), (
+        drawn.T.cov() - COVARIANCE
+    ).abs().max().item()
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
@@ -168,7 +238,10 @@ def test_stochastic_samplers_draw_the_gaussian_they_were_given(name, eta):
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_dpm_solver_is_nearer_than_ddim_where_steps_are_even_in_log_snr(schedule):
     """Even timesteps end in a step many times the one before it, where extrapolating does not pay (diffusers does the same)."""
-    errors = {name: moments_error(name, 0.0, schedule, "even log SNR", 200)[1] for name in ("ddim", "dpm_solver_pp")}
+    errors = {
+        name: moments_error(name, 0.0, schedule, "even log SNR", 200)[1]
+        for name in ("ddim", "dpm_solver_pp")
+    }
     assert errors["dpm_solver_pp"] < 0.5 * errors["ddim"], errors
 
 
@@ -188,7 +261,9 @@ def test_ddpm_uses_the_variance_that_it_is_told():
     steps = process.schedule.respaced(20)
     x = whitened(8000)
     variances = COVARIANCE.diagonal()
-    right = ddpm(best_denoiser(process, steps, true_variance=True), x, steps, noise=OneStream()).var(0)
+    right = ddpm(
+        best_denoiser(process, steps, true_variance=True), x, steps, noise=OneStream()
+    ).var(0)
     torch.testing.assert_close(right, variances, rtol=0.06, atol=0)
 
     def fixed(table):
@@ -209,11 +284,16 @@ def round_trip_error(name, steps):
     def denoise(x, t):  # the best denoiser of pixels from N(+-0.6, 0.2^2): not linear
         a = process.schedule.alphas_cumprod[t[0]].item()
         variance = a * 0.2**2 + 1 - a
-        x0 = (a**0.5 * 0.2**2 * x + (1 - a) * 0.6 * torch.tanh(0.6 * a**0.5 / variance * x)) / variance
+        x0 = (
+            a**0.5 * 0.2**2 * x + (1 - a) * 0.6 * torch.tanh(0.6 * a**0.5 / variance * x)
+        ) / variance
         return process.x0_to_eps(x0, x, t)
 
     predict = process.adapt(denoise, schedule)
-    x = 0.6 * torch.randint(0, 2, (2, 3, 4, 4), generator=torch.Generator().manual_seed(0)) * 2 - 0.6
+    x = (
+        0.6 * torch.randint(0, 2, (2, 3, 4, 4), generator=torch.Generator().manual_seed(0)) * 2
+        - 0.6
+    )
     x = x + 0.2 * Noise([0, 1])((3, 4, 4))
     latent = invert(predict, x, schedule)
     return (ddim(predict, latent, schedule) - x).square().mean().sqrt().item()
@@ -249,7 +329,9 @@ def test_implicit_inversion_solves_the_step_down(steps):
     x = 0.5 * start()
 
     def error(inversion, **options):
-        return float((ddim(predict, inversion(predict, x, schedule, **options), schedule) - x).abs().max())
+        return float(
+            (ddim(predict, inversion(predict, x, schedule, **options), schedule) - x).abs().max()
+        )
 
     assert error(invert_implicit, rounds=60) < 1e-4
     assert error(invert_implicit) < 0.7 * error(invert)
@@ -307,7 +389,14 @@ def test_the_last_step_adds_no_noise(name, eta):
         seen.append(predict(x, t))
         return seen[-1]
 
-    ours = SAMPLERS[name](watched, start(), schedule, noise=Noise([1, 2]), eta=eta, callback=lambda *step: done.append(step))
+    ours = SAMPLERS[name](
+        watched,
+        start(),
+        schedule,
+        noise=Noise([1, 2]),
+        eta=eta,
+        callback=lambda *step: done.append(step),
+    )
     assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
     torch.testing.assert_close(ours, seen[-1].x0)
 
@@ -317,14 +406,21 @@ def test_samplers_share_one_signature(sampler):
     assert inspect.signature(sampler) == inspect.signature(ddpm)
     process = Process(DiffusionConfig(parametrization="v", variance="fixed_large"))
     for steps in (1, 2, 1000):
-        drawn = sampler(process.adapt(lambda x, t: -0.1 * x), Noise([0])((5,)), process.schedule.respaced(steps), noise=Noise([1]))
+        drawn = sampler(
+            process.adapt(lambda x, t: -0.1 * x),
+            Noise([0])((5,)),
+            process.schedule.respaced(steps),
+            noise=Noise([1]),
+        )
         assert drawn.shape == (1, 5) and drawn.dtype == torch.float32 and drawn.isfinite().all()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_implicit_inversion_of_very_few_steps_stays_finite(steps):
     process = Process(DiffusionConfig(parametrization="v", variance="fixed_small"))
-    latent = invert_implicit(process.adapt(lambda x, t: -0.5 * x), 0.5 * start(), process.schedule.respaced(steps))
+    latent = invert_implicit(
+        process.adapt(lambda x, t: -0.5 * x), 0.5 * start(), process.schedule.respaced(steps)
+    )
     assert latent.abs().max() < 10
 
 

@@ -24,7 +24,10 @@ def test_linear_has_the_known_values():
     assert abar[999].item() == pytest.approx(4.03583e-5, rel=1e-5)
 
 
-@pytest.mark.parametrize("name, ours, theirs", [("cosine", cosine_betas, oracle.cosine_betas), ("linear", linear_betas, oracle.linear_betas)])
+@pytest.mark.parametrize(
+    "name, ours, theirs",
+    [("cosine", cosine_betas, oracle.cosine_betas), ("linear", linear_betas, oracle.linear_betas)],
+)
 @pytest.mark.parametrize("T", [50, 1000])
 def test_tables_agree_with_the_oracle(name, ours, theirs, T):
     np.testing.assert_allclose(ours(T).numpy(), theirs(T), rtol=1e-12)
@@ -32,12 +35,26 @@ def test_tables_agree_with_the_oracle(name, ours, theirs, T):
     abar = oracle.products(theirs(T))
     np.testing.assert_allclose(schedule.alphas_cumprod.numpy(), abar, rtol=1e-12)
     np.testing.assert_allclose(schedule.betas.numpy(), theirs(T), rtol=1e-9)
-    variances = [oracle.posterior(abar[t], abar[t - 1] if t else 1.0, 0.0, 0.0)[1] for t in range(T)]
-    np.testing.assert_allclose(schedule.posterior_variance.numpy(), variances, rtol=1e-8, atol=1e-18)
-    np.testing.assert_allclose(schedule.posterior_log_variance.numpy()[1:], np.log(variances[1:]), rtol=1e-8)
+    variances = [
+        oracle.posterior(abar[t], abar[t - 1] if t else 1.0, 0.0, 0.0)[1] for t in range(T)
+    ]
+    np.testing.assert_allclose(
+        schedule.posterior_variance.numpy(), variances, rtol=1e-8, atol=1e-18
+    )
+    np.testing.assert_allclose(
+        schedule.posterior_log_variance.numpy()[1:], np.log(variances[1:]), rtol=1e-8
+    )
     assert schedule.posterior_log_variance[0] == schedule.posterior_log_variance[1]
-    for table in ("alphas_cumprod", "alphas_cumprod_prev", "betas", "posterior_variance", "posterior_log_variance"):
-        assert getattr(schedule, table).dtype == torch.float64 and len(getattr(schedule, table)) == T
+    for table in (
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "betas",
+        "posterior_variance",
+        "posterior_log_variance",
+    ):
+        assert (
+            getattr(schedule, table).dtype == torch.float64 and len(getattr(schedule, table)) == T
+        )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 27, 64, 1000])
@@ -70,7 +87,11 @@ def test_posterior_weights_are_those_of_bayes_rule_after_respacing(steps):
 )
 def test_respacing_has_the_known_timesteps(spec, first, last, length):
     timesteps = Schedule.named("cosine").respaced(spec).timesteps.tolist()
-    assert timesteps[: len(first)] == first and timesteps[-len(last) :] == last and len(timesteps) == length
+    assert (
+        timesteps[: len(first)] == first
+        and timesteps[-len(last) :] == last
+        and len(timesteps) == length
+    )
 
 
 def test_fast27_visits_the_timesteps_of_glide():
@@ -82,19 +103,27 @@ def test_fast27_visits_the_timesteps_of_glide():
 
 @pytest.mark.parametrize("steps", [2, 5, 27, 50, 64, 100, 250, 500, 1000])
 def test_even_spacing_is_the_summed_stride_of_iddpm(steps):
-    assert Schedule.named("linear").respaced(steps).timesteps.tolist() == oracle.strided(1000, steps)
+    assert Schedule.named("linear").respaced(steps).timesteps.tolist() == oracle.strided(
+        1000, steps
+    )
 
 
 def test_respacing_keeps_abar_and_makes_betas_of_the_longer_steps():
     full = Schedule.named("cosine")
     short = full.respaced(64)
     assert torch.equal(short.alphas_cumprod, full.alphas_cumprod[short.timesteps])
-    torch.testing.assert_close(torch.cumprod(1 - short.betas, 0), short.alphas_cumprod, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        torch.cumprod(1 - short.betas, 0), short.alphas_cumprod, rtol=1e-6, atol=0
+    )
     assert torch.equal(full.respaced(1000).betas, full.betas)
 
 
 def test_respacing_twice_still_names_original_timesteps():
-    assert Schedule.named("cosine").respaced("ddim250").at((0, 1, 249)).timesteps.tolist() == [0, 4, 996]
+    assert Schedule.named("cosine").respaced("ddim250").at((0, 1, 249)).timesteps.tolist() == [
+        0,
+        4,
+        996,
+    ]
 
 
 @pytest.mark.parametrize("spec", [0, 1001, "ddim64", "often", [600, 600], [], (), (-1, 3)])

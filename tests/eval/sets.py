@@ -5,7 +5,9 @@ import math
 import torch
 
 
-def features(n: int, dim: int, seed: int = 0, shift: float = 0.0, rank: int | None = None) -> torch.Tensor:
+def features(
+    n: int, dim: int, seed: int = 0, shift: float = 0.0, rank: int | None = None
+) -> torch.Tensor:
     """(N, D) float32 with a decaying spectrum and a mean, not negative, as a network's pooled features are."""
     generator = torch.Generator().manual_seed(seed)
     rank = rank or min(dim, 64)
@@ -16,6 +18,8 @@ def features(n: int, dim: int, seed: int = 0, shift: float = 0.0, rank: int | No
 
 def exactly(mean: torch.Tensor, root: torch.Tensor, n: int, seed: int = 0) -> torch.Tensor:
     """(N, D) float64 whose sample mean is `mean` and whose sample covariance (over N - 1) is root root^T, to rounding; N > D."""
-    z = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    z = torch.randn(
+        n, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     q = torch.linalg.qr(z - z.mean(0)).Q * math.sqrt(n - 1)
     return q @ root.T + mean

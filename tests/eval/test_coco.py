@@ -15,11 +15,11 @@ from tests.eval import tiny
 from tests.eval.test_reference import photograph
 from tests.training.forks import Ranks
 from unclip_pl.data.shards import decode
-from unclip_pl.errors import UserError
-from unclip_pl.images import to_uint8
-from unclip_pl.pipeline import UnCLIP
+from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.stages.decoder import SamplingConfig
 from unclip_pl.stages.diffusion_prior import PriorSamplingConfig
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.images import to_uint8
 
 PICTURES, COUNT, SIDE = 9, 6, 64
 """Of the annotations, and of those that have a caption drawn."""

@@ -12,7 +12,7 @@ from PIL import ImageFilter
 
 from eval import clip_score, fid
 from eval.features import named
-from unclip_pl.clip import CLIPConfig, FrozenCLIP
+from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
 from unclip_pl.data.openmoji import draw, records
 
 

@@ -18,7 +18,7 @@ from tests.eval import tiny
 from tests.training.forks import Ranks
 from unclip_pl.data.shards import decode
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.images import to_uint8
+from unclip_pl.utils.images import to_uint8
 
 
 @pytest.fixture(scope="module")

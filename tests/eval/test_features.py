@@ -13,8 +13,8 @@ from PIL import Image
 
 from eval import features
 from tests.eval import tiny
-from unclip_pl.clip import FrozenCLIP
-from unclip_pl.errors import UserError
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.utils.errors import UserError
 
 
 @pytest.fixture

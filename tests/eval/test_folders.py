@@ -13,7 +13,7 @@ from eval.extract import extract, reference
 from eval.features import Network
 from eval.folders import Pictures
 from tests.data.shardkit import write_shards
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 
 
 def write(folder, count, size=8, start=0):

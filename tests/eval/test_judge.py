@@ -9,9 +9,9 @@ import torch
 from eval import clip_score
 from eval.judge import EMBEDDED_JUDGE, Judge, same_clip, score_clip
 from tests.eval import tiny
-from unclip_pl import _open_clip
-from unclip_pl.clip import CLIPConfig, FrozenCLIP
-from unclip_pl.errors import UserError
+from unclip_pl.clip import loading as _open_clip
+from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
+from unclip_pl.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch import distributed
 from eval import distances, metrics
 from tests.eval.sets import features
 from tests.training.forks import Ranks
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 
 
 def filled(metric, a, b, batch):

@@ -8,7 +8,7 @@ from eval.judge import Seen
 from eval.metrics import CLIPScore
 from eval.paired import Difference, kernel_distances, paired_differences, score_of, spread
 from tests.eval.sets import features
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 
 
 def seen(seed: int, n: int = 300, shift: float = 0.0) -> list[Seen]:

@@ -15,8 +15,8 @@ from eval.source import Drawn
 from tests.data.shardkit import write_tar
 from tests.eval import tiny
 from unclip_pl.data.shards import decode
-from unclip_pl.errors import UserError
-from unclip_pl.images import to_uint8
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.images import to_uint8
 
 COUNT = 5
 

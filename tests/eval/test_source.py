@@ -13,16 +13,18 @@ from eval import source
 from eval.captions import Caption, read_captions
 from eval.source import Drawn, add_arguments, open_source
 from tests.eval import tiny
-from unclip_pl.errors import UserError
-from unclip_pl.images import to_uint8
-from unclip_pl.pipeline import DEFAULT_PRIORS, UnCLIP
+from unclip_pl.pipeline.unclip import DEFAULT_PRIORS, UnCLIP
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.images import to_uint8
 
 CAPTIONS = [Caption(f"key {k}", f"caption {k}") for k in range(11)]
 
 
 def draw(indices):
     """Picture k from seed k alone."""
-    return torch.stack([torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(k)) * 2 - 1 for k in indices])
+    return torch.stack(
+        [torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(k)) * 2 - 1 for k in indices]
+    )
 
 
 def drawn(folder: Path, draw=draw, captions=CAPTIONS, settings=None, **options) -> Drawn:
@@ -31,7 +33,11 @@ def drawn(folder: Path, draw=draw, captions=CAPTIONS, settings=None, **options) 
 
 def all_of(*sources: Drawn, batch_size: int = 3) -> dict[str, tuple[bytes, str]]:
     batches = [batch for one in sources for batch in one.batches(batch_size)]
-    return {key: (image.numpy().tobytes(), text) for b in batches for key, image, text in zip(b["keys"], b["images"], b["captions"], strict=True)}
+    return {
+        key: (image.numpy().tobytes(), text)
+        for b in batches
+        for key, image, text in zip(b["keys"], b["images"], b["captions"], strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +70,13 @@ def test_ranks_have_disjoint_shares_which_are_together_those_of_one(tmp_path, wo
     alone = all_of(drawn(tmp_path / "one"))
     ranks = [drawn(tmp_path / "many", rank=rank, world_size=world) for rank in range(world)]
     shares = [all_of(rank) for rank in ranks]
-    assert sum(map(len, shares)) == 11 and {key: value for share in shares for key, value in share.items()} == alone
-    contents = lambda folder: {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
+    assert (
+        sum(map(len, shares)) == 11
+        and {key: value for share in shares for key, value in share.items()} == alone
+    )
+    contents = lambda folder: {
+        path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()
+    }
     assert contents("one") == contents("many")
 
 
@@ -79,7 +90,9 @@ def test_a_killed_run_keeps_whole_shards_and_draws_the_rest(tmp_path):
         drawn(tmp_path, killed).complete(2)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert [path.name for path in tmp_path.glob("[0-9]*.tar")] == ["00000.tar"] and list(tmp_path.glob(".*.tmp"))
+    assert [path.name for path in tmp_path.glob("[0-9]*.tar")] == ["00000.tar"] and list(
+        tmp_path.glob(".*.tmp")
+    )
     asked = []
     again = drawn(tmp_path, lambda indices: (asked.extend(indices), draw(indices))[1])
     assert all_of(again) == all_of(drawn(tmp_path / "whole")) and asked == list(range(4, 11))
@@ -91,7 +104,9 @@ def test_a_killed_run_keeps_whole_shards_and_draws_the_rest(tmp_path):
 def test_the_first_captions_are_part_of_all(tmp_path):
     first, whole = drawn(tmp_path, first=6), drawn(tmp_path)
     assert len(first) == 6 and list(all_of(first)) == [f"{k:07d}" for k in range(6)]
-    assert len(list(tmp_path.glob("*.tar"))) == 2 and all(batch["keys"] for batch in first.batches(1))
+    assert len(list(tmp_path.glob("*.tar"))) == 2 and all(
+        batch["keys"] for batch in first.batches(1)
+    )
     assert dict(list(all_of(whole).items())[:6]) == all_of(first) and len(all_of(whole)) == 11
     torch.testing.assert_close(whole.pictures([10, 0]), draw([10, 0]), rtol=0, atol=1 / 255)
 
@@ -124,7 +139,19 @@ def test_a_folder_of_other_shards_is_left_alone(tmp_path):
 @pytest.mark.parametrize("condition", ["prior", "text", "caption"])
 def test_a_model_draws_what_its_pipeline_draws(release, shard, tmp_path, condition):
     words = ["--prior-sampler", "ddim", "--prior-steps", "2"] if condition == "prior" else []
-    opened = open_source(given("--ckpt", str(release), "--captions", str(shard), "--condition", condition, "--samples", str(tmp_path), *words))
+    opened = open_source(
+        given(
+            "--ckpt",
+            str(release),
+            "--captions",
+            str(shard),
+            "--condition",
+            condition,
+            "--samples",
+            str(tmp_path),
+            *words,
+        )
+    )
     images = torch.cat([batch["images"] for batch in opened.batches(8)])
     captions = [caption.text for caption in read_captions(str(shard))]
     unclip = UnCLIP.load(release, DEFAULT_PRIORS["diffusion"] if condition == "prior" else None)
@@ -133,23 +160,40 @@ def test_a_model_draws_what_its_pipeline_draws(release, shard, tmp_path, conditi
         from dataclasses import replace
 
         prior = replace(unclip.prior.sampling, sampler="ddim", steps=2)
-    assert torch.equal(images, to_uint8(unclip.generate(captions, range(7, 13), condition, prior_sampling=prior)))
+    assert torch.equal(
+        images, to_uint8(unclip.generate(captions, range(7, 13), condition, prior_sampling=prior))
+    )
     assert json.loads((tmp_path / "samples.json").read_text())["settings"]["condition"] == condition
 
 
 def test_samples_lie_in_the_cache_in_a_folder_of_their_settings(release, shard, cache):
     words = ["--ckpt", str(release), "--captions", str(shard), "--condition", "caption"]
-    folders = [open_source(given(*words, *more)).folder for more in ([], [], ["--guidance-scale", "2"], ["--num-captions", "5"])]
-    assert folders[0] == folders[1] and len(set(folders)) == 3 and all(folder.parent == cache / "samples" for folder in folders)
+    folders = [
+        open_source(given(*words, *more)).folder
+        for more in ([], [], ["--guidance-scale", "2"], ["--num-captions", "5"])
+    ]
+    assert (
+        folders[0] == folders[1]
+        and len(set(folders)) == 3
+        and all(folder.parent == cache / "samples" for folder in folders)
+    )
 
 
 def test_a_decoder_on_text_embeddings_is_conditioned_on_them_unasked(tmp_path, shard):
-    opened = open_source(given("--ckpt", str(tiny.decoder(tmp_path / "text", "text")), "--captions", str(shard)))
+    opened = open_source(
+        given("--ckpt", str(tiny.decoder(tmp_path / "text", "text")), "--captions", str(shard))
+    )
     assert opened.settings["condition"] == "text" and opened.settings["prior"] is None
 
 
 def test_a_folder_of_images_needs_no_model(shard):
-    assert sum(len(batch["keys"]) for batch in open_source(given("--images", str(shard.parent))).batches(4)) == 6
+    assert (
+        sum(
+            len(batch["keys"])
+            for batch in open_source(given("--images", str(shard.parent))).batches(4)
+        )
+        == 6
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,12 +202,36 @@ def test_a_folder_of_images_needs_no_model(shard):
         ([], "Say what is to be judged"),
         (["--images", "{shards}", "--ckpt", "openmoji"], "Say what is to be judged"),
         (["--images", "{shards}", "--prior", "ar"], "--prior is for pictures that a model draws"),
-        (["--ckpt", "openmoji", "--condition", "text", "--prior", "ar"], "--prior is given, and --condition text uses none"),
-        (["--ckpt", "{prior}", "--condition", "text"], "holds a DiffusionPrior, and a Decoder is needed"),
-        (["--ckpt", "openmoji", "--prior", "{decoder}"], "holds a Decoder, and a DiffusionPrior or ARPrior is needed"),
+        (
+            ["--ckpt", "openmoji", "--condition", "text", "--prior", "ar"],
+            "--prior is given, and --condition text uses none",
+        ),
+        (
+            ["--ckpt", "{prior}", "--condition", "text"],
+            "holds a DiffusionPrior, and a Decoder is needed",
+        ),
+        (
+            ["--ckpt", "openmoji", "--prior", "{decoder}"],
+            "holds a Decoder, and a DiffusionPrior or ARPrior is needed",
+        ),
         (["--ckpt", "gone.ckpt"], "There is no checkpoint gone.ckpt"),
-        (["--ckpt", "{decoder}", "--captions", "gone.txt", "--condition", "text"], "gone.txt cannot be read"),
-        (["--ckpt", "{decoder}", "--steps", "0", "--condition", "text", "--captions", "{shards}"], "--steps is 0"),
+        (
+            ["--ckpt", "{decoder}", "--captions", "gone.txt", "--condition", "text"],
+            "gone.txt cannot be read",
+        ),
+        (
+            [
+                "--ckpt",
+                "{decoder}",
+                "--steps",
+                "0",
+                "--condition",
+                "text",
+                "--captions",
+                "{shards}",
+            ],
+            "--steps is 0",
+        ),
     ],
 )
 def test_what_cannot_be_opened_is_one_sentence(words, said, release, shard):
@@ -175,13 +243,26 @@ def test_what_cannot_be_opened_is_one_sentence(words, said, release, shard):
 def test_captions_of_every_kind(tmp_path, shard, caplog):
     text = tmp_path / "mine.txt"
     text.write_text("a dog\n\n  a cat \n \n", encoding="utf-8")
-    assert [(caption.key, caption.text) for caption in read_captions(str(text))] == [("line 1", "a dog"), ("line 3", "a cat")]
+    assert [(caption.key, caption.text) for caption in read_captions(str(text))] == [
+        ("line 1", "a dog"),
+        ("line 3", "a cat"),
+    ]
     assert "has 2 blank captions (line 2, line 4), which were passed over" in caplog.text
     coco = tmp_path / "captions.json"
-    coco.write_text(json.dumps({"annotations": [{"id": k, "image_id": k // 5, "caption": f" picture\n {k} "} for k in range(50)]}))
+    coco.write_text(
+        json.dumps(
+            {
+                "annotations": [
+                    {"id": k, "image_id": k // 5, "caption": f" picture\n {k} "} for k in range(50)
+                ]
+            }
+        )
+    )
     some = read_captions(str(coco), 10)
     assert some == read_captions(str(coco), 10) and len({caption.picture for caption in some}) == 10
-    assert all(caption.text == f"picture {caption.key}" for caption in some) and [c.key for c in some] != [str(k) for k in range(10)]
+    assert all(caption.text == f"picture {caption.key}" for caption in some) and [
+        c.key for c in some
+    ] != [str(k) for k in range(10)]
     pictured = read_captions(str(shard), 4)
     assert len(pictured) == 4 and all(caption.image for caption in pictured)
 
@@ -189,8 +270,11 @@ def test_captions_of_every_kind(tmp_path, shard, caplog):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("blank.txt", b"\n \n", "There are no captions"), ("bytes.txt", b"\xff\xfe", "are not UTF-8"), ("wrong.json", b"[1]", "is none of MS-COCO's"),
-        ("wrong.json", b"{", "is none of MS-COCO's"), ("one.txt", b"dog", "2 captions were asked for and"),
+        ("blank.txt", b"\n \n", "There are no captions"),
+        ("bytes.txt", b"\xff\xfe", "are not UTF-8"),
+        ("wrong.json", b"[1]", "is none of MS-COCO's"),
+        ("wrong.json", b"{", "is none of MS-COCO's"),
+        ("one.txt", b"dog", "2 captions were asked for and"),
     ],
 )
 def test_captions_that_are_none_are_one_sentence(tmp_path, name, content, words):
@@ -203,4 +287,8 @@ def test_another_file_of_the_same_name_is_another_model(tmp_path):
     tiny.decoder(tmp_path / "a" / "mine")
     tiny.decoder(tmp_path / "b" / "mine", seed=1)
     one, two = (source.weights_of(tmp_path / name / "mine") for name in "ab")
-    assert one["name"] == two["name"] and one["sha256"] != two["sha256"] and one == source.weights_of(tmp_path / "a" / "mine")
+    assert (
+        one["name"] == two["name"]
+        and one["sha256"] != two["sha256"]
+        and one == source.weights_of(tmp_path / "a" / "mine")
+    )

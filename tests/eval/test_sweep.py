@@ -14,9 +14,9 @@ from eval.folders import Pictures
 from eval.judge import pictures_of
 from eval.metrics import FrechetDistance
 from tests.eval import tiny
-from unclip_pl.images import to_uint8
-from unclip_pl.pipeline import UnCLIP
+from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.utils.images import to_uint8
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from unclip_pl import release
-from unclip_pl.clip import FrozenCLIP
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data import openmoji
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.text import TextConfig
 from unclip_pl.networks.unet import UNetConfig
-from unclip_pl.release import Release
+from unclip_pl.pipeline import release
+from unclip_pl.pipeline.release import Release
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
 from unclip_pl.stages.upsampler import NET as UPSAMPLER_NET
 from unclip_pl.stages.upsampler import Upsampler256, UpsamplingConfig

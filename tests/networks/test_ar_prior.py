@@ -11,8 +11,12 @@ from unclip_pl.networks.text import TextConfig
 CONFIG = ARPriorConfig(embed_dim=12, width=32, depth=2, heads=4, max_codes=6, buckets=16)
 TEXTS = {
     "states": TextConfig(kind="states", states_width=10, context_length=8),
-    "transformer": TextConfig(kind="transformer", vocab_size=50, context_length=8, width=16, depth=1, heads=2),
-    "embeddings": TextConfig(kind="transformer", vocab_size=50, context_length=8, width=16, depth=0, heads=2),
+    "transformer": TextConfig(
+        kind="transformer", vocab_size=50, context_length=8, width=16, depth=1, heads=2
+    ),
+    "embeddings": TextConfig(
+        kind="transformer", vocab_size=50, context_length=8, width=16, depth=0, heads=2
+    ),
     "none": TextConfig(),
 }
 
@@ -30,8 +34,11 @@ def text(size: int = 3, seed: int = 1) -> dict:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, 49, (size, 7), generator=generator)
     return {
-        "text_embed": torch.randn(size, 12, generator=generator).double(), "tokens": tokens, "mask": torch.arange(7) <= torch.tensor([[4], [6], [2]]),
-        "states": torch.randn(size, 7, 10, generator=generator).double(), "dot": torch.randint(0, 16, (size,), generator=generator),
+        "text_embed": torch.randn(size, 12, generator=generator).double(),
+        "tokens": tokens,
+        "mask": torch.arange(7) <= torch.tensor([[4], [6], [2]]),
+        "states": torch.randn(size, 7, 10, generator=generator).double(),
+        "dot": torch.randint(0, 16, (size,), generator=generator),
     }
 
 
@@ -41,7 +48,9 @@ CODES = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]])
 
 def test_no_code_is_seen_before_its_time(net):
     held = {}
-    net.code_embedding.register_forward_hook(lambda *a: held.update(codes=a[2]) or a[2].retain_grad())
+    net.code_embedding.register_forward_hook(
+        lambda *a: held.update(codes=a[2]) or a[2].retain_grad()
+    )
     prefix = net.prefix(YES, **text())
     prefix.retain_grad()
     logits = net(prefix, CODES)
@@ -100,7 +109,9 @@ def plain_draw(net, prefix, uniform, null=None, scale=1.0, temperature=1.0, top_
         if null is not None:
             without = net(null, codes)[:, -1]
             logits = without + scale * (logits - without)
-        codes = torch.cat([codes, sample_top_p(logits, uniform[:, k], temperature, top_p)[:, None]], dim=1)
+        codes = torch.cat(
+            [codes, sample_top_p(logits, uniform[:, k], temperature, top_p)[:, None]], dim=1
+        )
     return codes
 
 
@@ -110,7 +121,9 @@ def test_cached_drawing_equals_the_plain_one(net, scale):
     prefix, null = net.prefix(YES, **text()), None if scale == 1 else net.prefix(NO, **text())
     before = prefix.clone()
     steps = []
-    cached = net.generate(prefix, uniform, null, scale, 0.8, 0.9, callback=lambda *step: steps.append(step))
+    cached = net.generate(
+        prefix, uniform, null, scale, 0.8, 0.9, callback=lambda *step: steps.append(step)
+    )
     assert torch.equal(cached, plain_draw(net, prefix, uniform, null, scale, 0.8, 0.9))
     assert steps == [(k, 6) for k in range(1, 7)] and torch.equal(prefix, before)
     assert len({tuple(row) for row in cached.tolist()}) == 3
@@ -131,7 +144,15 @@ def test_every_parameter_gets_a_gradient(net):
 def test_caption_longer_than_its_positions_is_a_sentence(net):
     if net.length:
         with pytest.raises(ValueError, match=r"9 tokens and (text\.)?context_length is 8"):
-            net.prefix(YES, **text() | {"tokens": torch.ones(3, 9).long(), "states": torch.zeros(3, 9, 10).double(), "mask": None})
+            net.prefix(
+                YES,
+                **text()
+                | {
+                    "tokens": torch.ones(3, 9).long(),
+                    "states": torch.zeros(3, 9, 10).double(),
+                    "mask": None,
+                },
+            )
 
 
 def slow_pick(logits: list[float], u: float, temperature: float, top_p: float) -> int:
@@ -156,23 +177,35 @@ def slow_pick(logits: list[float], u: float, temperature: float, top_p: float) -
 def test_temperature_and_nucleus_against_a_slow_reference(temperature, top_p):
     torch.manual_seed(4)
     logits, u = torch.randn(300, 12).double() * 2, torch.rand(300)
-    expected = [slow_pick(row.tolist(), float(v), temperature, top_p) for row, v in zip(logits, u, strict=True)]
+    expected = [
+        slow_pick(row.tolist(), float(v), temperature, top_p)
+        for row, v in zip(logits, u, strict=True)
+    ]
     assert sample_top_p(logits, u.double(), temperature, top_p).tolist() == expected
 
 
 def test_draws_have_the_distribution_and_zero_temperature_has_the_mode():
     logits = torch.tensor([0.5, 2.0, -1.0, 1.0, -1e9])
-    drawn = sample_top_p(logits.expand(40000, -1), torch.rand(40000, generator=torch.Generator().manual_seed(0)))
+    drawn = sample_top_p(
+        logits.expand(40000, -1), torch.rand(40000, generator=torch.Generator().manual_seed(0))
+    )
     assert (drawn.bincount(minlength=5) / 40000 - logits.softmax(0)).abs().max() < 0.01
     assert (sample_top_p(logits.expand(9, -1), torch.rand(9), temperature=0) == 1).all()
-    assert sample_top_p(logits[None], torch.tensor([1 - 2**-24])).item() == 3  # never one of no probability
+    assert (
+        sample_top_p(logits[None], torch.tensor([1 - 2**-24])).item() == 3
+    )  # never one of no probability
     before = logits.clone()
     sample_top_p(logits[None], torch.tensor([0.5]), 0.5, 0.5)
     assert torch.equal(logits, before)
 
 
 def test_neighbouring_buckets_begin_alike():
-    net = ARPriorNet(ARPriorConfig(embed_dim=12, width=64, depth=1, heads=4, max_codes=6, buckets=256), TextConfig())
+    net = ARPriorNet(
+        ARPriorConfig(embed_dim=12, width=64, depth=1, heads=4, max_codes=6, buckets=256),
+        TextConfig(),
+    )
     for table in (net.code_embedding.weight, net.head.weight, net.dot_embedding.weight[:256]):
-        near, far = ((table[shift:] - table[:-shift]).norm() / table[shift:].norm() for shift in (1, 128))
+        near, far = (
+            (table[shift:] - table[:-shift]).norm() / table[shift:].norm() for shift in (1, 128)
+        )
         assert near < 0.15 and far > 1 and 0.01 < table.std() < 0.04

@@ -6,7 +6,6 @@ from torch import nn
 
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
-from unclip_pl.errors import UserError
 from unclip_pl.networks.ar_prior import ARPriorConfig
 from unclip_pl.networks.compilation import compile_blocks
 from unclip_pl.networks.layers import Block
@@ -17,6 +16,7 @@ from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior, PriorSamplingConfig
 from unclip_pl.stages.upsampler import NET, Upsampler256, UpsamplingConfig
+from unclip_pl.utils.errors import UserError
 
 DIM, LENGTH = 12, 6
 

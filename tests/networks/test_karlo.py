@@ -12,7 +12,14 @@ diffusers = pytest.importorskip("diffusers")
 
 DEPTH, CLIP, CONTEXT, LENGTH = 2, 12, 48, 7
 CONFIG = UNetConfig(
-    image_size=16, width=32, mults=(1, 2, 3, 4), depth=DEPTH, attention=(8, 4, 2), head_width=32, embed_dim=CLIP, context_width=CONTEXT
+    image_size=16,
+    width=32,
+    mults=(1, 2, 3, 4),
+    depth=DEPTH,
+    attention=(8, 4, 2),
+    head_width=32,
+    embed_dim=CLIP,
+    context_width=CONTEXT,
 )
 TEXT = TextConfig(kind="states", states_width=CLIP)
 
@@ -35,7 +42,14 @@ def theirs() -> nn.Module:
     )
 
 
-RES = {"norm1": "norm1", "conv1": "conv1", "emb_proj": "time_emb_proj", "norm2": "norm2", "conv2": "conv2", "shortcut": "conv_shortcut"}
+RES = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "emb_proj": "time_emb_proj",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "shortcut": "conv_shortcut",
+}
 HEAD = {
     "conv_in": "conv_in",
     "time_embed.0": "time_embedding.linear_1",
@@ -72,12 +86,26 @@ def fill_unet(ours: UNet, source: dict[str, Tensor]) -> None:
     for index, block in enumerate(ours.down_blocks):
         level, i = divmod(index, DEPTH + 1)
         name = f"down_blocks.{level}"
-        fill_block(block, source, f"{name}.resnets.{i}" if i < DEPTH else f"{name}.downsamplers.0", f"{name}.attentions.{i}", "")
-    fill_block(ours.middle_block, source, "mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
+        fill_block(
+            block,
+            source,
+            f"{name}.resnets.{i}" if i < DEPTH else f"{name}.downsamplers.0",
+            f"{name}.attentions.{i}",
+            "",
+        )
+    fill_block(
+        ours.middle_block,
+        source,
+        "mid_block.resnets.0",
+        "mid_block.attentions.0",
+        "mid_block.resnets.1",
+    )
     for index, block in enumerate(ours.up_blocks):
         level, i = divmod(index, DEPTH + 1)
         name = f"up_blocks.{level}"
-        fill_block(block, source, f"{name}.resnets.{i}", f"{name}.attentions.{i}", f"{name}.upsamplers.0")
+        fill_block(
+            block, source, f"{name}.resnets.{i}", f"{name}.attentions.{i}", f"{name}.upsamplers.0"
+        )
 
 
 def distance(ours: Tensor, reference: Tensor) -> float:
@@ -103,7 +131,12 @@ def projections():
     pytest.importorskip("diffusers.pipelines.deprecated.unclip")
     from diffusers.pipelines.deprecated.unclip import UnCLIPTextProjModel
 
-    return UnCLIPTextProjModel(clip_extra_context_tokens=4, clip_embeddings_dim=CLIP, time_embed_dim=128, cross_attention_dim=CONTEXT).eval()
+    return UnCLIPTextProjModel(
+        clip_extra_context_tokens=4,
+        clip_embeddings_dim=CLIP,
+        time_embed_dim=128,
+        cross_attention_dim=CONTEXT,
+    ).eval()
 
 
 @torch.no_grad()
@@ -124,12 +157,24 @@ def test_unet_and_projections_equal_karlo(pair):
     z_i, z_t, states = torch.randn(2, CLIP), torch.randn(2, CLIP), torch.randn(2, LENGTH, CLIP)
     mask = torch.arange(LENGTH) < torch.tensor([[3], [6]])
 
-    context, added = project(image_embeddings=z_i, prompt_embeds=z_t, text_encoder_hidden_states=states, do_classifier_free_guidance=False)
+    context, added = project(
+        image_embeddings=z_i,
+        prompt_embeds=z_t,
+        text_encoder_hidden_states=states,
+        do_classifier_free_guidance=False,
+    )
     padded = nn.functional.pad(mask, (4, 0), value=True)
-    expected = reference(x, t, encoder_hidden_states=context, class_labels=added, attention_mask=padded).sample
+    expected = reference(
+        x, t, encoder_hidden_states=context, class_labels=added, attention_mask=padded
+    ).sample
 
     caption = text(mask=mask, text_embed=z_t, states=states)
-    conditions = {"embed": z_i, "pooled": caption.pooled, "context": caption.context, "context_mask": caption.mask}
+    conditions = {
+        "embed": z_i,
+        "pooled": caption.pooled,
+        "context": caption.context,
+        "context_mask": caption.mask,
+    }
     encoded = ours.encode_context(**conditions)
     assert distance(encoded.emb, added) < 1e-6
     assert expected.std() > 0.01
@@ -150,7 +195,9 @@ def test_the_comparison_can_fail(pair):
     x, t, context = torch.randn(1, 3, 16, 16), torch.tensor([500]), torch.randn(1, 4, CONTEXT)
     plain = UNet(UNetConfig(**(vars(CONFIG) | {"embed_dim": 0}))).eval()
     plain.load_state_dict(ours.state_dict(), strict=False)
-    expected = reference(x, t, encoder_hidden_states=context, class_labels=torch.zeros(1, 128)).sample
+    expected = reference(
+        x, t, encoder_hidden_states=context, class_labels=torch.zeros(1, 128)
+    ).sample
     assert distance(plain(x, t, context=context), expected) < 1e-5
     assert distance(plain(x, t + 1, context=context), expected) > 1e-4
     weight = plain.up_blocks[3].attention.context_kv.weight
@@ -164,7 +211,9 @@ def test_karlo_is_the_size_of_karlo():
     with torch.device("meta"):
         net = UNet(big)
     own = sum(p.numel() for name, p in net.named_parameters() if not name.startswith("clip_to_"))
-    projections = sum(p.numel() for name, p in net.named_parameters() if name.startswith("clip_to_"))
+    projections = sum(
+        p.numel() for name, p in net.named_parameters() if name.startswith("clip_to_")
+    )
     assert projections == 769 * (1280 + 6144)
     with torch.device("meta"):
         reference = diffusers.UNet2DConditionModel(

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from unclip_pl.errors import UserError
 from unclip_pl.networks.quantizer import EmbeddingQuantizer, pca, quantile_buckets
+from unclip_pl.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.networks.test_compilation import STAGES
-from unclip_pl import release
 from unclip_pl.networks.renamed import rename
 from unclip_pl.networks.unet import UNetConfig
-from unclip_pl.pipeline import load_stage
+from unclip_pl.pipeline import release
+from unclip_pl.pipeline.unclip import load_stage
 from unclip_pl.stages.base import as_config
 from unclip_pl.stages.decoder import Decoder
 

@@ -11,7 +11,15 @@ from unclip_pl.networks.layers import GroupNorm32, attention, timestep_embedding
 from unclip_pl.networks.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(
-    image_size=16, width=32, mults=(1, 2), depth=1, attention=(8,), head_width=32, dropout=0.0, embed_dim=12, context_width=24
+    image_size=16,
+    width=32,
+    mults=(1, 2),
+    depth=1,
+    attention=(8,),
+    head_width=32,
+    dropout=0.0,
+    embed_dim=12,
+    context_width=24,
 )
 PLAIN = replace(SMALL, embed_dim=0, context_width=0)
 
@@ -26,7 +34,9 @@ def randomised(module: nn.Module) -> nn.Module:
     """Zero initialisation undone, so that every path counts."""
     for name, parameter in module.named_parameters():
         if not parameter.any():
-            nn.init.normal_(parameter, std=0.05 if name.endswith("bias") else parameter[0].numel() ** -0.5)
+            nn.init.normal_(
+                parameter, std=0.05 if name.endswith("bias") else parameter[0].numel() ** -0.5
+            )
     return module
 
 
@@ -52,9 +62,16 @@ UPSAMPLER = replace(ADM, low_res_channels=3, attention=(), head_width=64)
     [
         (replace(ADM, width=512), 2097.586694),
         (replace(UPSAMPLER, width=320), 736.272006),
-        (replace(UPSAMPLER, width=192, image_size=256, mults=(1, 1, 2, 2, 4, 4), depth=2), 284.42823),
+        (
+            replace(UPSAMPLER, width=192, image_size=256, mults=(1, 1, 2, 2, 4, 4), depth=2),
+            284.42823,
+        ),
     ],
-    ids=["512 channels 64 px, attention 32 16 8", "320 channels, middle attention alone", "192 channels 256 px, middle attention alone"],
+    ids=[
+        "512 channels 64 px, attention 32 16 8",
+        "320 channels, middle attention alone",
+        "192 channels 256 px, middle attention alone",
+    ],
 )
 def test_parameters_are_as_many_as_guided_diffusion_has(config, millions):
     with torch.device("meta"):
@@ -64,7 +81,11 @@ def test_parameters_are_as_many_as_guided_diffusion_has(config, millions):
 
 def test_no_attention_at_all():
     net = UNet(replace(PLAIN, attention=(), middle_attention=False))
-    assert not [module for module in net.modules() if isinstance(module, nn.Linear) and module.out_features == 3 * 64]
+    assert not [
+        module
+        for module in net.modules()
+        if isinstance(module, nn.Linear) and module.out_features == 3 * 64
+    ]
     x, t = inputs()
     assert net(x, t).shape == (2, 6, 16, 16)
     assert net(F.pad(x, (0, 16)), t).shape == (2, 6, 16, 32)  # fully convolutional
@@ -112,7 +133,12 @@ def test_hidden_tokens_have_no_influence():
     torch.testing.assert_close(net(x, t, **(given | {"context": changed})), base, rtol=0, atol=0)
     changed[0, 2] += 1
     assert (net(x, t, **(given | {"context": changed})) - base)[0].abs().max() > 1e-4
-    shorter = {"context": given["context"][:1, :3], "context_mask": None, "embed": given["embed"][:1], "pooled": given["pooled"][:1]}
+    shorter = {
+        "context": given["context"][:1, :3],
+        "context_mask": None,
+        "embed": given["embed"][:1],
+        "pooled": given["pooled"][:1],
+    }
     torch.testing.assert_close(net(x[:1], t[:1], **shorter), base[:1], rtol=1e-4, atol=1e-5)
 
 
@@ -122,7 +148,9 @@ def test_each_condition_counts():
     given = conditions()
     base = net(x, t, **given)
     for name in ("embed", "pooled", "context"):
-        assert (net(x, t, **(given | {name: given[name] + 1})) - base).abs().amax(dim=(1, 2, 3)).min() > 1e-4, name
+        assert (net(x, t, **(given | {name: given[name] + 1})) - base).abs().amax(
+            dim=(1, 2, 3)
+        ).min() > 1e-4, name
     assert (net(x, (t + 500) % 1000, **given) - base).abs().max() > 1e-4
 
 
@@ -219,7 +247,9 @@ def test_group_norm_of_large_bfloat16_is_float32_inside():
 
 def test_timestep_embedding():
     found = timestep_embedding(torch.tensor([0, 7, 999]), 64)
-    assert found.shape == (3, 64) and torch.equal(found[0], torch.cat([torch.ones(32), torch.zeros(32)]))
+    assert found.shape == (3, 64) and torch.equal(
+        found[0], torch.cat([torch.ones(32), torch.zeros(32)])
+    )
     frequency = 10000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)
     exact = torch.cat([(999 * frequency).cos(), (999 * frequency).sin()])
     torch.testing.assert_close(found[2].double(), exact, rtol=0, atol=2e-4)
@@ -231,7 +261,9 @@ def test_attention_against_a_slow_one():
     scores = torch.einsum("bnhd,bmhd->bhnm", q.double(), kv[:, :, 0].double()) / 8**0.5
     weights = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
     exact = torch.einsum("bhnm,bmhd->bnhd", weights, kv[:, :, 1].double()).flatten(2)
-    torch.testing.assert_close(attention(q, *kv.unbind(2), mask).double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        attention(q, *kv.unbind(2), mask).double(), exact, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

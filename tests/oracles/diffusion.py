@@ -40,7 +40,9 @@ def posterior(abar_t, abar_s, x0, x_t):
     if abar_s == 1:
         return x0, 0.0
     precision = 1 / (1 - abar_s) + ratio / (1 - ratio)
-    mean = (math.sqrt(abar_s) * x0 / (1 - abar_s) + math.sqrt(ratio) * x_t / (1 - ratio)) / precision
+    mean = (
+        math.sqrt(abar_s) * x0 / (1 - abar_s) + math.sqrt(ratio) * x_t / (1 - ratio)
+    ) / precision
     return mean, 1 / precision
 
 

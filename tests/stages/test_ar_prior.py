@@ -10,16 +10,16 @@ from lightning.pytorch import LightningDataModule, Trainer
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from unclip_pl import release
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.errors import UserError
 from unclip_pl.networks.ar_prior import ARPriorConfig
 from unclip_pl.networks.text import TextConfig
-from unclip_pl.pipeline import load_stage, start_from
-from unclip_pl.release import Release
+from unclip_pl.pipeline import release
+from unclip_pl.pipeline.release import Release
+from unclip_pl.pipeline.unclip import load_stage, start_from
 from unclip_pl.stages.ar_prior import ARPrior, SamplingConfig, spread_rows
 from unclip_pl.training.ema import EMA
+from unclip_pl.utils.errors import UserError
 
 NET = ARPriorConfig(embed_dim=12, width=32, depth=2, heads=4, max_codes=8, buckets=32)
 TEXT = TextConfig(kind="states", states_width=10, context_length=6)
@@ -36,8 +36,12 @@ def batch(size: int = 4, seed: int = 1) -> dict:
     tokens[:, 4] = 100  # EOT: the largest
     image = torch.randn(size, 12, generator=generator) * 0.7 ** torch.arange(12)
     return {
-        "key": [str(i) for i in range(size)], "image_embed": image, "text_embed": image + torch.randn(size, 12, generator=generator),
-        "text_states": torch.randn(size, 6, 10, generator=generator), "tokens": tokens, "text_mask": torch.arange(6).repeat(size, 1) <= 4,
+        "key": [str(i) for i in range(size)],
+        "image_embed": image,
+        "text_embed": image + torch.randn(size, 12, generator=generator),
+        "text_states": torch.randn(size, 6, 10, generator=generator),
+        "tokens": tokens,
+        "text_mask": torch.arange(6).repeat(size, 1) <= 4,
     }
 
 
@@ -45,7 +49,12 @@ def prior(data: dict | None = None, **changes) -> ARPrior:
     """Fitted to `data`, with weights that make every part of the text speak."""
     stage = ARPrior(**{"net": NET, "text": TEXT} | changes)
     data = data or batch(200)
-    stage.quantizer.fit(data["image_embed"].double().mean(0), data["image_embed"].double().T.cov(correction=0), data["image_embed"], data["text_embed"])
+    stage.quantizer.fit(
+        data["image_embed"].double().mean(0),
+        data["image_embed"].double().T.cov(correction=0),
+        data["image_embed"],
+        data["text_embed"],
+    )
     for parameter in stage.net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return stage
@@ -60,13 +69,22 @@ def fake_store(folder, shards: dict[str, int], dim: int = 12, without: str = "")
         image = data["image_embed"].repeat(1, -(-dim // 12))[:, :dim].half()
         exact = image.double()
         tensors = {
-            "image_embed": image, "text_embed": (image + torch.randn_like(image.float())).half(), "tokens": data["tokens"].int(),
-            "mean": exact.mean(0), "scatter": (exact - exact.mean(0)).T @ (exact - exact.mean(0)),
+            "image_embed": image,
+            "text_embed": (image + torch.randn_like(image.float())).half(),
+            "tokens": data["tokens"].int(),
+            "mean": exact.mean(0),
+            "scatter": (exact - exact.mean(0)).T @ (exact - exact.mean(0)),
         }
         meta = json.dumps({"keys": [f"{name}{i}" for i in range(rows)], "source": {"size": 1}})
-        save_file({key: value for key, value in tensors.items() if key != without}, store.path(name), {"rows": meta})
+        save_file(
+            {key: value for key, value in tensors.items() if key != without},
+            store.path(name),
+            {"rows": meta},
+        )
         entries[name] = {"file": store.path(name).name, "rows": rows}
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "clip": {}, "rows": sum(shards.values()), "shards": entries}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"format": 1, "clip": {}, "rows": sum(shards.values()), "shards": entries})
+    )
     return store
 
 
@@ -75,15 +93,22 @@ def test_loss_is_nats_a_code_and_every_parameter_gets_a_gradient():
     data = batch(16)
     losses = stage.loss(data, torch.Generator().manual_seed(0))
     losses["loss"].backward()
-    assert [name for name, p in stage.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [
+        name for name, p in stage.named_parameters() if p.grad is None or not p.grad.any()
+    ] == []
     for parameter in stage.net.head.parameters():
         torch.nn.init.zeros_(parameter)
-    assert abs(stage.loss(data)["loss"].item() - torch.tensor(32.0).log()) < 1e-5  # knowing nothing costs ln(buckets)
+    assert (
+        abs(stage.loss(data)["loss"].item() - torch.tensor(32.0).log()) < 1e-5
+    )  # knowing nothing costs ln(buckets)
 
 
 def test_loss_is_the_codes_log_likelihood_one_by_one():
     stage, data = prior(drop_text=0.0).eval(), batch(3)
-    codes, dot = stage.quantizer.encode(data["image_embed"]), stage.quantizer.encode_dot(data["image_embed"], data["text_embed"])
+    codes, dot = (
+        stage.quantizer.encode(data["image_embed"]),
+        stage.quantizer.encode_dot(data["image_embed"], data["text_embed"]),
+    )
     total = 0.0
     with torch.no_grad():
         prefix = stage.prefix(data, torch.ones(3, dtype=torch.bool), dot)
@@ -131,13 +156,17 @@ def test_validation_tells_the_loss_with_captions_from_that_with_dropped_ones():
     assert not torch.isclose(logged["val/loss"], logged["val/loss_captioned"])
 
 
-@pytest.mark.parametrize("settings", [SamplingConfig(), SamplingConfig(guidance_scale=3.0, temperature=0.7, top_p=0.8)])
+@pytest.mark.parametrize(
+    "settings", [SamplingConfig(), SamplingConfig(guidance_scale=3.0, temperature=0.7, top_p=0.8)]
+)
 def test_embedding_k_is_the_same_in_any_batch_and_nothing_given_changes(settings):
     stage, given = prior().eval(), batch()
     before = {name: v.clone() for name, v in given.items() if torch.is_tensor(v)}
     whole = stage.sample(given, Noise([5, 6, 7, 8]), settings)
     assert whole.shape == (4, 12) and whole.isfinite().all()
-    part = stage.sample({name: value[1:3] for name, value in given.items()}, Noise([6, 7]), settings)
+    part = stage.sample(
+        {name: value[1:3] for name, value in given.items()}, Noise([6, 7]), settings
+    )
     torch.testing.assert_close(whole[1:3], part)
     assert torch.equal(whole, stage.sample(given, Noise([5, 6, 7, 8]), settings))
     assert not torch.equal(whole, stage.sample(given, Noise([1, 2, 3, 4]), settings))
@@ -146,10 +175,16 @@ def test_embedding_k_is_the_same_in_any_batch_and_nothing_given_changes(settings
 
 def test_no_guidance_costs_one_pass_and_guidance_one_of_two_halves():
     stage, rows, steps = prior().eval(), [], []
-    stage.net.transformer.blocks[0].register_forward_hook(lambda module, inputs, output: rows.append(tuple(inputs[0].shape[:2])))
-    stage.sample(batch(), Noise(range(4)), SamplingConfig(), callback=lambda *step: steps.append(step))
+    stage.net.transformer.blocks[0].register_forward_hook(
+        lambda module, inputs, output: rows.append(tuple(inputs[0].shape[:2]))
+    )
+    stage.sample(
+        batch(), Noise(range(4)), SamplingConfig(), callback=lambda *step: steps.append(step)
+    )
     codes = stage.quantizer.codes
-    assert rows == [(4, 8)] + [(4, 1)] * (codes - 1) and steps == [(k, codes) for k in range(1, codes + 1)]
+    assert rows == [(4, 8)] + [(4, 1)] * (codes - 1) and steps == [
+        (k, codes) for k in range(1, codes + 1)
+    ]
     rows.clear()
     stage.sample(batch(), Noise(range(4)), SamplingConfig(guidance_scale=2.0))
     assert rows == [(8, 8)] + [(8, 1)] * (codes - 1)
@@ -162,7 +197,9 @@ def test_guidance_and_every_condition_change_the_draw():
     assert not torch.equal(plain, draw(given, guidance_scale=4.0))
     for name in ("text_embed", "text_states"):
         assert not torch.equal(plain, draw(given | {name: other[name]})), name
-    assert torch.equal(plain, draw(given | {"image_embed": other["image_embed"]}))  # which it must not know
+    assert torch.equal(
+        plain, draw(given | {"image_embed": other["image_embed"]})
+    )  # which it must not know
     null = draw({})
     assert not torch.equal(plain, null) and null.shape == (16, 12)
 
@@ -179,13 +216,25 @@ def test_dot_product_token_comes_from_the_top_half():
     assert seen[1].min() >= dots.double().quantile(0.94)
 
 
-@pytest.mark.parametrize("text", [TEXT, TextConfig(kind="transformer", vocab_size=101, context_length=6, width=16, depth=1, heads=2)])
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT,
+        TextConfig(
+            kind="transformer", vocab_size=101, context_length=6, width=16, depth=1, heads=2
+        ),
+    ],
+)
 def test_it_overfits_eight_captions_to_the_exact_codes(text):
     data = batch(8)
-    data["text_embed"] = torch.zeros(8, 12)  # neither z_t nor the dot product says which it is: the caption must
+    data["text_embed"] = torch.zeros(
+        8, 12
+    )  # neither z_t nor the dot product says which it is: the caption must
     stage = ARPrior(net=NET, text=text, drop_text=0.0, max_error=0.0)
     image = data["image_embed"].double()
-    stage.quantizer.fit(image.mean(0), image.T.cov(correction=0), data["image_embed"], data["text_embed"])
+    stage.quantizer.fit(
+        image.mean(0), image.T.cov(correction=0), data["image_embed"], data["text_embed"]
+    )
     optimizer = torch.optim.AdamW(stage.parameters(), lr=3e-3)
     for _ in range(150):
         optimizer.zero_grad()
@@ -193,11 +242,18 @@ def test_it_overfits_eight_captions_to_the_exact_codes(text):
         losses["loss"].backward()
         optimizer.step()
     codes = stage.quantizer.encode(data["image_embed"])
-    assert losses["loss"] < 0.05 and stage.quantizer.codes == 7  # the rank of eight rows about their mean
+    assert (
+        losses["loss"] < 0.05 and stage.quantizer.codes == 7
+    )  # the rank of eight rows about their mean
     for settings in (SamplingConfig(temperature=0.0), SamplingConfig(top_p=0.5)):
         drawn = stage.eval().sample(data, Noise(range(8)), settings)
         assert torch.equal(stage.quantizer.encode(drawn), codes)
-        assert torch.allclose(drawn, stage.quantizer.unproject(stage.quantizer.project(data["image_embed"])), rtol=1e-4, atol=1e-4)
+        assert torch.allclose(
+            drawn,
+            stage.quantizer.unproject(stage.quantizer.project(data["image_embed"])),
+            rtol=1e-4,
+            atol=1e-4,
+        )
 
 
 def test_hyperparameters_and_weights_rebuild_the_stage_with_its_quantiser(tmp_path):
@@ -207,16 +263,22 @@ def test_hyperparameters_and_weights_rebuild_the_stage_with_its_quantiser(tmp_pa
     assert again.quantizer.codes == 0
     again.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     assert again.quantizer.codes == stage.quantizer.codes and again.sampling == stage.sampling
-    assert torch.equal(again.eval().sample(batch(), Noise(range(4))), stage.sample(batch(), Noise(range(4))))
+    assert torch.equal(
+        again.eval().sample(batch(), Noise(range(4))), stage.sample(batch(), Noise(range(4)))
+    )
 
 
 def test_setup_fits_to_the_training_shards_once_and_says_what_it_costs(tmp_path, capsys, caplog):
     store = fake_store(tmp_path, {"a": 70, "b": 50, "val": 40})
     stage = ARPrior(net=NET, text=TEXT)
-    stage._trainer = SimpleNamespace(datamodule=SimpleNamespace(store=store, train_shards=["a", "b"]))
+    stage._trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(store=store, train_shards=["a", "b"])
+    )
     with caplog.at_level("INFO"):
         stage.setup("fit")
-    images = torch.cat([torch.from_numpy(store.shard(name).image_embed.copy()) for name in ("a", "b")]).double()
+    images = torch.cat(
+        [torch.from_numpy(store.shard(name).image_embed.copy()) for name in ("a", "b")]
+    ).double()
     torch.testing.assert_close(stage.quantizer.mean.double(), images.mean(0), rtol=1e-5, atol=1e-6)
     said = caplog.text + capsys.readouterr().err
     assert "AR prior: 7 codes from 120 embeddings" in said and "PCA alone loses" in said
@@ -230,7 +292,10 @@ def test_setup_fits_to_the_training_shards_once_and_says_what_it_costs(tmp_path,
     assert torch.equal(stage.quantizer.mean, mean)
     twin = ARPrior(net=NET, text=TEXT)
     twin.fit_quantizer(EmbeddingStore(tmp_path), ["a", "b"])
-    assert all(torch.equal(a, b) for a, b in zip(stage.quantizer.buffers(), twin.quantizer.buffers(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(stage.quantizer.buffers(), twin.quantizer.buffers(), strict=True)
+    )
 
 
 class Toy(LightningDataModule):
@@ -251,8 +316,14 @@ def test_a_fit_keeps_the_quantiser_and_a_resumed_one_keeps_it_too(tmp_path):
 
     def trained(steps: int, shards: list[str], **options) -> ARPrior:
         trainer = Trainer(
-            max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-            num_sanity_val_steps=0, callbacks=[EMA(0.9)],
+            max_steps=steps,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            num_sanity_val_steps=0,
+            callbacks=[EMA(0.9)],
         )
         stage = ARPrior(net=NET, text=TEXT)
         trainer.fit(stage, datamodule=Toy(store, shards), **options)
@@ -268,7 +339,10 @@ def test_a_fit_keeps_the_quantiser_and_a_resumed_one_keeps_it_too(tmp_path):
     assert not torch.equal(first.net.head.weight, resumed.net.head.weight)
     for stage in (loaded, resumed):
         assert stage.quantizer.codes == first.quantizer.codes
-        assert all(torch.equal(a, b) for a, b in zip(stage.quantizer.buffers(), first.quantizer.buffers(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(stage.quantizer.buffers(), first.quantizer.buffers(), strict=True)
+        )
 
 
 def test_training_starts_from_a_prior_that_reads_the_dot_product_in_the_same_place_only(tmp_path):
@@ -289,7 +363,11 @@ def test_rows_are_spread_over_all_shards(tmp_path):
     every = torch.cat([torch.from_numpy(store.shard(name).image_embed.copy()) for name in "abc"])
     for count, step in ((25, 1), (1000, 1), (13, 2), (9, 3), (5, 5), (1, 25)):
         images, texts = spread_rows(store, list("abc"), count)
-        assert torch.equal(images, every[::step]) and texts.shape == images.shape and len(images) <= count
+        assert (
+            torch.equal(images, every[::step])
+            and texts.shape == images.shape
+            and len(images) <= count
+        )
 
 
 def test_bad_stores_and_data_are_sentences(tmp_path):
@@ -300,14 +378,22 @@ def test_bad_stores_and_data_are_sentences(tmp_path):
         stage.fit_quantizer(EmbeddingStore(tmp_path), [])
     folder = tmp_path / "wide"
     folder.mkdir()
-    with pytest.raises(UserError, match=r"16 numbers and model\.net\.embed_dim is 12: set it to 16"):
+    with pytest.raises(
+        UserError, match=r"16 numbers and model\.net\.embed_dim is 12: set it to 16"
+    ):
         stage.fit_quantizer(fake_store(folder, {"a": 5}, dim=16), ["a"])
     folder = tmp_path / "old"
     folder.mkdir()
     with pytest.raises(UserError, match="no statistics"):
         stage.fit_quantizer(fake_store(folder, {"a": 5}, without="scatter"), ["a"])
+
     def data(text_states=True, **changed):
-        return SimpleNamespace(clip=SimpleNamespace(**{"embed_dim": 12, "context_length": 6, "states_width": 10} | changed), text_states=text_states)
+        return SimpleNamespace(
+            clip=SimpleNamespace(
+                **{"embed_dim": 12, "context_length": 6, "states_width": 10} | changed
+            ),
+            text_states=text_states,
+        )
 
     stage.check_data(data())
     for given, message in (
@@ -327,15 +413,25 @@ def test_unfitted_quantiser_or_half_a_text_is_a_sentence():
         ARPrior(net=NET, text=TEXT).loss(batch())
     stage = prior()
     without = {name: value for name, value in batch().items() if name != "text_states"}
-    for call in (lambda: stage.loss(without), lambda: stage.eval().sample(without, Noise(range(4)))):
+    for call in (
+        lambda: stage.loss(without),
+        lambda: stage.eval().sample(without, Noise(range(4))),
+    ):
         with pytest.raises(ValueError, match="needs text_states"):
             call()
 
 
 @pytest.mark.parametrize(
     ("values", "name"),
-    [({"guidance_scale": 0.5}, "guidance_scale"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"),
-     ({"dot_percentile": 100.0}, "dot_percentile"), ({"guidance_scale": float("nan")}, "guidance_scale"), ({"temperature": float("nan")}, "temperature")],
+    [
+        ({"guidance_scale": 0.5}, "guidance_scale"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"dot_percentile": 100.0}, "dot_percentile"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"temperature": float("nan")}, "temperature"),
+    ],
 )
 def test_impossible_settings_are_a_sentence(values, name):
     with pytest.raises(ValueError, match=f"{name} of the AR prior is .*: give "):

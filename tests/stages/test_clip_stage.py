@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unclip_pl.clip import CLIPConfig, FrozenCLIP, save_clip
+from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP, save_clip
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.clip import CLIP, shaken
 from unclip_pl.training.retrieval import recall_at

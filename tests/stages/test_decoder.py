@@ -10,7 +10,17 @@ from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.decoder import Decoder, DropoutConfig, SamplingConfig
 
-NET = UNetConfig(image_size=16, width=32, mults=(1, 2), depth=1, attention=(8,), head_width=16, dropout=0.0, embed_dim=12, context_width=24)
+NET = UNetConfig(
+    image_size=16,
+    width=32,
+    mults=(1, 2),
+    depth=1,
+    attention=(8,),
+    head_width=16,
+    dropout=0.0,
+    embed_dim=12,
+    context_width=24,
+)
 TEXT = TextConfig(kind="states", states_width=10)
 
 
@@ -32,9 +42,13 @@ def batch(size: int = 4) -> dict:
     tokens = torch.randint(1, 100, (size, 6), generator=generator)
     tokens[:, 4] = 49407
     return {
-        "key": [str(i) for i in range(size)], "image": torch.rand(size, 3, 16, 16, generator=generator) * 2 - 1,
-        "image_embed": torch.randn(size, 12, generator=generator), "text_embed": torch.randn(size, 12, generator=generator),
-        "text_states": torch.randn(size, 6, 10, generator=generator), "tokens": tokens, "text_mask": torch.arange(6).repeat(size, 1) <= 4,
+        "key": [str(i) for i in range(size)],
+        "image": torch.rand(size, 3, 16, 16, generator=generator) * 2 - 1,
+        "image_embed": torch.randn(size, 12, generator=generator),
+        "text_embed": torch.randn(size, 12, generator=generator),
+        "text_states": torch.randn(size, 6, 10, generator=generator),
+        "tokens": tokens,
+        "text_mask": torch.arange(6).repeat(size, 1) <= 4,
     }
 
 
@@ -51,7 +65,10 @@ def test_embedding_and_caption_are_dropped_independently_at_their_rates():
     stage = decoder(dropout=DropoutConfig(embed=0.1, text=0.5))
     kept = []
     conditions = stage.conditions
-    stage.conditions = lambda b, size, embed, text: (kept.append(torch.stack([embed, text])), conditions(b, size, embed, text))[1]
+    stage.conditions = lambda b, size, embed, text: (
+        kept.append(torch.stack([embed, text])),
+        conditions(b, size, embed, text),
+    )[1]
     stage.net.forward = lambda x, t, **_: torch.zeros(len(x), 6, 16, 16, requires_grad=True)
     for _ in range(100):
         stage.loss(batch(40))
@@ -82,8 +99,12 @@ def test_embedding_is_seen_at_one_scale():
     stage = decoder().eval()
     given = batch()
     settings = SamplingConfig(sampler="ddim", steps=3)
-    same = stage.sample(given | {"image_embed": given["image_embed"] * 10}, Noise(range(4)), settings)
-    torch.testing.assert_close(same, stage.sample(given, Noise(range(4)), settings), rtol=1e-4, atol=1e-4)
+    same = stage.sample(
+        given | {"image_embed": given["image_embed"] * 10}, Noise(range(4)), settings
+    )
+    torch.testing.assert_close(
+        same, stage.sample(given, Noise(range(4)), settings), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm_solver_pp"])
@@ -99,7 +120,11 @@ def test_image_k_is_the_same_in_any_batch(sampler):
 def test_guidance_is_applied_and_one_is_none():
     stage = decoder(diffusion=DiffusionConfig(parametrization="v")).eval()
     given = batch()
-    draw = lambda scale, b=given: stage.sample(b, Noise(range(4)), SamplingConfig(sampler="ddim", steps=3, guidance_scale=scale, threshold=None))
+    draw = lambda scale, b=given: stage.sample(
+        b,
+        Noise(range(4)),
+        SamplingConfig(sampler="ddim", steps=3, guidance_scale=scale, threshold=None),
+    )
     assert (draw(1.0) - draw(3.0)).abs().max() > 1e-3
     null = draw(1.0, {})  # nothing given: the null branch alone
     torch.testing.assert_close(draw(0.0), null, rtol=1e-4, atol=1e-4)
@@ -109,9 +134,15 @@ def test_every_condition_changes_the_picture():
     stage = decoder().eval()
     given, settings = batch(), SamplingConfig(sampler="ddim", steps=3)
     draw = lambda b: stage.sample(b, Noise(range(4)), settings)
-    for change in ({"image_embed": torch.randn(4, 12)}, {"text_states": torch.randn(4, 6, 10)}, {"text_embed": torch.randn(4, 12)}):
+    for change in (
+        {"image_embed": torch.randn(4, 12)},
+        {"text_states": torch.randn(4, 6, 10)},
+        {"text_embed": torch.randn(4, 12)},
+    ):
         assert (draw(given) - draw(given | change)).abs().max() > 1e-4, change.keys()
-    without = {key: value for key, value in given.items() if not key.startswith("text") and key != "tokens"}
+    without = {
+        key: value for key, value in given.items() if not key.startswith("text") and key != "tokens"
+    }
     assert (draw(given) - draw(without)).abs().max() > 1e-4
 
 
@@ -121,11 +152,16 @@ def test_wrong_number_of_output_channels_is_a_sentence():
 
 
 def test_hyperparameters_rebuild_the_stage():
-    stage = decoder(diffusion=DiffusionConfig(parametrization="v"), sampling=SamplingConfig(steps=7))
+    stage = decoder(
+        diffusion=DiffusionConfig(parametrization="v"), sampling=SamplingConfig(steps=7)
+    )
     again = Decoder(**stage.hparams)
     again.load_state_dict(stage.state_dict())
     settings = SamplingConfig(sampler="ddim", steps=2)
-    assert torch.equal(again.eval().sample(batch(), Noise(range(4)), settings), stage.eval().sample(batch(), Noise(range(4)), settings))
+    assert torch.equal(
+        again.eval().sample(batch(), Noise(range(4)), settings),
+        stage.eval().sample(batch(), Noise(range(4)), settings),
+    )
     assert again.sampling.steps == 7 and again.process.config.parametrization == "v"
 
 
@@ -134,19 +170,39 @@ def test_it_overfits_eight_pictures():
     """Eight flat pictures of different colours, told apart by their embeddings alone: each must come back in its own colour."""
     stage = Decoder(
         net=UNetConfig(
-            image_size=8, width=32, mults=(1,), depth=1, attention=(), middle_attention=False, dropout=0.0, embed_dim=8, embed_tokens=0
+            image_size=8,
+            width=32,
+            mults=(1,),
+            depth=1,
+            attention=(),
+            middle_attention=False,
+            dropout=0.0,
+            embed_dim=8,
+            embed_tokens=0,
         ),
-        diffusion=DiffusionConfig(parametrization="v"), optimizer=OptimizerConfig(lr=3e-3),
+        diffusion=DiffusionConfig(parametrization="v"),
+        optimizer=OptimizerConfig(lr=3e-3),
     )
-    colours = torch.tensor([[r, g, b] for r in (-0.8, 0.8) for g in (-0.8, 0.8) for b in (-0.8, 0.8)])
-    data = {"key": list("abcdefgh"), "image": colours[:, :, None, None].expand(8, 3, 8, 8).contiguous(), "image_embed": torch.eye(8)}
+    colours = torch.tensor(
+        [[r, g, b] for r in (-0.8, 0.8) for g in (-0.8, 0.8) for b in (-0.8, 0.8)]
+    )
+    data = {
+        "key": list("abcdefgh"),
+        "image": colours[:, :, None, None].expand(8, 3, 8, 8).contiguous(),
+        "image_embed": torch.eye(8),
+    }
     optimizer = torch.optim.AdamW(stage.parameters(), lr=3e-3)
-    many = {key: value * 4 if isinstance(value, list) else value.repeat(4, *[1] * (value.ndim - 1)) for key, value in data.items()}
+    many = {
+        key: value * 4 if isinstance(value, list) else value.repeat(4, *[1] * (value.ndim - 1))
+        for key, value in data.items()
+    }
     for _ in range(250):
         optimizer.zero_grad()
         stage.loss(many)["loss"].backward()
         optimizer.step()
-    drawn = stage.eval().sample(data, Noise(range(8)), SamplingConfig(sampler="ddim", steps=20, guidance_scale=1.0))
+    drawn = stage.eval().sample(
+        data, Noise(range(8)), SamplingConfig(sampler="ddim", steps=20, guidance_scale=1.0)
+    )
     assert (drawn.mean((2, 3)) - colours).abs().max() < 0.25
 
 
@@ -157,13 +213,20 @@ def test_decoder_on_text_embeddings_trains_and_draws_as_one_on_image_embeddings_
     text.load_state_dict(image.state_dict())
     given = batch()
     swapped = given | {"image_embed": given["text_embed"], "text_embed": given["image_embed"]}
-    losses = [stage.loss(entries, torch.Generator().manual_seed(3))["loss"] for stage, entries in ((text, given), (image, swapped), (image, given))]
+    losses = [
+        stage.loss(entries, torch.Generator().manual_seed(3))["loss"]
+        for stage, entries in ((text, given), (image, swapped), (image, given))
+    ]
     assert losses[0] == losses[1]
     for stage in (image, text):
         for parameter in stage.net.parameters():
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(4))
-    draw = lambda stage, entries: stage.eval().sample(entries, Noise(range(4)), SamplingConfig(sampler="ddim", steps=2))
-    assert torch.equal(draw(text, given), draw(image, swapped)) and not torch.equal(draw(text, given), draw(image, given))
+    draw = lambda stage, entries: stage.eval().sample(
+        entries, Noise(range(4)), SamplingConfig(sampler="ddim", steps=2)
+    )
+    assert torch.equal(draw(text, given), draw(image, swapped)) and not torch.equal(
+        draw(text, given), draw(image, given)
+    )
     assert torch.equal(draw(text, given | {"embed": given["image_embed"]}), draw(image, given))
     assert torch.equal(draw(image, given | {"embed": None}), draw(image, {}))
 
@@ -172,7 +235,10 @@ def test_condition_that_is_none_of_the_two_is_refused_and_older_releases_have_th
     with pytest.raises(ValueError, match='knows no condition "caption"'):
         decoder(condition="caption")
     older = {name: value for name, value in decoder().hparams.items() if name != "condition"}
-    assert Decoder(**older).condition == "image" and Decoder(**decoder(condition="text").hparams).condition == "text"
+    assert (
+        Decoder(**older).condition == "image"
+        and Decoder(**decoder(condition="text").hparams).condition == "text"
+    )
 
 
 def test_validation_tells_the_loss_with_captions_from_that_with_dropped_ones():

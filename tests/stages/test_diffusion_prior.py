@@ -10,22 +10,23 @@ import torch.nn.functional as F
 from tests.data.shardkit import write_shards
 from tests.data.test_modules import data_of
 from tests.training.toy import trainer
-from unclip_pl import release
+from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.data.embeddings import Statistics
-from unclip_pl.data.modules import PriorData
 from unclip_pl.data.rows import RowsConfig
+from unclip_pl.datamodules.modules import PriorData
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
-from unclip_pl.errors import UserError
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
-from unclip_pl.pipeline import start_from
-from unclip_pl.release import Release
+from unclip_pl.pipeline import release
+from unclip_pl.pipeline.release import Release
+from unclip_pl.pipeline.unclip import start_from
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior, PriorSamplingConfig
-from unclip_pl.training.checkpoint import NewestCheckpoint, newest_checkpoint, read_checkpoint
+from unclip_pl.training.checkpoints import NewestCheckpoint
 from unclip_pl.training.ema import EMA
 from unclip_pl.training.prior_monitor import PriorMonitor
 from unclip_pl.training.variance import AnalyticVariance
+from unclip_pl.utils.errors import UserError
 
 NET = PriorTransformerConfig(embed_dim=12, width=32, depth=2, heads=4)
 TEXT = PriorTextConfig("states", states_width=10, context_length=7)
@@ -38,7 +39,9 @@ def _seed():
 
 
 def prior(padding: str = "learned", kind: str = "states", **changes) -> DiffusionPrior:
-    text = PriorTextConfig(kind, states_width=10, vocab_size=50_000, context_length=7, padding=padding)
+    text = PriorTextConfig(
+        kind, states_width=10, vocab_size=50_000, context_length=7, padding=padding
+    )
     stage = DiffusionPrior(net=NET, text=text, **changes).eval()
     torch.nn.init.normal_(stage.net.null_text)
     torch.nn.init.normal_(stage.net.null_text_embed)
@@ -51,9 +54,12 @@ def batch(size: int = 4, seed: int = 1) -> dict:
     tokens = torch.randint(1, 100, (size, 6), generator=generator)
     tokens[:, 4] = 49407
     return {
-        "key": [str(i) for i in range(size)], "image_embed": torch.randn(size, 12, generator=generator) * 3,
-        "text_embed": torch.randn(size, 12, generator=generator) * 3, "text_states": torch.randn(size, 6, 10, generator=generator),
-        "tokens": tokens, "text_mask": torch.arange(6).repeat(size, 1) <= 4,
+        "key": [str(i) for i in range(size)],
+        "image_embed": torch.randn(size, 12, generator=generator) * 3,
+        "text_embed": torch.randn(size, 12, generator=generator) * 3,
+        "text_states": torch.randn(size, 6, 10, generator=generator),
+        "tokens": tokens,
+        "text_mask": torch.arange(6).repeat(size, 1) <= 4,
     }
 
 
@@ -76,12 +82,14 @@ def test_loss_is_the_mean_squared_error_of_z_on_the_networks_scale():
     stage.net.forward = lambda x, t, **kw: (seen.append((x, t)), net(x, t, **kw))[1]
     losses = stage.loss(given, torch.Generator().manual_seed(3))
     z = torch.nn.functional.normalize(given["image_embed"], dim=-1) * 0.5375 * math.sqrt(12)
-    (x, t), = seen
+    ((x, t),) = seen
     expected = (net(x, t, **stage.conditions(given)) - z).square()
     torch.testing.assert_close(losses["per_sample"], expected.mean(1))
     torch.testing.assert_close(losses["loss"], expected.mean())
     assert torch.equal(losses["t"], t) and t.shape == (4,)
-    torch.testing.assert_close(stage.loss(given, torch.Generator().manual_seed(3))["loss"], losses["loss"])
+    torch.testing.assert_close(
+        stage.loss(given, torch.Generator().manual_seed(3))["loss"], losses["loss"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["states", "tokens"])
@@ -104,10 +112,22 @@ def test_null_branch_depends_on_x_t_and_on_nothing_of_the_text(padding):
     """Rows behind the conditional ones are the null branch's: other captions leave them, other x_t change them."""
     stage, one, two = prior(padding), batch(), batch(seed=2)
     x, t = torch.randn(4, 12), torch.full((4,), 300)
-    null = [stage.encode_text(given, 4, null=True).index_select(torch.full((4,), 4)) for given in (one, two)]
-    torch.testing.assert_close(stage.net.denoise(x, t, null[0]), stage.net.denoise(x, t, null[1]), rtol=0, atol=0)
-    assert (stage.net.denoise(x, t, null[0]) - stage.net.denoise(x + 0.1, t, null[0])).abs().min(1).values.max() > 1e-5
-    torch.testing.assert_close(stage.net.denoise(x, t, null[0]), stage.net(x, t, keep=torch.zeros(4, dtype=torch.bool)), rtol=1e-5, atol=1e-5)
+    null = [
+        stage.encode_text(given, 4, null=True).index_select(torch.full((4,), 4))
+        for given in (one, two)
+    ]
+    torch.testing.assert_close(
+        stage.net.denoise(x, t, null[0]), stage.net.denoise(x, t, null[1]), rtol=0, atol=0
+    )
+    assert (stage.net.denoise(x, t, null[0]) - stage.net.denoise(x + 0.1, t, null[0])).abs().min(
+        1
+    ).values.max() > 1e-5
+    torch.testing.assert_close(
+        stage.net.denoise(x, t, null[0]),
+        stage.net(x, t, keep=torch.zeros(4, dtype=torch.bool)),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_scale_one_is_the_conditional_model_and_costs_one_pass():
@@ -145,9 +165,16 @@ def test_cached_and_plain_sampling_agree(sampler, padding, kind):
     wanted = settings(sampler=sampler, guidance_scale=2.0, num_candidates=2, eta=0.5)
     cached = stage.sample(given, Noise(range(4)), wanted)
     null = {"keep": torch.tensor([True] * 8 + [False] * 8)}
-    plain = {key: None if value is None else value.repeat_interleave(2, 0).repeat(2, *[1] * (value.ndim - 1)) for key, value in stage.conditions(given).items()}
+    plain = {
+        key: None
+        if value is None
+        else value.repeat_interleave(2, 0).repeat(2, *[1] * (value.ndim - 1))
+        for key, value in stage.conditions(given).items()
+    }
     stage.net.denoise = lambda x, t, prefix: stage.net(x, t, **plain, **null)
-    torch.testing.assert_close(stage.sample(given, Noise(range(4)), wanted), cached, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        stage.sample(given, Noise(range(4)), wanted), cached, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("padding", ["learned", "masked"])
@@ -158,19 +185,31 @@ def test_embedding_k_is_the_same_in_any_batch(sampler, padding):
     wanted = settings(sampler=sampler, guidance_scale=2.0, num_candidates=2, eta=0.5)
     whole = stage.sample(given, Noise([5, 6, 7, 8]), wanted)
     for k in range(4):
-        alone = stage.sample({key: value[k : k + 1] for key, value in given.items()}, Noise([5 + k]), wanted)
+        alone = stage.sample(
+            {key: value[k : k + 1] for key, value in given.items()}, Noise([5 + k]), wanted
+        )
         torch.testing.assert_close(whole[k : k + 1], alone, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(whole, stage.sample(given, Noise([15, 16, 17, 18]), wanted), atol=1e-3)
+    assert not torch.allclose(
+        whole, stage.sample(given, Noise([15, 16, 17, 18]), wanted), atol=1e-3
+    )
 
 
 def test_nothing_of_the_caller_is_changed():
     stage, given = prior(), batch()
-    before = {key: value.clone() if torch.is_tensor(value) else list(value) for key, value in given.items()}
+    before = {
+        key: value.clone() if torch.is_tensor(value) else list(value)
+        for key, value in given.items()
+    }
     stage.sample(given, Noise(range(4)), settings(guidance_scale=2.0, num_candidates=2))
     stage.loss(given)
     stage.estimate_variance([given], draws=1)
     assert given.keys() == before.keys()
-    assert all(torch.equal(given[key], before[key]) if torch.is_tensor(given[key]) else given[key] == before[key] for key in given)
+    assert all(
+        torch.equal(given[key], before[key])
+        if torch.is_tensor(given[key])
+        else given[key] == before[key]
+        for key in given
+    )
 
 
 def test_the_candidate_nearer_to_the_text_embedding_is_kept():
@@ -182,7 +221,9 @@ def test_the_candidate_nearer_to_the_text_embedding_is_kept():
     near = F.cosine_similarity(both[0], given["text_embed"][:, None], dim=-1)
     assert both[0].shape == (4, 3, 12) and (near.max(1).values - near.min(1).values).min() > 0
     torch.testing.assert_close(F.cosine_similarity(kept, given["text_embed"]), near.max(1).values)
-    assert stage.sample({"tokens": given["tokens"]}, Noise(range(4)), settings(num_candidates=3)).shape == (4, 12)
+    assert stage.sample(
+        {"tokens": given["tokens"]}, Noise(range(4)), settings(num_candidates=3)
+    ).shape == (4, 12)
 
 
 def test_every_condition_changes_the_embedding():
@@ -196,16 +237,29 @@ def test_every_condition_changes_the_embedding():
 def test_embeddings_leave_on_the_scale_of_the_clip(mode):
     """Statistics come from the data; the text embedding is scaled as z_i where that is its norm, and left as it is otherwise (Karlo)."""
     stage, given = prior(normalizer=mode), batch(64)
-    data = SimpleNamespace(statistics=lambda: Statistics(64, given["image_embed"].mean(0).double(), given["image_embed"].double().T.cov(correction=0)))
+    data = SimpleNamespace(
+        statistics=lambda: Statistics(
+            64,
+            given["image_embed"].mean(0).double(),
+            given["image_embed"].double().T.cov(correction=0),
+        )
+    )
     stage._trainer = SimpleNamespace(datamodule=data)
     stage.setup("fit")
     stage._trainer = None
     z = stage.normalizer.normalize(given["image_embed"])
     back = stage.normalizer.denormalize(z)
-    torch.testing.assert_close(back.norm(dim=1).square().mean(), given["image_embed"].norm(dim=1).square().mean(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        back.norm(dim=1).square().mean(),
+        given["image_embed"].norm(dim=1).square().mean(),
+        rtol=1e-3,
+        atol=1e-3,
+    )
     if mode == "unit":
         torch.testing.assert_close(z.norm(dim=1), torch.full((64,), 0.5375 * 12**0.5))
-        torch.testing.assert_close(stage.conditions(given)["text_embed"], stage.normalizer.normalize(given["text_embed"]))
+        torch.testing.assert_close(
+            stage.conditions(given)["text_embed"], stage.normalizer.normalize(given["text_embed"])
+        )
     else:
         torch.testing.assert_close(back, given["image_embed"], rtol=1e-4, atol=1e-4)
         assert torch.equal(stage.conditions(given)["text_embed"], given["text_embed"])
@@ -253,7 +307,9 @@ def test_validation_tells_the_loss_with_captions_from_that_with_dropped_ones():
     stage.log = lambda name, value, **_: logged.update({name: value})
     stage.validation_step(given, 3)
     one = stage.loss(given, torch.Generator().manual_seed(3))["per_sample"]
-    other = stage.loss(given | {"text_states": None, "text_embed": None}, torch.Generator().manual_seed(3))
+    other = stage.loss(
+        given | {"text_states": None, "text_embed": None}, torch.Generator().manual_seed(3)
+    )
     kept = stage.loss(given, torch.Generator().manual_seed(3), text_dropout=0.0)["per_sample"]
     dropped = torch.isclose(one, other["per_sample"])
     assert 2 < dropped.sum() < 14 and torch.isclose(one, kept)[~dropped].all()  # the same noise
@@ -278,7 +334,9 @@ def test_analytic_variance_is_estimated_saved_and_used():
     assert (draw(stage, "analytic") - draw(stage, "ddpm")).abs().max() > 1e-3
     z, t = stage.normalizer.normalize(given["image_embed"]), torch.full((8,), 999)
     error = (stage.net(torch.randn(8, 12), t, **stage.conditions(given)) - z).square().mean()
-    assert abs(stage.x0_error[-50:].mean() / error - 1) < 0.2  # pure noise: the error hardly depends on it
+    assert (
+        abs(stage.x0_error[-50:].mean() / error - 1) < 0.2
+    )  # pure noise: the error hardly depends on it
     again = DiffusionPrior(**stage.hparams)
     again.load_state_dict(stage.state_dict())
     assert torch.equal(draw(again.eval(), "analytic"), draw(stage, "analytic"))
@@ -289,15 +347,23 @@ def test_it_overfits_eight_embeddings():
     torch.manual_seed(1)
     stage, given = prior(optimizer=OptimizerConfig(lr=2e-3)), batch(8)
     optimizer = torch.optim.AdamW(stage.parameters(), lr=2e-3, weight_decay=0.0)
-    many = {key: value * 8 if isinstance(value, list) else value.repeat(8, *[1] * (value.ndim - 1)) for key, value in given.items()}
+    many = {
+        key: value * 8 if isinstance(value, list) else value.repeat(8, *[1] * (value.ndim - 1))
+        for key, value in given.items()
+    }
     for _ in range(300):
         optimizer.zero_grad()
         stage.loss(many)["loss"].backward()
         optimizer.step()
     stage.estimate_variance([many], draws=5)
-    for wanted in (PriorSamplingConfig(steps=16), PriorSamplingConfig(sampler="ddim", steps=8, guidance_scale=1.5)):
+    for wanted in (
+        PriorSamplingConfig(steps=16),
+        PriorSamplingConfig(sampler="ddim", steps=8, guidance_scale=1.5),
+    ):
         drawn = stage.sample(given, Noise(range(8)), wanted)
-        similarity = torch.nn.functional.cosine_similarity(drawn[:, None], given["image_embed"][None], dim=-1)
+        similarity = torch.nn.functional.cosine_similarity(
+            drawn[:, None], given["image_embed"][None], dim=-1
+        )
         assert similarity.argmax(1).tolist() == list(range(8))
         assert similarity.diagonal().min() > 0.95
 
@@ -305,8 +371,11 @@ def test_it_overfits_eight_embeddings():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"guidance_scale": 0.5}, r"guidance_scale is 0\.5: give 1"), ({"guidance_scale": math.nan}, r"guidance_scale is nan"),
-        ({"steps": 0}, r"draw in 0 steps"), ({"num_candidates": 0}, r"among 0 candidates"), ({"sampler": "euler"}, r'no sampler "euler"'),
+        ({"guidance_scale": 0.5}, r"guidance_scale is 0\.5: give 1"),
+        ({"guidance_scale": math.nan}, r"guidance_scale is nan"),
+        ({"steps": 0}, r"draw in 0 steps"),
+        ({"num_candidates": 0}, r"among 0 candidates"),
+        ({"sampler": "euler"}, r'no sampler "euler"'),
     ],
 )
 def test_bad_sampling_is_a_sentence(wrong, said):
@@ -329,13 +398,17 @@ def test_bad_settings_are_sentences():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"embed_dim": 16}, r"set it to 16"), ({"context_length": 77}, r"context_length is 7: set it to 77"), ({"states_width": 8}, r"set it to 8"),
+        ({"embed_dim": 16}, r"set it to 16"),
+        ({"context_length": 77}, r"context_length is 7: set it to 77"),
+        ({"states_width": 8}, r"set it to 8"),
         ({"text_states": False}, r"data\.text_states to true"),
     ],
 )
 def test_data_that_do_not_fit_are_a_sentence(change, said):
     def data(embed_dim=12, context_length=7, states_width=10, text_states=True):
-        clip = SimpleNamespace(embed_dim=embed_dim, context_length=context_length, states_width=states_width)
+        clip = SimpleNamespace(
+            embed_dim=embed_dim, context_length=context_length, states_width=states_width
+        )
         return SimpleNamespace(clip=clip, text_states=text_states)
 
     prior().check_data(data())
@@ -347,7 +420,9 @@ def test_hyperparameters_rebuild_the_stage():
     stage = prior("masked", sampling=PriorSamplingConfig(steps=7), normalizer="standard")
     again = DiffusionPrior(**stage.hparams).eval()
     again.load_state_dict(stage.state_dict())
-    assert torch.equal(again.sample(batch(), Noise(range(4))), stage.sample(batch(), Noise(range(4))))
+    assert torch.equal(
+        again.sample(batch(), Noise(range(4))), stage.sample(batch(), Noise(range(4)))
+    )
     assert again.sampling.steps == 7 and again.text_config.padding == "masked"
 
 
@@ -361,21 +436,40 @@ def test_a_run_from_the_store_cut_in_two_equals_the_whole_one(tmp_path):
         data = data_of(PriorData, shards[:3], shards[3:], tmp_path / "store")
         data.config, data.text_states = RowsConfig(batch_size=4), True
         text = PriorTextConfig("states", states_width=5, context_length=12, padding="masked")
-        stage = DiffusionPrior(PriorTransformerConfig(embed_dim=6, width=16, depth=1, heads=2), text, sampling=PriorSamplingConfig(steps=2))
-        callbacks = [EMA(0.9), NewestCheckpoint(2), PriorMonitor(captions=8), AnalyticVariance(captions=8, draws=1)]
-        run = trainer(folder, *callbacks, steps=steps, val_check_interval=4, check_val_every_n_epoch=None)
+        stage = DiffusionPrior(
+            PriorTransformerConfig(embed_dim=6, width=16, depth=1, heads=2),
+            text,
+            sampling=PriorSamplingConfig(steps=2),
+        )
+        callbacks = [
+            EMA(0.9),
+            NewestCheckpoint(2),
+            PriorMonitor(captions=8),
+            AnalyticVariance(captions=8, draws=1),
+        ]
+        run = trainer(
+            folder, *callbacks, steps=steps, val_check_interval=4, check_val_every_n_epoch=None
+        )
         run.fit(stage, datamodule=data, ckpt_path=ckpt)
         return stage, run, data
 
     stage, run, data = fit(tmp_path / "whole", 9)
     fit(tmp_path / "cut", 4)
     fit(tmp_path / "cut", 9, newest_checkpoint(tmp_path / "cut"))
-    whole, cut = (read_checkpoint(newest_checkpoint(tmp_path / folder)) for folder in ("whole", "cut"))
+    whole, cut = (
+        read_checkpoint(newest_checkpoint(tmp_path / folder)) for folder in ("whole", "cut")
+    )
     assert whole["global_step"] == cut["global_step"] == 9
     for part in ("state_dict", "current_model_state"):
-        assert all(torch.equal(value, cut[part][name]) and value.isfinite().all() for name, value in whole[part].items())
+        assert all(
+            torch.equal(value, cut[part][name]) and value.isfinite().all()
+            for name, value in whole[part].items()
+        )
     assert whole["clip_fingerprint"]["config"]["model"] == "fake-0"
     statistics = data.statistics()
-    torch.testing.assert_close(stage.normalizer.norm.double(), (statistics.mean.square() + statistics.std.square()).sum().sqrt())
+    torch.testing.assert_close(
+        stage.normalizer.norm.double(),
+        (statistics.mean.square() + statistics.std.square()).sum().sqrt(),
+    )
     assert "val/prior/rank" in run.logged_metrics and "val/loss" in run.logged_metrics
     assert run.logged_metrics["val/loss_captioned"].isfinite()

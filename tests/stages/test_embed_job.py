@@ -26,13 +26,21 @@ def test_a_store_of_four_ranks_of_which_one_was_killed_is_that_of_one_process(tm
     os.kill(killed.pids[3], signal.SIGKILL)
     codes = killed.wait(400)
     assert codes[3] == -signal.SIGKILL and not (tmp_path / "four" / "manifest.json").exists()
-    assert Ranks(tmp_path / "again", arguments(tmp_path / "shards", tmp_path / "four"), 4).wait(400) == [0] * 4
+    assert (
+        Ranks(tmp_path / "again", arguments(tmp_path / "shards", tmp_path / "four"), 4).wait(400)
+        == [0] * 4
+    )
     alone = Ranks(tmp_path / "alone", arguments(tmp_path / "shards", tmp_path / "one"))
     assert alone.wait(400) == [0], alone.said()[-3000:]
-    ours, theirs = (sorted(path.name for path in (tmp_path / name).iterdir() if not path.name.startswith(".")) for name in ("four", "one"))
+    ours, theirs = (
+        sorted(path.name for path in (tmp_path / name).iterdir() if not path.name.startswith("."))
+        for name in ("four", "one")
+    )
     assert ours == theirs and len([name for name in ours if name.endswith(".safetensors")]) == 8
     for name in ours:
         if name.endswith(".safetensors"):
             a, b = load_file(tmp_path / "four" / name), load_file(tmp_path / "one" / name)
             assert all(torch.equal(a[key], b[key]) for key in b)
-    assert (tmp_path / "four" / "manifest.json").read_text() == (tmp_path / "one" / "manifest.json").read_text()
+    assert (tmp_path / "four" / "manifest.json").read_text() == (
+        tmp_path / "one" / "manifest.json"
+    ).read_text()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unclip_pl.clip import FrozenCLIP
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.networks.ar_prior import ARPriorConfig
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
 from unclip_pl.networks.text import TextConfig

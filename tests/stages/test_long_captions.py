@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from tests.data.test_text_tokens import LENGTH, long_caption
-from unclip_pl.clip import FrozenCLIP, tokenize_bpe
-from unclip_pl.errors import UserError
+from unclip_pl.clip.frozen import FrozenCLIP, tokenize_bpe
 from unclip_pl.networks.ar_prior import ARPriorConfig
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
 from unclip_pl.networks.text import TextConfig
 from unclip_pl.networks.unet import UNetConfig
-from unclip_pl.pipeline import UnCLIP
+from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.stages import ar_prior, decoder, diffusion_prior
+from unclip_pl.utils.errors import UserError
 
 D = 256  # of the package's CLIP, which reads 32 tokens
 STAGES = ("decoder", "diffusion_prior", "ar_prior")

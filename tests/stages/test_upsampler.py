@@ -8,16 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unclip_pl import pipeline, release
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
-from unclip_pl.errors import UserError
-from unclip_pl.images import psnr
 from unclip_pl.networks.layers import GroupNorm32
 from unclip_pl.networks.unet import Attention, UNetConfig
-from unclip_pl.release import Release
+from unclip_pl.pipeline import release
+from unclip_pl.pipeline import unclip as pipeline
+from unclip_pl.pipeline.release import Release
 from unclip_pl.stages.upsampler import NET, Upsampler, Upsampler256, Upsampler1024, UpsamplingConfig
 from unclip_pl.training.pictures import Pictures
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.images import psnr
 
 SMALL = UNetConfig(image_size=32, width=32, mults=(1, 2), depth=1, dropout=0.0, **NET)
 FLAT = UNetConfig(image_size=32, width=32, mults=(1,), depth=1, patch_size=4, dropout=0.0, **NET)
@@ -42,8 +43,13 @@ def pictures(count: int, side: int = 32, seed: int = 1) -> torch.Tensor:
     large = torch.arange(4 * side).float()
     found = []
     for _ in range(count):
-        (y, x, r), (inside, outside) = torch.rand(3, generator=generator), torch.rand(2, 3, 1, 1, generator=generator) * 2 - 1
-        disc = (large[:, None] - 4 * side * y) ** 2 + (large - 4 * side * x) ** 2 < (4 * side * (0.2 + 0.3 * r)) ** 2
+        (y, x, r), (inside, outside) = (
+            torch.rand(3, generator=generator),
+            torch.rand(2, 3, 1, 1, generator=generator) * 2 - 1,
+        )
+        disc = (large[:, None] - 4 * side * y) ** 2 + (large - 4 * side * x) ** 2 < (
+            4 * side * (0.2 + 0.3 * r)
+        ) ** 2
         found.append(F.avg_pool2d(torch.where(disc, inside, outside), 4))
     return torch.stack(found)
 
@@ -80,13 +86,31 @@ def test_no_module_is_attention_and_none_is_accepted():
     for kind in (Upsampler256, Upsampler1024):
         with torch.device("meta"):
             stage = kind()
-        assert not any(isinstance(module, (Attention, torch.nn.MultiheadAttention)) for module in stage.modules())
-    for wrong in ({"middle_attention": True}, {"attention": (8,)}, {"embed_dim": 8}, {"out_channels": 6}):
+        assert not any(
+            isinstance(module, (Attention, torch.nn.MultiheadAttention))
+            for module in stage.modules()
+        )
+    for wrong in (
+        {"middle_attention": True},
+        {"attention": (8,)},
+        {"embed_dim": 8},
+        {"out_channels": 6},
+    ):
         with pytest.raises(ValueError, match=r"has no attention: set model\.net"):
-            Upsampler(net=UNetConfig(image_size=32, width=32, mults=(1, 2), depth=1, head_width=32, **NET | wrong))
+            Upsampler(
+                net=UNetConfig(
+                    image_size=32, width=32, mults=(1, 2), depth=1, head_width=32, **NET | wrong
+                )
+            )
 
 
-@pytest.mark.parametrize("change", [{"parametrization": "v", "variance": "learned_range"}, {"parametrization": "eps", "variance": "fixed_small"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parametrization": "v", "variance": "learned_range"},
+        {"parametrization": "eps", "variance": "fixed_small"},
+    ],
+)
 def test_settings_that_do_not_go_together_are_a_sentence(change):
     with pytest.raises(ValueError, match=r"set model\.diffusion|model\.residual is"):
         Upsampler(net=FLAT, diffusion=DiffusionConfig(**change), residual=0.1)
@@ -95,11 +119,15 @@ def test_settings_that_do_not_go_together_are_a_sentence(change):
 def test_without_a_residual_the_loss_is_the_plain_mean_square_of_v():
     stage, given = speaking(Upsampler256(net=SMALL)), batch()
     seen = {}
-    stage.net.register_forward_hook(lambda module, args, out: seen.update(x_t=args[0], t=args[1], out=out))
+    stage.net.register_forward_hook(
+        lambda module, args, out: seen.update(x_t=args[0], t=args[1], out=out)
+    )
     loss = stage.loss(given)["loss"]
     abar = stage.process.schedule.alphas_cumprod[seen["t"]].view(-1, 1, 1, 1)
     v = (abar.sqrt() * seen["x_t"].double() - given["image"].double()) / (1 - abar).sqrt()
-    torch.testing.assert_close(loss.double(), (seen["out"].double() - v).square().mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        loss.double(), (seen["out"].double() - v).square().mean(), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_every_parameter_gets_a_gradient_and_the_loss_is_a_mean_over_samples():
@@ -139,21 +167,35 @@ def test_image_k_is_the_same_in_any_batch():
 
 
 @pytest.mark.parametrize(("height", "width"), [(5, 7), (1, 3), (8, 8), (3, 16)])
-@pytest.mark.parametrize("net", [SMALL, UNetConfig(image_size=64, width=32, mults=(1, 2, 2), depth=1, patch_size=8, dropout=0.0, **NET)])
+@pytest.mark.parametrize(
+    "net",
+    [
+        SMALL,
+        UNetConfig(
+            image_size=64, width=32, mults=(1, 2, 2), depth=1, patch_size=8, dropout=0.0, **NET
+        ),
+    ],
+)
 def test_any_size_comes_back_at_four_times_it(height, width, net):
     stage = speaking(Upsampler256(net=net))
-    drawn = stage.sample({"low_res": torch.rand(1, 3, height, width)}, Noise([0]), UpsamplingConfig(steps=2))
+    drawn = stage.sample(
+        {"low_res": torch.rand(1, 3, height, width)}, Noise([0]), UpsamplingConfig(steps=2)
+    )
     assert drawn.shape == (1, 3, 4 * height, 4 * width) and drawn.abs().max() <= 1
 
 
 def test_an_untrained_upsampler_with_a_residual_gives_its_condition_back_in_place():
     """Alignment to a fraction of a pixel: a shift of half a pixel of this ramp and disc would be twenty times the tolerance."""
-    stage = Upsampler256(net=FLAT, residual=0.02).eval()  # its output is zero: the linear estimate alone
+    stage = Upsampler256(
+        net=FLAT, residual=0.02
+    ).eval()  # its output is zero: the linear estimate alone
     low_res = reduced(pictures(2, 64))
     drawn = stage.sample({"low_res": low_res}, Noise([0, 1]))
     for axis in (2, 3):
         shifted = (drawn + drawn.roll(1, axis)) / 2
-        assert (drawn - stage.enlarged(low_res)).abs().mean() < 0.5 * (shifted - drawn).abs().mean() + 0.02
+        assert (drawn - stage.enlarged(low_res)).abs().mean() < 0.5 * (
+            shifted - drawn
+        ).abs().mean() + 0.02
     assert (drawn.mean((2, 3)) - low_res.mean((2, 3))).abs().max() < 2 / 127.5
 
 
@@ -171,18 +213,35 @@ def test_a_crop_is_drawn_as_the_same_place_of_the_whole(monkeypatch):
     whole = draw(low_res, noise)
     crop = draw(low_res[..., 8:56, 12:60], noise[:, 32:224, 48:240])
     margin = 88  # two steps of eleven 3x3 convolutions on patches of four pixels
-    torch.testing.assert_close(crop[..., margin:-margin, margin:-margin], whole[..., 32:224, 48:240][..., margin:-margin, margin:-margin], atol=1e-4, rtol=1e-4)
-    assert (crop[..., :8, :] - whole[..., 32:40, 48:240]).abs().max() > 1e-3  # at the border they may differ, or the test could not fail
+    torch.testing.assert_close(
+        crop[..., margin:-margin, margin:-margin],
+        whole[..., 32:224, 48:240][..., margin:-margin, margin:-margin],
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    assert (
+        crop[..., :8, :] - whole[..., 32:40, 48:240]
+    ).abs().max() > 1e-3  # at the border they may differ, or the test could not fail
 
 
 def test_hyperparameters_rebuild_the_stage_and_the_other_upsampler_is_refused(tmp_path):
     stage = speaking(Upsampler1024(net=FLAT, residual=0.1, sampling=UpsamplingConfig(steps=7)))
-    release.write(tmp_path / "release", Release("Upsampler1024", dict(stage.hparams), None, stage.state_dict()), "# card")
+    release.write(
+        tmp_path / "release",
+        Release("Upsampler1024", dict(stage.hparams), None, stage.state_dict()),
+        "# card",
+    )
     again = pipeline.load_stage(tmp_path / "release", Upsampler1024)
-    assert again.sampling.steps == 7 and again.residual == 0.1 and again.process.config.schedule == "linear"
+    assert (
+        again.sampling.steps == 7
+        and again.residual == 0.1
+        and again.process.config.schedule == "linear"
+    )
     with pytest.raises(UserError, match=r"holds a Upsampler1024, and a Upsampler256 is needed"):
         pipeline.load_stage(tmp_path / "release", Upsampler256)
-    with pytest.raises(UserError, match=r"holds a Upsampler1024, and this run trains a Upsampler256"):
+    with pytest.raises(
+        UserError, match=r"holds a Upsampler1024, and this run trains a Upsampler256"
+    ):
         Upsampler256(net=FLAT).on_load_checkpoint({"stage": "Upsampler1024"})
 
 
@@ -190,9 +249,17 @@ def test_data_that_do_not_fit_are_a_sentence():
     class Data:
         image_size, crop, val_crop = 32, 16, 16
 
-    stage = Upsampler256(net=UNetConfig(image_size=32, width=32, mults=(1, 2), depth=1, patch_size=4, dropout=0.0, **NET))
+    stage = Upsampler256(
+        net=UNetConfig(
+            image_size=32, width=32, mults=(1, 2), depth=1, patch_size=4, dropout=0.0, **NET
+        )
+    )
     stage.check_data(Data())
-    for name, value, said in (("image_size", 64, "make them equal"), ("crop", 12, "multiple of 8"), ("val_crop", 4, r"data\.val_crop")):
+    for name, value, said in (
+        ("image_size", 64, "make them equal"),
+        ("crop", 12, "multiple of 8"),
+        ("val_crop", 4, r"data\.val_crop"),
+    ):
         data = Data()
         setattr(data, name, value)
         with pytest.raises(UserError, match=said):
@@ -209,13 +276,24 @@ def test_validation_shows_condition_output_and_target_with_their_psnr(tmp_path):
             shown.append((name, picture.shape))
 
     trainer = SimpleNamespace(
-        sanity_checking=False, is_global_zero=True, default_root_dir=tmp_path, global_step=7, loggers=[SimpleNamespace(experiment=Experiment())]
+        sanity_checking=False,
+        is_global_zero=True,
+        default_root_dir=tmp_path,
+        global_step=7,
+        loggers=[SimpleNamespace(experiment=Experiment())],
     )
     stage.log_dict = lambda values, **_: logged.update(values)
     Pictures(count=3).on_validation_batch_end(trainer, stage, None, given, 0)
     image = given["image"][:3].double()
-    enlarged = F.interpolate(given["low_res"][:3], scale_factor=4, mode="bicubic", antialias=True).clamp(-1, 1).double()
-    expected = [20 * math.log10(2 / (a - b).square().mean().sqrt()) for a, b in zip(enlarged, image, strict=True)]
+    enlarged = (
+        F.interpolate(given["low_res"][:3], scale_factor=4, mode="bicubic", antialias=True)
+        .clamp(-1, 1)
+        .double()
+    )
+    expected = [
+        20 * math.log10(2 / (a - b).square().mean().sqrt())
+        for a, b in zip(enlarged, image, strict=True)
+    ]
     assert abs(logged["val/psnr_bicubic"].item() - sum(expected) / 3) < 1e-3
     assert 5 < logged["val/psnr"] < logged["val/psnr_bicubic"] + 1  # untrained: about its condition
     assert shown[0][0] == "bicubic / drawn / held out" and shown[0][1][0] > 3 * 32

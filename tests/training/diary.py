@@ -20,17 +20,38 @@ class Diary(Callback):
         kill_once: SIGKILL of the last rank at the end of this step, the first time that it comes there.
     """
 
-    def __init__(self, path: str, kill_at_step: int = 0, kill_at_save: int = 0, kill_once: int = 0) -> None:
-        self.path, self.kill_at_step, self.kill_at_save, self.kill_once = Path(path), kill_at_step, kill_at_save, kill_once
+    def __init__(
+        self, path: str, kill_at_step: int = 0, kill_at_save: int = 0, kill_once: int = 0
+    ) -> None:
+        self.path, self.kill_at_step, self.kill_at_save, self.kill_once = (
+            Path(path),
+            kill_at_step,
+            kill_at_save,
+            kill_once,
+        )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         step = trainer.global_step
         with self.path.open("a") as file:
-            print(json.dumps({"step": step, "rank": trainer.global_rank, "keys": batch["key"], "loss": outputs["loss"].item().hex()}), file=file)
+            print(
+                json.dumps(
+                    {
+                        "step": step,
+                        "rank": trainer.global_rank,
+                        "keys": batch["key"],
+                        "loss": outputs["loss"].item().hex(),
+                    }
+                ),
+                file=file,
+            )
         if step == self.kill_at_step:
             os.kill(os.getpid(), signal.SIGKILL)
         killed = self.path.with_suffix(".killed")
-        if step == self.kill_once and trainer.global_rank == trainer.world_size - 1 and not killed.exists():
+        if (
+            step == self.kill_once
+            and trainer.global_rank == trainer.world_size - 1
+            and not killed.exists()
+        ):
             killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if step == self.kill_at_save:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from unclip_pl.cli import main
+from unclip_pl.cli.lightning import main
 
 
 class Ranks:

@@ -6,16 +6,17 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import unclip_pl._torchvision  # noqa: F401  before the first import of lightning
+import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lightning
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.checkpoint import FileSystemWriter
 
+from unclip_pl.cluster.checkpoint_io import AtomicCheckpointIO
+from unclip_pl.cluster.sharded import ShardedStrategy
 from unclip_pl.data.loader import collate
 from unclip_pl.diffusion.process import DiffusionConfig
-from unclip_pl.errors import UserError
 from unclip_pl.networks.ar_prior import ARPriorConfig
 from unclip_pl.networks.compilation import compile_blocks
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
@@ -27,36 +28,77 @@ from unclip_pl.stages.base import OptimizerConfig, Stage
 from unclip_pl.stages.decoder import Decoder, DropoutConfig
 from unclip_pl.stages.decoder import SamplingConfig as DecoderSampling
 from unclip_pl.stages.diffusion_prior import DiffusionPrior, PriorSamplingConfig
-from unclip_pl.training.checkpoint import AtomicCheckpointIO, NewestCheckpoint
+from unclip_pl.training.checkpoints import NewestCheckpoint
 from unclip_pl.training.ema import EMA
 from unclip_pl.training.pictures import Pictures
 from unclip_pl.training.prior_monitor import PriorMonitor
-from unclip_pl.training.sharded import ShardedStrategy
 from unclip_pl.training.variance import AnalyticVariance
+from unclip_pl.utils.errors import UserError
 
 STEPS, HALF, DIM, LENGTH = 4, 2, 16, 8
 # With a smaller eps AdamW makes whole steps of the rounding noise in gradients that are zero (a convolution's bias before GroupNorm).
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-3, warmup_steps=2, weight_decay=0.01, clip_norm=0.5)
-TEXT = TextConfig(kind="transformer", vocab_size=64, context_length=LENGTH, width=24, depth=1, heads=2, checkpointing="full")
+TEXT = TextConfig(
+    kind="transformer",
+    vocab_size=64,
+    context_length=LENGTH,
+    width=24,
+    depth=1,
+    heads=2,
+    checkpointing="full",
+)
 
 
 def decoder() -> Decoder:
     net = UNetConfig(
-        image_size=16, width=32, mults=(1, 2), depth=1, attention=(8,), head_width=16, dropout=0.1, embed_dim=DIM, context_width=20,
+        image_size=16,
+        width=32,
+        mults=(1, 2),
+        depth=1,
+        attention=(8,),
+        head_width=16,
+        dropout=0.1,
+        embed_dim=DIM,
+        context_width=20,
         checkpointing="selective",
     )
-    return Decoder(net, TEXT, dropout=DropoutConfig(), sampling=DecoderSampling("ddim", steps=2, guidance_scale=2.0), optimizer=OPTIMIZER)
+    return Decoder(
+        net,
+        TEXT,
+        dropout=DropoutConfig(),
+        sampling=DecoderSampling("ddim", steps=2, guidance_scale=2.0),
+        optimizer=OPTIMIZER,
+    )
 
 
 def prior() -> DiffusionPrior:
     net = PriorTransformerConfig(embed_dim=DIM, width=32, depth=2, heads=2, checkpointing="full")
     text = PriorTextConfig(kind="tokens", vocab_size=64, context_length=LENGTH)
     process = DiffusionConfig(timesteps=8, parametrization="x0", variance="fixed_small")
-    return DiffusionPrior(net, text, process, sampling=PriorSamplingConfig("ddpm", steps=2, guidance_scale=2.0), optimizer=OPTIMIZER)
+    return DiffusionPrior(
+        net,
+        text,
+        process,
+        sampling=PriorSamplingConfig("ddpm", steps=2, guidance_scale=2.0),
+        optimizer=OPTIMIZER,
+    )
 
 
 def ar_prior() -> ARPrior:
-    stage = ARPrior(ARPriorConfig(embed_dim=DIM, width=32, depth=2, heads=2, max_codes=4, buckets=8, checkpointing="selective"), TEXT, 0.0, optimizer=OPTIMIZER)
+    stage = ARPrior(
+        ARPriorConfig(
+            embed_dim=DIM,
+            width=32,
+            depth=2,
+            heads=2,
+            max_codes=4,
+            buckets=8,
+            checkpointing="selective",
+        ),
+        TEXT,
+        0.0,
+        optimizer=OPTIMIZER,
+    )
     rows = torch.randn(512, DIM, generator=torch.Generator().manual_seed(0))
     stage.quantizer.fit(rows.mean(0), rows.T.cov(), rows, rows.roll(1, 1))
     return stage
@@ -71,7 +113,13 @@ def sample(i: int) -> dict:
     tokens = torch.randint(1, 60, (LENGTH,), generator=draw)
     tokens[LENGTH // 2 + i % 3] = 63
     embed = torch.randn(2, DIM, generator=draw)
-    return {"key": str(i), "image": torch.rand(3, 16, 16, generator=draw) * 2 - 1, "tokens": tokens, "image_embed": embed[0], "text_embed": embed[1]}
+    return {
+        "key": str(i),
+        "image": torch.rand(3, 16, 16, generator=draw) * 2 - 1,
+        "tokens": tokens,
+        "image_embed": embed[0],
+        "text_embed": embed[1],
+    }
 
 
 class Batches:
@@ -120,11 +168,17 @@ class Record(Callback):
         self.loaded = whole(pl_module.state_dict().items())
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean").item())
+        self.losses.append(
+            trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean").item()
+        )
         self.norms.append(trainer.callback_metrics["train/grad_norm"].item())
 
     def on_validation_end(self, trainer, pl_module):
-        self.validation = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.validation = {
+            name: value.item()
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val/")
+        }
 
 
 class Halfway(Callback):
@@ -136,22 +190,52 @@ class Halfway(Callback):
 
 
 def whole(tensors) -> dict:
-    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t.detach().clone() for name, t in tensors}
+    return {
+        name: t.full_tensor() if hasattr(t, "full_tensor") else t.detach().clone()
+        for name, t in tensors
+    }
 
 
-def fit(folder: Path, stage: Stage, sharded: bool, steps: int = STEPS, resume: Path | None = None, callbacks=(), **options) -> dict:
+def fit(
+    folder: Path,
+    stage: Stage,
+    sharded: bool,
+    steps: int = STEPS,
+    resume: Path | None = None,
+    callbacks=(),
+    **options,
+) -> dict:
     """Train, and say what came of it; every weight and average whole."""
     record, ema = Record(), EMA(0.9)
     trainer = Trainer(
-        default_root_dir=folder, max_steps=steps, max_epochs=-1, accelerator="cpu", devices=int(os.environ["WORLD"]), logger=False,
-        strategy=ShardedStrategy() if sharded else DDPStrategy(), plugins=[AtomicCheckpointIO()], enable_progress_bar=False,
-        callbacks=[record, ema, NewestCheckpoint(1000), *callbacks, Halfway()], enable_model_summary=False, num_sanity_val_steps=0,
-        use_distributed_sampler=False, check_val_every_n_epoch=None, val_check_interval=HALF, limit_val_batches=1 if callbacks else 0, **options,
+        default_root_dir=folder,
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        devices=int(os.environ["WORLD"]),
+        logger=False,
+        strategy=ShardedStrategy() if sharded else DDPStrategy(),
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=False,
+        callbacks=[record, ema, NewestCheckpoint(1000), *callbacks, Halfway()],
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        check_val_every_n_epoch=None,
+        val_check_interval=HALF,
+        limit_val_batches=1 if callbacks else 0,
+        **options,
     )
     trainer.fit(stage, Data(), ckpt_path=resume)
     return {
-        "losses": record.losses, "norms": record.norms, "validation": record.validation, "loaded": record.loaded, "weights": whole(stage.state_dict().items()),
-        "averages": whole(ema._averages.items()), "skipped": stage.skipped_steps.item(), "class": type(stage).__name__,
+        "losses": record.losses,
+        "norms": record.norms,
+        "validation": record.validation,
+        "loaded": record.loaded,
+        "weights": whole(stage.state_dict().items()),
+        "averages": whole(ema._averages.items()),
+        "skipped": stage.skipped_steps.item(),
+        "class": type(stage).__name__,
         "held": sum(getattr(p, "_local_tensor", p).numel() for p in stage.parameters()),
     }
 
@@ -178,15 +262,29 @@ def two(folder: Path) -> dict:
     results = {}
     for name in STAGES:
         for kind in ("ddp", "fsdp"):
-            watching = {"decoder": [Pictures(2)], "prior": [PriorMonitor(4, 2), AnalyticVariance(4, 1)], "ar_prior": [PriorMonitor(4, 2)]}[name]
-            results[name, kind] = fit(folder / name / kind, seeded(name), kind == "fsdp", STEPS if name == "decoder" else HALF, callbacks=watching)
+            watching = {
+                "decoder": [Pictures(2)],
+                "prior": [PriorMonitor(4, 2), AnalyticVariance(4, 1)],
+                "ar_prior": [PriorMonitor(4, 2)],
+            }[name]
+            results[name, kind] = fit(
+                folder / name / kind,
+                seeded(name),
+                kind == "fsdp",
+                STEPS if name == "decoder" else HALF,
+                callbacks=watching,
+            )
     for kind in ("ddp", "fsdp"):
-        results["bf16", kind] = fit(folder / "bf16" / kind, seeded("prior"), kind == "fsdp", HALF, precision="bf16-mixed")
+        results["bf16", kind] = fit(
+            folder / "bf16" / kind, seeded("prior"), kind == "fsdp", HALF, precision="bf16-mixed"
+        )
     for name in ("prior", "ar_prior"):
         results["compiled", name] = compiled(folder / "compiled" / name, name)
     for kind, other in (("ddp", "fsdp"), ("fsdp", "ddp"), ("fsdp", "fsdp")):
         half = folder / "decoder" / kind / "half.ckpt"
-        results["resumed", kind, other] = fit(folder / f"{kind} to {other}", seeded("decoder"), other == "fsdp", resume=half)
+        results["resumed", kind, other] = fit(
+            folder / f"{kind} to {other}", seeded("decoder"), other == "fsdp", resume=half
+        )
     results["full disk"] = full_disk(folder / "full", folder / "prior" / "fsdp" / "half.ckpt")
     return results
 
@@ -200,7 +298,9 @@ def full_disk(folder: Path, half: Path) -> str:
             raise OSError(28, "No space left on device")
         return write(self, plan, planner)
 
-    shutil.copytree(half, folder / "checkpoints" / f"newest-step={HALF}.ckpt") if os.environ["LOCAL_RANK"] == "0" else None
+    shutil.copytree(half, folder / "checkpoints" / f"newest-step={HALF}.ckpt") if os.environ[
+        "LOCAL_RANK"
+    ] == "0" else None
     FileSystemWriter.write_data = fail
     try:
         fit(folder, seeded("prior"), True, HALF + 1, resume=half)
@@ -213,7 +313,15 @@ def full_disk(folder: Path, half: Path) -> str:
 
 def four(folder: Path) -> dict:
     """The weights as four ranks read them from what two wrote, and a step with them."""
-    return {"four": fit(folder / "four", seeded("prior"), True, HALF + 1, resume=folder / "prior" / "fsdp" / "half.ckpt")}
+    return {
+        "four": fit(
+            folder / "four",
+            seeded("prior"),
+            True,
+            HALF + 1,
+            resume=folder / "prior" / "fsdp" / "half.ckpt",
+        )
+    }
 
 
 if __name__ == "__main__":

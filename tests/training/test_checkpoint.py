@@ -8,16 +8,11 @@ import torch
 
 from tests.disk import small_disk
 from tests.training.toy import Toy, loader, trainer
-from unclip_pl.errors import UserError
+from unclip_pl.cluster import checkpoint_io as module
+from unclip_pl.cluster.checkpoint_io import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from unclip_pl.stages.base import Stage
-from unclip_pl.training import checkpoint as module
-from unclip_pl.training.checkpoint import (
-    AtomicCheckpointIO,
-    BestCheckpoint,
-    NewestCheckpoint,
-    newest_checkpoint,
-    read_checkpoint,
-)
+from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
+from unclip_pl.utils.errors import UserError
 
 
 def test_newest_replaces_the_one_before_and_best_stays(tmp_path):

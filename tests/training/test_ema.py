@@ -5,7 +5,8 @@ import torch
 from lightning.pytorch import Callback
 
 from tests.training.toy import Toy, loader, trainer
-from unclip_pl.training.checkpoint import NewestCheckpoint, read_checkpoint
+from unclip_pl.cluster.checkpoint_io import read_checkpoint
+from unclip_pl.training.checkpoints import NewestCheckpoint
 from unclip_pl.training.ema import EMA
 
 
@@ -34,11 +35,22 @@ def test_average_is_the_sum_it_should_be_and_validation_uses_it(tmp_path):
     torch.manual_seed(0)
     module, record, ema = Toy(), Record(), EMA(decay=0.5)
     first = module.net.weight.detach().clone()
-    trainer(tmp_path, ema, record, steps=9, val_check_interval=3, check_val_every_n_epoch=None).fit(module, loader(), loader())
+    trainer(tmp_path, ema, record, steps=9, val_check_interval=3, check_val_every_n_epoch=None).fit(
+        module, loader(), loader()
+    )
     assert len(record.steps) == 9
-    torch.testing.assert_close(ema._averages["net.weight"].double(), closed_form(first, record.steps, 0.5), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(record.validated[0], closed_form(first, record.steps[:3], 0.5), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(module.net.weight.detach().double(), record.steps[-1], rtol=0, atol=0)  # training goes on with the raw weights
+    torch.testing.assert_close(
+        ema._averages["net.weight"].double(),
+        closed_form(first, record.steps, 0.5),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    torch.testing.assert_close(
+        record.validated[0], closed_form(first, record.steps[:3], 0.5), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        module.net.weight.detach().double(), record.steps[-1], rtol=0, atol=0
+    )  # training goes on with the raw weights
 
 
 def test_gradient_accumulation_counts_optimiser_steps(tmp_path):
@@ -58,7 +70,9 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
     trainer(tmp_path / "b", half_ema, NewestCheckpoint(16), steps=16).fit(half, loader())
     again, again_ema = Toy(), EMA(0.9)
     path = next((tmp_path / "b").rglob("newest-step=16.ckpt"))
-    trainer(tmp_path / "b", again_ema, NewestCheckpoint(16), steps=24).fit(again, loader(), ckpt_path=path)
+    trainer(tmp_path / "b", again_ema, NewestCheckpoint(16), steps=24).fit(
+        again, loader(), ckpt_path=path
+    )
     for name, value in whole.named_parameters():
         assert torch.equal(value, again.state_dict()[name]), name
         assert torch.equal(whole_ema._averages[name], again_ema._averages[name]), name
@@ -71,7 +85,9 @@ def test_checkpoint_holds_average_and_raw_weights_and_whole_buffers(tmp_path):
     checkpoint = read_checkpoint(next(tmp_path.rglob("*.ckpt")))
     assert torch.equal(checkpoint["state_dict"]["net.weight"], ema._averages["net.weight"])
     assert torch.equal(checkpoint["current_model_state"]["net.weight"], module.net.weight)
-    assert not torch.equal(checkpoint["state_dict"]["net.weight"], checkpoint["current_model_state"]["net.weight"])
+    assert not torch.equal(
+        checkpoint["state_dict"]["net.weight"], checkpoint["current_model_state"]["net.weight"]
+    )
     assert checkpoint["state_dict"]["counter"] == 8  # a counter is not averaged
 
 
@@ -82,7 +98,15 @@ def test_error_inside_validation_leaves_the_weights(tmp_path):
 
     module, ema, record = Toy(), EMA(0.9), Record()
     with pytest.raises(RuntimeError, match="boom"):
-        trainer(tmp_path, ema, record, Fail(), steps=9, val_check_interval=3, check_val_every_n_epoch=None).fit(module, loader(), loader())
+        trainer(
+            tmp_path,
+            ema,
+            record,
+            Fail(),
+            steps=9,
+            val_check_interval=3,
+            check_val_every_n_epoch=None,
+        ).fit(module, loader(), loader())
     assert torch.equal(module.net.weight.detach().double(), record.steps[-1])
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from tests.factories import tiny_batch, tiny_stage
+from unclip_pl.optim.muon import Muon, hidden_weights, orthogonalized
 from unclip_pl.stages.base import OptimizerConfig
-from unclip_pl.training.muon import Muon, hidden_weights, orthogonalized
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 6, 6)])

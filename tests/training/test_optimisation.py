@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import Callback
 
 from tests.training.toy import Toy, loader, trainer
-from unclip_pl.errors import UserError
 from unclip_pl.stages.base import OptimizerConfig, as_config, plain
+from unclip_pl.utils.errors import UserError
 
 
 class Watch(Callback):
@@ -50,14 +50,18 @@ def test_gradients_do_not_outlive_the_step_that_used_them(tmp_path):
     watch = Watch()
     trainer(tmp_path, watch, steps=3, accumulate_grad_batches=2).fit(Toy(), loader())
     assert watch.freed == [False, True] * 3
-    assert len({weight.sum().item() for weight in watch.weights}) == 4  # those it began with, and one for each step
+    assert (
+        len({weight.sum().item() for weight in watch.weights}) == 4
+    )  # those it began with, and one for each step
 
 
 def test_rate_rises_linearly_then_falls_as_a_half_cosine(tmp_path):
     watch = Watch()
     module = Toy(optimizer=OptimizerConfig(lr=1.0, warmup_steps=4, decay="cosine"))
     trainer(tmp_path, watch, steps=12).fit(module, loader())
-    expected = [(k + 1) / 4 if k < 4 else 0.5 * (1 + math.cos(math.pi * (k - 4) / 8)) for k in range(12)]
+    expected = [
+        (k + 1) / 4 if k < 4 else 0.5 * (1 + math.cos(math.pi * (k - 4) / 8)) for k in range(12)
+    ]
     assert watch.rates == pytest.approx(expected)
 
 
@@ -79,8 +83,15 @@ def test_random_draws_depend_on_the_step_alone(tmp_path):
 
 def test_gains_and_biases_are_not_decayed():
     groups = Toy().configure_optimizers()["optimizer"].param_groups
-    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.0, 1), (0.0, 1)]
-    groups = Toy(optimizer=OptimizerConfig(weight_decay=0.5)).configure_optimizers()["optimizer"].param_groups
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [
+        (0.0, 1),
+        (0.0, 1),
+    ]
+    groups = (
+        Toy(optimizer=OptimizerConfig(weight_decay=0.5))
+        .configure_optimizers()["optimizer"]
+        .param_groups
+    )
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
 
 
@@ -89,7 +100,10 @@ def test_configs_survive_the_way_through_plain_values():
     assert as_config(OptimizerConfig, plain(config)) == config
 
 
-@pytest.mark.parametrize(("seed", "torchs"), [(0, 65_537), (280_000_000, 280_000_000 * 1_000_003 * 65_537 + 65_537), (2**32 - 1, None)])
+@pytest.mark.parametrize(
+    ("seed", "torchs"),
+    [(0, 65_537), (280_000_000, 280_000_000 * 1_000_003 * 65_537 + 65_537), (2**32 - 1, None)],
+)
 def test_every_seed_that_lightning_takes_gives_numbers_of_its_own(seed, torchs, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
     stage = Toy()

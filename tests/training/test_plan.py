@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from unclip_pl import app
-from unclip_pl.commands.plan import configured
-from unclip_pl.training import plan
+from unclip_pl import planner as plan
+from unclip_pl.cli import unclip as app
+from unclip_pl.cli.plan import configured
 
 # Counted by walking GLIDE's and guided-diffusion's networks by hand: GFLOP of a training step a
 # sample; parameters; H100 hours of the paper's run at MFU 0.5.

@@ -14,10 +14,11 @@ from lightning.pytorch import Callback
 
 from tests.training.forks import Ranks
 from tests.training.toy import Toy, loader, trainer
-from unclip_pl import signals
-from unclip_pl.signals import Asked, notes
-from unclip_pl.training.checkpoint import NewestCheckpoint, newest_checkpoint, read_checkpoint
-from unclip_pl.training.preemption import Preemption
+from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
+from unclip_pl.cluster.preemption import Preemption
+from unclip_pl.training.checkpoints import NewestCheckpoint
+from unclip_pl.utils import signals
+from unclip_pl.utils.signals import Asked, notes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -49,31 +50,57 @@ def _no_notes(monkeypatch, tmp_path):
         ([signal.SIGTERM, signal.SIGUSR1], Asked.STOP, "stop", 143),  # a cancelled job stays cancelled
     ],
 )  # fmt: skip
-def test_a_signal_ends_training_after_the_step_with_a_checkpoint(tmp_path, sent, agreed, word, code):
+def test_a_signal_ends_training_after_the_step_with_a_checkpoint(
+    tmp_path, sent, agreed, word, code
+):
     before = [signal.getsignal(signum) for signum in signals.MEANING]
 
     class NeverValidated(Toy):
         def validation_step(self, *_):
             raise AssertionError("there may be no time for it")
 
-    run = trainer(tmp_path, Preemption(), NewestCheckpoint(50), Signal(2, *sent), val_check_interval=5, check_val_every_n_epoch=None)
+    run = trainer(
+        tmp_path,
+        Preemption(),
+        NewestCheckpoint(50),
+        Signal(2, *sent),
+        val_check_interval=5,
+        check_val_every_n_epoch=None,
+    )
     run.fit(NeverValidated(), loader(), loader())
     assert newest_checkpoint(tmp_path).name == "newest-step=3.ckpt"
     assert notes.agreed == agreed and signals.EXIT_CODES[notes.agreed] == code
-    assert (tmp_path / "ended").read_text().strip() == word if word else not (tmp_path / "ended").exists()
-    assert [signal.getsignal(signum) for signum in signals.MEANING] == before and notes.asked == Asked.NOTHING
+    assert (
+        (tmp_path / "ended").read_text().strip() == word
+        if word
+        else not (tmp_path / "ended").exists()
+    )
+    assert [
+        signal.getsignal(signum) for signum in signals.MEANING
+    ] == before and notes.asked == Asked.NOTHING
 
 
 def test_a_signal_at_the_last_step_asks_for_nothing_more(tmp_path):
-    trainer(tmp_path, Preemption(), NewestCheckpoint(50), Signal(7, signal.SIGUSR1), steps=8).fit(Toy(), loader())
-    assert newest_checkpoint(tmp_path).name == "newest-step=8.ckpt" and notes.agreed == Asked.NOTHING and not (tmp_path / "ended").exists()
+    trainer(tmp_path, Preemption(), NewestCheckpoint(50), Signal(7, signal.SIGUSR1), steps=8).fit(
+        Toy(), loader()
+    )
+    assert (
+        newest_checkpoint(tmp_path).name == "newest-step=8.ckpt"
+        and notes.agreed == Asked.NOTHING
+        and not (tmp_path / "ended").exists()
+    )
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     before = [signal.getsignal(signum) for signum in signals.MEANING]
     with pytest.raises(SystemExit, match="1"):  # Lightning turns the KeyboardInterrupt into it
-        trainer(tmp_path, Preemption(), NewestCheckpoint(50), Signal(2, signal.SIGINT, signal.SIGINT)).fit(Toy(), loader())
-    assert newest_checkpoint(tmp_path) is None and [signal.getsignal(signum) for signum in signals.MEANING] == before
+        trainer(
+            tmp_path, Preemption(), NewestCheckpoint(50), Signal(2, signal.SIGINT, signal.SIGINT)
+        ).fit(Toy(), loader())
+    assert (
+        newest_checkpoint(tmp_path) is None
+        and [signal.getsignal(signum) for signum in signals.MEANING] == before
+    )
 
 
 def test_a_job_that_only_validates_ends_at_once(tmp_path):
@@ -90,12 +117,21 @@ def test_a_job_that_only_validates_ends_at_once(tmp_path):
 def test_a_run_stopped_and_resumed_equals_one_that_was_not(tmp_path):
     callbacks = Preemption(), NewestCheckpoint(50)
     trainer(tmp_path / "straight", *callbacks, steps=12).fit(Toy(), loader(size=64))
-    trainer(tmp_path / "cut", *callbacks, Signal(6, signal.SIGUSR1), steps=12).fit(Toy(), loader(size=64))
+    trainer(tmp_path / "cut", *callbacks, Signal(6, signal.SIGUSR1), steps=12).fit(
+        Toy(), loader(size=64)
+    )
     path = newest_checkpoint(tmp_path / "cut")
-    assert read_checkpoint(path)["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] == 0  # as saved in mid-epoch, not after its end
+    assert (
+        read_checkpoint(path)["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] == 0
+    )  # as saved in mid-epoch, not after its end
     trainer(tmp_path / "cut", *callbacks, steps=12).fit(Toy(), loader(size=64), ckpt_path=path)
-    ours, theirs = (read_checkpoint(newest_checkpoint(tmp_path / name)) for name in ("cut", "straight"))
-    assert ours["global_step"] == theirs["global_step"] == 12 and ours["state_dict"].keys() == theirs["state_dict"].keys()
+    ours, theirs = (
+        read_checkpoint(newest_checkpoint(tmp_path / name)) for name in ("cut", "straight")
+    )
+    assert (
+        ours["global_step"] == theirs["global_step"] == 12
+        and ours["state_dict"].keys() == theirs["state_dict"].keys()
+    )
 
 
 class Rank:
@@ -104,7 +140,14 @@ class Rank:
     world_size, is_global_zero, max_steps, device = 2, False, 10_000, "cpu"
 
     def __init__(self, said, pace, clock):
-        self.global_step, self.should_stop, self.strategy, self.said, self.pace, self.clock = 0, False, self, said, pace, clock
+        self.global_step, self.should_stop, self.strategy, self.said, self.pace, self.clock = (
+            0,
+            False,
+            self,
+            said,
+            pace,
+            clock,
+        )
         self.preemption = Preemption(ask_every=2.0)
 
     def reduce(self, mine, reduce_op):
@@ -141,7 +184,10 @@ def test_ranks_ask_each_other_every_two_seconds_and_stop_together(monkeypatch, p
 
 def arguments(folder, *flags):
     """Of a toy run that keeps a diary."""
-    callbacks = {"tests.training.diary.Diary": {"path": str(folder / "diary.jsonl")}, "tests.training.toy.Slow": {"seconds": 0.05}}
+    callbacks = {
+        "tests.training.diary.Diary": {"path": str(folder / "diary.jsonl")},
+        "tests.training.toy.Slow": {"seconds": 0.05},
+    }
     return [
         "fit", "--model", "tests.training.toy.Toy", "--data", "tests.training.toy.ToyRows", "--trainer.default_root_dir", str(folder),
         "--trainer.max_steps", "60", "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",
@@ -186,11 +232,20 @@ def test_two_ranks_of_which_one_is_signalled_stop_together_and_go_on_exactly(tmp
     step = int(newest_checkpoint(tmp_path).stem.partition("=")[2])
     assert 3 <= step < 60 and (tmp_path / "ended").read_text() == "requeue\n"
     (tmp_path / "ended").unlink()
-    assert Ranks(tmp_path, arguments(tmp_path, "--resume", "auto"), 2).wait() == [0, 0], run.said()[-3000:]
+    assert Ranks(tmp_path, arguments(tmp_path, "--resume", "auto"), 2).wait() == [0, 0], run.said()[
+        -3000:
+    ]
     given = lines(tmp_path)
-    assert sorted((line["step"], line["rank"]) for line in given) == [(step, rank) for step in range(1, 61) for rank in range(2)]  # none twice
+    assert sorted((line["step"], line["rank"]) for line in given) == [
+        (step, rank) for step in range(1, 61) for rank in range(2)
+    ]  # none twice
     for epoch in range(2):  # of 25 steps
-        keys = [key for line in given if 25 * epoch < line["step"] <= 25 * epoch + 25 for key in line["keys"]]
+        keys = [
+            key
+            for line in given
+            if 25 * epoch < line["step"] <= 25 * epoch + 25
+            for key in line["keys"]
+        ]
         assert len(keys) == len(set(keys)) == 200
     assert not (tmp_path / "ended").exists()
 

@@ -7,12 +7,13 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from tests.factories import tiny_stage
 from tests.training.toy import Toy, command, loader, trainer
-from unclip_pl.cli import build_cli, main
-from unclip_pl.errors import UserError
+from unclip_pl.cli.lightning import build_cli, main
+from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.stages.base import OptimizerConfig
+from unclip_pl.stages.settings import settings_of
 from unclip_pl.stages.upsampler import Upsampler256
-from unclip_pl.training.checkpoint import NewestCheckpoint, newest_checkpoint, read_checkpoint
-from unclip_pl.training.settings import settings_of
+from unclip_pl.training.checkpoints import NewestCheckpoint
+from unclip_pl.utils.errors import UserError
 
 VALIDATED = ("--data", "tests.training.toy.ToyRowsAndMore", "--trainer.limit_val_batches", "2")
 

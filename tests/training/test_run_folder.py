@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.training.toy import command
-from unclip_pl.cli import build_cli, main, resume
-from unclip_pl.errors import SharedError, UserError
-from unclip_pl.training.checkpoint import newest_checkpoint, read_checkpoint
+from unclip_pl.cli.lightning import build_cli, main, resume
+from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.training.run_folder import claimed, find_checkpoint, refuse_another, set_aside
+from unclip_pl.utils.errors import SharedError, UserError
 
 
 def contents(folder) -> dict[str, bytes]:

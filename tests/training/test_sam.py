@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 
 from tests.stages.test_clip_stage import batch
 from tests.training.toy import trainer
+from unclip_pl.optim.sam import climb, descend
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.clip import CLIP
-from unclip_pl.training.sam import climb, descend
 
 RHO = 0.1
 

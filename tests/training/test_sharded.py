@@ -16,11 +16,12 @@ from PIL import Image
 
 from tests.training import ranks
 from tests.training.toy import Toy
-from unclip_pl import app, release
-from unclip_pl.atomic import atomic_folder, remove_leftovers
-from unclip_pl.errors import UserError
-from unclip_pl.training.checkpoint import newest_checkpoint, read_checkpoint
-from unclip_pl.training.sharded import shard
+from unclip_pl.cli import unclip as app
+from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
+from unclip_pl.cluster.sharded import shard
+from unclip_pl.pipeline import release
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import atomic_folder, remove_leftovers
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -31,11 +32,20 @@ def run(folder: Path, job: str, world: int) -> list[dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = os.environ | {"WORLD": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "NODE_RANK": "0"}
+    common = os.environ | {
+        "WORLD": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "NODE_RANK": "0",
+    }
     command = [sys.executable, "-m", "tests.training.ranks", str(folder), job]
     logs = [(folder / f"{job}-{rank}.log").open("w+") for rank in range(world)]
     processes = [
-        subprocess.Popen(command, cwd=ROOT, env=common | {"LOCAL_RANK": str(rank)}, stdout=log, stderr=log) for rank, log in enumerate(logs)
+        subprocess.Popen(
+            command, cwd=ROOT, env=common | {"LOCAL_RANK": str(rank)}, stdout=log, stderr=log
+        )
+        for rank, log in enumerate(logs)
     ]
     try:
         codes = [process.wait() for process in processes]
@@ -63,21 +73,34 @@ def two(folder):
 def close(a: dict, b: dict, rtol: float = 1e-5, atol: float = 1e-5) -> None:
     assert a.keys() == b.keys()
     for name, value in a.items():
-        torch.testing.assert_close(value, b[name], rtol=rtol, atol=atol, equal_nan=True, msg=lambda said, name=name: f"{name}: {said}")
+        torch.testing.assert_close(
+            value,
+            b[name],
+            rtol=rtol,
+            atol=atol,
+            equal_nan=True,
+            msg=lambda said, name=name: f"{name}: {said}",
+        )
 
 
 def same(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name].nan_to_num(9), b[name].nan_to_num(9))] == []
+    assert [
+        name for name in a if not torch.equal(a[name].nan_to_num(9), b[name].nan_to_num(9))
+    ] == []
 
 
 @pytest.mark.parametrize("name", ["decoder", "prior", "ar_prior"])
 def test_losses_weights_averages_and_validation_equal_those_of_ddp(two, name):
     ddp, fsdp = (two[0][name, kind] for kind in ("ddp", "fsdp"))
-    assert len(ddp["losses"]) == (ranks.STEPS if name == "decoder" else ranks.HALF) and fsdp["class"].startswith("FSDP")
+    assert len(ddp["losses"]) == (ranks.STEPS if name == "decoder" else ranks.HALF) and fsdp[
+        "class"
+    ].startswith("FSDP")
     assert fsdp["losses"] == pytest.approx(ddp["losses"], rel=1e-6, nan_ok=True)
     assert fsdp["norms"] == pytest.approx(ddp["norms"], rel=1e-5, nan_ok=True)
-    assert ddp["validation"] and fsdp["validation"] == pytest.approx(ddp["validation"], rel=1e-4, abs=1e-5)
+    assert ddp["validation"] and fsdp["validation"] == pytest.approx(
+        ddp["validation"], rel=1e-4, abs=1e-5
+    )
     close(ddp["weights"], fsdp["weights"])  # buffers too: the prior's analytic variance
     close(ddp["averages"], fsdp["averages"])
     same(fsdp["weights"], two[1][name, "fsdp"]["weights"])
@@ -99,18 +122,31 @@ def test_a_rank_holds_its_part_of_the_weights(two):
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(two):
-    assert [rank["decoder", kind]["skipped"] for rank in two for kind in ("ddp", "fsdp")] == [1, 1, 1, 1]
+    assert [rank["decoder", kind]["skipped"] for rank in two for kind in ("ddp", "fsdp")] == [
+        1,
+        1,
+        1,
+        1,
+    ]
     assert all(value.isfinite().all() for value in two[0]["decoder", "fsdp"]["weights"].values())
 
 
 def test_bfloat16_stays_as_near_to_ddp_as_bfloat16_is(two):
     ddp, fsdp, exact = two[0]["bf16", "ddp"], two[0]["bf16", "fsdp"], two[0]["prior", "fsdp"]
-    assert fsdp["losses"] == pytest.approx(ddp["losses"], rel=1e-2) and fsdp["losses"] != exact["losses"][: len(fsdp["losses"])]
+    assert (
+        fsdp["losses"] == pytest.approx(ddp["losses"], rel=1e-2)
+        and fsdp["losses"] != exact["losses"][: len(fsdp["losses"])]
+    )
     assert all(value.dtype == torch.float32 for value in fsdp["averages"].values())
 
 
 def test_pictures_are_drawn_with_sharded_weights(two, folder):
-    ddp, fsdp = (np.asarray(Image.open(folder / "decoder" / kind / "pictures" / "step-0000004.png")).astype(int) for kind in ("ddp", "fsdp"))
+    ddp, fsdp = (
+        np.asarray(Image.open(folder / "decoder" / kind / "pictures" / "step-0000004.png")).astype(
+            int
+        )
+        for kind in ("ddp", "fsdp")
+    )
     assert abs(ddp - fsdp).max() <= 1 and ddp.std() > 1
 
 
@@ -134,7 +170,9 @@ def test_four_ranks_go_on_from_what_two_wrote(two, folder):
     raw = read_checkpoint(folder / "prior" / "fsdp" / "half.ckpt")["current_model_state"]
     for rank in ranks_of_four:
         same(rank["four"]["loaded"], raw)
-        assert len(rank["four"]["losses"]) == 1 and rank["four"]["held"] < 0.26 * sum(value.numel() for value in rank["four"]["averages"].values())
+        assert len(rank["four"]["losses"]) == 1 and rank["four"]["held"] < 0.26 * sum(
+            value.numel() for value in rank["four"]["averages"].values()
+        )
 
 
 def test_the_release_of_a_folder_equals_that_of_the_unsharded_run(two, folder):
@@ -145,34 +183,54 @@ def test_the_release_of_a_folder_equals_that_of_the_unsharded_run(two, folder):
         assert app.main(["export", str(path), "--out", str(folder / f"release-{kind}")]) == 0
         releases[kind] = release.read(folder / f"release-{kind}")
     ddp, fsdp = releases["ddp"], releases["fsdp"]
-    assert (ddp.stage, ddp.steps, ddp.hyper_parameters) == (fsdp.stage, fsdp.steps, fsdp.hyper_parameters) == ("Decoder", 4, fsdp.hyper_parameters)
+    assert (
+        (ddp.stage, ddp.steps, ddp.hyper_parameters)
+        == (fsdp.stage, fsdp.steps, fsdp.hyper_parameters)
+        == ("Decoder", 4, fsdp.hyper_parameters)
+    )
     close(ddp.tensors, fsdp.tensors, rtol=1e-3, atol=1e-4)  # one unit in the last place of float16
     for name, average in two[0]["decoder", "fsdp"]["averages"].items():
         assert torch.equal(fsdp.tensors[name], average.half().float()), name
 
 
 def test_the_analytic_variance_is_written_into_the_folder(two, folder):
-    ddp, fsdp = (read_checkpoint(newest_checkpoint(folder / "prior" / kind)) for kind in ("ddp", "fsdp"))
-    assert fsdp["state_dict"]["x0_error"].isfinite().all() and fsdp["current_model_state"]["x0_error"].isfinite().all()
+    ddp, fsdp = (
+        read_checkpoint(newest_checkpoint(folder / "prior" / kind)) for kind in ("ddp", "fsdp")
+    )
+    assert (
+        fsdp["state_dict"]["x0_error"].isfinite().all()
+        and fsdp["current_model_state"]["x0_error"].isfinite().all()
+    )
     close(ddp["state_dict"], fsdp["state_dict"])
 
 
-def test_a_rank_that_cannot_write_is_a_sentence_on_all_and_the_earlier_checkpoint_stays(two, folder):
-    assert all("newest-step=3.ckpt could not be written (the disk is full)" in rank["full disk"] for rank in two)
-    assert [path.name for path in (folder / "full" / "checkpoints").iterdir()] == ["newest-step=2.ckpt"]
+def test_a_rank_that_cannot_write_is_a_sentence_on_all_and_the_earlier_checkpoint_stays(
+    two, folder
+):
+    assert all(
+        "newest-step=3.ckpt could not be written (the disk is full)" in rank["full disk"]
+        for rank in two
+    )
+    assert [path.name for path in (folder / "full" / "checkpoints").iterdir()] == [
+        "newest-step=2.ckpt"
+    ]
     assert newest_checkpoint(folder / "full").name == "newest-step=2.ckpt"
 
 
 @pytest.fixture
 def copy(two, folder, tmp_path):
     """A copy of a whole folder, to spoil."""
-    return Path(shutil.copytree(folder / "prior" / "fsdp" / "half.ckpt", tmp_path / "newest-step=2.ckpt"))
+    return Path(
+        shutil.copytree(folder / "prior" / "fsdp" / "half.ckpt", tmp_path / "newest-step=2.ckpt")
+    )
 
 
 @pytest.mark.parametrize("spoil", ["lost", "short", "no metadata", "short metadata", "no meta"])
 def test_a_folder_that_is_not_whole_is_passed_over_and_refused(copy, spoil):
     assert newest_checkpoint(copy.parent) == copy
-    part = copy / {"lost": "__1_0.distcp", "short": "__1_0.distcp", "no meta": "meta.pt"}.get(spoil, ".metadata")
+    part = copy / {"lost": "__1_0.distcp", "short": "__1_0.distcp", "no meta": "meta.pt"}.get(
+        spoil, ".metadata"
+    )
     part.write_bytes(part.read_bytes()[:200]) if "short" in spoil else part.unlink()
     assert newest_checkpoint(copy.parent) is None
     with pytest.raises(UserError, match=r"no whole checkpoint|There is no checkpoint|was refused"):
@@ -201,7 +259,7 @@ def test_a_folder_that_would_run_code_is_refused(copy, where, capsys):
 def test_a_folder_replaces_what_had_its_name_and_a_killed_writers_goes(tmp_path):
     code = f"""
 import os, signal
-from unclip_pl.atomic import atomic_folder
+from unclip_pl.utils.files import atomic_folder
 with atomic_folder({str(tmp_path / "a.ckpt")!r}) as folder:
     (folder / "part").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -213,13 +271,17 @@ with atomic_folder({str(tmp_path / "a.ckpt")!r}) as folder:
         with atomic_folder(tmp_path / "a.ckpt", replace=True) as folder:
             (folder / "part").write_text(text)
             remove_leftovers(tmp_path, "*.ckpt")  # the killed writer's, and not this one
-        assert (tmp_path / "a.ckpt" / "part").read_text() == text and len(list(tmp_path.iterdir())) == 1
+        assert (tmp_path / "a.ckpt" / "part").read_text() == text and len(
+            list(tmp_path.iterdir())
+        ) == 1
 
 
 def test_a_parameter_that_is_a_single_number_is_a_sentence():
     stage = Toy()
     stage.scale = torch.nn.Parameter(torch.ones(()))
-    with pytest.raises(UserError, match=r"scale is a single number: use lightning_config/ddp\.yaml"):
+    with pytest.raises(
+        UserError, match=r"scale is a single number: use lightning_config/ddp\.yaml"
+    ):
         shard(stage, None, "32-true")
 
 

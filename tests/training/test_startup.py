@@ -11,11 +11,11 @@ import torch
 from tests.disk import read_only
 from tests.training.forks import Ranks
 from tests.training.toy import Toy, ToyRows, command, trainer
-from unclip_pl.errors import UserError
-from unclip_pl.training import startup
-from unclip_pl.training.checkpoint import NewestCheckpoint
-from unclip_pl.training.startup import StartupCheck, checkpoint_bytes, disk, faults
-from unclip_pl.training.watchdog import Watchdog
+from unclip_pl.cluster import startup
+from unclip_pl.cluster.startup import StartupCheck, checkpoint_bytes, disk, faults
+from unclip_pl.cluster.watchdog import Watchdog
+from unclip_pl.training.checkpoints import NewestCheckpoint
+from unclip_pl.utils.errors import UserError
 
 CLIP = {
     "config": {"model": "openmoji", "pretrained": None, "precision": "fp32"}, "embed_dim": 2, "states_width": 2, "context_length": 3, "image_size": 4,

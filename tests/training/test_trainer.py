@@ -11,8 +11,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, ProgressBar
 
 from tests.training.toy import command
-from unclip_pl.cli import build_cli, main, resume
-from unclip_pl.training.checkpoint import newest_checkpoint, read_checkpoint
+from unclip_pl.cli.lightning import build_cli, main, resume
+from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.training.progress import Progress
 
 OFTEN = ["--trainer.val_check_interval", "2"]

@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor, nn
 
+from unclip_pl.cluster import startup
+from unclip_pl.cluster.checkpoint_io import AtomicCheckpointIO
 from unclip_pl.data.rows import RowLoader, RowsConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage
-from unclip_pl.training import startup
-from unclip_pl.training.checkpoint import AtomicCheckpointIO
 
 
 class Toy(Stage):

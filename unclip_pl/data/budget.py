@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from dataclasses import dataclass
 
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 

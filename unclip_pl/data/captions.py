@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unclip_pl.data.budget import BadSample
-from unclip_pl.errors import UserError
-from unclip_pl.text import decode_text, mended
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.text import decode_text, mended
 
 ENDINGS = ("txt", "caption", "text")
 """Of files that hold a caption and nothing else."""

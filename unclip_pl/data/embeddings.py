@@ -29,11 +29,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from unclip_pl.atomic import atomic_file, file_lock, remove_leftovers
-from unclip_pl.clip import FrozenCLIP, require_same
+from unclip_pl.clip.frozen import FrozenCLIP, require_same
 from unclip_pl.data.captions import Captionless
-from unclip_pl.data.shards import BadSample, ErrorBudget, Lost, decode, is_url, read_shard, too_many_files
-from unclip_pl.errors import UserError
+from unclip_pl.data.shards import (
+    BadSample,
+    ErrorBudget,
+    Lost,
+    decode,
+    is_url,
+    read_shard,
+    too_many_files,
+)
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import atomic_file, file_lock, remove_leftovers
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -93,7 +101,14 @@ class ShardRows:
     def open(cls, path: Path) -> "ShardRows":
         """Map a file of the store; raises ValueError, KeyError or OSError where it is not whole."""
         meta, rows = mapped(path)
-        return cls(path, rows("image_embed", "<f2"), rows("text_embed", "<f2"), rows("tokens", "<i4"), meta["keys"], meta["source"])
+        return cls(
+            path,
+            rows("image_embed", "<f2"),
+            rows("text_embed", "<f2"),
+            rows("tokens", "<i4"),
+            meta["keys"],
+            meta["source"],
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,9 @@ class EmbeddingStore:
         try:
             return self._read_manifest()
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.folder} is no whole embedding store ({error}): {FILL}.") from None
+            raise UserError(
+                f"{self.folder} is no whole embedding store ({error}): {FILL}."
+            ) from None
 
     def _read_manifest(self) -> dict[str, Any]:
         try:
@@ -140,13 +157,17 @@ class EmbeddingStore:
         except OSError as error:
             raise too_many_files(error) or error from None
         if (version := manifest["format"]) != FORMAT:
-            raise UserError(f"The store {self.folder} has format {version}, this version reads {FORMAT}: fill a new one.")
+            raise UserError(
+                f"The store {self.folder} has format {version}, this version reads {FORMAT}: fill a new one."
+            )
         return manifest
 
     def path(self, shard: str) -> Path:
         """The file of a shard; its name depends on the shard's whole name, as the configuration gives it."""
         stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(shard).stem)[:64]
-        return self.folder / f"{stem}-{hashlib.sha256(os.fsencode(shard)).hexdigest()[:8]}.safetensors"
+        return (
+            self.folder / f"{stem}-{hashlib.sha256(os.fsencode(shard)).hexdigest()[:8]}.safetensors"
+        )
 
     def shard(self, shard: str) -> ShardRows:
         """The rows of a shard, mapped once and kept."""
@@ -158,7 +179,9 @@ class EmbeddingStore:
         try:
             return ShardRows.open(self.path(shard))
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"The store {self.folder} has no whole rows for {shard} ({error}): {FILL}.") from None
+            raise UserError(
+                f"The store {self.folder} has no whole rows for {shard} ({error}): {FILL}."
+            ) from None
 
     def rows(self, shards: Sequence[str]) -> list[int]:
         """How many rows each of `shards` has."""
@@ -182,7 +205,14 @@ class EmbeddingStore:
             return False
 
     def ensure(
-        self, shards: Sequence[str], clip: FrozenCLIP, batch_size: int = 256, *, rank: int = 0, world: int = 1, progress: bool = True,
+        self,
+        shards: Sequence[str],
+        clip: FrozenCLIP,
+        batch_size: int = 256,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        progress: bool = True,
         budget: ErrorBudget | None = None,
     ) -> int:
         """Embed what is missing of this rank's share of `shards`; returns how many shards it embedded.
@@ -199,7 +229,13 @@ class EmbeddingStore:
         return count
 
     def embed(
-        self, shards: Sequence[str], clip: FrozenCLIP, batch_size: int = 256, *, progress: bool = True, budget: ErrorBudget | None = None
+        self,
+        shards: Sequence[str],
+        clip: FrozenCLIP,
+        batch_size: int = 256,
+        *,
+        progress: bool = True,
+        budget: ErrorBudget | None = None,
     ) -> int:
         """Embed those of `shards` that are not done; returns how many this process did, and leaves the manifest alone. See `ensure`."""
         self._own(clip)
@@ -208,18 +244,37 @@ class EmbeddingStore:
         missing = [shard for shard in shards if not self.done(shard)]
         sizes = [describe(shard)["size"] for shard in missing]
         total = None if None in sizes else sum(sizes)
-        with tqdm(desc="embedding", total=total, unit="B", unit_scale=True, file=sys.stderr, disable=not (progress and missing)) as bar:
-            first = {shard: self._embed_locked(shard, clip, batch_size, budget, bar, wait=0.0) for shard in dict.fromkeys(missing)}
-            others = [self._embed_locked(shard, clip, batch_size, budget, bar, wait=DAY) for shard, embedded in first.items() if embedded is None]
+        with tqdm(
+            desc="embedding",
+            total=total,
+            unit="B",
+            unit_scale=True,
+            file=sys.stderr,
+            disable=not (progress and missing),
+        ) as bar:
+            first = {
+                shard: self._embed_locked(shard, clip, batch_size, budget, bar, wait=0.0)
+                for shard in dict.fromkeys(missing)
+            }
+            others = [
+                self._embed_locked(shard, clip, batch_size, budget, bar, wait=DAY)
+                for shard, embedded in first.items()
+                if embedded is None
+            ]
         if self._captions.missing:
             log.warning("%s", self._captions)
         return sum(embedded is True for embedded in [*first.values(), *others])
 
     def finish(self, shards: Sequence[str], clip: FrozenCLIP) -> None:
         """Write the manifest over `shards`, all of them done, and over what it named before and is still there."""
-        if self._manifest_over(shards, clip) == self._old_manifest():  # so that a whole store may be read-only
+        if (
+            self._manifest_over(shards, clip) == self._old_manifest()
+        ):  # so that a whole store may be read-only
             return
-        with file_lock(self.folder / ".manifest.lock"), atomic_file(self.folder / "manifest.json", "w") as file:
+        with (
+            file_lock(self.folder / ".manifest.lock"),
+            atomic_file(self.folder / "manifest.json", "w") as file,
+        ):
             file.write(json.dumps(self._manifest_over(shards, clip), indent=1) + "\n")
 
     def _old_manifest(self) -> dict[str, Any]:
@@ -231,23 +286,38 @@ class EmbeddingStore:
 
     def _manifest_over(self, shards: Sequence[str], clip: FrozenCLIP) -> dict[str, Any]:
         old = self._old_manifest()
-        entries = {shard: entry for shard, entry in old["shards"].items() if (self.folder / entry["file"]).is_file()}
+        entries = {
+            shard: entry
+            for shard, entry in old["shards"].items()
+            if (self.folder / entry["file"]).is_file()
+        }
         for shard in shards:
             rows = self._mapped(shard)
             entries[shard] = {"file": rows.path.name, "rows": len(rows.keys), **rows.source}
         fingerprint = old.get("clip") or clip.fingerprint()
-        return {"format": FORMAT, "clip": fingerprint, "rows": sum(entry["rows"] for entry in entries.values()), "shards": entries}
+        return {
+            "format": FORMAT,
+            "clip": fingerprint,
+            "rows": sum(entry["rows"] for entry in entries.values()),
+            "shards": entries,
+        }
 
     def statistics(self, shards: Sequence[str] | None = None) -> Statistics:
         """Mean and covariance of the image embeddings of `shards` (None: all), merged from the files' own in float64 (Chan et al. 1979)."""
-        count, mean, scatter = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        count, mean, scatter = (
+            0,
+            torch.zeros((), dtype=torch.float64),
+            torch.zeros((), dtype=torch.float64),
+        )
         for shard in self.manifest["shards"] if shards is None else shards:
             n = len(self._mapped(shard).keys)
             try:
                 with safe_open(self.path(shard), "pt") as file:
                     m, s = file.get_tensor("mean"), file.get_tensor("scatter")
             except SafetensorError as error:
-                raise UserError(f"The store {self.folder} has no statistics of {shard} ({error}): delete {self.path(shard)} and {FILL}.") from None
+                raise UserError(
+                    f"The store {self.folder} has no statistics of {shard} ({error}): delete {self.path(shard)} and {FILL}."
+                ) from None
             delta, total = m - mean, count + n
             scatter = scatter + s + torch.outer(delta, delta) * (count * n / total)
             mean, count = mean + delta * (n / total), total
@@ -261,25 +331,42 @@ class EmbeddingStore:
             try:
                 theirs = json.loads(claim.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise too_many_files(error) or UserError(f"{claim} cannot be read ({error}): fill a new store.") from None
+                raise too_many_files(error) or UserError(
+                    f"{claim} cannot be read ({error}): fill a new store."
+                ) from None
             require_same(theirs, clip.fingerprint(), f"The embedding store {self.folder}")
             return
         with file_lock(self.folder / ".clip.lock"):
             if claim.is_file():
                 self._own(clip)
             elif manifest.is_file():
-                require_same(self.manifest["clip"], clip.fingerprint(), f"The embedding store {self.folder}")
+                require_same(
+                    self.manifest["clip"], clip.fingerprint(), f"The embedding store {self.folder}"
+                )
             elif any(self.folder.glob("*.safetensors")):
-                raise UserError(f"The store {self.folder} has embeddings but neither clip.json nor manifest.json to say of which CLIP: fill a new folder.")
+                raise UserError(
+                    f"The store {self.folder} has embeddings but neither clip.json nor manifest.json to say of which CLIP: fill a new folder."
+                )
             else:
                 with atomic_file(claim, "w") as file:
                     json.dump(clip.fingerprint(), file)
 
-    def _embed_locked(self, shard: str, clip: FrozenCLIP, batch_size: int, budget: ErrorBudget, bar: tqdm, *, wait: float) -> bool | None:
+    def _embed_locked(
+        self,
+        shard: str,
+        clip: FrozenCLIP,
+        batch_size: int,
+        budget: ErrorBudget,
+        bar: tqdm,
+        *,
+        wait: float,
+    ) -> bool | None:
         """Embed a shard unless another process did so meanwhile (False); None where one is at it for longer than `wait` seconds."""
         with ExitStack() as stack:
             try:
-                stack.enter_context(file_lock(self.folder / f".{self.path(shard).stem}.lock", timeout=wait))
+                stack.enter_context(
+                    file_lock(self.folder / f".{self.path(shard).stem}.lock", timeout=wait)
+                )
             except UserError:
                 if wait:
                     raise
@@ -291,14 +378,18 @@ class EmbeddingStore:
             bar.update((describe(shard)["size"] or bar.n - before) - (bar.n - before))
         return embedded
 
-    def _embed(self, shard: str, clip: FrozenCLIP, batch_size: int, budget: ErrorBudget, bar: tqdm) -> None:
+    def _embed(
+        self, shard: str, clip: FrozenCLIP, batch_size: int, budget: ErrorBudget, bar: tqdm
+    ) -> None:
         source = describe(shard)
         keys: list[str] = []
         parts: dict[str, list[torch.Tensor]] = {"image_embed": [], "text_embed": [], "tokens": []}
         for batch in decoded_batches(shard, clip.image_size, batch_size, budget):
             self._captions.add(batch)
             tokens = clip.tokenize([sample["caption"] for sample in batch])
-            image = clip.embed_images(torch.stack([sample["image"] for sample in batch])).half().cpu()
+            image = (
+                clip.embed_images(torch.stack([sample["image"] for sample in batch])).half().cpu()
+            )
             text = clip.embed_text(tokens).embed.half().cpu()
             finite = image.isfinite().all(1) & text.isfinite().all(1)
             for sample, usable in zip(batch, finite.tolist(), strict=True):
@@ -306,16 +397,29 @@ class EmbeddingStore:
                     budget.good()
                     keys.append(sample["key"])
                 else:
-                    budget.spend(f"sample {sample['key']} of {shard}", "its embedding is not finite")
-            for name, rows in {"image_embed": image, "text_embed": text, "tokens": tokens.int().cpu()}.items():
+                    budget.spend(
+                        f"sample {sample['key']} of {shard}", "its embedding is not finite"
+                    )
+            for name, rows in {
+                "image_embed": image,
+                "text_embed": text,
+                "tokens": tokens.int().cpu(),
+            }.items():
                 parts[name].append(rows[finite])
             bar.update(sum(sample["bytes"] for sample in batch))
-            bar.set_postfix_str(f"{budget.seen / max(time.monotonic() - self._since, 1e-9):.0f} images/s, {budget.bad} bad", refresh=False)
+            bar.set_postfix_str(
+                f"{budget.seen / max(time.monotonic() - self._since, 1e-9):.0f} images/s, {budget.bad} bad",
+                refresh=False,
+            )
         if not keys:
-            raise UserError(f"The shard {shard} has no usable sample: take it out of the data, or mend it.")
+            raise UserError(
+                f"The shard {shard} has no usable sample: take it out of the data, or mend it."
+            )
         self._write(shard, keys, {name: torch.cat(part) for name, part in parts.items()}, source)
 
-    def _write(self, shard: str, keys: list[str], tensors: dict[str, torch.Tensor], source: dict[str, Any]) -> None:
+    def _write(
+        self, shard: str, keys: list[str], tensors: dict[str, torch.Tensor], source: dict[str, Any]
+    ) -> None:
         """The file of a shard from its rows and `describe(shard)` of before it was read."""
         rows = tensors["image_embed"].double()
         tensors["mean"] = rows.mean(0)
@@ -325,7 +429,9 @@ class EmbeddingStore:
         self._open.pop(shard, None)
 
 
-def decoded_batches(shard: str, image_size: int, batch_size: int, budget: ErrorBudget) -> Iterator[list[dict[str, Any]]]:
+def decoded_batches(
+    shard: str, image_size: int, batch_size: int, budget: ErrorBudget
+) -> Iterator[list[dict[str, Any]]]:
     """Batches of decoded samples (with `bytes`, the image's size in the tar); the next two are decoded by threads while one is used.
 
     What cannot be used is charged when the batch that it lay in has been, so that the caller has counted the good ones first.
@@ -333,7 +439,10 @@ def decoded_batches(shard: str, image_size: int, batch_size: int, budget: ErrorB
 
     def decoded(sample: dict[str, Any]) -> dict[str, Any] | Lost:
         try:
-            return sample | {"image": decode(sample["image"], image_size), "bytes": len(sample["image"])}
+            return sample | {
+                "image": decode(sample["image"], image_size),
+                "bytes": len(sample["image"]),
+            }
         except BadSample as error:
             return Lost(f"sample {sample['key']} of {shard}", error)
 
@@ -342,10 +451,17 @@ def decoded_batches(shard: str, image_size: int, batch_size: int, budget: ErrorB
         coming: deque[list] = deque()
         while True:
             while len(coming) < 3 and (raw := list(islice(stream, batch_size))):
-                coming.append([sample if isinstance(sample, Lost) else threads.submit(decoded, sample) for sample in raw])
+                coming.append(
+                    [
+                        sample if isinstance(sample, Lost) else threads.submit(decoded, sample)
+                        for sample in raw
+                    ]
+                )
             if not coming:
                 return
-            results = [place if isinstance(place, Lost) else place.result() for place in coming.popleft()]
+            results = [
+                place if isinstance(place, Lost) else place.result() for place in coming.popleft()
+            ]
             if batch := [result for result in results if not isinstance(result, Lost)]:
                 yield batch
             for result in results:
@@ -371,5 +487,7 @@ def describe(shard: str) -> dict[str, Any]:
     except OSError as error:
         if full := too_many_files(error):
             raise full from None
-        raise UserError(f"The shard {shard} cannot be read ({error.strerror}): put it back, or take it out of data.train and data.val.") from None
+        raise UserError(
+            f"The shard {shard} cannot be read ({error.strerror}): put it back, or take it out of data.train and data.val."
+        ) from None
     return {"size": size, "digest": digest.hexdigest()}

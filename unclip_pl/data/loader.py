@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from unclip_pl.data.shards import BadSample, ErrorBudget, Lost, decode, is_url, read_shard
-from unclip_pl.errors import UserError
-from unclip_pl.signals import spare_worker
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.signals import spare_worker
 
 log = logging.getLogger(__name__)
 FORM = 2  # of a loader's state
@@ -48,11 +48,17 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.window < 1 or self.num_workers < 0:
-            raise ValueError("data.loader needs a batch_size and window of at least 1 and num_workers of at least 0.")
+            raise ValueError(
+                "data.loader needs a batch_size and window of at least 1 and num_workers of at least 0."
+            )
         if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
-            raise ValueError(f"data.loader.steps_per_epoch is {self.steps_per_epoch}: give 1 or more, or null for as many as the samples fill.")
+            raise ValueError(
+                f"data.loader.steps_per_epoch is {self.steps_per_epoch}: give 1 or more, or null for as many as the samples fill."
+            )
         if not 0 <= self.max_bad_rate <= 1:
-            raise ValueError(f"data.loader.max_bad_rate is {self.max_bad_rate}: give a share from 0 to 1.")
+            raise ValueError(
+                f"data.loader.max_bad_rate is {self.max_bad_rate}: give a share from 0 to 1."
+            )
 
 
 class _Shards(IterableDataset):
@@ -67,9 +73,21 @@ class _Shards(IterableDataset):
     """
 
     def __init__(
-        self, shards: Sequence[str], image_size: int | None, config: LoaderConfig, prepare: Prepare, *, rank: int = 0, world: int = 1
+        self,
+        shards: Sequence[str],
+        image_size: int | None,
+        config: LoaderConfig,
+        prepare: Prepare,
+        *,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self.shards, self.image_size, self.config, self.prepare = list(shards), image_size, config, prepare
+        self.shards, self.image_size, self.config, self.prepare = (
+            list(shards),
+            image_size,
+            config,
+            prepare,
+        )
         self.rank, self.world = rank, world
 
     def reader(self) -> tuple[int, int]:
@@ -78,10 +96,16 @@ class _Shards(IterableDataset):
         workers = worker.num_workers if worker else 1
         return self.rank * workers + (worker.id if worker else 0), self.world * workers
 
-    def ready(self, sample: dict[str, Any], epoch: int, budget: ErrorBudget) -> dict[str, Any] | None:
+    def ready(
+        self, sample: dict[str, Any], epoch: int, budget: ErrorBudget
+    ) -> dict[str, Any] | None:
         """The sample as a batch needs it; None, and counted, where it cannot be used."""
         try:
-            image = sample["image"] if self.image_size is None else decode(sample["image"], self.image_size, self.config.exact_jpeg)
+            image = (
+                sample["image"]
+                if self.image_size is None
+                else decode(sample["image"], self.image_size, self.config.exact_jpeg)
+            )
             ready = self.prepare(sample | {"image": image}, epoch)
         except BadSample as error:
             budget.spend(f"sample {sample['key']} of {sample['shard']}", error)
@@ -111,7 +135,9 @@ class Samples(_Shards):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.places: list[Place] = []  # to be read one after the other; the last one is this reader's own
+        self.places: list[
+            Place
+        ] = []  # to be read one after the other; the last one is this reader's own
         self.inherited: list[Place] = []
         self.first_epoch = 0
 
@@ -124,7 +150,10 @@ class Samples(_Shards):
     def _begun(self) -> list[Place]:
         if not self.places:
             reader, readers = self.reader()
-            self.places = [*(replace(place) for place in self.inherited[reader::readers]), Place(reader, readers, self.first_epoch)]
+            self.places = [
+                *(replace(place) for place in self.inherited[reader::readers]),
+                Place(reader, readers, self.first_epoch),
+            ]
         return self.places
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -139,7 +168,11 @@ class Samples(_Shards):
             windows = self._windows(place)
             while place.window < len(windows):
                 window = windows[place.window]
-                samples, lost = (self._borrowed(window, place, budget), {}) if place.borrows else self._read(window, place, budget)
+                samples, lost = (
+                    (self._borrowed(window, place, budget), {})
+                    if place.borrows
+                    else self._read(window, place, budget)
+                )
                 while True:
                     for one in lost.get(place.offset, ()):
                         budget.charge(one)
@@ -157,7 +190,9 @@ class Samples(_Shards):
                 continue
             if whole and not usable:
                 at = f"Reader {place.reader + 1} of {place.readers}"
-                raise UserError(f"{at} found no usable sample in its part of {self.shards[0]} ...: check data.train.")
+                raise UserError(
+                    f"{at} found no usable sample in its part of {self.shards[0]} ...: check data.train."
+                )
             place.epoch, place.window = place.epoch + 1, 0
 
     def _windows(self, place: Place) -> list[list[str]]:
@@ -171,7 +206,9 @@ class Samples(_Shards):
         """Few shards are shared out sample by sample, so that readers have equally much; many are shared out whole, and read once."""
         return len(self.shards) < 8 * readers
 
-    def _read(self, window: list[str], place: Place, budget: ErrorBudget) -> tuple[list[dict[str, Any]], dict[int, list[Lost]]]:
+    def _read(
+        self, window: list[str], place: Place, budget: ErrorBudget
+    ) -> tuple[list[dict[str, Any]], dict[int, list[Lost]]]:
         """This reader's samples of a window, and what it has to charge when so many of them are consumed.
 
         What is lost is shared out among readers as the samples are, and spread evenly over them: so the share of bad samples is at no time larger
@@ -186,16 +223,25 @@ class Samples(_Shards):
                 units += sample.count
             elif next(met) % parts == mine:
                 samples.append(sample)
-        random.Random(f"{self.config.seed} {place.epoch} {place.window} {place.reader}").shuffle(samples)
+        random.Random(f"{self.config.seed} {place.epoch} {place.window} {place.reader}").shuffle(
+            samples
+        )
         total, so_far, due = sum(lost.count for lost in bad), 0, defaultdict(list)
         for lost in bad:
             so_far += lost.count
             due[-(-so_far * len(samples) // total)].append(lost)
         return samples, due
 
-    def _borrowed(self, window: list[str], place: Place, budget: ErrorBudget) -> list[dict[str, Any]]:
+    def _borrowed(
+        self, window: list[str], place: Place, budget: ErrorBudget
+    ) -> list[dict[str, Any]]:
         """One sample of a window, for a reader that has none of its own."""
-        found = [sample for shard in window for sample in read_shard(shard, budget) if not isinstance(sample, Lost)]
+        found = [
+            sample
+            for shard in window
+            for sample in read_shard(shard, budget)
+            if not isinstance(sample, Lost)
+        ]
         return [found[place.reader % len(found)]] if found else []
 
 
@@ -234,7 +280,9 @@ class SamplesInOrder(_Shards):
         if given == 0:
             last = self.ready(spare, 0, budget) if spare else None
             if last is None:
-                raise UserError(f"There is no usable sample in {self.shards[0]} ...: check data.val.")
+                raise UserError(
+                    f"There is no usable sample in {self.shards[0]} ...: check data.val."
+                )
         while last is not None and given < len(self) and (self.world > 1 or given == 0):
             given += 1
             yield last
@@ -245,7 +293,13 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     for key, first in samples[0].items():
         values = [sample[key] for sample in samples]
-        batch[key] = sum(values) if key == PASSED_OVER else values if isinstance(first, str) else default_collate(values)
+        batch[key] = (
+            sum(values)
+            if key == PASSED_OVER
+            else values
+            if isinstance(first, str)
+            else default_collate(values)
+        )
     return batch
 
 
@@ -275,11 +329,19 @@ class TrainLoader:
         config = samples.config
         self.samples, self.steps, self.done, self.bad = samples, steps, 0, 0
         self.loader = StatefulDataLoader(
-            samples, batch_size=config.batch_size, num_workers=config.num_workers, collate_fn=collate, drop_last=True,
-            pin_memory=torch.cuda.is_available(), multiprocessing_context=start_method if config.num_workers else None, worker_init_fn=spare_worker,
+            samples,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            collate_fn=collate,
+            drop_last=True,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context=start_method if config.num_workers else None,
+            worker_init_fn=spare_worker,
         )
         self._stream: Generator[dict[str, Any], None, None] | None = None
-        self._loaded: dict[str, Any] | None = None  # the state to begin with, until a batch is asked for
+        self._loaded: dict[str, Any] | None = (
+            None  # the state to begin with, until a batch is asked for
+        )
         self._shards, self._missing = _digest(samples.shards)
 
     def __len__(self) -> int:
@@ -318,13 +380,22 @@ class TrainLoader:
         """What a state depends on."""
         config = self.samples.config
         return {
-            "ranks": self.samples.world, "workers": config.num_workers, "batch size": config.batch_size, "seed": config.seed,
-            "window": config.window, "shards": self._shards, "form": FORM,
+            "ranks": self.samples.world,
+            "workers": config.num_workers,
+            "batch size": config.batch_size,
+            "seed": config.seed,
+            "window": config.window,
+            "shards": self._shards,
+            "form": FORM,
         }
 
     def share(self) -> dict[str, Any]:
         """Which part of which data this rank reads, and which shards it cannot see; for a comparison of ranks."""
-        return self.shape() | {"rank": self.samples.rank, "world": self.samples.world, "missing": self._missing}
+        return self.shape() | {
+            "rank": self.samples.rank,
+            "world": self.samples.world,
+            "missing": self._missing,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         if self._stream is None and self._loaded is not None:
@@ -342,19 +413,37 @@ class TrainLoader:
         if not differs:
             self.loader.load_state_dict(state["ranks"][self.samples.rank])
         elif set(differs) <= {"ranks", "workers", "batch size"}:
-            self.samples.inherited, self.samples.first_epoch = _to_the_end_of_their_epoch(_places(state["ranks"]))
+            self.samples.inherited, self.samples.first_epoch = _to_the_end_of_their_epoch(
+                _places(state["ranks"])
+            )
         else:
-            said = ", ".join(f"{key} {theirs.get(key)} there and {ours[key]} here" for key in differs)
-            log.warning("The checkpoint's place in the data does not fit this run (%s): the data go on at the start of the next epoch.", said)
-            self.samples.first_epoch = max((place["epoch"] for place in _places(state)), default=0) + 1
+            said = ", ".join(
+                f"{key} {theirs.get(key)} there and {ours[key]} here" for key in differs
+            )
+            log.warning(
+                "The checkpoint's place in the data does not fit this run (%s): the data go on at the start of the next epoch.",
+                said,
+            )
+            self.samples.first_epoch = (
+                max((place["epoch"] for place in _places(state)), default=0) + 1
+            )
 
 
 def _digest(shards: Sequence[str]) -> tuple[str, list[str]]:
     """Of names without their folders, which may move, and of the sizes of files, for another folder may well have the same names; what is not there."""
-    sizes = [path.stat().st_size if not is_url(shard) and (path := Path(shard)).is_file() else None for shard in shards]
+    sizes = [
+        path.stat().st_size if not is_url(shard) and (path := Path(shard)).is_file() else None
+        for shard in shards
+    ]
     names = [f"{Path(shard).name} {size}" for shard, size in zip(shards, sizes, strict=True)]
-    missing = [shard for shard, size in zip(shards, sizes, strict=True) if size is None and not is_url(shard)]
-    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:8], missing
+    missing = [
+        shard
+        for shard, size in zip(shards, sizes, strict=True)
+        if size is None and not is_url(shard)
+    ]
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[
+        :8
+    ], missing
 
 
 def _places(state: Any) -> list[dict[str, Any]]:
@@ -379,7 +468,14 @@ class ValidationLoader(DataLoader):
     def __init__(self, samples: SamplesInOrder) -> None:
         config = samples.config
         workers = min(1, config.num_workers)
-        super().__init__(samples, config.batch_size, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(), worker_init_fn=spare_worker)
+        super().__init__(
+            samples,
+            config.batch_size,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=spare_worker,
+        )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch promises its own class of iterator
         return _plainly(super().__iter__())
@@ -393,5 +489,7 @@ def steps_of_epoch(config: LoaderConfig, samples: int, world: int) -> int:
         UserError: the samples do not fill one batch.
     """
     if config.steps_per_epoch is None and samples < config.batch_size:
-        raise UserError(f"{samples} samples do not fill a batch of {config.batch_size}: lower data.loader.batch_size.")
+        raise UserError(
+            f"{samples} samples do not fill a batch of {config.batch_size}: lower data.loader.batch_size."
+        )
     return config.steps_per_epoch or max(1, samples // (config.batch_size * world))

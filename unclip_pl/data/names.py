@@ -10,7 +10,7 @@ from typing import IO
 
 import braceexpand
 
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 
 URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")

@@ -24,8 +24,8 @@ from xml.etree import ElementTree
 
 from PIL import Image
 
-from unclip_pl.atomic import atomic_folder, cache_dir, file_lock
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import atomic_folder, cache_dir, file_lock
 
 RULE = "composition-1"  # name of the selection, the captions and the split: a new name has cached shards drawn again
 SHARD = 512  # drawings a shard
@@ -39,7 +39,13 @@ ATTRIBUTION = (
     "Changes: drawn as PNG on white by resvg. Shared under the same licence, whose text follows.\n\n"
 )
 
-TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
+TONES = {
+    "1F3FB": "light",
+    "1F3FC": "medium-light",
+    "1F3FD": "medium",
+    "1F3FE": "medium-dark",
+    "1F3FF": "dark",
+}
 JOINER, VARIATION, PERSON = "200D", "FE0F", "1F9D1"
 GENDERS = {"1F468", "1F469", PERSON}
 MANNERS = {"2640", "2642", "27A1"}  # woman, man, facing right
@@ -48,8 +54,22 @@ COUPLES = {  # one code point for what is elsewhere spelt with a person on eithe
     "1F48F": f"{PERSON}-2764-1F48B-{PERSON}", "1F491": f"{PERSON}-2764-{PERSON}", "1F46F": f"{PERSON}-1F430-{PERSON}",
     "1F93C": f"{PERSON}-1FAEF-{PERSON}", "1F91D": "1FAF1-1FAF2",
 }  # fmt: skip
-YELLOW = {f"{PERSON}-1F430-{PERSON}", f"{PERSON}-1FAEF-{PERSON}"}  # drawn yellow whatever the tones in the name say
-LETTERS = {0xA9, 0xAE, 0x2122, 0x2139, 0x24C2, 0x3297, 0x3299, 0x1F3E7, 0x1F4A4, *range(0x1F519, 0x1F525)}
+YELLOW = {
+    f"{PERSON}-1F430-{PERSON}",
+    f"{PERSON}-1FAEF-{PERSON}",
+}  # drawn yellow whatever the tones in the name say
+LETTERS = {
+    0xA9,
+    0xAE,
+    0x2122,
+    0x2139,
+    0x24C2,
+    0x3297,
+    0x3299,
+    0x1F3E7,
+    0x1F4A4,
+    *range(0x1F519, 0x1F525),
+}
 FLAGS = {0x1F38C, 0x1F3C1, 0x1F3F3, 0x1F3F4, 0x1F6A9}
 
 
@@ -74,12 +94,18 @@ class Drawing:
     @property
     def base(self) -> str:
         """What is drawn, whatever the skin: the parts without tones."""
-        return "-".join(self.parts[:1] + tuple(part for part in self.parts[1:] if part not in TONES))
+        return "-".join(
+            self.parts[:1] + tuple(part for part in self.parts[1:] if part not in TONES)
+        )
 
     @property
     def family(self) -> str:
         """The base without man, woman and direction: OpenMoji draws many of those alike, so the split treats them alike."""
-        parts = [PERSON if part in GENDERS else part for part in self.base.split("-") if part not in MANNERS]
+        parts = [
+            PERSON if part in GENDERS else part
+            for part in self.base.split("-")
+            if part not in MANNERS
+        ]
         return COUPLES.get(parts[0], parts[0]) if len(parts) == 1 else "-".join(parts)
 
     @property
@@ -92,15 +118,23 @@ def readable(name: str) -> str:
     """`:woman_firefighter_dark_skin_tone:` -> `woman firefighter, dark skin tone`: what, how, then the skin."""
     name = name.strip(":")
     tones = re.findall(r"_((?:medium-)?(?:light|dark)|medium)_skin_tone", name)
-    name = re.sub(r"_(?:(?:medium-)?(?:light|dark)|medium)_skin_tone", "", name).replace("_", " ").replace("’", "'")
+    name = (
+        re.sub(r"_(?:(?:medium-)?(?:light|dark)|medium)_skin_tone", "", name)
+        .replace("_", " ")
+        .replace("’", "'")
+    )
     details = []
     if name.endswith(" facing right"):
         name, details = name.removesuffix(" facing right"), ["facing right"]
     if match := re.fullmatch(r"(family|kiss|couple with heart) (.+)", name):
         name, details = match[1], [match[2].replace(" ", " and ")]
-    elif match := re.fullmatch(r"(man|woman|person) ((?:red|curly|white|blond) hair|bald|beard)", name):
+    elif match := re.fullmatch(
+        r"(man|woman|person) ((?:red|curly|white|blond) hair|bald|beard)", name
+    ):
         name, details = match[1], [match[2]]
-    return ", ".join([name, *details, *filter(None, [" and ".join(f"{tone} skin tone" for tone in tones)])])
+    return ", ".join(
+        [name, *details, *filter(None, [" and ".join(f"{tone} skin tone" for tone in tones)])]
+    )
 
 
 def records(letters: bool = False, flags: bool = False) -> list[Drawing]:
@@ -109,7 +143,11 @@ def records(letters: bool = False, flags: bool = False) -> list[Drawing]:
     found = []
     for svg in sorted(folder.glob("*.svg")):
         points = [int(part, 16) for part in svg.stem.split("-")]
-        if svg.stem not in names or (not flags and _is_flag(points)) or (not letters and _is_letter(points)):
+        if (
+            svg.stem not in names
+            or (not flags and _is_flag(points))
+            or (not letters and _is_letter(points))
+        ):
             continue
         drawing = Drawing(svg.stem, readable(names[svg.stem]), svg)
         if not (drawing.base in YELLOW and drawing.tones):
@@ -123,11 +161,17 @@ def composition_split(drawings: Iterable[Drawing]) -> tuple[list[Drawing], list[
     Each family (see `Drawing.family`) puts the five tones in an order of its own, by hash. Drawings with the last tone go to val; of those with
     two different tones, those that pair the first with the second or the third with the fourth, either way round.
     """
-    drawings = sorted(drawings, key=lambda drawing: hashlib.sha256(drawing.hexcode.encode()).digest())
+    drawings = sorted(
+        drawings, key=lambda drawing: hashlib.sha256(drawing.hexcode.encode()).digest()
+    )
     train = [drawing for drawing in drawings if not _held_back(drawing)]
     bases = {drawing.base for drawing in train if drawing.tones}
     tones = {tone for drawing in train for tone in drawing.tones}
-    val = [drawing for drawing in drawings if _held_back(drawing) and drawing.base in bases and tones.issuperset(drawing.tones)]
+    val = [
+        drawing
+        for drawing in drawings
+        if _held_back(drawing) and drawing.base in bases and tones.issuperset(drawing.tones)
+    ]
     chosen = {drawing.hexcode for drawing in val}
     return [drawing for drawing in drawings if drawing.hexcode not in chosen], val
 
@@ -160,19 +204,33 @@ def draw(drawing: Drawing, size: int, style: Style = "colour") -> Image.Image:
     resvg = _import("resvg_py")
     svg = drawing.svg.read_text(encoding="utf-8")
     svg = line_art(svg) if style == "line" else svg
-    png = resvg.svg_to_bytes(svg_string=svg, background="#ffffff", width=size, height=size, skip_system_fonts=True)
+    png = resvg.svg_to_bytes(
+        svg_string=svg, background="#ffffff", width=size, height=size, skip_system_fonts=True
+    )
     return Image.open(io.BytesIO(png)).convert("RGB")
 
 
 def write_shards(
-    folder: Path, train: Sequence[Drawing], val: Sequence[Drawing], size: int, progress: bool = True, name: str = "openmoji"
+    folder: Path,
+    train: Sequence[Drawing],
+    val: Sequence[Drawing],
+    size: int,
+    progress: bool = True,
+    name: str = "openmoji",
 ) -> dict:
     """Write train-*.tar, val-*.tar, LICENSE.txt and manifest.json (returned) into the existing `folder`, the same bytes every time."""
     from tqdm import tqdm
 
     version, shards = _version(), {}
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(train) + len(val), desc=f"OpenMoji at {size} px", unit="drawing", disable=not progress))
+        bar = stack.enter_context(
+            tqdm(
+                total=len(train) + len(val),
+                desc=f"OpenMoji at {size} px",
+                unit="drawing",
+                disable=not progress,
+            )
+        )
         pool = stack.enter_context(_pool()) if _worth_a_pool(len(train) + len(val)) else None
         for split, drawings in (("train", train), ("val", val)):
             for number, start in enumerate(range(0, len(drawings), SHARD)):
@@ -186,7 +244,9 @@ def write_shards(
                             _add(tar, f"{drawing.hexcode}.{ending}", data)
                         bar.update()
                 shards[path.name] = {"count": len(some), "bytes": path.stat().st_size}
-    text = ATTRIBUTION.format(version=version) + (_package() / "LICENSE").read_text(encoding="utf-8")
+    text = ATTRIBUTION.format(version=version) + (_package() / "LICENSE").read_text(
+        encoding="utf-8"
+    )
     (folder / "LICENSE.txt").write_text(text, encoding="utf-8")
     manifest = {
         "name": name, "version": version, "names": f"emoji {metadata.version('emoji')}", "image_size": size, "rule": RULE,
@@ -197,14 +257,19 @@ def write_shards(
 
 
 def openmoji_shards(
-    image_size: int, cache: str | os.PathLike | None = None, progress: bool = True, name: str = "openmoji"
+    image_size: int,
+    cache: str | os.PathLike | None = None,
+    progress: bool = True,
+    name: str = "openmoji",
 ) -> Path:
     """The folder `<cache>/<name>-<version>-<image_size>` with the shards, drawn on the first call (about ten seconds at 64 px).
 
     `name`: one of STYLES.
     """
     if not 8 <= image_size <= 4096:
-        raise UserError(f"OpenMoji cannot be drawn at image_size={image_size}: choose 8 to 4096 pixels.")
+        raise UserError(
+            f"OpenMoji cannot be drawn at image_size={image_size}: choose 8 to 4096 pixels."
+        )
     cache = Path(cache).expanduser() if cache else cache_dir()
     folder = cache / f"{name}-{_version()}-{image_size}"
     if _whole(folder):
@@ -220,7 +285,10 @@ def openmoji_shards(
 
 
 def _held_back(drawing: Drawing) -> bool:
-    order = sorted(TONES.values(), key=lambda tone: hashlib.sha256(f"{drawing.family} {tone}".encode()).digest())
+    order = sorted(
+        TONES.values(),
+        key=lambda tone: hashlib.sha256(f"{drawing.family} {tone}".encode()).digest(),
+    )
     tones = set(drawing.tones)
     return tones in ({order[4]}, set(order[0:2]), set(order[2:4]))
 
@@ -253,13 +321,19 @@ def _version() -> str:
 
 def _names() -> dict[str, str]:
     data = _import("emoji").EMOJI_DATA
-    return {"-".join(f"{ord(character):04X}" for character in emoji): entry["en"] for emoji, entry in data.items()}
+    return {
+        "-".join(f"{ord(character):04X}" for character in emoji): entry["en"]
+        for emoji, entry in data.items()
+    }
 
 
 def _whole(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return manifest["rule"] == RULE and all((folder / name).stat().st_size == shard["bytes"] for name, shard in manifest["shards"].items())
+        return manifest["rule"] == RULE and all(
+            (folder / name).stat().st_size == shard["bytes"]
+            for name, shard in manifest["shards"].items()
+        )
     except (OSError, ValueError, KeyError):
         return False
 

@@ -8,7 +8,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from unclip_pl.data.budget import BadSample
-from unclip_pl.images import flatten, from_pil, open_image, upright
+from unclip_pl.utils.images import flatten, from_pil, open_image, upright
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 FORMATS = (

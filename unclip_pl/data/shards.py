@@ -17,7 +17,7 @@ from unclip_pl.data.captions import caption_of
 from unclip_pl.data.names import expand, is_url, open_shard
 from unclip_pl.data.pictures import FORMATS, IMAGES, MAX_PIXELS, decode, decode_uncut
 from unclip_pl.data.tars import Group, Groups, NotPlain, tar_files, tar_names
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 
 __all__ = [  # with what the rest of the system needs of the modules beneath
     "FORMATS", "IMAGES", "MAX_PIXELS", "BadSample", "ErrorBudget", "Lost",

@@ -18,7 +18,7 @@ from typing import IO, Any
 from unclip_pl.data.budget import Lost
 from unclip_pl.data.captions import ENDINGS
 from unclip_pl.data.pictures import IMAGES
-from unclip_pl.text import mended
+from unclip_pl.utils.text import mended
 
 TEXTS = (*ENDINGS, "json")
 """Endings of the files that may hold a caption."""

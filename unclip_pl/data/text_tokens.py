@@ -15,11 +15,11 @@ import torch
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from unclip_pl.atomic import atomic_file, file_lock
-from unclip_pl.clip import tokenize_bpe
+from unclip_pl.clip.frozen import tokenize_bpe
 from unclip_pl.data.embeddings import EmbeddingStore, mapped
 from unclip_pl.data.shards import ErrorBudget, raw_samples
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import atomic_file, file_lock
 
 BATCH = 1024  # captions at a time
 

@@ -14,12 +14,12 @@ import numpy as np
 from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
-from unclip_pl.clip import FrozenCLIP, require_same
+from unclip_pl.clip.frozen import FrozenCLIP, require_same
 from unclip_pl.data.embeddings import EmbeddingStore, ShardRows, describe
 from unclip_pl.data.names import expand, open_shard
 from unclip_pl.data.shards import IMAGES, BadSample, ErrorBudget, Lost, decode, read_shard
-from unclip_pl.errors import UserError
-from unclip_pl.text import mended
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.text import mended
 
 ENDINGS = tuple(f".{ending}" for ending in IMAGES)
 

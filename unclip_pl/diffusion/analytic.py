@@ -41,21 +41,31 @@ class ErrorByTimestep:
 
     def __init__(self, timesteps: int, draws: int, device: torch.device | str = "cpu") -> None:
         if draws < 1:
-            raise ValueError(f"The analytic variance needs at least 1 draw a timestep: got {draws}.")
-        self.order = torch.randperm(timesteps, generator=torch.Generator().manual_seed(0)).to(device)
-        self.sums = torch.zeros(timesteps, dtype=torch.float64)  # on the CPU: not every device has float64
+            raise ValueError(
+                f"The analytic variance needs at least 1 draw a timestep: got {draws}."
+            )
+        self.order = torch.randperm(timesteps, generator=torch.Generator().manual_seed(0)).to(
+            device
+        )
+        self.sums = torch.zeros(
+            timesteps, dtype=torch.float64
+        )  # on the CPU: not every device has float64
         self.counts = torch.zeros_like(self.sums)
         self.next, self.total = 0, timesteps * draws  # rows so far, rows needed
 
     def timesteps(self, size: int) -> Tensor:
         """The next `size` of them, (size,) int64."""
-        t = self.order[torch.arange(self.next, self.next + size, device=self.order.device) % len(self.order)]
+        t = self.order[
+            torch.arange(self.next, self.next + size, device=self.order.device) % len(self.order)
+        ]
         self.next += size
         return t
 
     def add(self, t: Tensor, x0: Tensor, predicted: Tensor) -> None:
         """x_0 and what was predicted of it at timesteps t (B,), both (B, D)."""
-        self.sums.index_add_(0, t.cpu(), (predicted.float() - x0.float()).square().mean(1).cpu().double())
+        self.sums.index_add_(
+            0, t.cpu(), (predicted.float() - x0.float()).square().mean(1).cpu().double()
+        )
         self.counts.index_add_(0, t.cpu(), torch.ones(len(t), dtype=torch.float64))
 
     def mean(self) -> Tensor:

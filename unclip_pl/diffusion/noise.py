@@ -16,7 +16,9 @@ class Noise:
         if len(seeds) == 0 or any(seed < 0 for seed in seeds):
             raise ValueError(f"noise needs one seed >= 0 a sample: got {list(seeds)}")
         # torch's CPU generator reads only 32 bits of a seed: fold the upper ones in
-        self.generators = [torch.Generator("cpu").manual_seed(int(seed) ^ (int(seed) >> 32)) for seed in seeds]
+        self.generators = [
+            torch.Generator("cpu").manual_seed(int(seed) ^ (int(seed) >> 32)) for seed in seeds
+        ]
 
     def __len__(self) -> int:
         return len(self.generators)
@@ -24,20 +26,32 @@ class Noise:
     def __getitem__(self, index: slice | int) -> "Noise":
         """The Noise of some samples; their streams are shared with this one."""
         part = object.__new__(Noise)
-        part.generators = self.generators[index] if isinstance(index, slice) else [self.generators[index]]
+        part.generators = (
+            self.generators[index] if isinstance(index, slice) else [self.generators[index]]
+        )
         return part
 
     def __call__(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """(B, *shape) float32 on `device`; `shape` is that of one sample."""
-        draws = [torch.randn(tuple(shape), generator=g, dtype=torch.float32, device="cpu") for g in self.generators]
+        draws = [
+            torch.randn(tuple(shape), generator=g, dtype=torch.float32, device="cpu")
+            for g in self.generators
+        ]
         return torch.stack(draws).to(device)
 
     def uniform(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """(B, *shape) float32 in [0, 1) on `device`, from the same streams."""
-        return torch.stack([torch.rand(tuple(shape), generator=g, dtype=torch.float32, device="cpu") for g in self.generators]).to(device)
+        return torch.stack(
+            [
+                torch.rand(tuple(shape), generator=g, dtype=torch.float32, device="cpu")
+                for g in self.generators
+            ]
+        ).to(device)
 
     def like(self, x: Tensor) -> Tensor:
         """float32, shaped as x (B, ...) and on its device. ValueError where B is not the number of seeds."""
         if len(x) != len(self):
-            raise ValueError(f"noise for {len(self)} samples was asked for {len(x)}: give one seed a sample")
+            raise ValueError(
+                f"noise for {len(self)} samples was asked for {len(x)}: give one seed a sample"
+            )
         return self(x.shape[1:], x.device)

@@ -49,7 +49,11 @@ def _v(alpha: Tensor, sigma: Tensor) -> Meaning:
 
 
 PARAMETRIZATIONS: dict[str, Callable[[Tensor, Tensor], Meaning]] = {"eps": _eps, "x0": _x0, "v": _v}
-VARIANCES: dict[str, float | None] = {"learned_range": None, "fixed_small": -1.0, "fixed_large": 1.0}  # the v that a fixed one stands for
+VARIANCES: dict[str, float | None] = {
+    "learned_range": None,
+    "fixed_small": -1.0,
+    "fixed_large": 1.0,
+}  # the v that a fixed one stands for
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,15 @@ class DiffusionConfig:
     most half its width. null: take v as it is, as IDDPM does, and so for weights trained elsewhere."""
 
     def __post_init__(self) -> None:
-        for field, choices in (("schedule", SCHEDULES), ("parametrization", PARAMETRIZATIONS), ("variance", VARIANCES)):
+        for field, choices in (
+            ("schedule", SCHEDULES),
+            ("parametrization", PARAMETRIZATIONS),
+            ("variance", VARIANCES),
+        ):
             if getattr(self, field) not in choices:
-                raise ValueError(f"diffusion {field} {getattr(self, field)!r} does not exist: choose one of {', '.join(choices)}")
+                raise ValueError(
+                    f"diffusion {field} {getattr(self, field)!r} does not exist: choose one of {', '.join(choices)}"
+                )
         if self.variance_bound is not None and not self.variance_bound >= 1:
             raise ValueError(
                 f"diffusion variance_bound is {self.variance_bound}: give 1 (Sigma between btilde and "
@@ -112,7 +122,10 @@ class Process(nn.Module):
         super().__init__()
         self.config = config
         self.schedule = Schedule.named(config.schedule, config.timesteps)
-        alpha, sigma = self.schedule.alphas_cumprod.sqrt(), (1 - self.schedule.alphas_cumprod).sqrt()
+        alpha, sigma = (
+            self.schedule.alphas_cumprod.sqrt(),
+            (1 - self.schedule.alphas_cumprod).sqrt(),
+        )
         meaning = PARAMETRIZATIONS[config.parametrization](alpha, sigma)
         self._tables = {
             "forward_weights": _pair((alpha, sigma)),
@@ -120,8 +133,12 @@ class Process(nn.Module):
             "x0_weights": _pair(meaning.x0),
             "eps_weights": _pair(meaning.eps),
             "eps_of_x0_weights": _pair(_x0(alpha, sigma).eps),
-            "posterior_weights": _pair((self.schedule.posterior_x0_weight, self.schedule.posterior_xt_weight)),
-            "log_variances": _pair((self.schedule.posterior_log_variance, self.schedule.betas.log())),
+            "posterior_weights": _pair(
+                (self.schedule.posterior_x0_weight, self.schedule.posterior_xt_weight)
+            ),
+            "log_variances": _pair(
+                (self.schedule.posterior_log_variance, self.schedule.betas.log())
+            ),
             "loss_weights": self._loss_weights(meaning).float(),
         }
         for name, table in self._tables.items():
@@ -180,7 +197,9 @@ class Process(nn.Module):
         mean, *v = output.float().split(x_t.shape[1], dim=1)
         return mean, v[0] if v else None
 
-    def log_variance(self, v: Tensor | None, t: Tensor, ndim: int, table: Tensor | None = None) -> Tensor:
+    def log_variance(
+        self, v: Tensor | None, t: Tensor, ndim: int, table: Tensor | None = None
+    ) -> Tensor:
         """log Sigma = frac log beta + (1 - frac) log btilde, frac = (v + 1) / 2 (IDDPM eq. 15).
 
         |v| is held within the config's `variance_bound`, if that is not None.
@@ -208,14 +227,22 @@ class Process(nn.Module):
         def predict(x: Tensor, t: Tensor) -> Prediction:
             x = x.float()
             output, v = self.split(net(x, t), x)
-            return Prediction(self.to_x0(output, x, t), self.to_eps(output, x, t), self.log_variance(v, t, x.ndim, table))
+            return Prediction(
+                self.to_x0(output, x, t),
+                self.to_eps(output, x, t),
+                self.log_variance(v, t, x.ndim, table),
+            )
 
         return predict
 
     def _respaced_log_variances(self, steps: Schedule) -> Tensor:
         known = self.schedule.alphas_cumprod
-        if int(steps.timesteps[-1]) >= len(known) or not torch.equal(known[steps.timesteps], steps.alphas_cumprod):
-            raise ValueError("the steps are not those of this process: make them with process.schedule.respaced(...)")
+        if int(steps.timesteps[-1]) >= len(known) or not torch.equal(
+            known[steps.timesteps], steps.alphas_cumprod
+        ):
+            raise ValueError(
+                "the steps are not those of this process: make them with process.schedule.respaced(...)"
+            )
         table = torch.full((len(known), 2), float("nan"), device="cpu")
         table[steps.timesteps] = _pair((steps.posterior_log_variance, steps.betas.log()))
         return table.to(self.log_variances.device)

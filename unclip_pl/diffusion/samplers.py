@@ -19,7 +19,15 @@ Sampler = Callable[..., Tensor]
 
 
 @torch.no_grad()
-def ddpm(predict: Predict, x: Tensor, schedule: Schedule, *, noise: Noise | None = None, eta: float = 0.0, callback: Callback | None = None) -> Tensor:
+def ddpm(
+    predict: Predict,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    noise: Noise | None = None,
+    eta: float = 0.0,
+    callback: Callback | None = None,
+) -> Tensor:
     """Ancestral sampling with the variance of the Prediction (DDPM algorithm 2); the last step adds no noise. eta is not used.
 
     predict(x, t) -> Prediction; x (B, ...) float32 standard normal; noise: one stream a sample. Returns the sample, shaped as x.
@@ -27,7 +35,10 @@ def ddpm(predict: Predict, x: Tensor, schedule: Schedule, *, noise: Noise | None
     steps: `process.adapt(net, schedule)`.
     """
     noise = _required(noise, "ddpm")
-    weight_x0, weight_xt = schedule.posterior_x0_weight.tolist(), schedule.posterior_xt_weight.tolist()
+    weight_x0, weight_xt = (
+        schedule.posterior_x0_weight.tolist(),
+        schedule.posterior_xt_weight.tolist(),
+    )
     for i, t in _down(schedule, x):
         prediction = predict(x, t)
         x = weight_x0[i] * prediction.x0 + weight_xt[i] * x
@@ -38,7 +49,15 @@ def ddpm(predict: Predict, x: Tensor, schedule: Schedule, *, noise: Noise | None
 
 
 @torch.no_grad()
-def ddim(predict: Predict, x: Tensor, schedule: Schedule, *, noise: Noise | None = None, eta: float = 0.0, callback: Callback | None = None) -> Tensor:
+def ddim(
+    predict: Predict,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    noise: Noise | None = None,
+    eta: float = 0.0,
+    callback: Callback | None = None,
+) -> Tensor:
     """DDIM (eq. 12): eta 0 is deterministic, eta 1 has the variance btilde of DDPM. The last step adds no noise; log_var is not used.
 
     Arguments as for `ddpm`; noise may be None at eta 0.
@@ -48,7 +67,10 @@ def ddim(predict: Predict, x: Tensor, schedule: Schedule, *, noise: Noise | None
     for i, t in _down(schedule, x):
         prediction = predict(x, t)
         sigma = eta * math.sqrt((1 - abar_prev[i]) / (1 - abar[i]) * (1 - abar[i] / abar_prev[i]))
-        x = math.sqrt(abar_prev[i]) * prediction.x0 + _root(1 - abar_prev[i] - sigma**2) * prediction.eps
+        x = (
+            math.sqrt(abar_prev[i]) * prediction.x0
+            + _root(1 - abar_prev[i] - sigma**2) * prediction.eps
+        )
         if noise is not None and sigma > 0:
             x = x + sigma * noise.like(x)
         _report(callback, len(schedule) - i, schedule)
@@ -56,7 +78,15 @@ def ddim(predict: Predict, x: Tensor, schedule: Schedule, *, noise: Noise | None
 
 
 @torch.no_grad()
-def dpm_solver_pp(predict: Predict, x: Tensor, schedule: Schedule, *, noise: Noise | None = None, eta: float = 0.0, callback: Callback | None = None) -> Tensor:
+def dpm_solver_pp(
+    predict: Predict,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    noise: Noise | None = None,
+    eta: float = 0.0,
+    callback: Callback | None = None,
+) -> Tensor:
     """DPM-Solver++(2M), algorithm 2: second order from the x0 of two steps; the first and the last step are of first order.
 
     Arguments as for `ddpm`; deterministic: noise and eta are not used.
@@ -69,7 +99,11 @@ def dpm_solver_pp(predict: Predict, x: Tensor, schedule: Schedule, *, noise: Noi
         if i > 0:
             (alpha, sigma), h = levels[i - 1], lam[i - 1] - lam[i]
             slope = 0.0 if previous is None else 0.5 * h / h_previous
-            x0 = prediction.x0 if previous is None else (1 + slope) * prediction.x0 - slope * previous
+            x0 = (
+                prediction.x0
+                if previous is None
+                else (1 + slope) * prediction.x0 - slope * previous
+            )
             x = sigma / levels[i][1] * x - alpha * math.expm1(-h) * x0
             previous, h_previous = prediction.x0, h
         else:
@@ -79,7 +113,15 @@ def dpm_solver_pp(predict: Predict, x: Tensor, schedule: Schedule, *, noise: Noi
 
 
 @torch.no_grad()
-def invert(predict: Predict, x: Tensor, schedule: Schedule, *, noise: Noise | None = None, eta: float = 0.0, callback: Callback | None = None) -> Tensor:
+def invert(
+    predict: Predict,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    noise: Noise | None = None,
+    eta: float = 0.0,
+    callback: Callback | None = None,
+) -> Tensor:
     """The x_T from which `ddim` at eta 0 on the same schedule draws x again, approximately: better with more steps (ADM appendix F).
 
     x (B, ...) clean. Walks the sampler's own levels upwards, -1 -> 0 -> ... -> K-1, with the eps of the level it leaves (of level 0
@@ -97,7 +139,14 @@ def invert(predict: Predict, x: Tensor, schedule: Schedule, *, noise: Noise | No
 
 @torch.no_grad()
 def invert_implicit(
-    predict: Predict, x: Tensor, schedule: Schedule, *, noise: Noise | None = None, eta: float = 0.0, callback: Callback | None = None, rounds: int = 1
+    predict: Predict,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    noise: Noise | None = None,
+    eta: float = 0.0,
+    callback: Callback | None = None,
+    rounds: int = 1,
 ) -> Tensor:
     """As `invert`, but each level solves the step that `ddim` takes down from it, by `rounds` fixed-point iterations: as many calls, a far better way back.
 
@@ -142,7 +191,9 @@ def _report(callback: Callback | None, done: int, schedule: Schedule) -> None:
 
 def _required(noise: Noise | None, who: str) -> Noise:
     if noise is None:
-        raise ValueError(f"{who} draws random numbers: pass noise=Noise(seeds) with one seed a sample")
+        raise ValueError(
+            f"{who} draws random numbers: pass noise=Noise(seeds) with one seed a sample"
+        )
     return noise
 
 

@@ -10,8 +10,8 @@ import warnings
 import torch
 from torch import nn
 
-from unclip_pl.errors import UserError
 from unclip_pl.networks.layers import Block
+from unclip_pl.utils.errors import UserError
 
 MAX_VARIANTS = 256
 """Compiled versions per block class: a U-Net has up to 30 shapes, with and without gradients."""
@@ -37,7 +37,9 @@ def compile_blocks(
     if backend == "inductor" and torch.device(device).type == "cpu":
         require_cpp_compiler()
     # A note for selective checkpointing on what torch does by design.
-    warnings.filterwarnings("ignore", "Detected that context_fn is passed to torch.utils.checkpoint")
+    warnings.filterwarnings(
+        "ignore", "Detected that context_fn is passed to torch.utils.checkpoint"
+    )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
     for block in blocks:
         block.compile(backend=backend, dynamic=block.compile_dynamic)

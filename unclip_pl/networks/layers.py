@@ -17,7 +17,7 @@ class Block(nn.Module):
     """A repeated part of a network, such as a Transformer layer.
 
     Activation checkpointing, FSDP2 and regional compilation act on blocks; see `checkpointing.py`,
-    `compilation.py` and `training/sharded.py`.
+    `compilation.py` and `cluster/sharded.py`.
     """
 
     fsdp_methods: tuple[str, ...] = ()

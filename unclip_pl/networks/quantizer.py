@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_pl.errors import UserError
+from unclip_pl.utils.errors import UserError
 
 
 class Buckets(NamedTuple):

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-import unclip_pl._torchvision  # noqa: F401  before the first import of lightning
+import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lightning
 
 
 def load_all() -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.errors import UserError
 from unclip_pl.networks.ar_prior import ARPriorConfig, ARPriorNet
 from unclip_pl.networks.long_text import caption_of
 from unclip_pl.networks.quantizer import EmbeddingQuantizer
@@ -30,6 +29,7 @@ from unclip_pl.stages.base import (
     check_own_tokens,
     empty_caption,
 )
+from unclip_pl.utils.errors import UserError
 
 ROWS = 131072
 """Embeddings that the buckets are cut from: 128 for each of 1,024. Mean and covariance are of

@@ -16,24 +16,24 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from unclip_pl.clip import require_same
+from unclip_pl.clip.frozen import require_same
+from unclip_pl.cluster.sharded import shard
 from unclip_pl.diffusion.cuda_graph import cuda_graphed
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
-from unclip_pl.errors import UserError
 from unclip_pl.networks.compilation import compile_blocks
 from unclip_pl.networks.long_text import VOCABULARY, own_length
 from unclip_pl.networks.renamed import rename
-from unclip_pl.training.muon import Muon, hidden_weights
-from unclip_pl.training.resume import keep_patience, use_own_settings
-from unclip_pl.training.settings import (
+from unclip_pl.optim.muon import Muon, hidden_weights
+from unclip_pl.stages.resume import keep_patience, use_own_settings
+from unclip_pl.stages.settings import (
     as_config,
     changes,
     plain,
     require_same_model,
     settings_of,
 )
-from unclip_pl.training.sharded import shard
+from unclip_pl.utils.errors import UserError
 
 
 @dataclass(frozen=True)

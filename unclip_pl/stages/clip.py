@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_pl.clip import build_clip
-from unclip_pl.errors import UserError
+from unclip_pl.clip.frozen import build_clip
+from unclip_pl.optim.sam import climb, descend
 from unclip_pl.stages.base import OptimizerConfig, Stage
-from unclip_pl.training.sam import climb, descend
+from unclip_pl.utils.errors import UserError
 
 
 class CLIP(Stage):

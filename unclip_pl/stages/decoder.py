@@ -15,7 +15,6 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Predict, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.diffusion.schedule import Schedule, Spacing, check_spacing
-from unclip_pl.errors import UserError
 from unclip_pl.networks.embedding import EmbeddingNormalizer
 from unclip_pl.networks.long_text import caption_of
 from unclip_pl.networks.text import TextConfig, TextContext
@@ -28,6 +27,7 @@ from unclip_pl.stages.base import (
     check_own_tokens,
     empty_caption,
 )
+from unclip_pl.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.diffusion.schedule import Spacing, check_spacing
-from unclip_pl.errors import UserError
 from unclip_pl.networks.unet import UNet, UNetConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage, as_config
+from unclip_pl.utils.errors import UserError
 
 NET: dict[str, Any] = {
     "in_channels": 3,

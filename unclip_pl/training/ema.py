@@ -27,7 +27,9 @@ class EMA(Callback):
 
     def __init__(self, decay: float = 0.9999) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"ema.decay is {decay}: give a number from 0 to below 1, such as 0.9999.")
+            raise ValueError(
+                f"ema.decay is {decay}: give a number from 0 to below 1, such as 0.9999."
+            )
         self.decay = decay
         self.updates = 0
         self._averages: dict[str, Tensor] = {}
@@ -45,7 +47,9 @@ class EMA(Callback):
         self.updates = trainer.global_step
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         current = [_own(parameter.detach()) for _, parameter in pl_module.named_parameters()]
-        torch._foreach_lerp_([_own(average) for average in self._averages.values()], current, 1 - decay)
+        torch._foreach_lerp_(
+            [_own(average) for average in self._averages.values()], current, 1 - decay
+        )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.updates and self._averages:
@@ -67,8 +71,12 @@ class EMA(Callback):
             if swap:
                 self._swap(pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._swapped:  # an error inside validation must not leave the average in the place of the weights
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if (
+            self._swapped
+        ):  # an error inside validation must not leave the average in the place of the weights
             self._swap(pl_module)
 
     @torch.no_grad()
@@ -85,12 +93,18 @@ class EMA(Callback):
     def load_state_dict(self, state_dict: dict) -> None:
         self.updates = state_dict["updates"]
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict
+    ) -> None:
         if self._averages:
             checkpoint["current_model_state"] = checkpoint["state_dict"]
             checkpoint["state_dict"] = checkpoint["state_dict"] | self._averages
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict
+    ) -> None:
         if trainer.training and "current_model_state" in checkpoint:
-            self._averages = {name: checkpoint["state_dict"][name] for name, _ in pl_module.named_parameters()}
+            self._averages = {
+                name: checkpoint["state_dict"][name] for name, _ in pl_module.named_parameters()
+            }
             pl_module.load_state_dict(checkpoint["current_model_state"])

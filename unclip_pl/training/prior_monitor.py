@@ -8,9 +8,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.training.needs import Draws
+from unclip_pl.training.protocols import Draws
 
-MEASURED = ("cosine_image", "cosine_text", "cosine_text_data", "cosine_text_other", "rank", "r1", "r5")
+MEASURED = (
+    "cosine_image",
+    "cosine_text",
+    "cosine_text_data",
+    "cosine_text_other",
+    "rank",
+    "r1",
+    "r5",
+)
 
 
 def ranks(similarity: Tensor) -> Tensor:
@@ -20,7 +28,9 @@ def ranks(similarity: Tensor) -> Tensor:
 
 def mean_pairwise(z: Tensor, group: Tensor) -> Tensor | None:
     """Mean cosine over all pairs of rows of z (N, D) that are in the same group (N,), each group with the same weight; None: there is no pair."""
-    sums = torch.zeros(int(group.max()) + 1, z.shape[1], dtype=torch.float64).index_add_(0, group, F.normalize(z.double(), dim=1))
+    sums = torch.zeros(int(group.max()) + 1, z.shape[1], dtype=torch.float64).index_add_(
+        0, group, F.normalize(z.double(), dim=1)
+    )
     counts = torch.bincount(group).double()
     several = counts > 1
     if not several.any():
@@ -43,11 +53,17 @@ def measure(drawn: Tensor, image_embed: Tensor, text_embed: Tensor) -> dict[str,
     n, to_image, to_text = len(drawn), drawn @ image.T, drawn @ text.T
     rank = ranks(to_image)
     values = {
-        "cosine_image": to_image.diagonal().mean(), "cosine_text": to_text.diagonal().mean(), "cosine_text_data": (image[:n] * text[:n]).sum(1).mean(),
-        "rank": rank.float().quantile(0.5), "r1": (rank <= 1).float().mean(), "r5": (rank <= 5).float().mean(),
+        "cosine_image": to_image.diagonal().mean(),
+        "cosine_text": to_text.diagonal().mean(),
+        "cosine_text_data": (image[:n] * text[:n]).sum(1).mean(),
+        "rank": rank.float().quantile(0.5),
+        "r1": (rank <= 1).float().mean(),
+        "r5": (rank <= 5).float().mean(),
     }
     if len(text) > 1:
-        values["cosine_text_other"] = (to_text.sum() - to_text.diagonal().sum()) / (n * (len(text) - 1))
+        values["cosine_text_other"] = (to_text.sum() - to_text.diagonal().sum()) / (
+            n * (len(text) - 1)
+        )
     return values
 
 
@@ -67,18 +83,30 @@ class PriorMonitor(Callback):
 
     def __init__(self, captions: int = 64, draws: int = 4, seed: int = 0) -> None:
         if captions < 0 or draws < 2:
-            raise ValueError(f"PriorMonitor was given captions {captions} and draws {draws}: give at least 0 and at least 2.")
+            raise ValueError(
+                f"PriorMonitor was given captions {captions} and draws {draws}: give at least 0 and at least 2."
+            )
         self.captions, self.draws, self.seed = captions, draws, seed
         self._real: dict[str, list[Tensor]] = {}
         self._drawn: list[Tensor] = []
         self._several: Tensor | None = None
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._real, self._drawn, self._several = {"image_embed": [], "text_embed": [], "tokens": []}, [], None
+        self._real, self._drawn, self._several = (
+            {"image_embed": [], "text_embed": [], "tokens": []},
+            [],
+            None,
+        )
 
     @torch.no_grad()
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: dict, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: dict,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if not self.captions or trainer.sanity_checking:
             return
@@ -88,22 +116,50 @@ class PriorMonitor(Callback):
         count = min(self.captions - start, len(batch["key"]))
         if count <= 0:
             return
-        stage, noise = cast(Draws, pl_module), Noise(range(self.seed + start, self.seed + start + count))
-        self._drawn.append(stage.sample({key: value[:count] for key, value in batch.items()}, noise).cpu())
+        stage, noise = (
+            cast(Draws, pl_module),
+            Noise(range(self.seed + start, self.seed + start + count)),
+        )
+        self._drawn.append(
+            stage.sample({key: value[:count] for key, value in batch.items()}, noise).cpu()
+        )
         if start == 0:
             few = torch.arange(max(1, count // 8)).repeat_interleave(self.draws)
-            same = {key: value[few.to(value.device)] for key, value in batch.items() if torch.is_tensor(value)}
+            same = {
+                key: value[few.to(value.device)]
+                for key, value in batch.items()
+                if torch.is_tensor(value)
+            }
             first = self.seed + self.captions
-            self._several = stage.sample(same | {"key": [batch["key"][i] for i in few.tolist()]}, Noise(range(first, first + len(few)))).cpu()
+            self._several = stage.sample(
+                same | {"key": [batch["key"][i] for i in few.tolist()]},
+                Noise(range(first, first + len(few))),
+            ).cpu()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.captions or trainer.sanity_checking:
             return
         values = self._values() if self._several is not None else {}
-        names = (*MEASURED, "spread", "spread_data", "spread_all")  # the same on every rank, whatever its part of the data has
-        sums = torch.stack([torch.stack([values[name].float().cpu(), torch.ones(())]) if name in values else torch.zeros(2) for name in names])
+        names = (
+            *MEASURED,
+            "spread",
+            "spread_data",
+            "spread_all",
+        )  # the same on every rank, whatever its part of the data has
+        sums = torch.stack(
+            [
+                torch.stack([values[name].float().cpu(), torch.ones(())])
+                if name in values
+                else torch.zeros(2)
+                for name in names
+            ]
+        )
         sums = trainer.strategy.reduce(sums.to(pl_module.device), reduce_op="sum")
-        known = {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count > 0}
+        known = {
+            name: total / count
+            for name, (total, count) in zip(names, sums, strict=True)
+            if count > 0
+        }
         pl_module.log_dict({f"val/prior/{name}": value for name, value in known.items()})
 
     def _values(self) -> dict[str, Tensor]:
@@ -114,7 +170,8 @@ class PriorMonitor(Callback):
         group = torch.arange(len(self._several)) // self.draws
         caption = real["tokens"].unique(dim=0, return_inverse=True)[1]
         alike = {
-            "spread": mean_pairwise(self._several, group), "spread_data": mean_pairwise(real["image_embed"], caption),
+            "spread": mean_pairwise(self._several, group),
+            "spread_data": mean_pairwise(real["image_embed"], caption),
             "spread_all": mean_pairwise(real["image_embed"], torch.zeros_like(caption)),
         }
         return values | {name: value for name, value in alike.items() if value is not None}

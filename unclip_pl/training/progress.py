@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
-from unclip_pl.training.needs import Diffuses
+from unclip_pl.training.protocols import Diffuses
 
 
 class Progress(TQDMProgressBar):
@@ -27,22 +27,42 @@ class Progress(TQDMProgressBar):
         super().on_train_start(trainer, pl_module)
         self._mark, self._images = (time.monotonic(), trainer.global_step), 0
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: dict,
+        batch_idx: int,
+    ) -> None:
         self._images += len(batch["key"]) * trainer.world_size
         now, (then, step) = time.monotonic(), self._mark
         if now - then > 5 and trainer.global_step > step:
             rate = self._images / (now - then)
             self._shown = {"images/s": round(rate, 1)}
             if trainer.max_steps > 0:
-                left = (trainer.max_steps - trainer.global_step) * (now - then) / (trainer.global_step - step)
-                self._shown["left"] = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
-            pl_module.log_dict({"train/images_per_second": rate, "train/bad_samples": float(_bad(trainer))})
+                left = (
+                    (trainer.max_steps - trainer.global_step)
+                    * (now - then)
+                    / (trainer.global_step - step)
+                )
+                self._shown["left"] = (
+                    time.strftime("%H:%M:%S", time.gmtime(left))
+                    if left < 86400
+                    else f"{left / 86400:.1f} days"
+                )
+            pl_module.log_dict(
+                {"train/images_per_second": rate, "train/bad_samples": float(_bad(trainer))}
+            )
             self._mark, self._images = (now, trainer.global_step), 0
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        self._mark, self._images = (time.monotonic(), trainer.global_step), 0  # validation is not counted as training time
+        self._mark, self._images = (
+            (time.monotonic(), trainer.global_step),
+            0,
+        )  # validation is not counted as training time
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
@@ -62,7 +82,14 @@ class LossByTimestep(Callback):
         self._sums: Tensor | None = None
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: dict,
+        batch_idx: int,
+    ) -> None:
         if "per_sample" not in outputs:
             return
         t, loss = outputs["t"], outputs["per_sample"].detach()

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from unclip_pl.training.needs import Embeds
+from unclip_pl.training.protocols import Embeds
 
 
 def recall_at(similarity: Tensor, k: int) -> Tensor:
@@ -27,12 +27,23 @@ class Retrieval(Callback):
 
     @torch.no_grad()
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: dict, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: dict,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._pairs.append(cast(Embeds, pl_module).embed(batch["image"], batch["tokens"]))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         image, text = (torch.cat(side).float() for side in zip(*self._pairs, strict=True))
-        for name, similarity in {"image_to_text": image @ text.T, "text_to_image": text @ image.T}.items():
+        for name, similarity in {
+            "image_to_text": image @ text.T,
+            "text_to_image": text @ image.T,
+        }.items():
             for k in (1, 5):
-                pl_module.log(f"val/{name}_r{k}", recall_at(similarity, k), sync_dist=True, prog_bar=k == 1)
+                pl_module.log(
+                    f"val/{name}_r{k}", recall_at(similarity, k), sync_dist=True, prog_bar=k == 1
+                )

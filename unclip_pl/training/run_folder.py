@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from unclip_pl.atomic import NO_LOCKS, atomic_file
-from unclip_pl.errors import SharedError, UserError
-from unclip_pl.training.checkpoint import newest_checkpoint, step_of
+from unclip_pl.cluster.checkpoint_io import newest_checkpoint, step_of
+from unclip_pl.utils.errors import SharedError, UserError
+from unclip_pl.utils.files import NO_LOCKS, atomic_file
 
 CONFIG = "config.yaml"
 LEFT = (CONFIG, "hparams.yaml", "events.out.tfevents*", "pictures", "checkpoints")

@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import BatchSizeFinder, StochasticWeightAveragi
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from unclip_pl.atomic import REASONS
-from unclip_pl.errors import UserError
-from unclip_pl.precision import trainable
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import REASONS
+from unclip_pl.utils.precision import trainable
 
 
 class Trainer(pl.Trainer):

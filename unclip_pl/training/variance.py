@@ -9,11 +9,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from unclip_pl.signals import Asked, notes
-from unclip_pl.training.checkpoint import BestCheckpoint, NewestCheckpoint, change_checkpoint, checkpoint_folder, read_checkpoint
-from unclip_pl.training.distributed import whole
+from unclip_pl.cluster.checkpoint_io import change_checkpoint, checkpoint_folder, read_checkpoint
+from unclip_pl.cluster.sharded_checkpoint import whole
+from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
 from unclip_pl.training.ema import EMA
-from unclip_pl.training.needs import Estimates
+from unclip_pl.training.protocols import Estimates
+from unclip_pl.utils.signals import Asked, notes
 
 
 class AnalyticVariance(Callback):
@@ -28,11 +29,15 @@ class AnalyticVariance(Callback):
 
     def __init__(self, captions: int = 512, draws: int = 10) -> None:
         if captions < 1 or draws < 1:
-            raise ValueError(f"AnalyticVariance was given captions {captions} and draws {draws}: give 1 or more of both.")
+            raise ValueError(
+                f"AnalyticVariance was given captions {captions} and draws {draws}: give 1 or more of both."
+            )
         self.captions, self.draws = captions, draws
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        cast(Estimates, pl_module).x0_error.fill_(torch.nan)  # of the weights with which an earlier run ended
+        cast(Estimates, pl_module).x0_error.fill_(
+            torch.nan
+        )  # of the weights with which an earlier run ended
 
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -43,7 +48,9 @@ class AnalyticVariance(Callback):
         batches, missing = [], self.captions
         for batch in data.train_dataloader():
             part = {key: value[:missing] for key, value in batch.items()}
-            part = data.on_after_batch_transfer(data.transfer_batch_to_device(part, pl_module.device, 0), 0)
+            part = data.on_after_batch_transfer(
+                data.transfer_batch_to_device(part, pl_module.device, 0), 0
+            )
             batches.append(part)
             missing -= len(part["key"])
             if missing <= 0:
@@ -62,7 +69,12 @@ class AnalyticVariance(Callback):
                 add_variance(callback.best_model_path, stage, batches, self.draws)
 
 
-def add_variance(path: str | os.PathLike, stage: LightningModule, batches: Sequence[dict[str, Tensor]], draws: int = 10) -> None:
+def add_variance(
+    path: str | os.PathLike,
+    stage: LightningModule,
+    batches: Sequence[dict[str, Tensor]],
+    draws: int = 10,
+) -> None:
     """Estimate the statistic for a checkpoint that lacks it and write it in; the file is replaced atomically.
 
     Args:

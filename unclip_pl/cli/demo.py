@@ -1,0 +1,172 @@
+"""`make demo`: the weights in the package learn to draw in black lines, in some minutes.
+
+OpenMoji's lines are drawn and embedded, the decoder and the diffusion prior of the package are trained
+on them, and captions are drawn by both. One caption is drawn at 64, 256 and 1024 pixels as well.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from unclip_pl.cli import lightning as cli
+from unclip_pl.utils.errors import UserError
+
+ROOT = Path("runs/demo")
+STAGES = {"decoder": ROOT / "decoder", "diffusion_prior": ROOT / "diffusion_prior"}
+PROMPTS = [
+    "woman firefighter",
+    "man cook",
+    "grinning face",
+    "couple with heart",
+    "woman pilot",
+    "fox",
+    "red heart",
+    "sun",
+]
+SOURCE = "OpenMoji, CC BY-SA 4.0, openmoji.org"
+
+
+def main() -> int:
+    """Train briefly (going on where an earlier demo stopped), draw the pictures, say what was done."""
+    start = time.monotonic()
+    for stage in STAGES:
+        if code := train(stage):
+            return code
+    trained = time.monotonic()
+    try:
+        report = "\n".join([draw_held_out(), draw_prompts(), draw_cascade()])
+    except UserError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    print(report)
+    print(f"""
+Data, embeddings and training took {trained - start:.0f} s, drawing {time.monotonic() - trained:.0f} s.
+  {ROOT}/demo.png     line drawings that were held out, and what yours draws from their CLIP embeddings
+  {ROOT}/prompts.png  captions as the package draws them, and as yours does
+  {ROOT}/cascade.png  one caption at 64, 256 and 1024 pixels, shown at one size, by the package
+  {ROOT}/decoder/pictures/    what yours drew while it trained
+
+To go on (with `source .venv/bin/activate` first):
+  unclip generate "man cook, dark skin tone" --grid            pictures of a caption of your own
+  unclip generate "man cook, dark skin tone" --size 1024 --num-images 1        through both upsamplers
+  unclip generate fox --decoder {newest("decoder")} --prior {newest("diffusion_prior")}
+  unclip upsample PICTURE.png --size 1024                      a picture of your own, drawn larger
+  unclip vary PICTURE.png --out out                            variations of a picture of your own
+  lightning fit -c stages/decoder.yaml                         a decoder of your own from nothing
+  lightning fit -c stages/decoder.yaml --resume auto           go on where it stopped
+  tensorboard --logdir runs""")
+    return 0
+
+
+def train(stage: str) -> int:
+    """`lightning fit` from the package's weights on line drawings; its exit code."""
+    from unclip_pl.pipeline.unclip import DEFAULT_DECODER, DEFAULT_PRIORS
+    from unclip_pl.utils.precision import usable
+
+    weights = DEFAULT_DECODER if stage == "decoder" else DEFAULT_PRIORS["diffusion"]
+    overlay = (
+        "lightning_config/demo.yaml" if stage == "decoder" else "lightning_config/demo_prior.yaml"
+    )
+    command = ["fit", "-c", f"stages/{stage}.yaml", "-c", overlay, "--init", str(weights)]
+    print(f"\n{stage}: lightning {' '.join(command)}", file=sys.stderr)
+    precision = usable("bf16-mixed", full="32-true")
+    folder = ["--trainer.default_root_dir", str(STAGES[stage]), "--trainer.precision", precision]
+    return cli.main([*command, *folder, "--resume", "auto"])
+
+
+def newest(stage: str) -> Path:
+    """The checkpoint that the demo's own training left."""
+    from unclip_pl.cluster.checkpoint_io import newest_checkpoint
+
+    found = newest_checkpoint(STAGES[stage])
+    if found is None:
+        raise UserError(f"{STAGES[stage]} holds no checkpoint: run the demo again.")
+    return found
+
+
+def steps(stage: str) -> str:
+    """How many steps the demo's own training made, in words."""
+    return f"{newest(stage).stem.split('=')[1]} steps"
+
+
+def draw_held_out(count: int = 8) -> str:
+    """Line drawings that were held out, and what each decoder draws of their embeddings; a report."""
+    import torch
+
+    from unclip_pl.clip.frozen import CLIPConfig
+    from unclip_pl.datamodules.modules import ImageEmbeddingData
+    from unclip_pl.pipeline.unclip import DEFAULT_DECODER, UnCLIP
+    from unclip_pl.utils.images import grid, save_png
+
+    data = ImageEmbeddingData("openmoji-line", "openmoji-line", clip=CLIPConfig(), image_size=64)
+    data.prepare_data()
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader()))
+    images, embeds = batch["image"][:count], batch["image_embed"][:count]
+    rows, lines = {"held out": images}, []
+    yours = f"yours: {steps('decoder')}"
+    for name, path in {"package": DEFAULT_DECODER, yours: newest("decoder")}.items():
+        unclip = UnCLIP.load(path)
+        rows[name] = unclip.decode(embeds, range(len(embeds)))
+        with torch.no_grad():
+            similarity = unclip.clip.similarity(unclip.embed_images(rows[name]), embeds)
+        right = similarity.argmax(1).eq(torch.arange(len(embeds))).sum()
+        lines.append(f"{name}: of {len(embeds)} line drawings, CLIP takes {int(right)} for its own")
+    save_png(grid(list(rows.values()), list(rows)), ROOT / "demo.png", source=SOURCE)
+    return "\n".join(lines)
+
+
+def draw_prompts() -> str:
+    """`PROMPTS` by the package's prior and decoder and by the demo's; a report in words."""
+    import torch
+
+    from unclip_pl.pipeline.unclip import UnCLIP
+    from unclip_pl.utils.images import grid, save_png
+
+    yours = UnCLIP.load(newest("decoder"), newest("diffusion_prior"))
+    pipelines = {"package": UnCLIP.load(prior="diffusion"), f"yours: {steps('decoder')}": yours}
+    rows, lines = {}, []
+    for name, unclip in pipelines.items():
+        rows[name] = unclip.generate(PROMPTS, range(len(PROMPTS)))
+        with torch.no_grad():
+            texts, drawn = unclip.embed_text(PROMPTS), unclip.embed_images(rows[name])
+            right = unclip.clip.similarity(drawn, texts).argmax(1).eq(torch.arange(len(PROMPTS)))
+        lines.append(f"{name}: of {len(PROMPTS)} captions, CLIP finds {int(right.sum())}")
+    captions = ", ".join(PROMPTS)
+    save_png(
+        grid(list(rows.values()), list(rows)), ROOT / "prompts.png", prompts=captions, source=SOURCE
+    )
+    return "\n".join([*lines, f"Captions: {captions}"])
+
+
+def draw_cascade(prompt: str = "couple with heart") -> str:
+    """A caption at 64, 256 and 1024 pixels by the package's weights, all shown at the largest size.
+
+    Returns a report in words.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from unclip_pl.pipeline.unclip import UnCLIP
+    from unclip_pl.utils.images import grid, save_png
+
+    unclip = UnCLIP.load(prior="diffusion", upsamplers=("256", "1024"))
+    sizes, seconds = unclip.sizes, []
+    drawn: list[torch.Tensor] = []
+    for size in sizes:
+        start = time.monotonic()
+        drawn.append(
+            unclip.upsample(drawn[-1], [0], 4)
+            if drawn
+            else unclip.generate([prompt], [0], size=size)
+        )
+        seconds.append(f"{size} pixels in {time.monotonic() - start:.0f} s")
+    shown = [
+        F.interpolate(images, sizes[-1], mode="nearest") for images in drawn
+    ]  # the pixels as they are, only larger
+    save_png(grid([torch.cat(shown)]), ROOT / "cascade.png", prompt=prompt, seed="0", source=SOURCE)
+    return f"Cascade in the package: {prompt}: {', '.join(seconds)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

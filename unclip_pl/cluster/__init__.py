@@ -1,0 +1,1 @@
+"""Runs over many processes and nodes: start-up check, preemption, watchdog, sharded training."""

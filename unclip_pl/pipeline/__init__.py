@@ -1,0 +1,1 @@
+"""The trained stages put together: releases, weights, `UnCLIP` and the cascade of upsamplers."""

@@ -1,0 +1,117 @@
+"""A release: a folder with what sampling needs and nothing that runs on loading. It knows folders, not stages.
+
+config.json           stage, hyperparameters, CLIP fingerprint, versions
+model.safetensors     EMA weights in float16; statistics (`exact`) in float32
+README.md             the card: what it is, how it was made
+"""
+
+import json
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unclip_pl import __version__
+from unclip_pl.networks.renamed import rename
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import atomic_folder
+
+FORMAT = 2
+"""1 had other names of parameters; it is renamed while it is read."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """The contents of a release folder."""
+
+    stage: str
+    """Class name of the stage, such as "Decoder"."""
+    hyper_parameters: dict
+    """Plain values from which the stage builds itself."""
+    clip_fingerprint: dict | None
+    tensors: dict[str, Tensor] = field(repr=False)
+    """Weights by name, float32 (integers as they were)."""
+    steps: int = 0
+    """Optimiser steps of training."""
+
+
+def write(
+    folder: str | os.PathLike, release: Release, card: str, exact: Collection[str] = ()
+) -> Path:
+    """Write a release atomically. An existing folder is not overwritten.
+
+    Args:
+        exact: names of tensors that keep their precision, such as a stage's buffers (scales, bucket edges).
+
+    Raises:
+        UserError: `folder` exists, or a weight is not finite in float16.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists already: choose another folder, or remove it first.")
+    config = {
+        "format": FORMAT,
+        "unclip_pl": __version__,
+        "torch": torch.__version__,
+        "stage": release.stage,
+        "steps": release.steps,
+        "hyper_parameters": release.hyper_parameters,
+        "clip_fingerprint": release.clip_fingerprint,
+    }
+    with atomic_folder(folder) as temporary:
+        halved = {
+            name: t.half() if t.is_floating_point() and name not in exact else t
+            for name, t in release.tensors.items()
+        }
+        if broken := [
+            name
+            for name, t in halved.items()
+            if name not in exact and t.is_floating_point() and not t.isfinite().all()
+        ]:
+            raise UserError(
+                f"The {release.stage} has weights that are not finite in float16 ({', '.join(broken[:3])}): train it again with a lower rate."
+            )
+        save_file(
+            {name: t.contiguous().cpu() for name, t in halved.items()},
+            temporary / "model.safetensors",
+        )
+        (temporary / "config.json").write_text(
+            json.dumps(config, indent=1) + "\n", encoding="utf-8"
+        )
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def read(folder: str | os.PathLike) -> Release:
+    """Read a release; raises a UserError with a sentence where the folder is none or was made by a newer version."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "model.safetensors")
+        if config["format"] > FORMAT:
+            raise UserError(
+                f"The release {folder} has format {config['format']} and this version reads up to {FORMAT}: update unclip_pl."
+            )
+        if config["format"] < FORMAT:
+            tensors = rename(config["stage"], tensors)
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+        return Release(
+            config["stage"],
+            config["hyper_parameters"],
+            config["clip_fingerprint"],
+            tensors,
+            config["steps"],
+        )
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} is no release ({Path(error.filename).name} is missing): give a folder that `unclip export` wrote."
+        ) from None
+    except (KeyError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"The release {folder} is damaged ({error}): fetch or export it again."
+        ) from error

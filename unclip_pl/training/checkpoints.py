@@ -1,0 +1,94 @@
+"""The checkpoints that a run writes: the newest, to go on from, and the best, to draw from."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+
+from unclip_pl.cluster.checkpoint_io import checkpoint_folder
+from unclip_pl.utils.files import remove, remove_leftovers
+
+
+class NewestCheckpoint(Checkpoint):
+    """Every so many steps, and when training ends: the file to resume from, `newest-step=N.ckpt`.
+
+    Those that the run wrote before, or went on from in its own folder, are then removed, and no
+    others. A run that is told to stop saves at that very step, where the place in the data is exact.
+
+    Args:
+        every_n_train_steps: steps between two files.
+    """
+
+    def __init__(self, every_n_train_steps: int = 500) -> None:
+        if every_n_train_steps < 1:
+            raise ValueError(
+                f"newest.every_n_train_steps is {every_n_train_steps}: give 1 or more."
+            )
+        self.every_n_train_steps = every_n_train_steps
+        self._saved_step = -1
+        self._own: list[
+            str
+        ] = []  # names in this run's folder that the next file takes the place of
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_step = trainer.global_step
+        folder = checkpoint_folder(trainer)
+        source = Path(trainer.ckpt_path or "")
+        if source.resolve().parent != folder.resolve():
+            self._own = []  # those that it remembers lie in another folder
+        elif source.name.startswith("newest-"):
+            self._own.append(source.name)
+        if trainer.is_global_zero:
+            remove_leftovers(folder, "*.ckpt")  # of a run that was killed while it wrote
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if trainer.global_step % self.every_n_train_steps == 0 or trainer.should_stop:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.global_step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it outside of the class
+            return
+        self._saved_step = trainer.global_step
+        folder = checkpoint_folder(trainer)
+        path = folder / f"newest-step={trainer.global_step}.ckpt"
+        self._own = [
+            *dict.fromkeys(self._own),
+            path.name,
+        ]  # a kill may come before they are removed
+        trainer.save_checkpoint(path)
+        for name in self._own[:-1]:
+            if trainer.is_global_zero and name != path.name:
+                remove(folder / name)
+        self._own = [path.name]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"own": self._own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._own = list(state_dict["own"])
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """After each validation that is better than all before it, by `monitor`: the file to draw from, `best-step=N.ckpt`.
+
+    Args:
+        monitor: the logged value to compare.
+        mode: "min" where smaller is better, else "max".
+    """
+
+    def __init__(self, monitor: str = "val/loss", mode: str = "min") -> None:
+        super().__init__(
+            filename="best-{step}",
+            monitor=monitor,
+            mode=mode,
+            save_top_k=1,
+            save_on_train_epoch_end=False,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.dirpath = str(checkpoint_folder(trainer).absolute())
+        super().setup(trainer, pl_module, stage)
