@@ -121,9 +121,10 @@ def test_every_stage_has_a_yaml():
     stages = [
         path.stem
         for path in (PACKAGE / "stages").glob("*.py")
-        if path.stem not in ("__init__", "base")
+        if "(Stage):" in path.read_text(encoding="utf-8")
     ]
-    assert stages and all(any(yaml.startswith(stage) for yaml in yamls) for stage in stages)
+    assert len(stages) >= 5
+    assert not [stage for stage in stages if not any(yaml.startswith(stage) for yaml in yamls)]
 
 
 HEAVY = "torch", "lightning", "numpy", "scipy", "PIL", "open_clip"  # seconds to import
