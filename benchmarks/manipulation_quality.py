@@ -28,7 +28,7 @@ from unclip_pl.diffusion import samplers
 from unclip_pl.manipulate import (
     Latent,
     decode,
-    deterministic,
+    inversion_sampling,
     invert,
     reconstruct,
     text_diff,
@@ -67,16 +67,16 @@ def inversion(
     _, images = held_out(data, given.count)
     embed = unclip.embed_images(images)
     for steps in given.steps:
-        settings = deterministic(unclip, steps)
+        settings = inversion_sampling(unclip, steps)
 
         def explicit(predict: Callable, schedule: samplers.Schedule) -> Tensor:
             return samplers.invert(predict, images, schedule)
 
-        x_T = unclip.walk(explicit, len(images), embed, sampling=settings)
+        x_T = unclip.run_sampler(explicit, len(images), embed, sampling=settings)
         latent = invert(unclip, images, steps)
         by_explicit = psnr(reconstruct(unclip, Latent(embed, x_T, steps)), images)
         by_implicit = psnr(reconstruct(unclip, latent), images)
-        static = deterministic(unclip, steps, threshold="static")
+        static = inversion_sampling(unclip, steps, threshold="static")
         clamped = psnr(decode(unclip, latent, range(len(latent)), sampling=static), images)
         yield [
             str(steps),
@@ -105,7 +105,7 @@ def variations(
         f"eta {eta:g}, inverted noise": vary(unclip, latent, seeds, eta)
         for eta in (0.0, 0.25, 0.5, 0.75, 1.0)
     }
-    settings = deterministic(unclip, given.steps[0])
+    settings = inversion_sampling(unclip, given.steps[0])
     drawn["fresh noise"] = unclip.decode(latent.image_embed, seeds, sampling=settings)
     drawn["fresh noise, of another drawing"] = drawn["fresh noise"].roll(1, 0)
     drawn["another drawing itself"] = images.roll(1, 0)
@@ -189,15 +189,15 @@ def pca(unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace) -> 
     from unclip_pl.probe import PrincipalComponents, paper_dimensions
 
     yield ["components", "share of the variance", "of the embedding", "of what is drawn from it"]
-    components = PrincipalComponents.of(data.store.statistics(data.train_shards))
+    components = PrincipalComponents.from_statistics(data.store.statistics(data.train_shards))
     _, images = held_out(data, given.count)
     embed = unclip.embed_images(images)
-    settings = deterministic(unclip, given.steps[0])
+    settings = inversion_sampling(unclip, given.steps[0])
     for k in [*paper_dimensions(components.dim), components.dim]:
         z = components.reconstruct(embed, k)
         drawn = unclip.embed_images(unclip.decode(z, range(len(images)), sampling=settings))
         cosines = [torch.cosine_similarity(found, embed).mean() for found in (z, drawn)]
-        yield [str(k), f"{components.share(k):.1%}", *decimals(3, *cosines)]
+        yield [str(k), f"{components.explained_variance(k):.1%}", *decimals(3, *cosines)]
 
 
 JOBS = {"inversion": inversion, "variations": variations, "edits": edits, "pca": pca}

@@ -21,7 +21,8 @@ from _results import save_rows
 from unclip_pl.clip.frozen import CLIPConfig
 from unclip_pl.datamodules.modules import PriorData
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.pipeline.unclip import DEFAULT_PRIORS, UnCLIP
+from unclip_pl.pipeline.unclip import UnCLIP
+from unclip_pl.pipeline.weights import DEFAULT_PRIORS
 from unclip_pl.training.prior_monitor import mean_pairwise, measure
 
 COLUMNS = ("cosine_image", "cosine_text", "cosine_text_other", "rank", "r1", "r5")

@@ -29,7 +29,7 @@ from unclip_pl.data.degradation import DegradationConfig
 from unclip_pl.data.loader import LoaderConfig
 from unclip_pl.datamodules.crops import UpsamplerData
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.pipeline.unclip import ASSETS, load_stage
+from unclip_pl.pipeline.weights import ASSETS, load_stage
 from unclip_pl.stages.upsampler import Upsampler256, Upsampler1024
 from unclip_pl.utils.images import grid, psnr, save_png
 

@@ -18,7 +18,7 @@ from eval.source import Model
 from unclip_pl.data.shards import decode
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.networks.text import StatesText
-from unclip_pl.pipeline.cascade import at_work
+from unclip_pl.pipeline.devices import on_device
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
 
@@ -153,7 +153,7 @@ class Arm:
             unclip = self.model.unclip
             seeds = [self.seed + repeat * SEED_STEP + k for k in indices]
             batch = self.conditions(indices, seeds)
-            with at_work(unclip.decoder, unclip.device, unclip.offload, unclip.precision):
+            with on_device(unclip.decoder, unclip.device, unclip.offload, unclip.precision):
                 images = unclip.decoder.sample(batch, Noise(seeds), sampling)
             return unclip.upsample(images, seeds) if len(unclip.sizes) > 1 else images
 

@@ -40,7 +40,8 @@ from eval.metrics import FRECHET, CLIPScore, frechet_key
 from eval.source import Model, add_sampling, weights_of
 from unclip_pl.cli.options import chosen
 from unclip_pl.clip.frozen import FrozenCLIP
-from unclip_pl.pipeline.unclip import DEFAULT_DECODER, DEFAULT_PRIORS, UnCLIP, load_stage
+from unclip_pl.pipeline.unclip import UnCLIP
+from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS, load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.decoder import SamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior

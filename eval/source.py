@@ -17,13 +17,11 @@ from eval.common import positive, rank, world_size
 from eval.drawn import SHARD, Drawn, digest_of
 from eval.folders import MAX_BAD_RATE, Pictures, Source
 from unclip_pl.cli.options import SPACING, chosen, spacing
-from unclip_pl.pipeline.unclip import (
-    CONDITIONS,
+from unclip_pl.pipeline.unclip import CONDITIONS, Condition, UnCLIP
+from unclip_pl.pipeline.weights import (
     DEFAULT_DECODER,
     DEFAULT_PRIORS,
     DEFAULT_UPSAMPLERS,
-    Condition,
-    UnCLIP,
     read_weights,
 )
 from unclip_pl.utils.errors import UserError

@@ -36,7 +36,8 @@ from eval.metrics import frechet_key
 from eval.source import Model, add_drawing, weights_of
 from eval.tables import Section, floor_row, notes
 from unclip_pl.cli.options import SPACING, chosen, spacing
-from unclip_pl.pipeline.unclip import CONDITIONS, DEFAULT_DECODER, DEFAULT_PRIORS
+from unclip_pl.pipeline.unclip import CONDITIONS
+from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file

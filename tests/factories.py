@@ -1,14 +1,19 @@
 """Tiny stages of every kind and batches for them, the same at each call."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.ar_prior import ARPriorConfig
 from unclip_pl.networks.checkpointing import Checkpointing
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
 from unclip_pl.networks.text import TextConfig
 from unclip_pl.networks.unet import UNetConfig
+from unclip_pl.pipeline import release
+from unclip_pl.pipeline.release import Release
 from unclip_pl.stages import ar_prior, decoder, diffusion_prior, upsampler
 from unclip_pl.stages.base import OptimizerConfig, Stage
 
@@ -94,3 +99,72 @@ def tiny_batch(name: str, size: int = 4, seed: int = 1) -> dict:
 def on(batch: dict, device: str) -> dict:
     """The batch with its tensors on a device."""
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def package_decoder(seed: int = 0, **arguments) -> decoder.Decoder:
+    """A decoder of 16 pixels for the CLIP in the package, with random weights."""
+    torch.manual_seed(seed)
+    net = UNetConfig(
+        image_size=16,
+        width=32,
+        mults=(1,),
+        depth=1,
+        attention=(),
+        middle_attention=False,
+        head_width=32,
+        embed_dim=256,
+    )
+    sampling = decoder.SamplingConfig(sampler="ddim", steps=2)
+    diffusion = DiffusionConfig(parametrization="v")
+    defaults = {"net": net, "sampling": sampling, "diffusion": diffusion}
+    stage = fill_zeros(decoder.Decoder(**defaults | arguments))
+    stage.clip_fingerprint = FrozenCLIP().fingerprint()
+    return stage
+
+
+def package_cascade() -> tuple[decoder.Decoder, upsampler.Upsampler256, upsampler.Upsampler1024]:
+    """A decoder and both upsamplers at their real sizes, very small, with random weights."""
+    small = {"width": 32, "mults": (1,), "depth": 1, "dropout": 0.0}
+    plain = {"attention": (), "middle_attention": False, "head_width": 32, "embed_dim": 256}
+    net = UNetConfig(image_size=64, patch_size=4, **plain, **small)
+    low = UNetConfig(image_size=256, patch_size=8, **small, **upsampler.NET)
+    high = UNetConfig(image_size=1024, patch_size=16, **small, **upsampler.NET)
+    sampling = upsampler.UpsamplingConfig(steps=2)
+    return (
+        package_decoder(net=net),
+        fill_zeros(upsampler.Upsampler256(net=low, sampling=sampling)),
+        fill_zeros(upsampler.Upsampler1024(net=high, sampling=sampling)),
+    )
+
+
+def fill_zeros(stage: Stage) -> Stage:
+    """The stage in eval mode; parameters that start at zero are random, or outputs would be 0."""
+    for parameter in stage.net.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+    return stage.eval()
+
+
+def write_release(folder: Path, stage: Stage, steps: int = 1) -> Path:
+    """A release of the stage with its weights as they are."""
+    weights = Release(
+        type(stage).__name__,
+        dict(stage.hparams),
+        stage.clip_fingerprint,
+        stage.state_dict(),
+        steps,
+    )
+    return release.write(folder, weights, "# a card\n")
+
+
+def write_checkpoint(path: Path, stage: Stage, steps: int = 7) -> Path:
+    """What `lightning fit` keeps of a stage, as far as it is read to draw with."""
+    checkpoint = {
+        "stage": type(stage).__name__,
+        "hyper_parameters": dict(stage.hparams),
+        "state_dict": stage.state_dict(),
+        "global_step": steps,
+        "clip_fingerprint": stage.clip_fingerprint,
+    }
+    torch.save(checkpoint, path)
+    return path

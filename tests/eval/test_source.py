@@ -13,7 +13,8 @@ from eval import source
 from eval.captions import Caption, read_captions
 from eval.source import Drawn, add_arguments, open_source
 from tests.eval import tiny
-from unclip_pl.pipeline.unclip import DEFAULT_PRIORS, UnCLIP
+from unclip_pl.pipeline.unclip import UnCLIP
+from unclip_pl.pipeline.weights import DEFAULT_PRIORS
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import to_uint8
 

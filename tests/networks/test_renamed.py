@@ -10,7 +10,7 @@ from tests.networks.test_compilation import STAGES
 from unclip_pl.networks.renamed import rename
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.pipeline import release
-from unclip_pl.pipeline.unclip import load_stage
+from unclip_pl.pipeline.weights import load_stage
 from unclip_pl.stages.base import as_config
 from unclip_pl.stages.decoder import Decoder
 

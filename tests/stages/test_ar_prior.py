@@ -16,7 +16,7 @@ from unclip_pl.networks.ar_prior import ARPriorConfig
 from unclip_pl.networks.text import TextConfig
 from unclip_pl.pipeline import release
 from unclip_pl.pipeline.release import Release
-from unclip_pl.pipeline.unclip import load_stage, start_from
+from unclip_pl.pipeline.weights import load_pretrained, load_stage
 from unclip_pl.stages.ar_prior import ARPrior, SamplingConfig, spread_rows
 from unclip_pl.training.ema import EMA
 from unclip_pl.utils.errors import UserError
@@ -352,9 +352,9 @@ def test_training_starts_from_a_prior_that_reads_the_dot_product_in_the_same_pla
     release.write(tmp_path / "prior", content, "", exact=tuple(tensors))
     other = ARPrior(net=replace(NET, dot_first=True), text=TEXT)
     with pytest.raises(UserError, match=r"trained with model\.net\.dot_first False"):
-        start_from(other, tmp_path / "prior")
+        load_pretrained(other, tmp_path / "prior")
     again = ARPrior(net=NET, text=TEXT)
-    start_from(again, tmp_path / "prior")
+    load_pretrained(again, tmp_path / "prior")
     assert torch.equal(again.net.head.weight, stage.net.head.weight)
 
 

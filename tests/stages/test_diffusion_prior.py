@@ -19,7 +19,7 @@ from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
 from unclip_pl.pipeline import release
 from unclip_pl.pipeline.release import Release
-from unclip_pl.pipeline.unclip import start_from
+from unclip_pl.pipeline.weights import load_pretrained
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior, PriorSamplingConfig
 from unclip_pl.training.checkpoints import NewestCheckpoint
@@ -274,7 +274,7 @@ def test_a_prior_that_training_starts_from_keeps_its_own_scale(mode, tmp_path):
     content = Release("DiffusionPrior", dict(trained.hparams), None, trained.state_dict())
     release.write(tmp_path / "prior", content, "", exact=("normalizer.norm",))
     stage = DiffusionPrior(**trained.hparams)
-    start_from(stage, tmp_path / "prior")
+    load_pretrained(stage, tmp_path / "prior")
     data = SimpleNamespace(statistics=lambda: Statistics(9, torch.zeros(12), 9 * torch.eye(12)))
     stage._trainer = SimpleNamespace(datamodule=data)
     stage.setup("fit")

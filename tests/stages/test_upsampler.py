@@ -12,8 +12,7 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.layers import GroupNorm32
 from unclip_pl.networks.unet import Attention, UNetConfig
-from unclip_pl.pipeline import release
-from unclip_pl.pipeline import unclip as pipeline
+from unclip_pl.pipeline import release, weights
 from unclip_pl.pipeline.release import Release
 from unclip_pl.stages.upsampler import NET, Upsampler, Upsampler256, Upsampler1024, UpsamplingConfig
 from unclip_pl.training.pictures import Pictures
@@ -231,14 +230,14 @@ def test_hyperparameters_rebuild_the_stage_and_the_other_upsampler_is_refused(tm
         Release("Upsampler1024", dict(stage.hparams), None, stage.state_dict()),
         "# card",
     )
-    again = pipeline.load_stage(tmp_path / "release", Upsampler1024)
+    again = weights.load_stage(tmp_path / "release", Upsampler1024)
     assert (
         again.sampling.steps == 7
         and again.residual == 0.1
         and again.process.config.schedule == "linear"
     )
     with pytest.raises(UserError, match=r"holds a Upsampler1024, and a Upsampler256 is needed"):
-        pipeline.load_stage(tmp_path / "release", Upsampler256)
+        weights.load_stage(tmp_path / "release", Upsampler256)
     with pytest.raises(
         UserError, match=r"holds a Upsampler1024, and this run trains a Upsampler256"
     ):
@@ -340,7 +339,7 @@ def test_weights_that_do_not_say_so_were_trained_with_the_clamp(tmp_path):
     }
     torch.save(checkpoint, tmp_path / "old.ckpt")
     for path in (tmp_path / "old", tmp_path / "old.ckpt"):
-        again = pipeline.load_stage(path, Upsampler256)
+        again = weights.load_stage(path, Upsampler256)
         assert again.clamp_condition and again.hparams["clamp_condition"] is True
         torch.testing.assert_close(
             again.sample({"low_res": low_res}, Noise([0]), settings), drawn, atol=2e-3, rtol=0
@@ -351,12 +350,12 @@ def test_weights_that_do_not_say_so_were_trained_with_the_clamp(tmp_path):
         Release("Upsampler256", dict(free.hparams), None, free.state_dict()),
         "# card",
     )
-    assert not pipeline.load_stage(tmp_path / "new", Upsampler256).clamp_condition
+    assert not weights.load_stage(tmp_path / "new", Upsampler256).clamp_condition
 
 
 @pytest.mark.parametrize("size", ["256", "1024"])
 def test_upsamplers_of_the_package_say_that_they_clamp(size):
-    config = json.loads((pipeline.DEFAULT_UPSAMPLERS[size] / "config.json").read_text())
+    config = json.loads((weights.DEFAULT_UPSAMPLERS[size] / "config.json").read_text())
     assert config["hyper_parameters"]["clamp_condition"] is True
 
 
@@ -375,7 +374,7 @@ def test_steps_by_section_and_by_name_are_kept_and_walked(steps, visited, tmp_pa
         Release("Upsampler256", dict(stage.hparams), None, stage.state_dict()),
         "# card",
     )
-    again, seen = pipeline.load_stage(tmp_path / "release", Upsampler256), []
+    again, seen = weights.load_stage(tmp_path / "release", Upsampler256), []
     assert again.sampling.steps == steps and again.count_steps() == visited[1]
     again.net.register_forward_hook(lambda module, args, out: seen.append(int(args[1][0])))
     again.sample({"low_res": torch.rand(1, 3, 4, 4)}, Noise([0]))

@@ -60,7 +60,7 @@ To go on (with `source .venv/bin/activate` first):
 
 def train(stage: str) -> int:
     """`lightning fit` from the package's weights on line drawings; its exit code."""
-    from unclip_pl.pipeline.unclip import DEFAULT_DECODER, DEFAULT_PRIORS
+    from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS
     from unclip_pl.utils.precision import usable
 
     weights = DEFAULT_DECODER if stage == "decoder" else DEFAULT_PRIORS["diffusion"]
@@ -95,7 +95,8 @@ def draw_held_out(count: int = 8) -> str:
 
     from unclip_pl.clip.frozen import CLIPConfig
     from unclip_pl.datamodules.modules import ImageEmbeddingData
-    from unclip_pl.pipeline.unclip import DEFAULT_DECODER, UnCLIP
+    from unclip_pl.pipeline.unclip import UnCLIP
+    from unclip_pl.pipeline.weights import DEFAULT_DECODER
     from unclip_pl.utils.images import grid, save_png
 
     data = ImageEmbeddingData("openmoji-line", "openmoji-line", clip=CLIPConfig(), image_size=64)

@@ -142,7 +142,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from unclip_pl.pipeline.unclip import DEFAULT_DECODER, UnCLIP
+    from unclip_pl.pipeline.unclip import UnCLIP
+    from unclip_pl.pipeline.weights import DEFAULT_DECODER
     from unclip_pl.utils.images import grid, reduced, save_png
 
     prompts = prompts_of(arguments)

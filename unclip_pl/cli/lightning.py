@@ -195,7 +195,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     from unclip_pl.cluster.startup import StartupCheck
     from unclip_pl.cluster.watchdog import Watchdog
     from unclip_pl.datamodules import crops, embed, modules  # noqa: F401  their short names
-    from unclip_pl.pipeline.unclip import start_from
+    from unclip_pl.pipeline.weights import load_pretrained
     from unclip_pl.stages.base import Stage
     from unclip_pl.stages.settings import settings_of
     from unclip_pl.training.arguments import with_model
@@ -297,7 +297,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
             if config.get("init") and not config.get(
                 "ckpt_path"
             ):  # else a run that is resumed has its weights from there
-                start_from(self.model, config["init"])
+                load_pretrained(self.model, config["init"])
 
         def _set_seed(self) -> None:
             seed = self._get(self.config, "seed_everything")

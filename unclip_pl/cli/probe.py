@@ -68,10 +68,10 @@ def components(studio: Studio, store: Path | None) -> Any:
     if store is None:
         data = ImageEmbeddingData(clip=studio.unclip.clip.config)
         data.prepare_data()
-        return PrincipalComponents.of(data.store.statistics(data.train_shards))
+        return PrincipalComponents.from_statistics(data.store.statistics(data.train_shards))
     found = EmbeddingStore(store)
     require_same(found.manifest["clip"], studio.unclip.clip.fingerprint(), f"The store {store}")
-    return PrincipalComponents.of(found.statistics())
+    return PrincipalComponents.from_statistics(found.statistics())
 
 
 def run_pca(arguments: argparse.Namespace) -> None:
@@ -104,7 +104,7 @@ def run_pca(arguments: argparse.Namespace) -> None:
         )
         for k, similarity in zip(counts, near, strict=True):
             print(
-                f"{path.name}: {k} components ({principal.share(k):.1%} of the variance): CLIP similarity of what is drawn {similarity:.3f}"
+                f"{path.name}: {k} components ({principal.explained_variance(k):.1%} of the variance): CLIP similarity of what is drawn {similarity:.3f}"
             )
         rows.append(torch.cat([drawn, enlarged(original, drawn)]))
         labels.append(path.stem)
@@ -114,7 +114,7 @@ def run_pca(arguments: argparse.Namespace) -> None:
 def run_typographic(arguments: argparse.Namespace) -> None:
     import torch
 
-    from unclip_pl.probe import labelled, zero_shot
+    from unclip_pl.probe import paste_label, zero_shot
 
     at_least(arguments, num_images=1)
     captions = [arguments.object, *arguments.label]
@@ -130,7 +130,7 @@ def run_typographic(arguments: argparse.Namespace) -> None:
     studio = Studio(arguments)
     unclip, sampling = studio.unclip, studio.sampling()
     _, whole = studio.picture(arguments.image)
-    copies = [whole[0], *(labelled(whole[0], text) for text in arguments.label)]
+    copies = [whole[0], *(paste_label(whole[0], text) for text in arguments.label)]
     seeds = [arguments.seed + k for k in range(arguments.num_images)]
     rows, labels = [], []
     for copy, name in zip(copies, ["no label", *arguments.label], strict=True):

@@ -92,7 +92,8 @@ class Studio:
     """
 
     def __init__(self, arguments: argparse.Namespace, prior: Any = None) -> None:
-        from unclip_pl.pipeline.unclip import DEFAULT_DECODER, UnCLIP
+        from unclip_pl.pipeline.unclip import UnCLIP
+        from unclip_pl.pipeline.weights import DEFAULT_DECODER
 
         self.arguments, self.out = arguments, arguments.out
         upsamplers = upsamplers_of(arguments)
@@ -120,7 +121,7 @@ class Studio:
         """The settings that draw a latent again, left where the options say so."""
         from dataclasses import replace
 
-        from unclip_pl.manipulate import deterministic
+        from unclip_pl.manipulate import inversion_sampling
 
         settings = self.sampling(eta)  # a sentence where an option is impossible
         options = {
@@ -132,7 +133,7 @@ class Studio:
         told = {
             name: getattr(settings, name) for name, value in options.items() if value is not None
         }
-        return replace(deterministic(self.unclip, latent.steps), **told)
+        return replace(inversion_sampling(self.unclip, latent.steps), **told)
 
     def picture(self, path: Path) -> tuple[Any, Any]:
         """A picture file: at the decoder's size, (1, 3, S, S); and what CLIP is shown, the same square in its own size."""

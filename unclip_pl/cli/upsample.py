@@ -62,7 +62,7 @@ def run_upsample(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from unclip_pl.pipeline.cascade import Cascade
-    from unclip_pl.pipeline.unclip import load_upsamplers
+    from unclip_pl.pipeline.weights import load_upsamplers
     from unclip_pl.utils.images import load_image, reduced, save_png
 
     pictures = [load_image(path)[None] for path in arguments.images]

@@ -1,1 +1,1 @@
-"""The trained stages put together: releases, weights, `UnCLIP` and the cascade of upsamplers."""
+"""The trained stages put together: reading weights, `UnCLIP`, and the cascade of upsamplers."""

@@ -1,8 +1,11 @@
-"""Upsamplers in a row: pictures of any size and shape, 4 times as large with each, in batches that fit, one stage on the device at a time if wished."""
+"""Upsamplers in a row: images of any size and shape, each stage 4 times as large as the one before.
+
+Images are drawn in batches that fit into memory, and with `offload` only the stage that works is on
+the device.
+"""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,79 +13,28 @@ import torch
 from torch import Tensor
 
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.networks.compilation import compile_blocks
-from unclip_pl.stages.base import Stage
+from unclip_pl.pipeline.devices import accelerate_stages, canonical_device, on_device
+from unclip_pl.pipeline.seeds import UPSAMPLER_256_OFFSET, UPSAMPLER_1024_OFFSET
 from unclip_pl.stages.upsampler import Upsampler, Upsampler1024, UpsamplingConfig
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.precision import Precision, autocast, usable
+from unclip_pl.utils.precision import Precision, usable
 
-SEEDS = 1 << 30
-"""Added to a seed for the first upsampler's draws, three times for the second's: all stages share the 32 bits that a generator reads of a seed."""
 BATCH_PIXELS = 1 << 20
 FINEST_MAPS = 10
-"""A U-Net's forward pass holds at least so many maps of its finest level at one time."""
+"""A U-Net's forward pass holds at least this many feature maps of its finest level at a time."""
 Callback = Callable[[str, int, int], Any]
-
-
-@contextmanager
-def at_work(
-    part: Any, device: torch.device | str, offload: bool, precision: str = "fp32"
-) -> Iterator[None]:
-    """`part` (a stage, or a CLIP) on the device while the body runs, in that precision; with `offload`, back in the CPU's memory after it."""
-    if part.device != torch.device(device):
-        part.to(device)
-    try:
-        with autocast(precision, device):
-            yield
-    finally:
-        if offload:
-            part.to("cpu")
-
-
-def resolved(device: torch.device | str) -> torch.device:
-    """A device with its number: "cuda" is the current one."""
-    device = torch.device(device)
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if device.type == "cuda" and device.index is None
-        else device
-    )
-
-
-def source_side(stage: Upsampler) -> int:
-    """Side of the pictures that a stage was made to enlarge."""
-    return stage.net_config.image_size // stage.factor
-
-
-def check_order(sides: Sequence[tuple[int, int]], before: int | None = None) -> None:
-    """UserError unless each of the (source, target) sides begins where the one before it ends, the first one at `before` if that is given."""
-    ends = [(before, before)] if before is not None else []
-    for (_, given), (source, target) in pairwise([*ends, *sides]):
-        if given != source:
-            raise UserError(
-                f"The upsampler from {source} to {target} pixels cannot follow a stage that draws {given}: give the upsamplers in the order of their sizes, "
-                f"and here one from {given}."
-            )
-
-
-def accelerate_stages(
-    stages: Sequence[Stage], device: torch.device, compile: bool, cuda_graphs: bool
-) -> None:
-    """Compile the blocks of stages that will run on `device`, and let them record CUDA graphs."""
-    for stage in stages:
-        stage.cuda_graphs = cuda_graphs
-        if compile:
-            compile_blocks(stage, device)
+"""Called with (stage, step, steps) after each sampling step."""
 
 
 class Cascade:
-    """Upsamplers, each of which goes on where the one before ends.
+    """Upsamplers, each of which starts at the size that the one before reaches.
 
     Args:
-        stages: in order (64 to 256, then 256 to 1024); one alone will do.
+        stages: in order (64 to 256, then 256 to 1024); a single one is enough.
         device: where they run.
-        offload: keep on the device only the stage that works; the others wait in the CPU's memory.
-        batch_pixels: pictures are drawn together as long as their results have no more pixels than this; one picture always is.
+        offload: keep only the stage that works on the device; the others wait in the CPU's memory.
+        batch_pixels: images are drawn together as long as the results have no more pixels than
+            this; a single image always is.
         precision: "bf16": networks compute in bfloat16 (autocast) on devices that have it.
         compile, cuda_graphs: as in `UnCLIP.accelerate`.
 
@@ -100,10 +52,13 @@ class Cascade:
         compile: bool = False,
         cuda_graphs: bool = False,
     ) -> None:
-        check_order([(source_side(stage), stage.net_config.image_size) for stage in stages])
-        self.device, self.offload, self.batch_pixels = resolved(device), offload, batch_pixels
+        check_sizes([(source_side(stage), stage.net_config.image_size) for stage in stages])
+        self.device = canonical_device(device)
+        self.offload = offload
+        self.batch_pixels = batch_pixels
         self.precision = usable(precision, self.device)
-        self.stages = [stage.to("cpu" if offload else device).eval() for stage in stages]
+        home = "cpu" if offload else device
+        self.stages = [stage.to(home).eval() for stage in stages]
         accelerate_stages(self.stages, self.device, compile, cuda_graphs)
 
     @property
@@ -112,7 +67,13 @@ class Cascade:
         return tuple(stage.net_config.image_size for stage in self.stages)
 
     def route(self, side: int, times: int | None = None) -> list[Upsampler]:
-        """The stages that make a picture with longer side `side` `times` as large: from that made for the nearest side on; None: to the last one.
+        """Choose the stages for an image whose longer side has `side` pixels.
+
+        They start with the one that was made for the nearest size, or earlier if too few would
+        follow it.
+
+        Args:
+            times: how many times as large the image becomes; None: through the last stage.
 
         Raises:
             UserError: there are too few stages.
@@ -124,16 +85,19 @@ class Cascade:
         if not self.stages or (times is not None and reached != times):
             have = f"those to {' and '.join(map(str, self.sizes))}" if self.stages else "none"
             raise UserError(
-                f"There are no upsamplers that make pictures {times or 4} times as large ({have} loaded): load them, or ask for less."
+                f"There are no upsamplers that make pictures {times or 4} times as large ({have} "
+                "loaded): load them, or ask for less."
             )
-        nearest = min(
-            range(len(self.stages)),
-            key=lambda k: max(
-                side / source_side(self.stages[k]), source_side(self.stages[k]) / side
-            ),
-        )
-        first = nearest if times is None else min(nearest, len(self.stages) - count)
-        return self.stages[first : None if times is None else first + count]
+
+        def ratio(index: int) -> float:
+            source = source_side(self.stages[index])
+            return max(side / source, source / side)
+
+        nearest = min(range(len(self.stages)), key=ratio)
+        if times is None:
+            return self.stages[nearest:]
+        first = min(nearest, len(self.stages) - count)
+        return self.stages[first : first + count]
 
     @torch.no_grad()
     def upsample(
@@ -144,14 +108,16 @@ class Cascade:
         sampling: Mapping[int, UpsamplingConfig] | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Draw each picture larger.
+        """Draw each image larger.
 
         Args:
             images: (B, 3, h, w) in [-1, 1], of any h and w.
-            seeds: B of them; picture k depends on picture and seed k alone, and shares no random numbers with the stages before.
-            times: 4, 16 ...; None: through all stages from that made for pictures of this size on. See `route`.
-            sampling: by the target side of a stage (256, 1024), other settings than its own.
-            callback: called with ("upsampler 256", step, steps), steps of all batches together.
+            seeds: B seeds. Result k depends only on image and seed k. Its random numbers are not
+                those of the stages before.
+            times: 4, 16 ...; None: through all stages from the one made for images of this size.
+                See `route`.
+            sampling: other settings than the stages' own, by target side (256, 1024).
+            callback: called with ("upsampler 256", step, steps); steps of all batches together.
 
         Returns:
             float32 (B, 3, H, W) in [-1, 1] on the device.
@@ -161,20 +127,21 @@ class Cascade:
         """
         if len(images) != len(seeds):
             raise ValueError(
-                f"{len(images)} pictures and {len(seeds)} seeds were given: give one seed a picture."
+                f"{len(images)} pictures and {len(seeds)} seeds were given: give one seed per "
+                "picture."
             )
-        route, (height, width) = self.route(max(images.shape[-2:]), times), images.shape[-2:]
-        for stage in route:  # before any is drawn
+        height, width = images.shape[-2:]
+        route = self.route(max(height, width), times)
+        for stage in route:  # before anything is drawn
             height, width = height * stage.factor, width * stage.factor
-            count = min(len(images), self._at_once(height, width))
+            count = min(len(images), self._batch_size(height, width))
             self._require_memory(stage, height, width, count)
         for stage in route:
-            images = self._enlarged(
-                stage, images, seeds, (sampling or {}).get(stage.net_config.image_size), callback
-            )
+            settings = (sampling or {}).get(stage.net_config.image_size)
+            images = self._run_stage(stage, images, seeds, settings, callback)
         return images
 
-    def _enlarged(
+    def _run_stage(
         self,
         stage: Upsampler,
         images: Tensor,
@@ -182,51 +149,81 @@ class Cascade:
         sampling: UpsamplingConfig | None,
         callback: Callback | None,
     ) -> Tensor:
-        """All pictures through one stage, as many at a time as `batch_pixels` allows."""
+        """All images through one stage, as many at a time as `batch_pixels` allows."""
         height, width = (stage.factor * side for side in images.shape[-2:])
-        size = self._at_once(height, width)
-        parts = range(0, len(images), size)
-        steps = stage.count_steps(sampling) * len(parts)
-        offset = SEEDS * (3 if isinstance(stage, Upsampler1024) else 1)
-        done, drawn = 0, []
+        size = self._batch_size(height, width)
+        starts = range(0, len(images), size)
+        steps = stage.count_steps(sampling) * len(starts)
+        is_last = isinstance(stage, Upsampler1024)
+        offset = UPSAMPLER_1024_OFFSET if is_last else UPSAMPLER_256_OFFSET
+        done = 0
 
-        def told(*_: int) -> None:
+        def report_step(*_: int) -> None:
             nonlocal done
             done += 1
             if callback is not None:
                 callback(f"upsampler {stage.net_config.image_size}", done, steps)
 
-        with at_work(stage, self.device, self.offload, self.precision):
-            for first in parts:
-                batch = {"low_res": images[first : first + size].to(self.device)}
-                noise = Noise([seed + offset for seed in seeds[first : first + size]])
+        results = []
+        with on_device(stage, self.device, self.offload, self.precision):
+            for start in starts:
+                batch = {"low_res": images[start : start + size].to(self.device)}
+                noise = Noise([seed + offset for seed in seeds[start : start + size]])
                 try:
-                    drawn.append(stage.sample(batch, noise, sampling, told))
+                    results.append(stage.sample(batch, noise, sampling, report_step))
                 except torch.OutOfMemoryError:
                     raise UserError(
-                        f"The upsampler to {stage.net_config.image_size} pixels has too little memory on {self.device} for {len(noise)} pictures of "
-                        f"{width}x{height} at a time: draw fewer together, or keep only the stage that works on the device (offload)."
+                        f"The upsampler to {stage.net_config.image_size} pixels has too little "
+                        f"memory on {self.device} for {len(noise)} pictures of {width}x{height} at "
+                        "a time: draw fewer together, or keep only the stage that works on the "
+                        "device (offload)."
                     ) from None
-        return torch.cat(drawn)
+        return torch.cat(results)
 
-    def _at_once(self, height: int, width: int) -> int:
-        """How many pictures of this size are drawn together."""
+    def _batch_size(self, height: int, width: int) -> int:
+        """How many images of this size are drawn together."""
         return max(1, self.batch_pixels // (height * width))
 
     def _require_memory(self, stage: Upsampler, height: int, width: int, count: int) -> None:
-        """UserError where `count` pictures certainly need more memory than this machine has.
+        """Raise a UserError if `count` images certainly need more memory than this machine has.
 
         Only on CPUs, where the system would kill the program. A GPU says itself what is missing.
         """
         if self.device.type != "cpu" or not hasattr(os, "sysconf"):
             return
-        config, bytes_per_number = stage.net_config, 2 if self.precision == "bf16" else 4
+        config = stage.net_config
+        bytes_per_number = 2 if self.precision == "bf16" else 4
         numbers = FINEST_MAPS * config.width * count * height * width / config.patch_size**2
         needed = bytes_per_number * numbers
-        if needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > memory:
             pictures = "1 picture takes" if count == 1 else f"{count} pictures take"
             raise UserError(
                 f"{pictures} at least {needed / 1e9:.0f} GB of memory at {width}x{height} pixels, "
                 f"and this machine has {memory / 1e9:.0f} GB: give a smaller one, or cut it into "
                 "parts."
+            )
+
+
+def source_side(stage: Upsampler) -> int:
+    """Side of the images that a stage was made to enlarge."""
+    return stage.net_config.image_size // stage.factor
+
+
+def check_sizes(sides: Sequence[tuple[int, int]], start: int | None = None) -> None:
+    """Check that each of the (source, target) sides starts where the one before it ends.
+
+    Args:
+        start: the side at which the first one must start; None: at any.
+
+    Raises:
+        UserError: they do not follow each other.
+    """
+    before = [] if start is None else [(start, start)]
+    for (_, reached), (source, target) in pairwise([*before, *sides]):
+        if reached != source:
+            raise UserError(
+                f"The upsampler from {source} to {target} pixels cannot follow a stage that draws "
+                f"{reached}: give the upsamplers in the order of their sizes, and here one from "
+                f"{reached}."
             )

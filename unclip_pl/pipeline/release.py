@@ -1,8 +1,10 @@
-"""A release: a folder with what sampling needs and nothing that runs on loading. It knows folders, not stages.
+"""A release: a folder with what sampling needs and no code that would run on loading.
 
 config.json           stage, hyperparameters, CLIP fingerprint, versions
 model.safetensors     EMA weights in float16; statistics (`exact`) in float32
 README.md             the card: what it is, how it was made
+
+This file knows folders and tensors, not stages.
 """
 
 import json
@@ -22,7 +24,7 @@ from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_folder
 
 FORMAT = 2
-"""1 had other names of parameters; it is renamed while it is read."""
+"""Format 1 had other names of parameters, which are translated on reading."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,14 @@ def write(
     """Write a release atomically. An existing folder is not overwritten.
 
     Args:
-        exact: names of tensors that keep their precision, such as a stage's buffers (scales, bucket edges).
+        folder: the new folder.
+        release: its contents.
+        card: the text of its README.md.
+        exact: names of tensors that keep their precision, such as a stage's buffers (scales,
+            bucket edges). All others are written in float16.
+
+    Returns:
+        The folder.
 
     Raises:
         UserError: `folder` exists, or a weight is not finite in float16.
@@ -63,39 +72,46 @@ def write(
         "hyper_parameters": release.hyper_parameters,
         "clip_fingerprint": release.clip_fingerprint,
     }
+    tensors = _half_precision(release, exact)
     with atomic_folder(folder) as temporary:
-        halved = {
-            name: t.half() if t.is_floating_point() and name not in exact else t
-            for name, t in release.tensors.items()
-        }
-        if broken := [
-            name
-            for name, t in halved.items()
-            if name not in exact and t.is_floating_point() and not t.isfinite().all()
-        ]:
-            raise UserError(
-                f"The {release.stage} has weights that are not finite in float16 ({', '.join(broken[:3])}): train it again with a lower rate."
-            )
-        save_file(
-            {name: t.contiguous().cpu() for name, t in halved.items()},
-            temporary / "model.safetensors",
-        )
-        (temporary / "config.json").write_text(
-            json.dumps(config, indent=1) + "\n", encoding="utf-8"
-        )
+        save_file(tensors, temporary / "model.safetensors")
+        text = json.dumps(config, indent=1) + "\n"
+        (temporary / "config.json").write_text(text, encoding="utf-8")
         (temporary / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 
+def _half_precision(release: Release, exact: Collection[str]) -> dict[str, Tensor]:
+    """The weights in float16, on the CPU; integers and `exact` ones as they are."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in release.tensors.items()}
+    overflown = []
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and name not in exact:
+            tensors[name] = tensor.half()
+            if not tensors[name].isfinite().all():
+                overflown.append(name)
+    if overflown:
+        raise UserError(
+            f"The {release.stage} has weights that are not finite in float16 "
+            f"({', '.join(overflown[:3])}): train it again with a lower rate."
+        )
+    return tensors
+
+
 def read(folder: str | os.PathLike) -> Release:
-    """Read a release; raises a UserError with a sentence where the folder is none or was made by a newer version."""
+    """Read what `write` wrote, this version's or an older one's.
+
+    Raises:
+        UserError: the folder is not a release, is damaged, or was written by a newer version.
+    """
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "model.safetensors")
         if config["format"] > FORMAT:
             raise UserError(
-                f"The release {folder} has format {config['format']} and this version reads up to {FORMAT}: update unclip_pl."
+                f"The release {folder} has format {config['format']} and this version reads up to "
+                f"{FORMAT}: update unclip_pl."
             )
         if config["format"] < FORMAT:
             tensors = rename(config["stage"], tensors)
@@ -109,7 +125,8 @@ def read(folder: str | os.PathLike) -> Release:
         )
     except FileNotFoundError as error:
         raise UserError(
-            f"{folder} is no release ({Path(error.filename).name} is missing): give a folder that `unclip export` wrote."
+            f"{folder} is not a release ({Path(error.filename).name} is missing): give a folder "
+            "that `unclip export` wrote."
         ) from None
     except (KeyError, ValueError, SafetensorError) as error:
         raise UserError(

@@ -18,7 +18,7 @@ from unclip_pl.cli.lightning import build_cli, main, resume
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.data import openmoji
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 LAST = 40  # steps; an epoch has 6
 KILLS = {
     5: "step",

@@ -1,0 +1,26 @@
+"""`unclip export`: releases from checkpoints of every stage that draws."""
+
+import pytest
+
+from tests.cli.shell import error_of, run_unclip
+from tests.factories import write_checkpoint
+from unclip_pl.pipeline.weights import load_stage, read_weights
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_export_makes_a_release_of_a_checkpoint(three, index, tmp_path):
+    stage, out = three[index], tmp_path / "mine"
+    checkpoint = write_checkpoint(tmp_path / "a.ckpt", stage)
+    assert run_unclip("export", checkpoint, "--out", out) == 0
+    assert read_weights(out).stage == type(stage).__name__
+    assert load_stage(out, type(stage)).net_config == stage.net_config
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [("export gone.ckpt --out x", "gone.ckpt"), ("data verify gone", "no whole embedding store")],
+)
+def test_bad_input_is_one_sentence(command, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_unclip(command) == 1
+    assert named in error_of(capsys)

@@ -1,0 +1,28 @@
+"""Image manipulations with an `UnCLIP` (unCLIP section 3).
+
+An image is taken apart into its bipartite latent (z_i, x_T): CLIP's embedding, and the noise from
+which the decoder draws the image again. Both halves can then be changed.
+
+All functions take images (B, 3, H, W) in [-1, 1] at the decoder's size. The decoder gets no caption
+unless one is passed, so that only z_i and x_T decide.
+"""
+
+from unclip_pl.manipulate.inpainting import image_to_image, inpaint
+from unclip_pl.manipulate.latent import Latent, decode, inversion_sampling, invert, reconstruct
+from unclip_pl.manipulate.spherical import check_theta, slerp
+from unclip_pl.manipulate.variations import interpolate, text_diff, vary
+
+__all__ = [
+    "Latent",
+    "check_theta",
+    "decode",
+    "image_to_image",
+    "inpaint",
+    "interpolate",
+    "inversion_sampling",
+    "invert",
+    "reconstruct",
+    "slerp",
+    "text_diff",
+    "vary",
+]

@@ -1,0 +1,152 @@
+"""Drawing that starts from an image: inpainting, and image to image."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unclip_pl.diffusion.guidance import repainted
+from unclip_pl.diffusion.noise import Noise
+from unclip_pl.diffusion.process import Predict
+from unclip_pl.diffusion.samplers import SAMPLERS
+from unclip_pl.diffusion.schedule import Schedule
+from unclip_pl.manipulate.latent import check_image_size
+from unclip_pl.pipeline.unclip import Callback, UnCLIP
+from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.utils.errors import UserError
+
+RESAMPLE_FRACTION = 0.3
+"""Share of the steps that inpainting repeats in each of its further rounds."""
+
+
+def inpaint(
+    unclip: UnCLIP,
+    image_embed: Tensor | None,
+    seeds: Sequence[int],
+    captions: Sequence[str] | None = None,
+    sampling: SamplingConfig | None = None,
+    callback: Callback | None = None,
+    *,
+    images: Tensor,
+    mask: Tensor,
+    rounds: int = 3,
+) -> Tensor:
+    """Draw where the mask is True and keep the images elsewhere, to the pixel.
+
+    One pass takes too little notice of the known part. So the last steps are repeated in `rounds`
+    further rounds: noise is added up to the level of those steps, and they are sampled again
+    (RePaint's resampling, in few long jumps). A sampler that adds noise (eta 1) fits the known part
+    better.
+
+    Args:
+        image_embed, seeds, captions, sampling, callback: as for `unclip.decode`; any sampler.
+        images: (B, 3, H, W) in [-1, 1] at the decoder's size.
+        mask: (B, 1, H, W) bool.
+        rounds: how often the last RESAMPLE_FRACTION of the steps are repeated.
+
+    Returns:
+        (B, 3, H, W) in [-1, 1].
+
+    Raises:
+        UserError: a mask of another size, or one that draws nothing or leaves nothing known.
+        ValueError: images of another size.
+    """
+    check_image_size(unclip, images)
+    _check_mask(mask, images)
+    settings, noise = sampling or unclip.decoder.sampling, Noise(seeds)
+    sample = SAMPLERS[settings.sampler]
+    known, mask = images.to(unclip.device), mask.to(unclip.device)
+
+    def resample(predict: Predict, schedule: Schedule) -> Tensor:
+        predict = repainted(predict, unclip.decoder.process, known, mask)
+        x, count = known, len(schedule)
+        for _ in range(1 + rounds):
+            fresh = noise(unclip.decoder.shape, unclip.device)
+            x, last = add_noise(x, schedule, count, fresh)
+            x = sample(predict, x, last, noise=noise, eta=settings.eta, callback=callback)
+            count = max(1, round(RESAMPLE_FRACTION * len(schedule)))
+        return x
+
+    drawn = unclip.run_sampler(resample, len(seeds), image_embed, captions, settings)
+    return torch.where(mask, drawn, known)
+
+
+def _check_mask(mask: Tensor, images: Tensor) -> None:
+    """Raise a UserError unless the mask fits the images and divides each of them."""
+    if mask.shape != images[:, :1].shape or mask.dtype != torch.bool:
+        raise UserError(
+            f"The mask is {mask.dtype} {tuple(mask.shape)}, and the pictures need a bool "
+            f"{tuple(images[:, :1].shape)}: make it of their size."
+        )
+    if bool(mask.flatten(1).all(1).any()):
+        raise UserError(
+            "The mask asks for the whole picture, of which nothing would stay: leave some of it "
+            "black, or use `unclip generate`."
+        )
+    if not bool(mask.flatten(1).any(1).all()):
+        raise UserError(
+            "The mask is all black, so that there is nothing to paint: make white what shall be "
+            "drawn."
+        )
+
+
+def image_to_image(
+    unclip: UnCLIP,
+    image_embed: Tensor | None,
+    seeds: Sequence[int],
+    captions: Sequence[str] | None = None,
+    sampling: SamplingConfig | None = None,
+    callback: Callback | None = None,
+    *,
+    images: Tensor,
+    strength: float,
+) -> Tensor:
+    """Draw from images with noise added to them (SDEdit).
+
+    Args:
+        image_embed, seeds, captions, sampling, callback: as for `unclip.decode`; any sampler.
+        images: (B, 3, H, W) in [-1, 1] at the decoder's size.
+        strength: 0 gives the images back; 1 starts from noise only, as `unclip.decode` does with
+            the same seeds. Between them, the last round(strength * steps) of the sampler's steps
+            are run, at least one.
+
+    Returns:
+        (B, 3, H, W) in [-1, 1].
+
+    Raises:
+        UserError: the strength is outside [0, 1].
+        ValueError: images of another size.
+    """
+    check_image_size(unclip, images)
+    if not 0 <= strength <= 1:
+        raise UserError(
+            f"The strength is {strength}: give 0 (the picture itself) to 1 (nothing of it)."
+        )
+    images = images.to(unclip.device)
+    if strength == 0:
+        return images
+    settings, noise = sampling or unclip.decoder.sampling, Noise(seeds)
+    sample = SAMPLERS[settings.sampler]
+
+    def denoise(predict: Predict, schedule: Schedule) -> Tensor:
+        count = max(1, round(strength * len(schedule)))
+        fresh = noise(unclip.decoder.shape, unclip.device)
+        x, last = add_noise(images, schedule, count, fresh)
+        return sample(predict, x, last, noise=noise, eta=settings.eta, callback=callback)
+
+    return unclip.run_sampler(denoise, len(seeds), image_embed, captions, settings)
+
+
+def add_noise(
+    images: Tensor, schedule: Schedule, count: int, noise: Tensor
+) -> tuple[Tensor, Schedule]:
+    """Images with noise up to the level from which the last `count` steps start; and these steps.
+
+    At the topmost level it is `noise` only.
+    """
+    if count == len(schedule):
+        return noise, schedule
+    level = float(schedule.alphas_cumprod[count - 1])
+    x = math.sqrt(level) * images + math.sqrt(1 - level) * noise
+    return x, Schedule(schedule.alphas_cumprod[:count], schedule.timesteps[:count])

@@ -1,0 +1,158 @@
+"""Reading trained stages: releases and Lightning checkpoints, and the weights in the package.
+
+Both kinds of file are read as a `Release`, so that nothing else needs to know which one it was.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from unclip_pl.cluster.checkpoint_io import read_checkpoint
+from unclip_pl.cluster.sharded_checkpoint import META, whole
+from unclip_pl.diffusion.process import DiffusionConfig
+from unclip_pl.networks.renamed import rename
+from unclip_pl.pipeline import release
+from unclip_pl.pipeline.release import Release
+from unclip_pl.stages.base import Stage, as_config, plain
+from unclip_pl.stages.settings import require_same_model, settings_of
+from unclip_pl.stages.upsampler import Upsampler, Upsampler256, Upsampler1024
+from unclip_pl.utils.errors import UserError
+
+ASSETS = Path(__file__).parents[1] / "assets"
+DEFAULT_DECODER = ASSETS / "decoder-openmoji"
+DEFAULT_PRIORS = {
+    "diffusion": ASSETS / "diffusion-prior-openmoji",
+    "ar": ASSETS / "ar-prior-openmoji",
+}
+DEFAULT_UPSAMPLERS = {
+    "256": ASSETS / "upsampler-256-openmoji",
+    "1024": ASSETS / "upsampler-1024-openmoji",
+}
+StageT = TypeVar("StageT", bound=Stage)
+
+
+def read_weights(path: str | os.PathLike) -> Release:
+    """Read a release folder or a Lightning checkpoint (a file, or a folder of shards).
+
+    Of a checkpoint, the weights are the EMA's. Hyperparameters that are younger than the weights
+    are filled in.
+
+    Raises:
+        UserError: there is nothing there, or it is neither of the two.
+    """
+    if Path(path).is_dir() and not (Path(path) / META).exists():
+        weights = release.read(path)
+        hyper_parameters = complete_hyper_parameters(weights.stage, weights.hyper_parameters)
+        return replace(weights, hyper_parameters=hyper_parameters)
+    checkpoint = read_checkpoint(path, target=whole("state_dict"))
+    missing = [key for key in ("stage", "hyper_parameters", "state_dict") if key not in checkpoint]
+    if missing:
+        raise UserError(
+            f"{path} is not a checkpoint of a stage ({', '.join(missing)} missing): give a .ckpt "
+            "of `lightning fit`, or a release."
+        )
+    stage = checkpoint["stage"]
+    return Release(
+        stage,
+        complete_hyper_parameters(stage, checkpoint["hyper_parameters"]),
+        checkpoint.get("clip_fingerprint"),
+        rename(stage, checkpoint["state_dict"]),
+        checkpoint["global_step"],
+    )
+
+
+def complete_hyper_parameters(stage: str, hyper_parameters: dict) -> dict:
+    """Hyperparameters with those added that older weights lack, at the values of their training."""
+    complete = dict(hyper_parameters)
+    if stage in (Upsampler256.__name__, Upsampler1024.__name__):
+        complete.setdefault("clamp_condition", True)
+    if "diffusion" in complete:
+        complete["diffusion"] = plain(as_config(DiffusionConfig, complete["diffusion"]))
+    return complete
+
+
+def load_stage(path: str | os.PathLike, *kinds: type[StageT]) -> StageT:
+    """Build the stage in a release folder or checkpoint.
+
+    Args:
+        path: the release or checkpoint.
+        kinds: the classes of stages that are accepted.
+
+    Returns:
+        The stage in eval mode on the CPU, with every weight loaded.
+
+    Raises:
+        UserError: it is a stage of another class, or names and shapes of the weights do not fit.
+    """
+    weights = read_weights(path)
+    classes = {kind.__name__: kind for kind in kinds}
+    if weights.stage not in classes:
+        raise UserError(
+            f"{path} holds a {weights.stage}, and a {' or '.join(classes)} is needed here: give "
+            "another path."
+        )
+    stage = classes[weights.stage](**weights.hyper_parameters)
+    try:
+        stage.load_state_dict(weights.tensors)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} does not fit its own configuration ({_first_mismatch(error)}): it was changed "
+            "or is damaged."
+        ) from None
+    stage.clip_fingerprint = weights.clip_fingerprint
+    return stage.eval().requires_grad_(False)
+
+
+def load_pretrained(stage: Stage, path: str | os.PathLike) -> None:
+    """Load the weights of a release or checkpoint of the same stage into `stage`, for training.
+
+    The optimiser, the step and the count of skipped steps start from zero.
+
+    Raises:
+        UserError: it is another stage, of another diffusion process or scale of embeddings, or
+            names and shapes of the weights do not fit.
+    """
+    weights = read_weights(path)
+    if weights.stage != type(stage).__name__:
+        raise UserError(
+            f"{path} holds a {weights.stage}, and this run trains a {type(stage).__name__}: give "
+            "--init a release or checkpoint of one."
+        )
+    theirs = settings_of(type(stage), weights.hyper_parameters)
+    require_same_model(str(path), theirs, dict(stage.hparams), stage.may_change, "leave --init out")
+    tensors = weights.tensors | {"skipped_steps": torch.zeros_like(stage.skipped_steps)}
+    try:
+        stage.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} does not fit this run's model ({_first_mismatch(error)}): give the model that "
+            "configuration."
+        ) from None
+    stage.clip_fingerprint = weights.clip_fingerprint
+
+
+def load_upsamplers(paths: Sequence[str | os.PathLike]) -> list[Upsampler]:
+    """Load upsamplers from release folders or checkpoints; "256" and "1024" are the package's.
+
+    Raises:
+        UserError: the package here has no such upsampler, or `load_stage` refuses one.
+    """
+    stages: list[Upsampler] = []
+    for path in paths:
+        default = DEFAULT_UPSAMPLERS.get(str(path))
+        if default is not None and not default.is_dir():
+            raise UserError(
+                f"The package here has no upsampler to {path} pixels ({default.name} is missing): "
+                "give a checkpoint or release of one."
+            )
+        stages.append(load_stage(default or path, Upsampler256, Upsampler1024))
+    return stages
+
+
+def _first_mismatch(error: RuntimeError) -> str:
+    """The first line of `load_state_dict`'s error that names a weight."""
+    return str(error).splitlines()[1].strip()
