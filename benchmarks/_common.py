@@ -22,7 +22,7 @@ import unclip_pl.utils.torchvision  # noqa: F401
 import torch
 from _results import about, save
 
-from unclip_pl.utils.precision import usable
+from unclip_pl.utils.precision import supported_precision
 
 
 def parser(
@@ -153,7 +153,7 @@ def report(
         "gflop_per_s": flops / median / 1e9 if flops else None,
         "first_s": getattr(arguments, "first_s", None),
         "peak_rss_mib": peak_mib(), "rss_before_mib": before,
-        "dtype": arguments.dtype, "computed_in": usable(arguments.dtype, device),
+        "dtype": arguments.dtype, "computed_in": supported_precision(arguments.dtype, device),
         "mode": mode, "checkpointing": checkpointing, "cuda_graphs": graphs,
         "threads": arguments.threads, **about(device), **more, "times_s": times,
     }  # fmt: skip

@@ -29,7 +29,7 @@ from unclip_pl.networks.compilation import compile_blocks
 from unclip_pl.stages.base import Stage
 from unclip_pl.training.ema import EMA
 from unclip_pl.training.progress import LossByTimestep, Progress
-from unclip_pl.utils.precision import autocast, usable
+from unclip_pl.utils.precision import autocast, supported_precision
 
 
 class Clock(Callback):
@@ -65,7 +65,7 @@ def trained(module: Stage, batch: dict[str, Any], given: argparse.Namespace) -> 
             max_steps=steps,
             accelerator=given.device.split(":")[0],
             devices=1,
-            precision=precisions[usable(given.dtype, given.device)],
+            precision=precisions[supported_precision(given.dtype, given.device)],
             callbacks=[EMA(0.9999), Progress(), LossByTimestep(), clock],
             logger=TensorBoardLogger(folder, name="", version=""),
             enable_checkpointing=False,

@@ -26,7 +26,7 @@ from unclip_pl.pipeline.weights import (
 )
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import cache_dir
-from unclip_pl.utils.precision import Precision, usable
+from unclip_pl.utils.precision import Precision, supported_precision
 
 
 def weights_of(path: str | os.PathLike) -> dict[str, str]:
@@ -246,7 +246,7 @@ class Model:
 
     def __post_init__(self) -> None:
         self.precision = cast(
-            Precision, usable(self.precision, self.device)
+            Precision, supported_precision(self.precision, self.device)
         )  # pictures are kept by what they were computed in
 
     @cached_property

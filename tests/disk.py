@@ -1,4 +1,8 @@
-"""Small file systems for tests, full or read-only as a user's disk is: mounted where this process may, else an fsync that fails as on a full disk."""
+"""Small and read-only file systems for tests.
+
+They are mounted where this process may mount. Elsewhere a small disk is imitated by an fsync that
+fails as on a full network disk, and a read-only folder by its permissions.
+"""
 
 import contextlib
 import errno
@@ -11,15 +15,15 @@ from unittest import mock
 
 import pytest
 
-limits: dict[Path, int] = {}  # bytes that a folder may hold, of those that stand for a disk
+limits: dict[Path, int] = {}  # size in bytes of each imitated disk
 
 
 def mount(*arguments: str) -> bool:
+    """Run `mount`; False if that is not possible here."""
     program = shutil.which("mount")
-    return (
-        program is not None
-        and subprocess.run([program, *arguments], capture_output=True).returncode == 0
-    )
+    if program is None:
+        return False
+    return subprocess.run([program, *arguments], capture_output=True).returncode == 0
 
 
 def unmount(folder: Path) -> None:
@@ -28,12 +32,19 @@ def unmount(folder: Path) -> None:
 
 
 def in_bytes(size: str) -> int:
+    """ "64k" -> 65536."""
     return int(size[:-1]) * {"k": 2**10, "m": 2**20}[size[-1]]
+
+
+def disk_usage(folder: Path) -> int:
+    """Bytes of all files in a folder, in blocks of 4096."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return sum(-(-size // 4096) * 4096 for size in sizes)
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """`folder` as an empty disk of so many bytes ("64k", "1m"); where nothing can be mounted an fsync tells that it is full, as network disks do."""
+    """`folder` as an empty disk of this size, such as "64k" or "1m"."""
     folder.mkdir(exist_ok=True)
     if mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)):
         try:
@@ -41,15 +52,12 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         finally:
             unmount(folder)
         return
-    sync = os.fsync
+    real_fsync = os.fsync
 
     def fsync(handle: int) -> None:
-        taken = sum(
-            -(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file()
-        )
-        if taken > limits[folder]:
+        if disk_usage(folder) > limits[folder]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(handle)
+        real_fsync(handle)
 
     limits[folder] = in_bytes(size)
     try:
@@ -60,7 +68,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def enlarge(folder: Path, size: str) -> None:
-    """More room on a `small_disk`."""
+    """Give a `small_disk` a new size."""
     if folder in limits:
         limits[folder] = in_bytes(size)
     elif not mount("-o", f"remount,size={size}", str(folder)):
@@ -69,7 +77,7 @@ def enlarge(folder: Path, size: str) -> None:
 
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[Path]:
-    """`folder` as it is, and nobody may write to it."""
+    """`folder` with its content, and nobody may write to it."""
     if os.getuid() != 0:
         folder.chmod(0o555)
         try:
@@ -77,9 +85,8 @@ def read_only(folder: Path) -> Iterator[Path]:
         finally:
             folder.chmod(0o755)
         return
-    if not (
-        mount("--bind", str(folder), str(folder)) and mount("-o", "remount,ro,bind", str(folder))
-    ):
+    bound = mount("--bind", str(folder), str(folder))
+    if not (bound and mount("-o", "remount,ro,bind", str(folder))):
         unmount(folder)
         pytest.skip("nothing can be mounted read-only here")
     try:

@@ -11,7 +11,7 @@ from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.shards import ErrorBudget, raw_samples
 from unclip_pl.datamodules.modules import ImageEmbeddingData, ImageTextData, PriorData
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.text import decode_text, mended
+from unclip_pl.utils.text import decode_text, repair_text
 
 SAID = "ein schönes Café"
 
@@ -44,9 +44,9 @@ def test_known_spellings_of_a_caption_are_read(tmp_path, files):
 def test_what_is_cut_or_is_no_character_is_replaced():
     assert decode_text("naïve café".encode()[:-1]) == "naïve caf\ufffd"
     assert decode_text(b"caf\x81\xe9") == "caf\x81é"  # not even of Windows-1252
-    assert mended("a\0b \ud83d\ude00 \ud83d!") == "a b 😀 \ufffd!"
-    assert mended("caf\udce9") == "café" == mended("caf\udcc3\udca9")
-    assert mended("two\nlines\t") == "two\nlines\t"
+    assert repair_text("a\0b \ud83d\ude00 \ud83d!") == "a b 😀 \ufffd!"
+    assert repair_text("caf\udce9") == "café" == repair_text("caf\udcc3\udca9")
+    assert repair_text("two\nlines\t") == "two\nlines\t"
 
 
 def shards(tmp_path, captions: int, count: int = 24) -> list[str]:

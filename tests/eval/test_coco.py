@@ -13,7 +13,7 @@ from eval.features import named
 from eval.folders import Pictures
 from tests.eval import tiny
 from tests.eval.test_reference import photograph
-from tests.training.forks import Ranks
+from tests.cluster.forks import Ranks
 from unclip_pl.data.shards import decode
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.stages.decoder import SamplingConfig

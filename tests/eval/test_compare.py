@@ -15,7 +15,7 @@ from eval.drawn import Drawn
 from eval.features import named
 from eval.source import Model
 from tests.eval import tiny
-from tests.training.forks import Ranks
+from tests.cluster.forks import Ranks
 from unclip_pl.data.shards import decode
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.utils.images import to_uint8

@@ -10,7 +10,7 @@ from torch import distributed
 
 from eval import distances, metrics
 from tests.eval.sets import features
-from tests.training.forks import Ranks
+from tests.cluster.forks import Ranks
 from unclip_pl.utils.errors import UserError
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.data.shardkit import write_shards
-from tests.training.forks import Ranks
+from tests.cluster.forks import Ranks
 
 
 def arguments(folder, store):

@@ -61,7 +61,7 @@ To go on (with `source .venv/bin/activate` first):
 def train(stage: str) -> int:
     """`lightning fit` from the package's weights on line drawings; its exit code."""
     from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS
-    from unclip_pl.utils.precision import usable
+    from unclip_pl.utils.precision import supported_precision
 
     weights = DEFAULT_DECODER if stage == "decoder" else DEFAULT_PRIORS["diffusion"]
     overlay = (
@@ -69,7 +69,7 @@ def train(stage: str) -> int:
     )
     command = ["fit", "-c", f"stages/{stage}.yaml", "-c", overlay, "--init", str(weights)]
     print(f"\n{stage}: lightning {' '.join(command)}", file=sys.stderr)
-    precision = usable("bf16-mixed", full="32-true")
+    precision = supported_precision("bf16-mixed", fallback="32-true")
     folder = ["--trainer.default_root_dir", str(STAGES[stage]), "--trainer.precision", precision]
     return cli.main([*command, *folder, "--resume", "auto"])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from unclip_pl.cli.options import SPACING, Command, chosen, drawing, placement, spacing, upsampling
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.text import mended
+from unclip_pl.utils.text import repair_text
 
 GRID = 2048
 NAME = 150  # bytes of a prompt in the name of a file, which has 255 at most
@@ -82,12 +82,12 @@ def add(command: Command) -> None:
 
 def prompts_of(arguments: argparse.Namespace) -> list[str]:
     """The prompts as arguments and of the file, without empty lines; one sentence where there is none, or an empty one."""
-    prompts = [mended(prompt).strip() for prompt in arguments.prompts]
+    prompts = [repair_text(prompt).strip() for prompt in arguments.prompts]
     if any(not prompt for prompt in prompts):
         raise UserError("A prompt is empty: write what the picture should show.")
     if arguments.file:
         try:
-            lines = mended(arguments.file.read_text(encoding="utf-8-sig")).splitlines()
+            lines = repair_text(arguments.file.read_text(encoding="utf-8-sig")).splitlines()
         except OSError as error:
             raise UserError(
                 f"The file of prompts {arguments.file} cannot be read ({error.strerror}): check --file."
@@ -144,7 +144,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
     from unclip_pl.pipeline.unclip import UnCLIP
     from unclip_pl.pipeline.weights import DEFAULT_DECODER
-    from unclip_pl.utils.images import grid, reduced, save_png
+    from unclip_pl.utils.images import grid, shrink, save_png
 
     prompts = prompts_of(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
                 bar.write(str(path), file=sys.stdout)
                 if arguments.grid:
                     drawn.append(
-                        reduced(image[None], max(unclip.sizes[0], GRID // arguments.num_images))
+                        shrink(image[None], max(unclip.sizes[0], GRID // arguments.num_images))
                     )
             bar.update(len(images))
     if arguments.grid:

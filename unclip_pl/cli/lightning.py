@@ -368,7 +368,9 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"unclip_pl {__version__}")
         return 0
-    signals.listen(training=arguments[0] == "fit")  # before torch is imported, which takes its time
+    signals.install_handlers(
+        training=arguments[0] == "fit"
+    )  # before torch is imported, which takes its time
     # Before torch is imported: threads soon sleep while they wait (docs/cluster.md, "CPUs").
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -402,4 +404,4 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"lightning{signals.rank_and_host()}: {said}", file=sys.stderr)
         return 1
-    return signals.EXIT_CODES[signals.notes.agreed]
+    return signals.EXIT_CODES[signals.stop_state.agreed]

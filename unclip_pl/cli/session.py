@@ -213,12 +213,12 @@ class Studio:
         heads: Sequence[str] | None = None,
     ) -> None:
         """The labelled figure, its path on stdout; pictures wider together than GRID pixels are shown smaller."""
-        from unclip_pl.utils.images import grid, reduced, save_png
+        from unclip_pl.utils.images import grid, shrink, save_png
 
         side = max(self.size, GRID // max(len(row) for row in rows))
         print(
             save_png(
-                grid([reduced(row, side) for row in rows], labels, heads=heads),
+                grid([shrink(row, side) for row in rows], labels, heads=heads),
                 self.out / f"{name}.png",
             )
         )

@@ -32,7 +32,7 @@ def add(command: Command) -> None:
     how.add_argument(
         "--size",
         type=int,
-        help="pixels of the longer side instead: drawn 4 or 16 times as large, then reduced to this",
+        help="pixels of the longer side instead: drawn 4 or 16 times as large, then shrink to this",
     )
     upsampling(upsample, "--steps")
     upsample.add_argument("--seed", type=seed, default=0, help="the same for every picture")
@@ -63,7 +63,7 @@ def run_upsample(arguments: argparse.Namespace) -> None:
 
     from unclip_pl.pipeline.cascade import Cascade
     from unclip_pl.pipeline.weights import load_upsamplers
-    from unclip_pl.utils.images import load_image, reduced, save_png
+    from unclip_pl.utils.images import load_image, shrink, save_png
 
     pictures = [load_image(path)[None] for path in arguments.images]
     sides = [max(picture.shape[-2:]) for picture in pictures]
@@ -89,7 +89,7 @@ def run_upsample(arguments: argparse.Namespace) -> None:
                 bar.update(1)
 
             drawn = cascade.upsample(picture, [arguments.seed], factor, by_size, told).cpu()
-        drawn = drawn if arguments.size is None else reduced(drawn, arguments.size)
+        drawn = drawn if arguments.size is None else shrink(drawn, arguments.size)
         name = f"{path.stem}-{drawn.shape[-1]}x{drawn.shape[-2]}"
         target = arguments.out / f"{name}.png"
         if target in written:  # another picture of the same name, from another folder

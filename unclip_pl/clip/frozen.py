@@ -33,8 +33,8 @@ from unclip_pl.clip.loading import (
 )
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_folder
-from unclip_pl.utils.precision import has_instructions
-from unclip_pl.utils.text import mended
+from unclip_pl.utils.precision import supports_dtype
+from unclip_pl.utils.text import repair_text
 
 FIXED_CAPTION = "a red apple on a blue table"
 TOLERANCE = 0.04
@@ -87,7 +87,7 @@ class FrozenCLIP:
                 DTYPES[self.config.precision],
             )
             self.dtype = (
-                wanted if has_instructions(wanted, self.device) else torch.float32
+                wanted if supports_dtype(wanted, self.device) else torch.float32
             )  # the weights stay rounded
             self._model = (model if self.dtype == wanted else model.float()).to(self.device)
         return self._model
@@ -119,11 +119,7 @@ class FrozenCLIP:
     def to(self, device: str | torch.device) -> "FrozenCLIP":
         """Move to a device, in place."""
         wanted, self.device = DTYPES[self.config.precision], torch.device(device)
-        if (
-            self._model is not None
-            and self.dtype != wanted
-            and has_instructions(wanted, self.device)
-        ):
+        if self._model is not None and self.dtype != wanted and supports_dtype(wanted, self.device):
             self._model = (
                 None  # this device computes in the type that the last one had no instructions for
             )
@@ -187,7 +183,7 @@ class FrozenCLIP:
         """Captions -> (B, L) int64 on the CPU, by the model's own tokenizer; reads no weights."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.config)
-        return self._tokenizer([mended(caption) for caption in captions]).long()
+        return self._tokenizer([repair_text(caption) for caption in captions]).long()
 
     def cut(self, caption: str) -> str:
         """The end of a caption that the tokenizer cuts off because it is too long; "" where all of it is read."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.text import mended
+from unclip_pl.utils.text import repair_text
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "clip-openmoji"
 EMBEDDED_JUDGE = EMBEDDED.with_name("clip-openmoji-judge")  # judges pictures, conditions none
@@ -95,7 +95,7 @@ def _bpe() -> Any:
 def tokenize_bpe(captions: list[str], length: int) -> Tensor:
     """B captions -> (B, length) int64 by open_clip's BPE, whatever the CLIP: 0 after the end token,
     which has the largest id of all."""
-    return _bpe()([mended(caption) for caption in captions], context_length=length)
+    return _bpe()([repair_text(caption) for caption in captions], context_length=length)
 
 
 def load_model(config: CLIPConfig) -> nn.Module:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from unclip_pl.cluster.sharded_checkpoint import META, Target, is_whole, read_folder, whole
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.files import REASONS, atomic_file, cause, remove
+from unclip_pl.utils.files import DISK_ERRORS, atomic_file, underlying_os_error, remove
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -40,11 +40,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def unwritten(path: str | os.PathLike, error: BaseException) -> BaseException:
     """What to raise where a checkpoint could not be written: a sentence if the reason is the operating system's, else `error` itself."""
-    failed = cause(error)
+    failed = underlying_os_error(error)
     if failed is None:
         return error
     return UserError(
-        f"The checkpoint {path} could not be written ({REASONS.get(failed.errno or 0) or failed.strerror}): "
+        f"The checkpoint {path} could not be written ({DISK_ERRORS.get(failed.errno or 0) or failed.strerror}): "
         "free space or choose another --trainer.default_root_dir, "
         "then go on with --resume auto. Earlier checkpoints are whole."
     )

@@ -9,7 +9,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from unclip_pl.utils.signals import EXIT_CODES, MEANING, Asked, leave_word, note, notes
+from unclip_pl.utils.signals import (
+    EXIT_CODES,
+    REQUEST_OF_SIGNAL,
+    StopRequest,
+    write_exit_reason,
+    request_stop,
+    stop_state,
+)
 
 MOST_STEPS = 1000  # between two questions
 
@@ -35,20 +42,20 @@ class Preemption(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._handlers = {
-            signum: signal.getsignal(signum) for signum in MEANING
+            signum: signal.getsignal(signum) for signum in REQUEST_OF_SIGNAL
         }  # those of before Lightning's
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        notes.agreed = (
-            Asked.NOTHING
+        stop_state.agreed = (
+            StopRequest.NOTHING
         )  # `asked` stays: a signal may have come while torch was loading
         self._step = self._asked_step = trainer.global_step
         self._next_step, self._asked_at = trainer.global_step + 1, time.monotonic()
         if (
             threading.current_thread() is threading.main_thread()
         ):  # over Lightning's own, which do collectives inside the handler
-            for signum in MEANING:
-                signal.signal(signum, note)
+            for signum in REQUEST_OF_SIGNAL:
+                signal.signal(signum, request_stop)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
@@ -56,37 +63,37 @@ class Preemption(Callback):
         if trainer.global_step == self._step:  # gradients are still being accumulated
             return
         self._step = trainer.global_step
-        asked = self._ask(trainer, pl_module) if trainer.world_size > 1 else notes.asked
+        asked = self._ask(trainer, pl_module) if trainer.world_size > 1 else stop_state.requested
         if (
             asked and self._step != trainer.max_steps
         ):  # at the last step there is nothing to go on with
-            notes.agreed = asked
+            stop_state.agreed = asked
             trainer.should_stop = True
             trainer.limit_val_batches = (
                 0  # else Lightning validates first, for which there may be no time
             )
 
-    def _ask(self, trainer: Trainer, pl_module: LightningModule) -> Asked:
+    def _ask(self, trainer: Trainer, pl_module: LightningModule) -> StopRequest:
         """The highest that any rank was asked; NOTHING at the steps at which nobody is asked."""
         if self._step < self._next_step:
-            return Asked.NOTHING
+            return StopRequest.NOTHING
         now = time.monotonic()
         pace = (now - self._asked_at) / (self._step - self._asked_step)
-        mine = torch.tensor([float(notes.asked), pace], device=pl_module.device)
+        mine = torch.tensor([float(stop_state.requested), pace], device=pl_module.device)
         asked, pace = trainer.strategy.reduce(mine, reduce_op="max").tolist()
         self._asked_step, self._asked_at = self._step, now
         self._next_step = self._step + max(
             1, min(MOST_STEPS, int(self.ask_every / max(pace, 1e-9)))
         )
-        return Asked(int(asked))
+        return StopRequest(int(asked))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not notes.agreed:
+        if not stop_state.agreed:
             return
         if trainer.is_global_zero:
-            leave_word(notes.agreed)
+            write_exit_reason(stop_state.agreed)
         rank_zero_info(
-            f"Stopped at step {trainer.global_step} ({notes.agreed.name.lower()}), exit code {EXIT_CODES[notes.agreed]}: go on with --resume auto."
+            f"Stopped at step {trainer.global_step} ({stop_state.agreed.name.lower()}), exit code {EXIT_CODES[stop_state.agreed]}: go on with --resume auto."
         )
         trainer.strategy.barrier(
             "preemption"
@@ -114,4 +121,4 @@ class Preemption(Callback):
         if threading.current_thread() is threading.main_thread():
             for signum, handler in self._handlers.items():
                 signal.signal(signum, handler)
-        self._handlers, notes.asked = {}, Asked.NOTHING
+        self._handlers, stop_state.requested = {}, StopRequest.NOTHING

@@ -18,7 +18,7 @@ from unclip_pl import __version__
 from unclip_pl.clip.frozen import require_same
 from unclip_pl.cluster.checkpoint_io import checkpoint_folder
 from unclip_pl.utils.errors import SharedError, UserError
-from unclip_pl.utils.files import REASONS
+from unclip_pl.utils.files import DISK_ERRORS
 
 PACKAGES = ("torch", "lightning", "torchdata", "numpy", "open_clip_torch")
 FILES = 3  # checkpoints that lie there at once: the newest, the one being written, the best
@@ -90,7 +90,7 @@ def disk(folder: Path, need: int) -> str | None:
             file.stat().st_size for file in folder.rglob("*") if file.is_file()
         )  # they make room
     except OSError as error:
-        return f"checkpoints cannot be written to {folder} ({REASONS.get(error.errno or 0) or error.strerror}): choose another --trainer.default_root_dir."
+        return f"checkpoints cannot be written to {folder} ({DISK_ERRORS.get(error.errno or 0) or error.strerror}): choose another --trainer.default_root_dir."
     if free < need:
         return (
             f"{folder} has room for {free / 1e9:.3g} GB of checkpoints and they take up to {need / 1e9:.3g} GB: free space or choose another "

@@ -14,7 +14,7 @@ from typing import Any
 
 from unclip_pl.data.budget import BadSample
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.text import decode_text, mended
+from unclip_pl.utils.text import decode_text, repair_text
 
 ENDINGS = ("txt", "caption", "text")
 """Of files that hold a caption and nothing else."""
@@ -87,7 +87,7 @@ def caption_of(files: Mapping[str, bytes]) -> str:
             return ""
         raise BadSample("its .json cannot be read") from None
     if isinstance(fields, str):
-        return mended(fields).strip()
+        return repair_text(fields).strip()
     if not isinstance(fields, dict):
         return ""
     small = {name.lower(): value for name, value in fields.items()}
@@ -98,7 +98,7 @@ def caption_of(files: Mapping[str, bytes]) -> str:
 def _first(value: Any) -> str:
     """A caption, or the first of several."""
     value = value[0] if isinstance(value, list) and value else value
-    return mended(value).strip() if isinstance(value, str) else ""
+    return repair_text(value).strip() if isinstance(value, str) else ""
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from unclip_pl.data.shards import BadSample, ErrorBudget, Lost, decode, is_url, read_shard
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.signals import spare_worker
+from unclip_pl.utils.signals import ignore_signals_in_worker
 
 log = logging.getLogger(__name__)
 FORM = 2  # of a loader's state
@@ -336,7 +336,7 @@ class TrainLoader:
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context=start_method if config.num_workers else None,
-            worker_init_fn=spare_worker,
+            worker_init_fn=ignore_signals_in_worker,
         )
         self._stream: Generator[dict[str, Any], None, None] | None = None
         self._loaded: dict[str, Any] | None = (
@@ -474,7 +474,7 @@ class ValidationLoader(DataLoader):
             num_workers=workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=spare_worker,
+            worker_init_fn=ignore_signals_in_worker,
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch promises its own class of iterator

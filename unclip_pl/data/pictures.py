@@ -8,7 +8,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from unclip_pl.data.budget import BadSample
-from unclip_pl.utils.images import flatten, from_pil, open_image, upright
+from unclip_pl.utils.images import apply_exif_orientation, from_pil, open_image, to_rgb
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 FORMATS = (
@@ -52,7 +52,7 @@ def decode_uncut(data: bytes, image_size: int, exact_jpeg: bool = False) -> Imag
     """
 
     def reduced(image: Image.Image) -> Image.Image:
-        image = flatten(upright(_less_long(image)))
+        image = to_rgb(apply_exif_orientation(_less_long(image)))
         scale = image_size / min(image.size)
         if scale >= 1:
             return image

@@ -18,7 +18,7 @@ from typing import IO, Any
 from unclip_pl.data.budget import Lost
 from unclip_pl.data.captions import ENDINGS
 from unclip_pl.data.pictures import IMAGES
-from unclip_pl.utils.text import mended
+from unclip_pl.utils.text import repair_text
 
 TEXTS = (*ENDINGS, "json")
 """Endings of the files that may hold a caption."""
@@ -73,7 +73,7 @@ def tar_files(stream: IO[bytes]) -> Iterator[tuple[str, Content]]:
     with tarfile.open(fileobj=packed, mode="r|*", tarinfo=Member, ignore_zeros=True) as tar:
         for member in tar:
             if _of_interest(member):
-                yield mended(member.name), _content(tar, member)
+                yield repair_text(member.name), _content(tar, member)
             tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
     while stream.read(1 << 20):  # the command of a pipe is not left before it has ended
         pass
@@ -84,7 +84,7 @@ def tar_names(path: str) -> Iterator[tuple[str, Content]]:
     with tarfile.open(path, tarinfo=Member, ignore_zeros=True) as tar:
         for member in tar:
             if _of_interest(member):
-                yield mended(member.name), b"" if member.isreg() else _not_plain(member)
+                yield repair_text(member.name), b"" if member.isreg() else _not_plain(member)
 
 
 def _of_interest(member: tarfile.TarInfo) -> bool:

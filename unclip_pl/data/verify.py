@@ -19,7 +19,7 @@ from unclip_pl.data.embeddings import EmbeddingStore, ShardRows, describe
 from unclip_pl.data.names import expand, open_shard
 from unclip_pl.data.shards import IMAGES, BadSample, ErrorBudget, Lost, decode, read_shard
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.text import mended
+from unclip_pl.utils.text import repair_text
 
 ENDINGS = tuple(f".{ending}" for ending in IMAGES)
 
@@ -141,7 +141,7 @@ def pictures_in(shard: str) -> list[str]:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
                     if not member.isdir() and member.name.lower().endswith(ENDINGS):
-                        names.append(mended(member.name))
+                        names.append(repair_text(member.name))
             while stream.read(1 << 20):  # the command of a pipe is not left before it has ended
                 pass
         except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip_pl.networks.layers import Block
-from unclip_pl.utils.precision import has_instructions
+from unclip_pl.utils.precision import supports_dtype
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic's coefficients, Jordan et al.
 MOMENTUM = 0.95
@@ -40,7 +40,7 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
     rows, columns = matrices.shape[1:]
     x = (
         matrices.to(torch.bfloat16)
-        if has_instructions(torch.bfloat16, matrices.device)
+        if supports_dtype(torch.bfloat16, matrices.device)
         else matrices.float()
     )
     x = x.mT if rows > columns else x

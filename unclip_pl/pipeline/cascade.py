@@ -17,7 +17,7 @@ from unclip_pl.pipeline.devices import accelerate_stages, canonical_device, on_d
 from unclip_pl.pipeline.seeds import UPSAMPLER_256_OFFSET, UPSAMPLER_1024_OFFSET
 from unclip_pl.stages.upsampler import Upsampler, Upsampler1024, UpsamplingConfig
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.precision import Precision, usable
+from unclip_pl.utils.precision import Precision, supported_precision
 
 BATCH_PIXELS = 1 << 20
 FINEST_MAPS = 10
@@ -56,7 +56,7 @@ class Cascade:
         self.device = canonical_device(device)
         self.offload = offload
         self.batch_pixels = batch_pixels
-        self.precision = usable(precision, self.device)
+        self.precision = supported_precision(precision, self.device)
         home = "cpu" if offload else device
         self.stages = [stage.to(home).eval() for stage in stages]
         accelerate_stages(self.stages, self.device, compile, cuda_graphs)

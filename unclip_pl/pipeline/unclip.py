@@ -30,7 +30,7 @@ from unclip_pl.stages.decoder import Decoder, SamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.stages.upsampler import Upsampler, UpsamplingConfig
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.precision import Precision, usable
+from unclip_pl.utils.precision import Precision, supported_precision
 
 log = logging.getLogger(__name__)
 Prior = DiffusionPrior | ARPrior
@@ -79,7 +79,7 @@ class UnCLIP:
             )
         self.device = canonical_device(device)
         self.offload = offload
-        self.precision = usable(precision, self.device)  # warns where the device does not have it
+        self.precision = supported_precision(precision, self.device)  # warns where the device does not have it
         home = torch.device("cpu") if offload else self.device
         self.clip = _shared_clip(decoder, prior, clip, home)
         _warn_without_variance(prior)

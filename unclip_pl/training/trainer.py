@@ -11,8 +11,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.files import REASONS
-from unclip_pl.utils.precision import trainable
+from unclip_pl.utils.files import DISK_ERRORS
+from unclip_pl.utils.precision import training_precision
 
 
 class Trainer(pl.Trainer):
@@ -59,7 +59,7 @@ class Trainer(pl.Trainer):
             raise UserError(
                 f"trainer.devices is {devices}: on a CPU give a number of processes, 1 or more."
             )
-        options["precision"] = trainable(options.get("precision"), on_cpu, sharded)
+        options["precision"] = training_precision(options.get("precision"), on_cpu, sharded)
         self.held_batches = int(overfit_batches)
         if self.held_batches:
             limit_train_batches = self.held_batches
@@ -116,10 +116,10 @@ def _counts(value: Any) -> bool:
 def of_others(error: Exception) -> str | None:
     """One sentence for what Lightning says of the trainer's options, and the system of the files
     that others write (logs, the saved configuration); None: it is none of these."""
-    if isinstance(error, OSError) and error.errno in REASONS:
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return (
             f"{error.filename or 'A file of this run'} cannot be opened or written "
-            f"({REASONS[error.errno]}): free space or choose another --trainer.default_root_dir."
+            f"({DISK_ERRORS[error.errno]}): free space or choose another --trainer.default_root_dir."
         )
     said = " ".join(str(error).replace("Timer(duration=", "Trainer(max_time=").split())
     own = said.startswith(("`val_check_interval`", "Early stopping conditioned on metric"))

@@ -14,7 +14,7 @@ from unclip_pl.cluster.sharded_checkpoint import whole
 from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
 from unclip_pl.training.ema import EMA
 from unclip_pl.training.protocols import Estimates
-from unclip_pl.utils.signals import Asked, notes
+from unclip_pl.utils.signals import StopRequest, stop_state
 
 
 class AnalyticVariance(Callback):
@@ -43,7 +43,7 @@ class AnalyticVariance(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning sets these outside of the class, so that its types do not know them.
         data, callbacks = trainer.datamodule, trainer.callbacks  # type: ignore[attr-defined]
-        if data is None or trainer.fast_dev_run or notes.agreed > Asked.INTERRUPT:  # type: ignore[attr-defined]  # a batch system waits for us to end
+        if data is None or trainer.fast_dev_run or stop_state.agreed > StopRequest.INTERRUPT:  # type: ignore[attr-defined]  # a batch system waits for us to end
             return
         batches, missing = [], self.captions
         for batch in data.train_dataloader():

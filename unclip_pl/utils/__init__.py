@@ -1,1 +1,1 @@
-"""What all rooms share: files, images, text from outside, signals, precision, errors."""
+"""Helpers that all rooms share: files, images, text from outside, signals, precision, errors."""

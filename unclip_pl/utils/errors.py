@@ -1,9 +1,12 @@
-"""Errors that are a sentence for the person at the keyboard: what is wrong, where, what to do."""
+"""Errors whose message is written for the user: what is wrong, where, and what to do."""
 
 
 class UserError(Exception):
-    """Something that the user can put right. The commands print it as one sentence, without a traceback, and end with code 1."""
+    """An error that the user can fix.
+
+    The commands print its message as one sentence without a traceback and exit with code 1.
+    """
 
 
 class SharedError(UserError):
-    """A UserError that all ranks of a job raise alike: the first says it for all."""
+    """A UserError that all ranks of a job raise alike, so that only rank 0 prints it."""

@@ -1,4 +1,7 @@
-"""Files that are either whole or not there: written beside the target, fsynced, renamed. And where the cache lives."""
+"""Files and folders that are either complete or absent, locks, and the cache folder.
+
+A writer works on a temporary file next to the target, calls fsync and renames it at the end.
+"""
 
 import contextlib
 import errno
@@ -10,82 +13,112 @@ import re
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import filelock
+
 from unclip_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
-NO_LOCKS = (
-    errno.ENOSYS,
-    errno.ENOLCK,
-    errno.EOPNOTSUPP,
-    errno.ENOTSUP,
-)  # Lustre and some NFS, as they are mounted
-REASONS = {
-    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the file system is read-only",
-    errno.EACCES: "no permission", errno.EPERM: "no permission",
-}  # fmt: skip
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""What Lustre and some NFS mounts without locks answer."""
+DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+}
+
+
+class LockTimeout(UserError):
+    """Another process holds a lock for longer than this one wanted to wait."""
 
 
 def cache_dir() -> Path:
-    """The folder of everything that can be made again: `$UNCLIP_CACHE`, else `~/.cache/unclip_pl`. Created on demand."""
+    """The folder of files that can be made again, created if missing.
+
+    It is `$UNCLIP_CACHE`, or else `~/.cache/unclip_pl`.
+
+    Raises:
+        UserError: the folder cannot be created.
+    """
     folder = Path(os.environ.get("UNCLIP_CACHE") or "~/.cache/unclip_pl").expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"The cache folder {folder} cannot be made ({error.strerror}): set UNCLIP_CACHE to a folder you can write to."
+            f"The cache folder {folder} cannot be created ({error.strerror}): set UNCLIP_CACHE to "
+            "a folder that you can write to."
         ) from error
     return folder
 
 
-def cause(error: BaseException | None) -> OSError | None:
-    """The operating system's error that `error` is or arose from: torch turns a failed write of its zip file into a RuntimeError."""
+def underlying_os_error(error: BaseException | None) -> OSError | None:
+    """The OSError that `error` is or was caused by, or None.
+
+    torch, for example, turns a failed write of its zip file into a RuntimeError.
+    """
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
-    """A full disk, a read-only file system or a missing permission becomes a sentence about `path`."""
+def explain_disk_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turn a full disk, a read-only file system or a missing permission into a UserError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in REASONS:
+        if error.errno not in DISK_ERRORS:
             raise
         raise UserError(
-            f"{path} cannot be written ({REASONS[error.errno]}): free space, or choose another folder with data.store, "
-            "--trainer.default_root_dir or the environment variable UNCLIP_CACHE."
+            f"{path} cannot be written ({DISK_ERRORS[error.errno]}): free space, or choose another "
+            "folder with data.store, --trainer.default_root_dir or the environment variable "
+            "UNCLIP_CACHE."
         ) from error
 
 
-def _host() -> str:
-    """This machine's name, as a part of a file's name."""
+def _host_name() -> str:
+    """This machine's name in characters that a file name may have."""
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
 
 
-def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove the temporary files and folders that killed writers of `name` (a pattern) left in `folder`, and none that is being written.
+def _temporary_prefix(path: Path) -> str:
+    """How the names of this process's temporary files for `path` begin."""
+    return f".{path.name}.{_host_name()}.{os.getpid()}."
 
-    Only those of this host: a lock may be seen on one machine alone, and a process has its number there. Where there are no locks, the number decides.
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove the temporary files and folders in `folder` whose writer was killed.
+
+    What is still being written stays. Only temporary files of this host are looked at, because
+    locks and process ids of another host may not be visible here. Where the file system has no
+    locks, the process id decides.
+
+    Args:
+        folder: where to look.
+        name: of the target that was being written, as a glob pattern.
     """
-    for path in folder.glob(f".{name}.{_host()}.*.tmp"):
-        with contextlib.suppress(OSError), _descriptor(path) as handle:
+    for path in folder.glob(f".{name}.{_host_name()}.*.tmp"):
+        with contextlib.suppress(OSError), _open_descriptor(path) as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                if error.errno not in NO_LOCKS or _runs(path.name.split(".")[-3]):
+                pid = path.name.split(".")[-3]
+                if error.errno not in NO_LOCKS or _may_be_running(pid):
                     continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager
-def _descriptor(path: Path) -> Iterator[int]:
-    """A file or folder opened to be locked; some file systems lock only such files as are open for writing."""
+def _open_descriptor(path: Path) -> Iterator[int]:
+    """Open a file or folder in order to lock it.
+
+    Files are opened for writing: some file systems lock no others.
+    """
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         yield handle
@@ -93,8 +126,8 @@ def _descriptor(path: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def _runs(pid: str) -> bool:
-    """Whether a process of this number may be running on this host."""
+def _may_be_running(pid: str) -> bool:
+    """Whether a process with this id may be running on this host."""
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
@@ -104,18 +137,21 @@ def _runs(pid: str) -> bool:
     return True
 
 
-def _temporary_file(path: Path) -> tuple[int, str]:
-    """A new locked file beside `path`: (descriptor, name). The name says whose it is, for `remove_leftovers`."""
+def _create_temporary_file(path: Path) -> tuple[int, str]:
+    """Create and lock a temporary file next to `path`: (descriptor, name).
+
+    The name holds the host and the process id, for `remove_leftovers`.
+    """
     while True:
         handle, temporary = tempfile.mkstemp(
-            prefix=f".{path.name}.{_host()}.{os.getpid()}.", suffix=".tmp", dir=path.parent
+            prefix=_temporary_prefix(path), suffix=".tmp", dir=path.parent
         )
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(handle).st_nlink:
                 return handle, temporary
         except BlockingIOError:
-            pass  # it is just being removed as a leftover, because it had no lock yet
+            pass  # another process is removing it as a leftover, because it had no lock yet
         except OSError:
             return handle, temporary  # not every file system has locks
         os.close(handle)
@@ -124,14 +160,23 @@ def _temporary_file(path: Path) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path`; when the block ends well it is fsynced and takes the name `path`, else it is removed.
+    """Open a file for writing that appears as `path` only when it is complete.
 
-    A reader therefore sees the old file or the whole new one, also after a crash or on a full disk.
+    The block writes to a temporary file. If the block succeeds, that file is synced and renamed to
+    `path`; otherwise it is removed. So a reader sees either the old file or the complete new one,
+    even after a crash or on a full disk.
+
+    Args:
+        path: the target; missing parent folders are created.
+        mode: as for `open`, "w" or "wb".
+
+    Raises:
+        UserError: the disk is full or read-only, or the permission is missing.
     """
     path = Path(path)
-    with writing(path):
+    with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = _temporary_file(path)
+        handle, temporary = _create_temporary_file(path)
         try:
             os.fchmod(handle, 0o644)
             with os.fdopen(handle, mode) as file:
@@ -147,29 +192,31 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; when the block ends well it takes the name `path`, else it is removed.
+    """Yield a temporary folder that appears as `path` only when it is complete.
 
-    If another process finished `path` in the meantime, that one stays and ours is discarded; with `replace` ours takes its place.
+    If the block succeeds, the folder is synced and renamed to `path`; otherwise it is removed.
+
+    Args:
+        path: the target; missing parent folders are created.
+        replace: what to do if `path` exists by then. True: replace it. False: keep it and discard
+            the new folder, for another process was faster.
+
+    Raises:
+        UserError: the disk is full or read-only, or the permission is missing.
     """
     path = Path(path)
-    prefix = f".{path.name}.{_host()}.{os.getpid()}."
-    with writing(path):
+    with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=path.parent))
-    with writing(path), contextlib.ExitStack() as stack:
+        temporary = _create_temporary_folder(path)
+    with explain_disk_errors(path), contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-        with contextlib.suppress(
-            OSError
-        ):  # not every file system has locks; the lock tells `remove_leftovers` that a writer lives
-            fcntl.flock(stack.enter_context(_descriptor(temporary)), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The lock tells `remove_leftovers` that the writer lives. Not every file system has locks.
+        with contextlib.suppress(OSError):
+            handle = stack.enter_context(_open_descriptor(temporary))
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         temporary.chmod(0o755)
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        sync_folder(temporary)
+        _sync_files(temporary)
         if replace and path.exists():
             remove(path)
         try:
@@ -180,61 +227,80 @@ def atomic_folder(path: str | os.PathLike, replace: bool = False) -> Iterator[Pa
         sync_folder(path.parent)
 
 
+def _create_temporary_folder(path: Path) -> Path:
+    """An empty folder next to `path`, named as temporary files are."""
+    return Path(tempfile.mkdtemp(prefix=_temporary_prefix(path), suffix=".tmp", dir=path.parent))
+
+
+def _sync_files(folder: Path) -> None:
+    """Make all files in `folder` readable by all users and sync them to the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
 def remove(path: Path) -> None:
-    """Remove a file, or a folder in such a way that a kill in the middle leaves nothing of its name."""
+    """Remove a file or a folder; a folder's name disappears first, then what is in it.
+
+    So a process that is killed halfway leaves no incomplete folder of that name.
+    """
     if path.is_dir():
-        doomed = Path(
-            tempfile.mkdtemp(
-                prefix=f".{path.name}.{_host()}.{os.getpid()}.", suffix=".tmp", dir=path.parent
-            )
-        )
-        path.rename(doomed)  # over an empty folder
-        shutil.rmtree(doomed)
+        temporary = _create_temporary_folder(path)
+        path.rename(temporary)  # allowed, for `temporary` is empty
+        shutil.rmtree(temporary)
     else:
         path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def file_lock(path: str | os.PathLike, timeout: float = 3600.0) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path` (made if missing); wait up to `timeout` seconds for another holder.
+    """Hold an exclusive lock on the file `path`, which is created if missing.
 
-    The lock belongs to the open file: it is free again when its holder dies, however it dies. Where the file system has no locks, a warning says so
-    once and nobody waits: renames keep files whole there too, and at worst a thing is made twice.
+    The lock ends with its holder, however that ends; forked children do not hold it. Where the file
+    system has no locks, one warning says so and nobody waits: files stay complete thanks to
+    renames, and at worst the same work is done twice.
+
+    Args:
+        path: the lock file; missing parent folders are created.
+        timeout: how many seconds to wait for another holder.
+
+    Raises:
+        LockTimeout: another process still holds the lock after `timeout`.
     """
     path = Path(path)
-    deadline = time.monotonic() + timeout
-    with writing(path):
+    lock = filelock.FileLock(path, poll_interval=0.1, fallback_to_soft=False)
+    with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        opened = path.open("a")
-    with opened as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"Another process has held {path} for {timeout:.0f} s: end it, or delete the file if none runs."
-                    ) from None
-                time.sleep(0.1)
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                _warn_of_no_locks(str(path.parent))
-                break
+        try:
+            lock.acquire(timeout=timeout)
+        except filelock.Timeout:
+            raise LockTimeout(
+                f"Another process has held {path} for {timeout:.0f} s: end it, or delete the file "
+                "if no such process runs."
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            _warn_of_no_locks(str(path.parent))
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @functools.cache
 def _warn_of_no_locks(folder: str) -> None:
     log.warning(
-        "The file system of %s has no locks: start one job at a time there, or several may do the same work.",
-        folder,
+        f"The file system of {folder} has no locks: start one job at a time there, or several may "
+        "do the same work."
     )
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut (file systems without folder fsync are left alone)."""
+    """Make a rename in `folder` survive a power cut, where the file system can sync folders."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

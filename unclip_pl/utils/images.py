@@ -1,5 +1,4 @@
-"""Pictures at the file boundary: tensors in [-1, 1] to uint8 PNGs and labelled grids, and any
-picture file to a tensor."""
+"""Read any picture file as a tensor in [-1, 1]; write tensors as PNG files and labelled grids."""
 
 import io
 import os
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file
-from unclip_pl.utils.metadata import without_metadata
-from unclip_pl.utils.text import mended
+from unclip_pl.utils.metadata import strip_metadata
+from unclip_pl.utils.text import repair_text
 
-Used = TypeVar("Used")
-TURNS = {  # what brings a picture upright, by the orientation of its EXIF
+Result = TypeVar("Result")
+EXIF_TRANSPOSE = {  # the operation that undoes each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -31,29 +30,31 @@ TURNS = {  # what brings a picture upright, by the orientation of its EXIF
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """(..., C, H, W) in [-1, 1] -> uint8 (..., C, H, W), rounded and clamped."""
+    """Images (..., C, H, W) in [-1, 1] as uint8 of the same shape, rounded and clamped."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image (B, C, H, W) in [-1, 1] against its target:
-    (B,)."""
+    """Peak signal-to-noise ratio in dB, (B,), of images (B, C, H, W) in [-1, 1] and targets."""
     return 10 * (4 / (images.float() - targets.float()).square().flatten(1).mean(1)).log10()
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> PIL RGB."""
+    """An image (3, H, W) in [-1, 1] as a PIL image of mode RGB."""
     return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
 
 
 def from_pil(image: Image.Image, size: int | None = None) -> Tensor:
-    """A PIL picture of any mode -> float32 (3, H, W) in [-1, 1]; turned as its EXIF says,
-    transparency on white.
+    """A PIL image of any mode as float32 (3, H, W) in [-1, 1].
 
-    With `size`: the short side becomes `size` (antialiased bicubic), then the centre square is cut
-    out.
+    It is turned as its EXIF orientation says, and transparent parts become white.
+
+    Args:
+        image: of any mode.
+        size: resize the short side to this many pixels (antialiased bicubic), then crop the centre
+            square; None: keep the size.
     """
-    pixels = torch.from_numpy(np.array(flatten(upright(image)))).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(to_rgb(apply_exif_orientation(image)))).permute(2, 0, 1)
     if size is not None and pixels.shape[1:] != (size, size):
         scale = size / min(pixels.shape[1:])
         height, width = (max(size, round(side * scale)) for side in pixels.shape[1:])
@@ -64,24 +65,29 @@ def from_pil(image: Image.Image, size: int | None = None) -> Tensor:
     return pixels.float().div_(127.5).sub_(1)
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF says; itself where there is nothing to turn, or the EXIF is
-    broken."""
+def apply_exif_orientation(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says; unchanged if that is missing or broken."""
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        transpose = EXIF_TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # Pillow raises nearly anything on damaged metadata
         return image
-    return image if turn is None else image.transpose(turn)
+    return image if transpose is None else image.transpose(transpose)
 
 
 def open_image(
-    data: bytes, use: Callable[[Image.Image], Used], formats: tuple[str, ...] | None = None
-) -> Used:
-    """What `use` makes of the picture in `data`. Where the file cannot be read, its metadata are
-    left out, for they may be what is broken.
+    data: bytes, use: Callable[[Image.Image], Result], formats: tuple[str, ...] | None = None
+) -> Result:
+    """Open a picture and return the result of `use(picture)`.
+
+    If that fails, it is tried again without the file's metadata, which may be what is broken.
+
+    Args:
+        data: the content of the file.
+        use: called with the open picture.
+        formats: the formats to accept, as Pillow names them; None: all.
 
     Raises:
-        Exception: Pillow's; Image.DecompressionBombError as `use` or Pillow raises it.
+        Exception: the error of the first attempt, from Pillow or `use`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
@@ -89,7 +95,7 @@ def open_image(
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise
     except Exception as error:
-        bare = without_metadata(data)
+        bare = strip_metadata(data)
         if bare == data:
             raise
         try:
@@ -99,9 +105,11 @@ def open_image(
             raise error from None
 
 
-def reduced(images: Tensor, side: int) -> Tensor:
-    """(B, 3, H, W) in [-1, 1], brought (antialiased bicubic) to `side` pixels at the longer side;
-    smaller ones come back as they are."""
+def shrink(images: Tensor, side: int) -> Tensor:
+    """Shrink images (B, 3, H, W) in [-1, 1] until the longer side has `side` pixels.
+
+    The filter is antialiased bicubic. Images that are small enough come back unchanged.
+    """
     longer = max(images.shape[-2:])
     if longer <= side:
         return images
@@ -109,8 +117,8 @@ def reduced(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-def _of_floats(image: Image.Image) -> Image.Image:
-    """A picture of floats as one of 8 bits: from 0 to 1, 255 or 65535, whatever holds them."""
+def _floats_to_8_bit(image: Image.Image) -> Image.Image:
+    """A float picture as an 8-bit one; white is the lowest of 1, 255 and 65535 that fits."""
     grey = np.asarray(image, dtype=np.float64)
     low, high = float(grey.min()), float(grey.max())
     if not 0 <= low <= high <= 65535:
@@ -119,13 +127,13 @@ def _of_floats(image: Image.Image) -> Image.Image:
     return Image.fromarray((grey * (255 / white)).round().astype(np.uint8))
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """Any mode (grey, 16 bit, palette, CMYK, transparent) as RGB on white."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode (grey, 16 bit, palette, CMYK, transparent) as RGB on white."""
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         grey = np.asarray(image, dtype=np.float64) / 257.0
         image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
     if image.mode == "F":
-        image = _of_floats(image)
+        image = _floats_to_8_bit(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -134,8 +142,15 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def load_image(path: str | os.PathLike, size: int | None = None) -> Tensor:
-    """Read a picture file as float32 (3, H, W) in [-1, 1]; see `from_pil`. One sentence where it
-    cannot be read."""
+    """Read a picture file as float32 (3, H, W) in [-1, 1].
+
+    Args:
+        path: of the file.
+        size: see `from_pil`.
+
+    Raises:
+        UserError: the file is missing or cannot be read as a picture.
+    """
     try:
         return open_image(Path(path).read_bytes(), lambda image: from_pil(image, size))
     except FileNotFoundError:
@@ -150,39 +165,32 @@ def grid(
     gap: int = 2,
     heads: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Rows of (N_r, 3, H, W) in [-1, 1] as one picture on white, each row with its label (of any
-    lines) at the left, each column with its head above it.
+    """One picture of rows of images on white.
 
-    Sizes may differ from row to row; a cell is as large as the largest.
+    Args:
+        rows: images (N, 3, H, W) in [-1, 1]; N, H and W may differ from row to row. A cell is as
+            large as the largest image.
+        labels: the text to the left of each row, of one line or more.
+        gap: pixels between cells.
+        heads: the text above each column.
     """
     height, width = max(row.shape[-2] for row in rows), max(row.shape[-1] for row in rows)
     columns = max(len(row) for row in rows)
     points = max(10, min(16, height // 5))
-    labels = [mended(label) for label in labels] if labels else None
+    labels = [repair_text(label) for label in labels] if labels else None
     font = ImageFont.load_default(size=points)
-    margin = (
-        max(
-            (int(font.getlength(line)) for label in labels for line in label.split("\n")), default=0
-        )
-        + 2 * gap
-        if labels
-        else 0
-    )
+    margin = 0
+    if labels:
+        lines = [line for label in labels for line in label.split("\n")]
+        margin = max(int(font.getlength(line)) for line in lines) + 2 * gap
     above = points + 2 * gap if heads else 0
-    canvas = Image.new(
-        "RGB",
-        (margin + columns * (width + gap) + gap, above + len(rows) * (height + gap) + gap),
-        "white",
-    )
+    total_width = margin + columns * (width + gap) + gap
+    total_height = above + len(rows) * (height + gap) + gap
+    canvas = Image.new("RGB", (total_width, total_height), "white")
     draw = ImageDraw.Draw(canvas)
     for c, head in enumerate(heads or ()):
-        draw.text(
-            (margin + gap + c * (width + gap) + width // 2, gap),
-            head,
-            fill="black",
-            font=font,
-            anchor="ma",
-        )
+        centre = margin + gap + c * (width + gap) + width // 2
+        draw.text((centre, gap), head, fill="black", font=font, anchor="ma")
     for r, row in enumerate(rows):
         top = above + gap + r * (height + gap)
         if labels:
@@ -193,11 +201,20 @@ def grid(
 
 
 def save_png(image: Image.Image | Tensor, path: str | os.PathLike, **metadata: str) -> Path:
-    """Write a PNG atomically, with `metadata` as its text chunks; returns the path."""
+    """Write a PNG file atomically.
+
+    Args:
+        image: a PIL image, or a tensor (3, H, W) in [-1, 1].
+        path: of the file.
+        metadata: written as text chunks.
+
+    Returns:
+        `path`.
+    """
     picture = to_pil(image) if isinstance(image, Tensor) else image
     text = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
-        text.add_itxt(key, mended(value))
+        text.add_itxt(key, repair_text(value))
     with atomic_file(path) as file:
         picture.save(file, format="PNG", pnginfo=text, optimize=True)
     return Path(path)

@@ -1,6 +1,7 @@
-"""Half precision where the machine has instructions for it; where it has none, float32 and a sentence that says so.
+"""Half precision where the processor has instructions for it, else float32 with a warning.
 
-torch computes in bfloat16 and float16 on any CPU. On one with AVX2 alone it converts number by number, and a step takes six to ten times as long as in float32.
+torch computes in bfloat16 and float16 on any CPU. On one that has only AVX2 it converts number by
+number, and a step takes six to ten times as long as in float32.
 """
 
 import functools
@@ -14,47 +15,59 @@ from unclip_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 Precision = Literal["fp32", "bf16"]
-HALF = {
+HALF_TYPES = {
     torch.bfloat16: ("bfloat16", "_is_mkldnn_bf16_supported"),
     torch.float16: ("float16", "_is_mkldnn_fp16_supported"),
 }
-"""Their names, and what asks torch's kernels for CPUs whether this one has the instructions."""
+"""For each type its name, and the operator that says whether this CPU has instructions for it."""
 
 
-def has_instructions(dtype: torch.dtype, device: str | torch.device = "cpu") -> bool:
-    """Whether a device computes in this type: always, but for the half types on some CPUs."""
-    return torch.device(device).type != "cpu" or dtype not in HALF or _cpu_has(dtype)
+def supports_dtype(dtype: torch.dtype, device: str | torch.device = "cpu") -> bool:
+    """Whether a device has instructions for a type; only CPUs may lack them, for half types."""
+    return torch.device(device).type != "cpu" or dtype not in HALF_TYPES or _cpu_supports(dtype)
 
 
 @functools.cache
-def _cpu_has(dtype: torch.dtype) -> bool:
-    if torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, HALF[dtype][1])()):
+def _cpu_supports(dtype: torch.dtype) -> bool:
+    name, operator = HALF_TYPES[dtype]
+    if torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, operator)()):
         return True
     log.warning(
-        f"This CPU has no instructions for {HALF[dtype][0]}, which would be several times as slow as float32: computing in float32."
+        f"This CPU has no instructions for {name}, which would be several times slower than "
+        "float32: computing in float32."
     )
     return False
 
 
-def usable(precision: str, device: str | torch.device = "cpu", full: str = "fp32") -> str:
-    """`precision`, or where it is one of bfloat16 ("bf16", "bf16-mixed") that the device has no instructions for, `full` and a warning."""
-    return (
-        precision
-        if not precision.startswith("bf16") or has_instructions(torch.bfloat16, device)
-        else full
-    )
-
-
-def trainable(precision: str | int | None, on_cpu: bool, sharded: bool) -> str:
-    """The precision that a run computes in, by the full name that the trainer knows.
+def supported_precision(
+    precision: str, device: str | torch.device = "cpu", fallback: str = "fp32"
+) -> str:
+    """`precision`, or `fallback` with a warning if the device lacks bfloat16.
 
     Args:
-        precision: as the user gave it; None: 32-true.
-        on_cpu: there bfloat16 becomes float32 where the processor has no instructions for it.
-        sharded: the weights are in parts.
+        precision: "fp32", "bf16" or one of Lightning's names, such as "bf16-mixed".
+        device: where to compute.
+        fallback: what to use instead of a bfloat16 precision.
+    """
+    if precision.startswith("bf16") and not supports_dtype(torch.bfloat16, device):
+        return fallback
+    return precision
+
+
+def training_precision(precision: str | int | None, on_cpu: bool, sharded: bool) -> str:
+    """The precision of a training run, by its full Lightning name.
+
+    Args:
+        precision: as the user gave it, such as "bf16" or 32; None: "32-true".
+        on_cpu: whether the run computes on a CPU, where bfloat16 becomes float32 if the processor
+            has no instructions for it.
+        sharded: whether FSDP shards the weights.
+
+    Returns:
+        "32-true", "bf16-mixed" or "16-mixed".
 
     Raises:
-        UserError: nothing here trains in it.
+        UserError: stages cannot train in this precision.
     """
     short = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
     name = short.get(str(precision), str(precision))
@@ -69,13 +82,11 @@ def trainable(precision: str | int | None, on_cpu: bool, sharded: bool) -> str:
             f"trainer.precision is {precision}, which does not work {where}: give bf16-mixed or "
             "32-true."
         )
-    return usable(name, "cpu", "32-true") if on_cpu else name
+    return supported_precision(name, "cpu", "32-true") if on_cpu else name
 
 
 def autocast(precision: str, device: str | torch.device) -> AbstractContextManager:
-    """ "bf16": torch's autocast to bfloat16 if it is `usable`; "fp32": nothing."""
-    return (
-        torch.autocast(torch.device(device).type, torch.bfloat16)
-        if usable(precision, device) == "bf16"
-        else nullcontext()
-    )
+    """torch's autocast to bfloat16 for "bf16" where the device supports it; else no autocast."""
+    if supported_precision(precision, device) == "bf16":
+        return torch.autocast(torch.device(device).type, torch.bfloat16)
+    return nullcontext()

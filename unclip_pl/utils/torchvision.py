@@ -1,7 +1,9 @@
-"""Import torchvision also where its compiled part does not fit the installed torch; importing this module is the whole use.
+"""Import torchvision even where its compiled part does not fit the installed torch.
 
-A torchvision wheel built for CUDA beside a CPU-only torch ends in `operator torchvision::nms does not exist` (then `qnms`), and with it
-lightning, torchmetrics and open_clip, none of which call these operators here. Declaring their schema lets the rest import.
+Importing this module is all there is to do. A torchvision wheel built for CUDA, next to a CPU-only
+torch, fails with `operator torchvision::nms does not exist`, and after that with `qnms`. Lightning,
+torchmetrics and open_clip import torchvision and then fail with it, although none of the operators
+is called here. Declaring the schema of the missing operators lets the import finish.
 """
 
 import re
@@ -11,14 +13,16 @@ import torch
 
 
 def _import(declared: frozenset[str] = frozenset()) -> None:
+    """Import torchvision, declaring one missing operator after the other."""
     try:
         import torchvision  # noqa: F401
     except RuntimeError as error:
         missing = re.search(r"operator (torchvision::\w+) does not exist", str(error))
         if missing is None or missing[1] in declared:
             raise
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
+        for name in list(sys.modules):
+            if name.split(".")[0] == "torchvision":
+                del sys.modules[name]
         torch.library.define(
             missing[1], "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         )

@@ -1,4 +1,4 @@
-"""Pictures of every mode come in as RGB on white in [-1, 1], upright and square; grids and PNGs go out whole."""
+"""Pictures of every mode are read as RGB on white in [-1, 1], upright and square."""
 
 import numpy as np
 import pytest
@@ -69,34 +69,28 @@ def test_centre_square_of_any_size(shape):
 def test_it_is_resized_as_pillow_does_it_and_cut_out(shape, size):
     noise = np.random.default_rng(0).integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8)
     scale = size / min(shape)
-    whole = Image.fromarray(noise).resize(
-        (round(shape[0] * scale), round(shape[1] * scale)), Image.Resampling.BICUBIC
-    )
-    left, top = (whole.width - size) // 2, (whole.height - size) // 2
-    difference = (
-        from_pil(Image.fromarray(noise), size)
-        - from_pil(whole.crop((left, top, left + size, top + size)))
-    ).abs() * 127.5
+    resized_shape = (round(shape[0] * scale), round(shape[1] * scale))
+    resized = Image.fromarray(noise).resize(resized_shape, Image.Resampling.BICUBIC)
+    left, top = (resized.width - size) // 2, (resized.height - size) // 2
+    expected = from_pil(resized.crop((left, top, left + size, top + size)))
+    difference = (from_pil(Image.fromarray(noise), size) - expected).abs() * 127.5
     assert difference.max() < 2.5 and difference.mean() < 0.05
 
 
 def test_grid_shows_every_picture_in_its_place():
     rows = [RED[:, None, None].expand(2, 3, 8, 8), -torch.ones(2, 3, 8, 8)]
     picture = np.array(grid(rows))
-    assert (
-        picture.shape[0] >= 16
-        and (picture[6, 6] == [255, 0, 0]).all()
-        and (picture[16, 6] == 0).all()
-    )
+    assert picture.shape[0] >= 16
+    assert (picture[6, 6] == [255, 0, 0]).all() and (picture[16, 6] == 0).all()
     assert grid(rows, ["a long label", "b"]).width > grid(rows).width
     assert to_pil(rows[0][0]).size == (8, 8)
 
 
 def test_what_is_no_picture_is_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="There is no picture"):
+    with pytest.raises(UserError, match="gone"):
         load_image(tmp_path / "gone.png")
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(UserError, match="cannot be read as a picture"):
+    with pytest.raises(UserError, match="text.png"):
         load_image(tmp_path / "text.png")
 
 
@@ -107,5 +101,5 @@ def test_a_tiff_of_floats_keeps_its_brightness(white, tmp_path):
     expected = torch.from_numpy(np.rint(ramp * (255 / white)) / 127.5 - 1)
     assert (load_image(tmp_path / "a.tiff") - expected).abs().max() < 1e-2
     Image.fromarray(ramp - white).save(tmp_path / "b.tiff")
-    with pytest.raises(UserError, match="its floats are from -"):
+    with pytest.raises(UserError, match="floats"):
         load_image(tmp_path / "b.tiff")

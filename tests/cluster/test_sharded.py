@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training import ranks
+from tests.cluster import ranks
 from tests.training.toy import Toy
 from unclip_pl.cli import unclip as app
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def run(folder: Path, job: str, world: int) -> list[dict]:
-    """What each rank of `tests/training/ranks.py` says."""
+    """What each rank of `tests/cluster/ranks.py` says."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -39,7 +39,7 @@ def run(folder: Path, job: str, world: int) -> list[dict]:
         "OMP_NUM_THREADS": "1",
         "NODE_RANK": "0",
     }
-    command = [sys.executable, "-m", "tests.training.ranks", str(folder), job]
+    command = [sys.executable, "-m", "tests.cluster.ranks", str(folder), job]
     logs = [(folder / f"{job}-{rank}.log").open("w+") for rank in range(world)]
     processes = [
         subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Half precision: in bfloat16 where the processor has it, in float32 and with a sentence where it has not."""
+"""Half precision: bfloat16 where the processor has it, else float32 and a warning."""
 
 import logging
 
@@ -20,34 +20,31 @@ KINDS = [torch.bfloat16, torch.float16]
 @pytest.fixture(params=[False, True], ids=["without", "with"])
 def instructions(request, monkeypatch):
     """Processors without and with instructions for the half types."""
-    precision._cpu_has.cache_clear()
-    monkeypatch.setattr(
-        precision, "HALF", {kind: (name, f"_{name}") for kind, (name, _) in precision.HALF.items()}
-    )
-    for name, _ in precision.HALF.values():
+    precision._cpu_supports.cache_clear()
+    half_types = {}
+    for kind, (name, _) in precision.HALF_TYPES.items():
+        half_types[kind] = (name, f"_{name}")
         monkeypatch.setattr(torch.ops.mkldnn, f"_{name}", lambda: request.param, raising=False)
+    monkeypatch.setattr(precision, "HALF_TYPES", half_types)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     yield request.param
-    precision._cpu_has.cache_clear()
+    precision._cpu_supports.cache_clear()
 
 
-def test_what_is_usable_is_told_once(instructions, caplog):
+def test_a_missing_precision_is_replaced_with_one_warning(instructions, caplog):
     caplog.set_level(logging.WARNING)
+    expected = ("bf16", "bf16-mixed") if instructions else ("fp32", "32-true")
     for _ in range(2):
-        assert precision.usable("bf16") == ("bf16" if instructions else "fp32")
-        assert precision.usable("bf16-mixed", "cpu", "32-true") == (
-            "bf16-mixed" if instructions else "32-true"
-        )
-    assert (
-        precision.usable("fp32") == "fp32"
-        and precision.usable("bf16", "cuda:1") == "bf16"
-        and precision.usable("16-mixed") == "16-mixed"
-    )
-    said = [line for line in caplog.messages if "This CPU has no instructions for bfloat16" in line]
-    assert len(said) == (0 if instructions else 1)
+        assert precision.supported_precision("bf16") == expected[0]
+        assert precision.supported_precision("bf16-mixed", "cpu", "32-true") == expected[1]
+    assert precision.supported_precision("fp32") == "fp32"
+    assert precision.supported_precision("bf16", "cuda:1") == "bf16"
+    assert precision.supported_precision("16-mixed") == "16-mixed"
+    warnings = [line for line in caplog.messages if "bfloat16" in line]
+    assert len(warnings) == (0 if instructions else 1)
 
 
-def test_autocast_is_on_only_where_it_is_usable(instructions):
+def test_autocast_is_on_only_where_it_is_supported(instructions):
     for asked in ("fp32", "bf16"):
         with precision.autocast(asked, "cpu"):
             product = torch.ones(2, 2) @ torch.ones(2, 2)
@@ -60,18 +57,13 @@ def test_autocast_is_on_only_where_it_is_usable(instructions):
 def test_a_clip_of_rounded_weights_computes_in_what_is_fast(instructions, kind):
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     exact, rounded = FrozenCLIP(), FrozenCLIP(CLIPConfig("openmoji", precision=kind))
-    embedding = rounded.embed_images(images)
-    torch.testing.assert_close(
-        embedding,
-        exact.embed_images(images),
-        atol=0.05 * exact.embed_images(images).abs().max().item(),
-        rtol=0,
-    )
+    embedding, expected = rounded.embed_images(images), exact.embed_images(images)
+    atol = 0.05 * expected.abs().max().item()
+    torch.testing.assert_close(embedding, expected, atol=atol, rtol=0)
     weight = rounded.model.visual.transformer.resblocks[0].mlp.c_fc.weight
     assert (weight.dtype == torch.float32) != instructions
-    assert torch.equal(
-        weight, weight.to(torch.float16 if kind == "fp16" else torch.bfloat16).to(weight.dtype)
-    )  # rounded in either case
+    dtype = torch.float16 if kind == "fp16" else torch.bfloat16
+    assert torch.equal(weight, weight.to(dtype).to(weight.dtype))  # rounded in either case
     text, theirs = (
         clip.embed_text(clip.tokenize(["a red apple"])).embed for clip in (rounded, exact)
     )
@@ -80,7 +72,7 @@ def test_a_clip_of_rounded_weights_computes_in_what_is_fast(instructions, kind):
 
 def test_a_clip_that_moves_to_a_device_with_the_type_computes_in_it(monkeypatch):
     monkeypatch.setattr(
-        "unclip_pl.clip.frozen.has_instructions",
+        "unclip_pl.clip.frozen.supports_dtype",
         lambda kind, device: torch.device(device).type != "cpu",
     )
     clip = FrozenCLIP(CLIPConfig("openmoji", precision="bf16"))
@@ -94,9 +86,8 @@ def test_pictures_in_bfloat16_are_near_those_in_float32(instructions):
     pictures = []
     for kind in ("fp32", "bf16"):
         unclip = UnCLIP.load(precision=kind)
-        assert (
-            unclip.precision == unclip.cascade.precision == (kind if instructions else "fp32")
-        )  # said when it is loaded, not on the bar's line
+        expected = kind if instructions else "fp32"
+        assert unclip.precision == unclip.cascade.precision == expected
         settings = type(unclip.decoder.sampling)(**vars(unclip.decoder.sampling) | {"steps": 3})
         pictures.append(unclip.decode(conditions["image_embed"], [0], None, settings))
     assert torch.equal(*pictures) != instructions
@@ -107,48 +98,38 @@ def test_a_training_on_a_processor_without_bfloat16_is_in_float32(
     instructions, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    cli = build_cli(
-        find_configs(
-            [
-                "-c",
-                "stages/decoder.yaml",
-                "--trainer.precision",
-                "bf16-mixed",
-                "--trainer.default_root_dir",
-                str(tmp_path),
-            ]
-        ),
-        run=False,
-    )
+    arguments = ["-c", "stages/decoder.yaml", "--trainer.precision", "bf16-mixed"]
+    arguments += ["--trainer.default_root_dir", str(tmp_path)]
+    cli = build_cli(find_configs(arguments), run=False)
     assert cli.trainer.precision == ("bf16-mixed" if instructions else "32-true")
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("name", "keyword"),
     [
-        ("16-mixed", "does not work on a CPU"),
-        ("16", "does not work on a CPU"),
-        ("bf16-true", "trains in 32-true, bf16-mixed or, on a GPU, 16-mixed"),
-        ("16-true", "trains in 32-true"),
-        ("64-true", "trainer.precision is 64-true"),
-        ("transformer-engine", "trains in 32-true"),
+        ("16-mixed", "CPU"),
+        ("16", "CPU"),
+        ("bf16-true", "32-true"),
+        ("16-true", "32-true"),
+        ("64-true", "64-true"),
+        ("transformer-engine", "32-true"),
     ],
 )
-def test_a_precision_that_nothing_trains_in_is_one_sentence(given, words, tmp_path, capsys):
-    assert main(command(tmp_path, "--trainer.precision", given)) == 1
+def test_a_precision_that_nothing_trains_in_is_one_sentence(name, keyword, tmp_path, capsys):
+    assert main(command(tmp_path, "--trainer.precision", name)) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("lightning: trainer.precision is ") and words in last
+    assert last.startswith(f"lightning: trainer.precision is {name}") and keyword in last
 
 
 def test_names_of_precisions(instructions):
     half = "bf16-mixed" if instructions else "32-true"
     names = {None: "32-true", 32: "32-true", "bf16": half, "bf16-mixed": half}
     for given, name in names.items():
-        assert precision.trainable(given, on_cpu=True, sharded=False) == name
-    assert precision.trainable("bf16", on_cpu=False, sharded=True) == "bf16-mixed"
-    assert precision.trainable(16, on_cpu=False, sharded=False) == "16-mixed"
-    with pytest.raises(UserError, match="does not work with sharded weights"):
-        precision.trainable("16-mixed", on_cpu=False, sharded=True)
+        assert precision.training_precision(given, on_cpu=True, sharded=False) == name
+    assert precision.training_precision("bf16", on_cpu=False, sharded=True) == "bf16-mixed"
+    assert precision.training_precision(16, on_cpu=False, sharded=False) == "16-mixed"
+    with pytest.raises(UserError, match="sharded"):
+        precision.training_precision("16-mixed", on_cpu=False, sharded=True)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -1,5 +1,7 @@
-"""Text from outside that is not Unicode is mended before anything is computed, and no drawing is
-lost while it is written."""
+"""Text from outside that is not valid Unicode is repaired before anything is computed.
+
+So no picture is lost while it is written.
+"""
 
 import os
 import subprocess
@@ -24,18 +26,15 @@ BROKEN = "caf\udce9"  # as Python has the argument that a Latin-1 terminal gives
 
 
 def test_a_picture_is_written_whatever_its_metadata(tmp_path):
-    path = save_png(
-        torch.zeros(3, 8, 8), tmp_path / f"{BROKEN}.png", prompt=f"{BROKEN} \0", other="\ud83d"
-    )
+    metadata = {"prompt": f"{BROKEN} \0", "other": "\ud83d"}
+    path = save_png(torch.zeros(3, 8, 8), tmp_path / f"{BROKEN}.png", **metadata)
     with Image.open(path) as image:
         assert image.text["prompt"] == "café  " and image.text["other"] == "\ufffd"
-    assert (
-        grid([torch.zeros(1, 3, 8, 8)], [BROKEN]).size
-        == grid([torch.zeros(1, 3, 8, 8)], ["café"]).size
-    )
+    images = [torch.zeros(1, 3, 8, 8)]
+    assert grid(images, [BROKEN]).size == grid(images, ["café"]).size
 
 
-def test_a_broken_caption_has_the_tokens_of_the_mended_one():
+def test_a_broken_caption_has_the_tokens_of_the_repaired_one():
     clip = FrozenCLIP()
     assert torch.equal(clip.tokenize([BROKEN]), clip.tokenize(["café"]))
 
@@ -59,7 +58,7 @@ def test_names_in_a_tar_and_of_a_tar_need_not_be_unicode(tmp_path):
 
 
 @pytest.mark.parametrize("argument", [b"caf\xe9", "café".encode(), b"nul in a \x01 file"])
-def test_prompts_are_mended_at_the_door(argument, tmp_path):
+def test_prompts_are_repaired_when_they_are_read(argument, tmp_path):
     from argparse import Namespace
 
     (tmp_path / "prompts.txt").write_text("a\0b\n\nfox\n")
@@ -73,18 +72,10 @@ def test_prompts_are_mended_at_the_door(argument, tmp_path):
 def test_drawings_with_any_prompt_into_any_folder_are_written_and_named(tmp_path):
     out = os.fsencode(tmp_path) + b"/sch\xf6n"
     prompts = [b"caf\xe9", ("火" * 100).encode(), "😀 dog".encode()]
-    arguments = [
-        b"generate",
-        *prompts,
-        b"--num-images",
-        b"1",
-        b"--steps",
-        b"1",
-        b"--prior-steps",
-        b"1",
-    ]
+    options = b"--num-images 1 --steps 1 --prior-steps 1 --grid".split()
+    arguments = [b"generate", *prompts, *options, b"--out", out]
     code = b"import sys; from unclip_pl.cli.unclip import main; sys.exit(main())"
-    command = [os.fsencode(sys.executable), b"-c", code, *arguments, b"--out", out, b"--grid"]
+    command = [os.fsencode(sys.executable), b"-c", code, *arguments]
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
     done = subprocess.run(command, capture_output=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr.decode()[-2000:]

@@ -1,9 +1,10 @@
-"""Files and folders are whole or not there, whoever fails in between."""
+"""Files and folders are complete or absent, whatever fails in between; locks keep others out."""
 
 import contextlib
 import errno
 import fcntl
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 from tests.disk import read_only, small_disk
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import (
-    REASONS,
+    DISK_ERRORS,
+    LockTimeout,
     atomic_file,
     atomic_folder,
     cache_dir,
@@ -47,9 +49,8 @@ def test_folder_appears_whole_and_the_first_one_stays(tmp_path):
         assert not (tmp_path / "f").exists()
         with atomic_folder(tmp_path / "f") as other:
             (other / "a").write_text("theirs")
-    assert (tmp_path / "f" / "a").read_text() == "theirs" and [
-        p.name for p in tmp_path.iterdir()
-    ] == ["f"]
+    assert (tmp_path / "f" / "a").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "g"):
         raise RuntimeError
     assert not (tmp_path / "g").exists()
@@ -72,7 +73,7 @@ def test_lock_lets_one_in_at_a_time_and_says_when_it_gives_up(tmp_path):
     assert entered in (list("aabb"), list("bbaa"))
     with (
         file_lock(tmp_path / "lock"),
-        pytest.raises(UserError, match="Another process has held"),
+        pytest.raises(LockTimeout, match="lock"),
         file_lock(tmp_path / "lock", timeout=0.2),
     ):
         pass
@@ -85,7 +86,7 @@ def test_cache_that_cannot_be_made_is_a_sentence(tmp_path, monkeypatch):
         cache_dir()
 
 
-@pytest.mark.parametrize("number", REASONS)
+@pytest.mark.parametrize("number", DISK_ERRORS)
 def test_a_disk_that_cannot_take_it_is_one_sentence(tmp_path, monkeypatch, number):
     def refuse(*_, **__):
         raise OSError(number, os.strerror(number))
@@ -93,13 +94,9 @@ def test_a_disk_that_cannot_take_it_is_one_sentence(tmp_path, monkeypatch, numbe
     monkeypatch.setattr("tempfile.mkstemp", refuse)
     monkeypatch.setattr("tempfile.mkdtemp", refuse)
     for use in (atomic_file, atomic_folder):
-        with pytest.raises(UserError, match="cannot be written") as error, use(tmp_path / "x"):
+        with pytest.raises(UserError, match=DISK_ERRORS[number]) as error, use(tmp_path / "x"):
             pass
-        assert (
-            REASONS[number] in str(error.value)
-            and str(tmp_path / "x") in str(error.value)
-            and "\n" not in str(error.value)
-        )
+        assert str(tmp_path / "x") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
@@ -121,9 +118,8 @@ def test_a_full_disk_keeps_the_old_file_and_folder(tmp_path, monkeypatch, may_mo
             atomic_folder(disk / "folder") as folder,
         ):
             (folder / "a").write_bytes(bytes(100_000))
-        assert (disk / "file").read_bytes() == b"old" and [
-            path.name for path in disk.iterdir()
-        ] == ["file"]
+        assert (disk / "file").read_bytes() == b"old"
+        assert [path.name for path in disk.iterdir()] == ["file"]
 
 
 def test_a_read_only_folder_is_a_sentence(tmp_path):
@@ -131,18 +127,12 @@ def test_a_read_only_folder_is_a_sentence(tmp_path):
     folder.mkdir()
     with read_only(folder):
         for use in (atomic_file, atomic_folder, file_lock):
-            with (
-                pytest.raises(
-                    UserError,
-                    match=r"x cannot be written \((the file system is read-only|no permission)\)",
-                ),
-                use(folder / "x"),
-            ):
+            with pytest.raises(UserError, match="read-only|no permission"), use(folder / "x"):
                 pass
 
 
 def test_leftovers_of_a_killed_writer_go_and_what_is_being_written_stays(tmp_path):
-    leave(tmp_path, "a.ckpt")
+    leftover_of_a_killed_writer(tmp_path, "a.ckpt")
     assert len(list(tmp_path.iterdir())) == 1
     with atomic_file(tmp_path / "b.ckpt", "w") as file:
         remove_leftovers(tmp_path, "*.ckpt")
@@ -152,13 +142,11 @@ def test_leftovers_of_a_killed_writer_go_and_what_is_being_written_stays(tmp_pat
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_told_of_once_and_used(
-    tmp_path, monkeypatch, caplog, number
-):
+def test_one_warning_tells_of_a_file_system_without_locks(tmp_path, monkeypatch, caplog, number):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    leftover = leave(tmp_path, "b")
+    leftover = leftover_of_a_killed_writer(tmp_path, "b")
     monkeypatch.setattr("fcntl.flock", refuse)
     for _ in range(2):
         with file_lock(tmp_path / "lock"), atomic_file(tmp_path / "a", "w") as file:
@@ -166,7 +154,7 @@ def test_a_file_system_without_locks_is_told_of_once_and_used(
             assert len(list(tmp_path.glob(".a.*.tmp"))) == 1  # its process runs
             file.write("whole")
     assert (tmp_path / "a").read_text() == "whole" and not leftover.exists()
-    assert len(caplog.messages) == 1 and "has no locks" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and "no locks" in caplog.messages[0]
 
 
 def test_a_lock_that_fails_otherwise_says_why(tmp_path, monkeypatch):
@@ -178,7 +166,20 @@ def test_a_lock_that_fails_otherwise_says_why(tmp_path, monkeypatch):
         pass
 
 
-def leave(folder, name):
+def test_a_forked_child_does_not_keep_a_lock_that_its_parent_has_released(tmp_path):
+    with file_lock(tmp_path / "lock"):
+        child = os.fork()
+        if child == 0:  # pragma: no cover
+            signal.pause()
+    try:
+        with file_lock(tmp_path / "lock", timeout=0):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def leftover_of_a_killed_writer(folder, name):
     """The file that a killed writer of `name` leaves."""
     code = f"""
 import os, signal
@@ -192,7 +193,9 @@ with atomic_file({str(folder / name)!r}) as file:
 
 
 def test_leftovers_of_another_host_stay(tmp_path, monkeypatch):
-    path = leave(tmp_path, "a")  # its lock, if it still runs there, is not seen from here
+    path = leftover_of_a_killed_writer(
+        tmp_path, "a"
+    )  # its lock, if it still runs there, is not seen from here
     monkeypatch.setattr(socket, "gethostname", lambda: "another")
     remove_leftovers(tmp_path, "a")
     assert path.exists()

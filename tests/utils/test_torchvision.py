@@ -34,7 +34,7 @@ for _ in {FIRST!r}:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_any_module_may_be_imported_first():
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-W", "ignore", "-c", CODE]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr

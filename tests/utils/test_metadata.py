@@ -1,4 +1,4 @@
-"""Good pictures with broken metadata are pictures, in every format."""
+"""Pictures with broken metadata can be read, in every format."""
 
 import io
 import struct
@@ -10,7 +10,7 @@ from PIL import Image
 
 from unclip_pl.data.shards import BadSample, decode
 from unclip_pl.utils.images import load_image
-from unclip_pl.utils.metadata import without_metadata
+from unclip_pl.utils.metadata import strip_metadata
 
 DRAWING = Image.radial_gradient("L").convert("RGB").resize((32, 32))
 DRAWING.paste("red", (0, 0, 16, 8))
@@ -91,7 +91,7 @@ def test_a_picture_with_broken_metadata_is_decoded(name, tmp_path):
         assert (image - good).abs().max() < 0.01
 
 
-def test_an_orientation_that_is_whole_is_kept_beside_what_is_broken():
+def test_a_valid_orientation_is_kept_among_broken_metadata():
     exif = Image.Exif()
     exif[274] = 6
     good = decode(saved("JPEG", quality=95, exif=exif), 32)
@@ -107,7 +107,7 @@ def test_an_orientation_that_is_whole_is_kept_beside_what_is_broken():
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_what_is_no_picture_stays_none_and_what_is_whole_stays_whole(kind):
     whole = saved(kind)
-    assert torch.equal(decode(without_metadata(whole), 32), decode(whole, 32))
+    assert torch.equal(decode(strip_metadata(whole), 32), decode(whole, 32))
     for damaged in (whole[:20], whole[:9] + b"\xff" * 60, whole[: len(whole) // 3]):
         with pytest.raises(BadSample, match="cannot be decoded"):
             decode(damaged, 32)

@@ -1,4 +1,4 @@
-"""What several ranks do in `test_sharded.py`: `python -m tests.training.ranks FOLDER JOB`, once for each rank, with its place in the environment."""
+"""What several ranks do in `test_sharded.py`: `python -m tests.cluster.ranks FOLDER JOB`, once for each rank, with its place in the environment."""
 
 import os
 import shutil

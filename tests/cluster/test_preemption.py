@@ -12,13 +12,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from tests.training.forks import Ranks
+from tests.cluster.forks import Ranks
 from tests.training.toy import Toy, loader, trainer
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.cluster.preemption import Preemption
 from unclip_pl.training.checkpoints import NewestCheckpoint
 from unclip_pl.utils import signals
-from unclip_pl.utils.signals import Asked, notes
+from unclip_pl.utils.signals import StopRequest, stop_state
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -38,22 +38,22 @@ class Signal(Callback):
 @pytest.fixture(autouse=True)
 def _no_notes(monkeypatch, tmp_path):
     monkeypatch.setenv("UNCLIP_ENDED", str(tmp_path / "ended"))
-    notes.asked = notes.agreed = Asked.NOTHING
+    stop_state.requested = stop_state.agreed = StopRequest.NOTHING
     yield
-    notes.asked = notes.agreed = Asked.NOTHING
+    stop_state.requested = stop_state.agreed = StopRequest.NOTHING
 
 
 @pytest.mark.parametrize(
     ("sent", "agreed", "word", "code"),
     [
-        ([signal.SIGINT], Asked.INTERRUPT, None, 0), ([signal.SIGUSR1], Asked.REQUEUE, "requeue", 75), ([signal.SIGTERM], Asked.STOP, "stop", 143),
-        ([signal.SIGTERM, signal.SIGUSR1], Asked.STOP, "stop", 143),  # a cancelled job stays cancelled
+        ([signal.SIGINT], StopRequest.INTERRUPT, None, 0), ([signal.SIGUSR1], StopRequest.REQUEUE, "requeue", 75), ([signal.SIGTERM], StopRequest.STOP, "stop", 143),
+        ([signal.SIGTERM, signal.SIGUSR1], StopRequest.STOP, "stop", 143),  # a cancelled job stays cancelled
     ],
 )  # fmt: skip
 def test_a_signal_ends_training_after_the_step_with_a_checkpoint(
     tmp_path, sent, agreed, word, code
 ):
-    before = [signal.getsignal(signum) for signum in signals.MEANING]
+    before = [signal.getsignal(signum) for signum in signals.REQUEST_OF_SIGNAL]
 
     class NeverValidated(Toy):
         def validation_step(self, *_):
@@ -69,15 +69,15 @@ def test_a_signal_ends_training_after_the_step_with_a_checkpoint(
     )
     run.fit(NeverValidated(), loader(), loader())
     assert newest_checkpoint(tmp_path).name == "newest-step=3.ckpt"
-    assert notes.agreed == agreed and signals.EXIT_CODES[notes.agreed] == code
+    assert stop_state.agreed == agreed and signals.EXIT_CODES[stop_state.agreed] == code
     assert (
         (tmp_path / "ended").read_text().strip() == word
         if word
         else not (tmp_path / "ended").exists()
     )
     assert [
-        signal.getsignal(signum) for signum in signals.MEANING
-    ] == before and notes.asked == Asked.NOTHING
+        signal.getsignal(signum) for signum in signals.REQUEST_OF_SIGNAL
+    ] == before and stop_state.requested == StopRequest.NOTHING
 
 
 def test_a_signal_at_the_last_step_asks_for_nothing_more(tmp_path):
@@ -86,20 +86,20 @@ def test_a_signal_at_the_last_step_asks_for_nothing_more(tmp_path):
     )
     assert (
         newest_checkpoint(tmp_path).name == "newest-step=8.ckpt"
-        and notes.agreed == Asked.NOTHING
+        and stop_state.agreed == StopRequest.NOTHING
         and not (tmp_path / "ended").exists()
     )
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
-    before = [signal.getsignal(signum) for signum in signals.MEANING]
+    before = [signal.getsignal(signum) for signum in signals.REQUEST_OF_SIGNAL]
     with pytest.raises(SystemExit, match="1"):  # Lightning turns the KeyboardInterrupt into it
         trainer(
             tmp_path, Preemption(), NewestCheckpoint(50), Signal(2, signal.SIGINT, signal.SIGINT)
         ).fit(Toy(), loader())
     assert (
         newest_checkpoint(tmp_path) is None
-        and [signal.getsignal(signum) for signum in signals.MEANING] == before
+        and [signal.getsignal(signum) for signum in signals.REQUEST_OF_SIGNAL] == before
     )
 
 
@@ -156,7 +156,7 @@ class Rank:
         return torch.stack(self.said[self.global_step]).amax(0)
 
     def run(self, until, interrupted_at=None):
-        notes.asked = Asked.NOTHING
+        stop_state.requested = StopRequest.NOTHING
         self.preemption.setup(self, self, "fit")
         self.preemption.on_train_start(self, self)
         try:
