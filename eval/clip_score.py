@@ -10,7 +10,8 @@ import argparse
 import logging
 import sys
 
-from eval.common import Figures, command, parser, progress, rank, table
+from eval.common import Figures, command, parser, progress, table
+from unclip_pl.utils.distributed import rank
 from unclip_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)

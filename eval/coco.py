@@ -26,10 +26,7 @@ from eval.common import (
     command,
     features_of,
     parser,
-    positive,
     progress,
-    rank,
-    world_size,
 )
 from eval.drawn import Draw, Drawn
 from eval.extract import reference
@@ -37,16 +34,22 @@ from eval.features import Features, clip_config, clip_features, named
 from eval.folders import Pictures, Source
 from eval.judge import same_clip
 from eval.metrics import FRECHET, CLIPScore, frechet_key
-from eval.source import Model, add_sampling, weights_of
-from unclip_pl.cli.options import chosen
+from eval.source import Model, weights_of
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS, load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.decoder import SamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
+from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file
+from unclip_pl.utils.options import (
+    add_prior_sampling_options,
+    add_sampling_options,
+    override_sampling,
+    positive_int,
+)
 
 log = logging.getLogger(__name__)
 SIDE = 256
@@ -61,7 +64,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     made.add_argument("--images", required=True, help="the folder of its pictures: val2014/")
     made.add_argument(
-        "--count", type=positive, default=30000, help="pictures of which a caption is drawn"
+        "--count", type=positive_int, default=30000, help="pictures of which a caption is drawn"
     )
     made.add_argument(
         "--reference",
@@ -96,7 +99,8 @@ def arguments() -> argparse.ArgumentParser:
         default=[1.25],
         help="of the decoder: the paper's, or several to sweep",
     )
-    add_sampling(made)
+    add_sampling_options(made, guidance=False)
+    add_prior_sampling_options(made)
     add_features(made)
     made.add_argument(
         "--score-clip",
@@ -207,15 +211,13 @@ def ways(given: argparse.Namespace, model: Model) -> list[Way]:
     found, decoder, clip = [], model.unclip.decoder, model.unclip.clip
     for name, prior, one in zip(given.priors, priors, weights, strict=True):
         unclip = UnCLIP(decoder, prior, clip, given.device, precision=model.precision)
-        sampling = chosen(prior_options(given, prior, priors), prior, "prior_")
+        sampling = override_sampling(prior, prior_options(given, prior, priors), "prior_")
         settings = {"prior": one, "prior_sampling": asdict(sampling)}
         found.append(Way(name, model.unclip, unclip, sampling, settings))
     return found
 
 
-def prior_options(
-    given: argparse.Namespace, prior: Any, priors: Sequence[Any]
-) -> argparse.Namespace:
+def prior_options(given: argparse.Namespace, prior: Any, priors: Sequence[Any]) -> dict[str, Any]:
     """The options of priors for this one: not those that only another of them has."""
 
     def belongs(name: str) -> bool:
@@ -225,7 +227,7 @@ def prior_options(
         )
 
     options = {name: value for name, value in vars(given).items() if name.startswith("prior_")}
-    return argparse.Namespace(**{name: value for name, value in options.items() if belongs(name)})
+    return {name: value for name, value in options.items() if belongs(name)}
 
 
 @dataclass
@@ -240,7 +242,7 @@ class Point:
 def points(given: argparse.Namespace, model: Model, captions: Sequence[Caption]) -> list[Point]:
     """All that is to be drawn: the priors in their order, each at all guidance scales."""
     samplings = [
-        chosen(argparse.Namespace(**{**vars(given), "guidance_scale": scale}), model.unclip.decoder)
+        override_sampling(model.unclip.decoder, vars(given) | {"guidance_scale": scale})
         for scale in sorted(set(map(float, given.guidance_scales)))
     ]
     found = []

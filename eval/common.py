@@ -13,9 +13,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from unclip_pl.cli.options import Help, pick_device, seed
+from unclip_pl.utils.devices import pick_device
+from unclip_pl.utils.distributed import local_rank, rank, world_size
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file
+from unclip_pl.utils.options import HelpFormatter, positive_int, seed
 
 Figures = dict[str, Any]
 PATIENCE = timedelta(days=1)
@@ -26,7 +28,9 @@ def parser(doc: str | None, prog: str, batch_size: int = 64) -> argparse.Argumen
     """A command's parser with the options that all have: --device, --precision, --batch-size,
     --out, --seed.
     """
-    made = argparse.ArgumentParser(prog=f"python -m {prog}", description=doc, formatter_class=Help)
+    made = argparse.ArgumentParser(
+        prog=f"python -m {prog}", description=doc, formatter_class=HelpFormatter
+    )
     made.add_argument(
         "--device",
         default="auto",
@@ -44,7 +48,7 @@ def parser(doc: str | None, prog: str, batch_size: int = 64) -> argparse.Argumen
         help="compile the networks that draw (torch.compile): minutes at first, faster on GPUs",
     )
     made.add_argument(
-        "--batch-size", type=positive, default=batch_size, help="images a batch, on each rank"
+        "--batch-size", type=positive_int, default=batch_size, help="images a batch, on each rank"
     )
     made.add_argument(
         "--seed", type=seed, default=0, help="image k is drawn with seed + k; also of the bootstrap"
@@ -68,7 +72,7 @@ def add_features(made: argparse.ArgumentParser) -> None:
     )
     made.add_argument(
         "--reference-size",
-        type=positive,
+        type=positive_int,
         help="side of the real pictures in pixels: the short side is resized to it and the centre "
         "is cut out; by default the side of what is judged",
     )
@@ -81,14 +85,6 @@ def features_of(given: argparse.Namespace) -> str:
     drawn = not getattr(given, "images", None)
     embedded = drawn and (given.captions or "openmoji") in STYLES
     return given.features or ("openmoji-judge" if embedded else "inception")
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is too small: give 1 or more")
-    return value
 
 
 def command(
@@ -137,23 +133,6 @@ def finite(figures: Any) -> Any:
     return None if isinstance(figures, float) and not math.isfinite(figures) else figures
 
 
-def rank() -> int:
-    """This process's number among all, as torchrun or srun says; 0 where it is alone."""
-    return int(os.environ.get("RANK") or _slurm("SLURM_PROCID", 0))
-
-
-def world_size() -> int:
-    """The number of processes, as torchrun or srun says."""
-    return int(os.environ.get("WORLD_SIZE") or _slurm("SLURM_NTASKS", 1))
-
-
-def _slurm(name: str, otherwise: int) -> int:
-    """A number of srun's; a shell inside an allocation has them too, but no step of several
-    tasks.
-    """
-    return int(os.environ.get(name, otherwise)) if os.environ.get("SLURM_STEP_ID") else otherwise
-
-
 @contextlib.contextmanager
 def ranks(device: str) -> Iterator[str]:
     """Join the process group where there are several ranks; yields this rank's device."""
@@ -165,9 +144,8 @@ def ranks(device: str) -> Iterator[str]:
     if size == 1 or distributed.is_initialized():
         yield picked
         return
-    local = int(os.environ.get("LOCAL_RANK") or _slurm("SLURM_LOCALID", 0))
     if picked == "cuda":
-        picked = f"cuda:{local % torch.cuda.device_count()}"
+        picked = f"cuda:{local_rank() % torch.cuda.device_count()}"
         torch.cuda.set_device(picked)
     if "MASTER_ADDR" not in os.environ:
         from lightning.fabric.plugins.environments import SLURMEnvironment

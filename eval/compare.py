@@ -17,7 +17,7 @@ from typing import Any
 from eval import arms, report
 from eval.arms import TITLES, Arm
 from eval.captions import Caption, read_captions
-from eval.common import Figures, command, parser, positive, rank
+from eval.common import Figures, command, parser
 from eval.floor import NO_FLOOR, add_floor, require_real
 from eval.judge import Judge, add_judging, shown
 from eval.metrics import FRECHET
@@ -33,15 +33,16 @@ from eval.tables import (
     real_row,
     row,
 )
-from unclip_pl.cli.options import chosen
 from unclip_pl.clip.frozen import require_same
 from unclip_pl.pipeline.unclip import Prior, UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS, load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
+from unclip_pl.utils.distributed import rank
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file
 from unclip_pl.utils.images import save_png
+from unclip_pl.utils.options import override_sampling, positive_int
 
 GRID = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 PRIORS: dict[str, tuple[type[Prior], tuple[str, ...]]] = {
@@ -62,17 +63,18 @@ def arguments() -> argparse.ArgumentParser:
     add_drawing(made)
     # Both priors draw from what they have learned unless told: the same guidance, nothing cut off.
     made.set_defaults(prior_guidance_scale=1.0, prior_temperature=1.0, prior_top_p=1.0)
-    add("--seeds", type=positive, default=1, help="pictures per caption, over which is averaged")
-    add("--guidance-scale", type=float, help="the fixed scale; by default the decoder's own")
+    add(
+        "--seeds", type=positive_int, default=1, help="pictures per caption, over which is averaged"
+    )
     scales: dict[str, Any] = {"type": float, "nargs": "*", "default": list(GRID)}
     add("--guidance-scales", **scales, help="the decoder's, to sweep; none: no sweep")
     add("--prior-guidance-scales", **scales, help="both priors', to sweep first; none: no sweep")
-    add("--sweep-captions", type=positive, help="sweep over the first so many; by default all")
+    add("--sweep-captions", type=positive_int, help="sweep over the first so many; by default all")
     add_floor(made)
     add_judging(made)
     add("--baseline", default="diffusion", help="the arm from which the others' differences are")
-    add("--resamples", type=positive, default=200, help="random halves, for the intervals")
-    add("--pictures", type=positive, default=8, help="columns of the picture side by side")
+    add("--resamples", type=positive_int, default=200, help="random halves, for the intervals")
+    add("--pictures", type=positive_int, default=8, help="columns of the picture side by side")
     return made
 
 
@@ -105,7 +107,7 @@ def arms_of(
         prior, clip = load_stage(where, kind), model.unclip.clip
         unclip = UnCLIP(decoder, prior, clip, given.device, precision=model.precision)
         options = {f"prior_{one}": getattr(given, f"prior_{one}") for one in settings}
-        sampling = chosen(argparse.Namespace(**options), unclip.prior, "prior_")
+        sampling = override_sampling(unclip.prior, options, "prior_")
         weights = weights_of(where)
         found.append(arms.of_prior(name, model, unclip, weights, sampling, captions, seed))
     if all(caption.image for caption in captions):
@@ -154,9 +156,9 @@ def run(given: argparse.Namespace) -> Figures:
             "them."
         )
     require_real(given, captions)
-    fixed = chosen(given, model.unclip.decoder)
+    fixed = override_sampling(model.unclip.decoder, vars(given))
     for scale in given.guidance_scales:  # what is impossible is refused before anything is drawn
-        chosen(argparse.Namespace(guidance_scale=scale), model.unclip.decoder)
+        override_sampling(model.unclip.decoder, {"guidance_scale": scale})
     for scale in given.prior_guidance_scales:
         if not 1 <= scale < float("inf"):
             raise UserError(f"--prior-guidance-scales has {scale}: give 1 (no guidance) or more.")

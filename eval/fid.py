@@ -9,7 +9,8 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from eval.common import Figures, add_features, command, features_of, parser, rank, table, world_size
+from eval.common import Figures, add_features, command, features_of, parser, table
+from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
 
 if TYPE_CHECKING:

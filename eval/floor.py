@@ -14,11 +14,12 @@ from torch import Tensor
 
 from eval import distances
 from eval.captions import Caption
-from eval.common import progress, rank, world_size
+from eval.common import progress
 from eval.extract import reference
 from eval.folders import Pictures
 from eval.judge import Judge, Seen, gathered, numbered, pictures_of
 from unclip_pl.data.openmoji import STYLES, openmoji_shards
+from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
 
 REPEATS = 20

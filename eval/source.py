@@ -13,10 +13,8 @@ from typing import Any, cast
 from torch import Tensor
 
 from eval.captions import Caption, read_captions
-from eval.common import positive, rank, world_size
 from eval.drawn import SHARD, Drawn, digest_of
 from eval.folders import MAX_BAD_RATE, Pictures, Source
-from unclip_pl.cli.options import SPACING, chosen, spacing
 from unclip_pl.pipeline.unclip import CONDITIONS, Condition, UnCLIP
 from unclip_pl.pipeline.weights import (
     DEFAULT_DECODER,
@@ -24,8 +22,16 @@ from unclip_pl.pipeline.weights import (
     DEFAULT_UPSAMPLERS,
     read_weights,
 )
+from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import cache_dir
+from unclip_pl.utils.options import (
+    add_prior_option,
+    add_prior_sampling_options,
+    add_sampling_options,
+    override_sampling,
+    positive_int,
+)
 from unclip_pl.utils.precision import Precision, supported_precision
 
 
@@ -71,13 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=CONDITIONS,
         help="what the decoder has for an image embedding; by default the prior's",
     )
-    parser.add_argument(
-        "--prior",
-        help='"diffusion" (the default) or "ar", those in the package; or a checkpoint or release',
-    )
-    parser.add_argument(
-        "--guidance-scale", type=float, help="1: no guidance; by default the decoder's own"
-    )
+    add_prior_option(parser)
 
 
 def add_drawing(parser: argparse.ArgumentParser) -> None:
@@ -89,37 +89,16 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
         "openmoji-line",
     )
     parser.add_argument(
-        "--num-captions", type=positive, help="how many of the captions; by default all"
+        "--num-captions", type=positive_int, help="how many of the captions; by default all"
     )
-    add_sampling(parser)
+    add_sampling_options(parser)
+    add_prior_sampling_options(parser)
     parser.add_argument(
         "--upsamplers",
         nargs="+",
         metavar="UPSAMPLER",
         help='"256", "1024", those in the package; or checkpoints or releases, in order',
     )
-
-
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """The settings of decoder and prior."""
-    parser.add_argument(
-        "--sampler", choices=["ddpm", "ddim", "dpm_solver_pp"], help="by default the decoder's own"
-    )
-    parser.add_argument("--steps", type=spacing, help=f"{SPACING}; by default the decoder's own")
-    parser.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1")
-    parser.add_argument("--prior-guidance-scale", type=float, help="by default the prior's own")
-    parser.add_argument(
-        "--prior-steps", type=spacing, help=f"{SPACING} of a diffusion prior; by default its own"
-    )
-    parser.add_argument(
-        "--prior-sampler",
-        choices=["analytic", "ddpm", "ddim", "dpm_solver_pp"],
-        help="of a diffusion prior; by default its own",
-    )
-    parser.add_argument(
-        "--prior-temperature", type=float, help="of an AR prior; by default its own"
-    )
-    parser.add_argument("--prior-top-p", type=float, help="of an AR prior; by default its own")
 
 
 MODEL_OPTIONS = (
@@ -183,8 +162,10 @@ def open_source(arguments: argparse.Namespace) -> Source:
         arguments.compile,
     )
     captions = read_captions(arguments.captions or "openmoji", arguments.num_captions, model.size)
-    sampling = chosen(arguments, model.unclip.decoder)
-    prior_sampling = chosen(arguments, model.unclip.prior, "prior_") if model.unclip.prior else None
+    sampling = override_sampling(model.unclip.decoder, vars(arguments))
+    prior_sampling = None
+    if model.unclip.prior:
+        prior_sampling = override_sampling(model.unclip.prior, vars(arguments), "prior_")
     settings = model.settings | {
         "condition": condition,
         "seed": arguments.seed,

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from eval.arms import TITLES, Arm
 from eval.captions import Caption
-from eval.common import Figures, rank, world_size
+from eval.common import Figures
 from eval.drawn import Drawn
 from eval.floor import Floor, floor_of, other_real, real_seen
 from eval.judge import Judge, Seen, gathered
 from eval.paired import Difference, paired_differences, score_of, spread
 from unclip_pl.data.shards import decode
 from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.images import grid
 
 Differences = dict[str, dict[str, dict[str, Difference]]]

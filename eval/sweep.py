@@ -20,8 +20,6 @@ from eval.common import (
     Figures,
     command,
     parser,
-    rank,
-    world_size,
 )
 from eval.floor import (
     NO_FLOOR,
@@ -35,13 +33,14 @@ from eval.judge import SHOWN, Judge, add_judging, gathered, shown
 from eval.metrics import frechet_key
 from eval.source import Model, add_drawing, weights_of
 from eval.tables import Section, floor_row, notes
-from unclip_pl.cli.options import SPACING, chosen, spacing
 from unclip_pl.pipeline.unclip import CONDITIONS
 from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file
 from unclip_pl.utils.images import grid, save_png
+from unclip_pl.utils.options import SPACING_HELP, add_prior_option, override_sampling, spacing
 
 SETTINGS = ("sampler", "steps", "guidance")
 """The first columns of the table."""
@@ -52,7 +51,7 @@ def arguments() -> argparse.ArgumentParser:
     made.set_defaults(out=Path("out/sweep"))
     add = made.add_argument
     add("--ckpt", default="openmoji", help='a checkpoint or release; "openmoji": the package\'s')
-    add("--prior", help='"diffusion" (the default), "ar", or a checkpoint or release')
+    add_prior_option(made)
     add(
         "--condition",
         choices=[*CONDITIONS, "image"],
@@ -60,10 +59,9 @@ def arguments() -> argparse.ArgumentParser:
     )
     add_drawing(made)
     add_floor(made)
-    add("--guidance-scale", type=float, help="while steps and samplers are swept; default: its own")
     scales = [1.0, 1.25, 1.5, 2.0, 3.0, 4.0]
     add("--guidance-scales", type=float, nargs="*", default=scales, help="none: they are not swept")
-    add("--sweep-steps", type=spacing, nargs="*", default=[], help=SPACING)
+    add("--sweep-steps", type=spacing, nargs="*", default=[], help=SPACING_HELP)
     add(
         "--sweep-samplers",
         nargs="*",
@@ -83,7 +81,7 @@ def points(given: argparse.Namespace, decoder: Decoder) -> dict[str, list[Sampli
     """
 
     def point(**options: Any) -> SamplingConfig:
-        return chosen(argparse.Namespace(**{**vars(given), **options}), decoder)
+        return override_sampling(decoder, vars(given) | options)
 
     own = point()
     curves = {
@@ -117,7 +115,7 @@ def arm_of(given: argparse.Namespace, captions: Sequence[Caption], model: Model)
                 "taken: choose another --condition."
             )
         return arms.of_image(model, captions, given.seed)
-    sampling = chosen(given, model.unclip.prior, "prior_")
+    sampling = override_sampling(model.unclip.prior, vars(given), "prior_")
     weights = weights_of(DEFAULT_PRIORS.get(given.prior, Path(given.prior)))
     return arms.of_prior("prior", model, model.unclip, weights, sampling, captions, given.seed)
 

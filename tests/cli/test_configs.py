@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from tests.conftest import ROOT
 from tests.cluster.forks import Ranks
+from tests.conftest import ROOT
 from unclip_pl.cli.lightning import build_cli, find_config, find_configs, main, resume, sentence
 from unclip_pl.cluster.sharded import ShardedStrategy
 from unclip_pl.networks.unet import UNetConfig

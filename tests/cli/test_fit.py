@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.disk import read_only
 from tests.cluster.forks import Ranks
+from tests.disk import read_only
 from unclip_pl.cli.lightning import build_cli, main, resume
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.data import openmoji

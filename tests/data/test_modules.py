@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tests.data.shardkit import FakeCLIP, write_shards
 from tests.cluster.forks import Ranks
+from tests.data.shardkit import FakeCLIP, write_shards
 from unclip_pl.clip.frozen import CLIPConfig, save_clip
 from unclip_pl.cluster.checkpoint_io import AtomicCheckpointIO
 from unclip_pl.data.embeddings import EmbeddingStore

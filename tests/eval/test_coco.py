@@ -11,9 +11,9 @@ from eval import coco, fid, source
 from eval.captions import one_each, read_coco
 from eval.features import named
 from eval.folders import Pictures
+from tests.cluster.forks import Ranks
 from tests.eval import tiny
 from tests.eval.test_reference import photograph
-from tests.cluster.forks import Ranks
 from unclip_pl.data.shards import decode
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.stages.decoder import SamplingConfig

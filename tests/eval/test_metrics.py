@@ -9,8 +9,8 @@ import torch
 from torch import distributed
 
 from eval import distances, metrics
-from tests.eval.sets import features
 from tests.cluster.forks import Ranks
+from tests.eval.sets import features
 from unclip_pl.utils.errors import UserError
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.data.shardkit import write_shards
 from tests.cluster.forks import Ranks
+from tests.data.shardkit import write_shards
 
 
 def arguments(folder, store):

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from unclip_pl.cli.options import Command, pick_device
+from unclip_pl.cli.options import Command
+from unclip_pl.utils.devices import pick_device
 from unclip_pl.utils.errors import UserError
 
 

@@ -5,8 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unclip_pl.cli.options import SPACING, Command, chosen, drawing, placement, spacing, upsampling
+from unclip_pl.cli.options import Command, drawing, placement, upsampling
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.options import (
+    add_prior_option,
+    add_prior_sampling_options,
+    override_sampling,
+)
 from unclip_pl.utils.text import repair_text
 
 GRID = 2048
@@ -28,31 +33,8 @@ def add(command: Command) -> None:
         default="prior",
         help="what the decoder has for an image embedding: the prior's, CLIP's text embedding in its place, or none",
     )
-    generate.add_argument(
-        "--prior",
-        help='"diffusion" (the default) or "ar", those in the package; or a checkpoint or release',
-    )
-    generate.add_argument(
-        "--prior-guidance-scale", type=float, help="1: no guidance; by default the prior's own"
-    )
-    generate.add_argument(
-        "--prior-steps", type=spacing, help=f"{SPACING} of a diffusion prior; by default its own"
-    )
-    generate.add_argument(
-        "--prior-sampler",
-        choices=["analytic", "ddpm", "ddim", "dpm_solver_pp"],
-        help="of a diffusion prior; by default its own",
-    )
-    generate.add_argument(
-        "--prior-temperature",
-        type=float,
-        help="of an autoregressive prior: divides its logits; by default its own",
-    )
-    generate.add_argument(
-        "--prior-top-p",
-        type=float,
-        help="of an autoregressive prior: share of the likeliest codes drawn from; by default its own",
-    )
+    add_prior_option(generate)
+    add_prior_sampling_options(generate)
     drawing(generate, "pictures of each prompt")
     generate.add_argument(
         "--init",
@@ -144,7 +126,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
     from unclip_pl.pipeline.unclip import UnCLIP
     from unclip_pl.pipeline.weights import DEFAULT_DECODER
-    from unclip_pl.utils.images import grid, shrink, save_png
+    from unclip_pl.utils.images import grid, save_png, shrink
 
     prompts = prompts_of(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -176,12 +158,14 @@ def run_generate(arguments: argparse.Namespace) -> None:
         arguments.decoder or DEFAULT_DECODER, prior, upsamplers=upsamplers, **placement(arguments)
     )
     decode = None if arguments.init is None else from_picture(unclip, arguments)
-    sampling = chosen(arguments, unclip.decoder)
+    sampling = override_sampling(unclip.decoder, vars(arguments))
     by_size = {
-        size: chosen(arguments, stage, "upsampler_")
+        size: override_sampling(stage, vars(arguments), "upsampler_")
         for size, stage in zip(unclip.cascade.sizes, unclip.cascade.stages)
     }
-    prior_sampling = chosen(arguments, unclip.prior, "prior_") if unclip.prior else None
+    prior_sampling = None
+    if unclip.prior:
+        prior_sampling = override_sampling(unclip.prior, vars(arguments), "prior_")
     for prompt in prompts:
         if cut := unclip.clip.cut(prompt):
             print(

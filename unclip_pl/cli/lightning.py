@@ -17,6 +17,7 @@ from typing import Any, NoReturn, cast
 from unclip_pl import __version__
 from unclip_pl.data.names import refuse_loose_shards
 from unclip_pl.utils import signals
+from unclip_pl.utils.distributed import rank, rank_and_host
 from unclip_pl.utils.errors import SharedError, UserError
 
 USAGE = f"""unclip_pl {__version__}: train the stages of unCLIP
@@ -391,9 +392,9 @@ def main(arguments: list[str] | None = None) -> int:
         build_cli(resume(find_configs(arguments)))
     except UserError as error:
         # from a loader's worker the sentence comes wrapped in that process's traceback
-        if not isinstance(error, SharedError) or signals.rank() == 0:
+        if not isinstance(error, SharedError) or rank() == 0:
             print(
-                f"lightning{signals.rank_and_host()}: {str(error).strip().rpartition('UserError: ')[2]}",
+                f"lightning{rank_and_host()}: {str(error).strip().rpartition('UserError: ')[2]}",
                 file=sys.stderr,
             )
         return 1
@@ -402,6 +403,6 @@ def main(arguments: list[str] | None = None) -> int:
 
         if (said := of_others(error)) is None:
             raise
-        print(f"lightning{signals.rank_and_host()}: {said}", file=sys.stderr)
+        print(f"lightning{rank_and_host()}: {said}", file=sys.stderr)
         return 1
     return signals.EXIT_CODES[signals.stop_state.agreed]

@@ -4,21 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any, Protocol
 
+from unclip_pl.utils.devices import pick_device
 from unclip_pl.utils.errors import UserError
-
-SPACING = "sampling steps: a number, 10,10,3,2,2 (numbers for equal sections), fast27 or ddim25"
-"""Help of the options of type `spacing`."""
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Names defaults, except those that are None: their help says what happens."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return (
-            action.help
-            if action.default is None or action.default == []
-            else super()._get_help_string(action)
-        )
+from unclip_pl.utils.options import (
+    SPACING_HELP,
+    HelpFormatter,
+    add_sampling_options,
+    seed,
+    spacing,
+)
 
 
 class Command(Protocol):
@@ -31,28 +25,11 @@ def command_of(group: argparse._SubParsersAction) -> Command:
     """`command(name, run, text)` for a group of subcommands."""
 
     def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
-        added = group.add_parser(name, help=text, description=text, formatter_class=Help)
+        added = group.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
         added.set_defaults(run=run)
         return added
 
     return command
-
-
-def seed(text: str) -> int:
-    """A seed that torch's generators take, with room for some more after it."""
-    value = int(text)
-    if not 0 <= value < 1 << 62:
-        raise argparse.ArgumentTypeError(f"{value} is no seed: give an integer from 0 to 2^62 - 1")
-    return value
-
-
-def spacing(text: str) -> int | tuple[int, ...] | str:
-    """Sampling steps: a number, numbers for equal sections with commas between them, or a name."""
-    try:
-        counts = tuple(int(count) for count in text.strip("[]").split(","))
-    except ValueError:
-        return text
-    return counts[0] if len(counts) == 1 else counts
 
 
 def drawing(command: argparse.ArgumentParser, what: str) -> None:
@@ -61,14 +38,7 @@ def drawing(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument(
         "--decoder", type=Path, help="a checkpoint or release; by default the one in the package"
     )
-    command.add_argument(
-        "--sampler", choices=["ddpm", "ddim", "dpm_solver_pp"], help="by default the decoder's own"
-    )
-    command.add_argument("--steps", type=spacing, help=f"{SPACING}; by default the decoder's own")
-    command.add_argument(
-        "--guidance-scale", type=float, help="1: no guidance; by default the decoder's own"
-    )
-    command.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1")
+    add_sampling_options(command)
     command.add_argument("--seed", type=seed, default=0, help="picture k of each uses seed + k")
     command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
     command.add_argument("--out", type=Path, default=Path("out"), help="folder for the PNG files")
@@ -87,7 +57,7 @@ def upsampling(command: argparse.ArgumentParser, steps: str) -> None:
         help="a checkpoint or release of the upsampler 256 to 1024; by default the one in the package",
     )
     command.add_argument(
-        steps, type=spacing, help=f"{SPACING} of each upsampler; by default its own"
+        steps, type=spacing, help=f"{SPACING_HELP} of each upsampler; by default its own"
     )
     command.add_argument(
         "--offload",
@@ -121,57 +91,3 @@ def placement(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     names = ("offload", "precision", "compile", "cuda_graphs")
     return {"device": device} | {name: getattr(arguments, name) for name in names}
-
-
-def chosen(arguments: argparse.Namespace, stage: Any, prefix: str = "") -> Any:
-    """A stage's sampling settings with what the options say otherwise; one sentence where a value is impossible or not this stage's."""
-    from dataclasses import replace
-
-    own = stage.sampling
-    options = {
-        name: getattr(arguments, prefix + name, None)
-        for name in ("sampler", "steps", "guidance_scale", "eta", "temperature", "top_p")
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    unknown = [f"--{(prefix + name).replace('_', '-')}" for name in given if not hasattr(own, name)]
-    if unknown:
-        raise UserError(f"{unknown[0]} is no setting of this stage: leave it out.")
-    if "steps" in given:
-        try:
-            stage.process.schedule.respaced(given["steps"])
-        except ValueError as error:
-            option = f"--{prefix.replace('_', '-')}steps"
-            raise UserError(f"{option} is {given['steps']}, and {error}.") from None
-    if given.get("eta") and given.get("sampler", own.sampler) != "ddim":
-        raise UserError(
-            f"--eta is for the sampler ddim, and the decoder's is {given.get('sampler', own.sampler)}: add --sampler ddim, or leave --eta out."
-        )
-    if not 1 <= given.get("guidance_scale", 1) < float("inf"):
-        raise UserError(
-            f"--{prefix.replace('_', '-')}guidance-scale is {given['guidance_scale']}: give 1 (no guidance) or more."
-        )
-    try:
-        return replace(own, **given)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def pick_device(name: str) -> str:
-    """ "auto" is a GPU where there is one, else the CPU; one sentence where the device that is named is not there."""
-    import torch
-
-    if name != "auto":
-        try:
-            torch.empty(1, device=name)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(
-                f"There is no device {name} here ({str(error).splitlines()[0]}): choose another with --device."
-            ) from None
-        return name
-    return (
-        "cuda"
-        if torch.cuda.is_available()
-        else "mps"
-        if torch.backends.mps.is_available()
-        else "cpu"
-    )

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from unclip_pl.cli.generate import GRID, upsamplers_of
-from unclip_pl.cli.options import SPACING, chosen, placement, seed, spacing, upsampling
+from unclip_pl.cli.options import placement, upsampling
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.options import SPACING_HELP, override_sampling, seed, spacing
 
 UNSAFE = r"[^-\w.,+ ]"
 """Of a label, what no file name has."""
@@ -32,7 +33,7 @@ def options(command: argparse.ArgumentParser, steps: str = "--steps") -> None:
         steps,
         dest="sampling_steps",
         type=spacing,
-        help=f"{SPACING}; by default {STEPS} from inverted noise, and the decoder's own from fresh",
+        help=f"{SPACING_HELP}; by default {STEPS} from inverted noise, and the decoder's own from fresh",
     )
     command.add_argument(
         "--guidance-scale",
@@ -104,18 +105,18 @@ class Studio:
             **placement(arguments),
         )
         stages = zip(self.unclip.cascade.sizes, self.unclip.cascade.stages)
-        self.upsampling = {size: chosen(arguments, stage, "upsampler_") for size, stage in stages}
+        self.upsampling = {
+            size: override_sampling(stage, vars(arguments), "upsampler_") for size, stage in stages
+        }
         self.size = self.unclip.decoder.net_config.image_size
         self.out.mkdir(parents=True, exist_ok=True)
 
     def sampling(self, eta: float | None = None) -> Any:
         """The decoder's settings with what the options say otherwise."""
-        given = argparse.Namespace(
-            **vars(self.arguments) | {"steps": self.arguments.sampling_steps, "eta": eta}
-        )
+        options = vars(self.arguments) | {"steps": self.arguments.sampling_steps, "eta": eta}
         if eta is not None:
-            given.sampler = given.sampler or "ddim"
-        return chosen(given, self.unclip.decoder)
+            options["sampler"] = options["sampler"] or "ddim"
+        return override_sampling(self.unclip.decoder, options)
 
     def following(self, latent: Any, eta: float | None = None) -> Any:
         """The settings that draw a latent again, left where the options say so."""
@@ -213,7 +214,7 @@ class Studio:
         heads: Sequence[str] | None = None,
     ) -> None:
         """The labelled figure, its path on stdout; pictures wider together than GRID pixels are shown smaller."""
-        from unclip_pl.utils.images import grid, shrink, save_png
+        from unclip_pl.utils.images import grid, save_png, shrink
 
         side = max(self.size, GRID // max(len(row) for row in rows))
         print(

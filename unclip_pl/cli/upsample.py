@@ -4,8 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from unclip_pl.cli.options import Command, chosen, placement, seed, upsampling
+from unclip_pl.cli.options import Command, placement, upsampling
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.options import override_sampling, seed
 
 
 def add(command: Command) -> None:
@@ -63,7 +64,7 @@ def run_upsample(arguments: argparse.Namespace) -> None:
 
     from unclip_pl.pipeline.cascade import Cascade
     from unclip_pl.pipeline.weights import load_upsamplers
-    from unclip_pl.utils.images import load_image, shrink, save_png
+    from unclip_pl.utils.images import load_image, save_png, shrink
 
     pictures = [load_image(path)[None] for path in arguments.images]
     sides = [max(picture.shape[-2:]) for picture in pictures]
@@ -74,7 +75,10 @@ def run_upsample(arguments: argparse.Namespace) -> None:
     where = placement(arguments)
     paths = [arguments.upsampler_256 or "256", arguments.upsampler_1024 or "1024"]
     cascade = Cascade(load_upsamplers(paths), **where)
-    by_size = {size: chosen(arguments, stage) for size, stage in zip(cascade.sizes, cascade.stages)}
+    by_size = {
+        size: override_sampling(stage, vars(arguments))
+        for size, stage in zip(cascade.sizes, cascade.stages)
+    }
     names = dict(zip(cascade.sizes, paths))
     arguments.out.mkdir(parents=True, exist_ok=True)
     written: set[Path] = set()

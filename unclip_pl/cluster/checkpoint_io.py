@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from unclip_pl.cluster.sharded_checkpoint import META, Target, is_whole, read_folder, whole
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.files import DISK_ERRORS, atomic_file, underlying_os_error, remove
+from unclip_pl.utils.files import DISK_ERRORS, atomic_file, remove, underlying_os_error
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -13,9 +13,9 @@ from unclip_pl.utils.signals import (
     EXIT_CODES,
     REQUEST_OF_SIGNAL,
     StopRequest,
-    write_exit_reason,
     request_stop,
     stop_state,
+    write_exit_reason,
 )
 
 MOST_STEPS = 1000  # between two questions

@@ -79,7 +79,9 @@ class UnCLIP:
             )
         self.device = canonical_device(device)
         self.offload = offload
-        self.precision = supported_precision(precision, self.device)  # warns where the device does not have it
+        self.precision = supported_precision(
+            precision, self.device
+        )  # warns where the device does not have it
         home = torch.device("cpu") if offload else self.device
         self.clip = _shared_clip(decoder, prior, clip, home)
         _warn_without_variance(prior)

@@ -118,21 +118,3 @@ def ignore_signals_in_worker(worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=wait_for_parent, daemon=True).start()
-
-
-def rank() -> int:
-    """Of this process, from what torchrun, srun and Lightning set."""
-    return int(
-        os.environ.get("RANK")
-        or os.environ.get("SLURM_PROCID")
-        or os.environ.get("LOCAL_RANK")
-        or 0
-    )
-
-
-def rank_and_host() -> str:
-    """ " (rank 3 on node7)" in a job of several processes, else "", for error messages."""
-    several = (
-        os.environ.get("SLURM_NTASKS", "1") != "1" or "LOCAL_RANK" in os.environ
-    )  # Lightning removes its WORLD_SIZE at a run's end
-    return f" (rank {rank()} on {socket.gethostname()})" if several else ""

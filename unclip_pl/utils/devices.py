@@ -1,0 +1,28 @@
+"""Which device a command works on."""
+
+from unclip_pl.utils.errors import UserError
+
+
+def pick_device(name: str = "auto") -> str:
+    """The device of a name, as torch writes it.
+
+    Args:
+        name: "cpu", "cuda", "cuda:1", "mps" ...; "auto" is a GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    import torch
+
+    if name != "auto":
+        try:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"There is no device {name} here ({reason}): choose another with --device."
+            ) from None
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
