@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from unclip_pl.cli.lightning import find_config
+from unclip_pl.cli.configs import find_config
 from unclip_pl.cli.unclip import parser
 from unclip_pl.data.shards import expand
 

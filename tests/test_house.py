@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -35,14 +36,15 @@ def room(module: str) -> str | None:
     return inside[0] if inside else None
 
 
-def imports(path: Path) -> set[str]:
+def imports(path: Path, packages: tuple[str, ...] = ("unclip_pl",)) -> set[str]:
+    """Modules of these packages that a file imports, and names in them, lazy imports included."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] == "unclip_pl"}
+    return {name for name in found if name.split(".")[0] in packages}
 
 
 def violations(path: Path, module: str) -> list[str]:
@@ -77,6 +79,26 @@ def test_the_import_test_can_fail(tmp_path):
     late = tmp_path / "sweep.py"
     late.write_text("def run():\n    from unclip_pl.cli import options\n")
     assert violations(late, "eval.sweep")
+
+
+def import_graph(files: dict[str, Path]) -> dict[str, set[str]]:
+    """The files that each file imports, by module names, lazy imports included."""
+    packages = ("unclip_pl", "eval")
+    return {module: {*files} & imports(path, packages) - {module} for module, path in files.items()}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    files = {module_of(path): path for path in FILES}
+    TopologicalSorter(import_graph(files)).prepare()
+
+
+def test_the_circle_test_can_fail(tmp_path):
+    one, other = tmp_path / "one.py", tmp_path / "other.py"
+    one.write_text("from unclip_pl.cli.other import name\n")
+    other.write_text("def late():\n    from unclip_pl.cli import one\n")
+    graph = import_graph({"unclip_pl.cli.one": one, "unclip_pl.cli.other": other})
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph).prepare()
 
 
 def test_the_package_does_not_know_what_judges_it():

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from tests.conftest import ROOT
-from unclip_pl.cli.lightning import build_cli, find_configs
+from unclip_pl.cli.configs import find_configs
+from unclip_pl.cli.lightning_cli import build_cli
 
 VIT_H = "lightning_config/clip/ViT-H-14.yaml"
 ADAM = "model.optimizer"

@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import ROOT, SHARED
 from tests.slurmkit import QUIET, Job, Slurm, shell
-from unclip_pl.cli.lightning import build_cli
+from unclip_pl.cli.lightning_cli import build_cli
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 
 LOCAL = SHARED / "slurm" / "local-slurm"

@@ -19,7 +19,10 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from tests.cluster.forks import Ranks
 from tests.conftest import ROOT
-from unclip_pl.cli.lightning import build_cli, find_config, find_configs, main, resume, sentence
+from unclip_pl.cli.configs import find_config, find_configs
+from unclip_pl.cli.lightning import expand_resume, main
+from unclip_pl.cli.lightning_cli import build_cli
+from unclip_pl.cli.messages import to_sentence
 from unclip_pl.cluster.sharded import ShardedStrategy
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.stages.decoder import Decoder
@@ -234,7 +237,7 @@ def test_start_of_a_key_is_no_key(capsys):
 )
 def test_resume_takes_a_file_or_auto_and_no_flag(given, value):
     flags = [word for word in given if not word.startswith("--resume") and word != value]
-    assert resume(["fit", *given]) == ["fit", *flags, "--ckpt_path", f"resume:{value}"]
+    assert expand_resume(["fit", *given]) == ["fit", *flags, "--ckpt_path", f"resume:{value}"]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +290,7 @@ def test_stage_files_are_found_from_any_folder(tmp_path, monkeypatch):
 
 def test_sentence_keeps_other_messages():
     given = 'Parser key "lr":\n  Expected a float. Got value: fast'
-    assert sentence(given) == 'Parser key "lr": Expected a float. Got value: fast'
+    assert to_sentence(given) == 'Parser key "lr": Expected a float. Got value: fast'
 
 
 def test_impossible_value_is_one_sentence(capsys):

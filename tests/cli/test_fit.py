@@ -14,7 +14,8 @@ from PIL import Image
 
 from tests.cluster.forks import Ranks
 from tests.disk import read_only
-from unclip_pl.cli.lightning import build_cli, main, resume
+from unclip_pl.cli.lightning import expand_resume, main
+from unclip_pl.cli.lightning_cli import build_cli
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.data import openmoji
 
@@ -104,7 +105,7 @@ def killed(whole, shards, tmp_path_factory):
             ".newest-step=20.ckpt"
         ] * (when == "save")
         assert newest_checkpoint(folder).name == f"newest-step={(step - 1) // 4 * 4}.ckpt"
-    build_cli(resume(arguments(folder, shards, *flags, *diary(folder))))
+    build_cli(expand_resume(arguments(folder, shards, *flags, *diary(folder))))
     return folder
 
 
@@ -215,7 +216,7 @@ def test_fine_tuning_starts_from_the_averaged_weights_with_a_new_optimiser_and_g
     for name in theirs["state_dict"]:  # at a learning rate of 0 a step leaves what it began with
         assert torch.equal(ours["state_dict"][name], theirs["state_dict"][name]), name
     build_cli(
-        resume(
+        expand_resume(
             arguments(
                 tmp_path, shards, "--init", "gone.ckpt", *flags[2:-1], "2", "--resume", "auto"
             )

@@ -168,7 +168,7 @@ def test_callback_waits_for_its_steps_also_after_a_resume():
 
 
 def test_callback_is_one_of_lightnings_and_its_yaml_builds():
-    from unclip_pl.cli.lightning import build_cli
+    from unclip_pl.cli.lightning_cli import build_cli
 
     flag = [
         "--trainer.callbacks+",

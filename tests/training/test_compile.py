@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from tests.networks.test_compilation import batch, decoder
-from unclip_pl.cli.lightning import build_cli
+from unclip_pl.cli.lightning_cli import build_cli
 from unclip_pl.cluster.checkpoint_io import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from unclip_pl.networks.compilation import compile_blocks
 from unclip_pl.networks.layers import Block

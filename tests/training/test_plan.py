@@ -8,7 +8,7 @@ import pytest
 
 from unclip_pl import planner as plan
 from unclip_pl.cli import unclip as app
-from unclip_pl.cli.plan import configured
+from unclip_pl.cli.plan import build_on_meta
 
 # Counted by walking GLIDE's and guided-diffusion's networks by hand: GFLOP of a training step a
 # sample; parameters; H100 hours of the paper's run at MFU 0.5.
@@ -20,7 +20,7 @@ BY_HAND = {
 
 @functools.cache
 def planned(name):
-    stage, data, steps = configured(f"stages/paper/{name}.yaml", [])
+    stage, data, steps = build_on_meta(f"stages/paper/{name}.yaml", [])
     return plan.count(stage, getattr(data, "crop", None)), data.config.batch_size, steps, stage
 
 
@@ -82,7 +82,7 @@ def test_state_is_20_bytes_a_parameter_and_fsdp_shares_it_out():
 def test_a_clip_in_the_loop_takes_memory_and_time():
     """Its text tower gives token states at each step; LAION's ViT-H has 24 x 1024 for 77 tokens."""
     overlays = ["lightning_config/clip/ViT-H-14.yaml"]
-    stage, data, _ = configured("stages/diffusion_prior.yaml", overlays)
+    stage, data, _ = build_on_meta("stages/diffusion_prior.yaml", overlays)
     assert data.text_states
     alone, both = plan.count(stage), plan.count(stage, clip=data.clip.config)
     tokens, width, depth = 77, 1024, 24

@@ -7,7 +7,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from tests.factories import tiny_stage
 from tests.training.toy import Toy, command, loader, trainer
-from unclip_pl.cli.lightning import build_cli, main
+from unclip_pl.cli.lightning import main
+from unclip_pl.cli.lightning_cli import build_cli
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.settings import settings_of

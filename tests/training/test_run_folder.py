@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.training.toy import command
-from unclip_pl.cli.lightning import build_cli, main, resume
+from unclip_pl.cli.lightning import expand_resume, main
+from unclip_pl.cli.lightning_cli import build_cli
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.training.run_folder import claimed, find_checkpoint, refuse_another, set_aside
 from unclip_pl.utils.errors import SharedError, UserError
@@ -142,5 +143,5 @@ def test_names_of_checkpoints(first, tmp_path):
 
 def test_last_is_where_a_run_goes_on(first, tmp_path):
     folder = shutil.copytree(first, tmp_path / "run")
-    build_cli(resume(command(folder, "--ckpt_path", "last", steps=5)))
+    build_cli(expand_resume(command(folder, "--ckpt_path", "last", steps=5)))
     assert read_checkpoint(newest_checkpoint(folder))["global_step"] == 5

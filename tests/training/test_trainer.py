@@ -11,7 +11,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, ProgressBar
 
 from tests.training.toy import command
-from unclip_pl.cli.lightning import build_cli, main, resume
+from unclip_pl.cli.lightning import expand_resume, main
+from unclip_pl.cli.lightning_cli import build_cli
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.training.progress import Progress
 
@@ -61,7 +62,7 @@ def test_a_fraction_is_a_fraction(tmp_path):
 
 def test_overfitting_holds_the_first_batches(tmp_path):
     def keys(folder, *flags: str, steps: int) -> list:
-        return count(build_cli(resume(command(folder, *WATCHED, *flags, steps=steps)))).keys
+        return count(build_cli(expand_resume(command(folder, *WATCHED, *flags, steps=steps)))).keys
 
     hold = ["--trainer.overfit_batches", "2"]
     first, second = keys(tmp_path / "all", steps=2)

@@ -8,7 +8,9 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from tests.training.toy import Toy, command, loader, trainer
 from unclip_pl import UnCLIP
-from unclip_pl.cli.lightning import build_cli, find_configs, main
+from unclip_pl.cli.configs import find_configs
+from unclip_pl.cli.lightning import main
+from unclip_pl.cli.lightning_cli import build_cli
 from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.utils import precision

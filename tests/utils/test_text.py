@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tests.data.shardkit import FakeCLIP, picture, write_tar
-from unclip_pl.cli.generate import prompts_of
+from unclip_pl.cli.generate import read_prompts
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.loader import LoaderConfig, Samples, TrainLoader
@@ -59,11 +59,8 @@ def test_names_in_a_tar_and_of_a_tar_need_not_be_unicode(tmp_path):
 
 @pytest.mark.parametrize("argument", [b"caf\xe9", "café".encode(), b"nul in a \x01 file"])
 def test_prompts_are_repaired_when_they_are_read(argument, tmp_path):
-    from argparse import Namespace
-
     (tmp_path / "prompts.txt").write_text("a\0b\n\nfox\n")
-    given = Namespace(prompts=[os.fsdecode(argument)], file=tmp_path / "prompts.txt")
-    prompts = prompts_of(given)
+    prompts = read_prompts([os.fsdecode(argument)], tmp_path / "prompts.txt")
     assert prompts[1:] == ["a b", "fox"]
     assert "".join(prompts).encode() and all(c.isprintable() for c in "".join(prompts))
 

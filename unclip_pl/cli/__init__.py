@@ -1,1 +1,5 @@
-"""The subcommands of `unclip`, a file for each family. Each parses, calls, prints; `add` needs no torch, `run_*` imports it late."""
+"""The command lines `lightning` and `unclip`; of `unclip`, a file per command.
+
+A command has two functions. `add` declares its options and imports no torch, so that `--help`
+answers at once. `run` gets the parsed options, imports what it needs, and prints what it wrote.
+"""

@@ -1,21 +1,20 @@
-"""`unclip data openmoji | verify | import`: data drawn, checked and taken over."""
+"""`unclip data openmoji | verify | import`: draw, check and import data."""
 
 import argparse
 from pathlib import Path
 
-from unclip_pl.cli.options import Command
+from unclip_pl.cli.options import AddCommand
 from unclip_pl.utils.devices import pick_device
 from unclip_pl.utils.errors import UserError
 
 
-def add(command: Command) -> None:
-    """The commands, under `unclip data`."""
+def add(command: AddCommand) -> None:
     openmoji = command(
         "openmoji",
         run_openmoji,
         "Draw the OpenMoji data set as tar shards (CC BY-SA 4.0, openmoji.org).",
     )
-    openmoji.add_argument("--image-size", type=int, default=64, help="pixels a side")
+    openmoji.add_argument("--image-size", type=int, default=64, help="pixels per side")
     openmoji.add_argument(
         "--line", action="store_true", help="their black lines only: the data set openmoji-line"
     )
@@ -33,59 +32,61 @@ def add(command: Command) -> None:
         nargs="+",
         help="the tar shards it was made from; by default those its manifest names",
     )
-    take = command(
+    importing = command(
         "import",
         run_import,
-        "Take raw CLIP embeddings over into a store: of clip-retrieval's folder, or .npy members of the tars.",
+        "Import raw CLIP embeddings into a store: from clip-retrieval's folder, or from .npy "
+        "members of the tars.",
     )
-    take.add_argument(
+    importing.add_argument(
         "source",
         nargs="?",
         type=Path,
         help="clip-retrieval's output folder; without it the embeddings are members of the tars",
     )
-    take.add_argument(
+    importing.add_argument(
         "--store", type=Path, required=True, help="the store's folder; goes on where it stopped"
     )
-    take.add_argument(
+    importing.add_argument(
         "--shards",
         nargs="+",
         required=True,
         help="the tar shards, spelled as data.train and data.val will spell them",
     )
-    take.add_argument(
+    importing.add_argument(
         "--key-column", help="the metadata's column of keys, with a source (default: image_path)"
     )
-    take.add_argument(
+    importing.add_argument(
         "--image-key",
         help="ending of the image embeddings' members, without a source (default: img_emb.npy)",
     )
-    take.add_argument(
+    importing.add_argument(
         "--text-key",
-        help="ending of the text embeddings' members, without a source; by default they are computed",
+        help="ending of the text embeddings' members, without a source; by default they are "
+        "computed",
     )
-    take.add_argument(
+    importing.add_argument(
         "--clip-model",
         default="openmoji",
         help="as data.clip.model: openmoji, a name of open_clip, or local-dir:/folder",
     )
-    take.add_argument(
+    importing.add_argument(
         "--clip-pretrained",
         help="as data.clip.pretrained: a tag or a weights file, with a name of open_clip",
     )
-    take.add_argument("--clip-precision", default="fp32", help="as data.clip.precision")
-    take.add_argument(
+    importing.add_argument("--clip-precision", default="fp32", help="as data.clip.precision")
+    importing.add_argument(
         "--embed-missing",
         action="store_true",
         help="embed the samples that have no row, which is an error otherwise",
     )
-    take.add_argument(
+    importing.add_argument(
         "--max-bad-rate",
         type=float,
         default=0.01,
         help="largest share of samples that cannot be used",
     )
-    take.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
+    importing.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
 
 
 def run_openmoji(arguments: argparse.Namespace) -> None:
@@ -99,18 +100,18 @@ def run_verify(arguments: argparse.Namespace) -> None:
     from unclip_pl.data.shards import expand
     from unclip_pl.data.verify import verify
 
+    shards = expand(arguments.shards) if arguments.shards else None
     notes: list[str] = []
-    problems = verify(
-        arguments.store, expand(arguments.shards) if arguments.shards else None, notes=notes
-    )
+    problems = verify(arguments.store, shards, notes=notes)
     for line in [*(f"note: {note}" for note in notes), *problems]:
         print(line)
     if problems:
         raise UserError(
-            f"{len(problems)} problems in {arguments.store}: delete the .safetensors files that lines begin with, never a .tar, "
-            "then fill the store again; whole shards are kept."
+            f"{len(problems)} problems in {arguments.store}: delete the .safetensors files that "
+            "lines begin with, never a .tar, then fill the store again; whole shards are kept."
         )
-    print(f"{arguments.store} is whole{', but for images that cannot be used' if notes else ''}.")
+    exception = ", but for images that cannot be used" if notes else ""
+    print(f"{arguments.store} is whole{exception}.")
 
 
 def run_import(arguments: argparse.Namespace) -> None:
@@ -120,17 +121,17 @@ def run_import(arguments: argparse.Namespace) -> None:
 
     if arguments.source and (arguments.image_key or arguments.text_key):
         raise UserError(
-            f"--image-key and --text-key name members of the tars, and {arguments.source} is given as the source: leave one of them away."
+            "--image-key and --text-key name members of the tars, and "
+            f"{arguments.source} is given as the source: leave one of them out."
         )
     if arguments.key_column and not arguments.source:
         raise UserError(
-            "--key-column names a column of a source's metadata, and no source is given: give clip-retrieval's output folder."
+            "--key-column names a column of a source's metadata, and no source is given: give "
+            "clip-retrieval's output folder."
         )
     shards = expand(arguments.shards)
-    clip = FrozenCLIP(
-        CLIPConfig(arguments.clip_model, arguments.clip_pretrained, arguments.clip_precision),
-        pick_device(arguments.device),
-    )
+    config = CLIPConfig(arguments.clip_model, arguments.clip_pretrained, arguments.clip_precision)
+    clip = FrozenCLIP(config, pick_device(arguments.device))
     source: RetrievalFolder | TarMembers
     if arguments.source:
         source = RetrievalFolder(arguments.source, arguments.key_column or "image_path")

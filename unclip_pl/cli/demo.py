@@ -1,7 +1,8 @@
 """`make demo`: the weights in the package learn to draw in black lines, in some minutes.
 
-OpenMoji's lines are drawn and embedded, the decoder and the diffusion prior of the package are trained
-on them, and captions are drawn by both. One caption is drawn at 64, 256 and 1024 pixels as well.
+OpenMoji's lines are drawn and embedded, the decoder and the diffusion prior of the package are
+trained on them, and captions are drawn by both. One caption is drawn at 64, 256 and 1024 pixels as
+well.
 """
 
 import sys
@@ -27,7 +28,7 @@ SOURCE = "OpenMoji, CC BY-SA 4.0, openmoji.org"
 
 
 def main() -> int:
-    """Train briefly (going on where an earlier demo stopped), draw the pictures, say what was done."""
+    """Train briefly, or go on where an earlier demo stopped; draw pictures; report."""
     start = time.monotonic()
     for stage in STAGES:
         if code := train(stage):
@@ -38,23 +39,31 @@ def main() -> int:
     except UserError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
+    training, drawing = trained - start, time.monotonic() - trained
     print(report)
     print(f"""
-Data, embeddings and training took {trained - start:.0f} s, drawing {time.monotonic() - trained:.0f} s.
-  {ROOT}/demo.png     line drawings that were held out, and what yours draws from their CLIP embeddings
+Data, embeddings and training took {training:.0f} s, drawing {drawing:.0f} s.
+  {ROOT}/demo.png     held-out line drawings, and what yours draws from their CLIP embeddings
   {ROOT}/prompts.png  captions as the package draws them, and as yours does
-  {ROOT}/cascade.png  one caption at 64, 256 and 1024 pixels, shown at one size, by the package
+  {ROOT}/cascade.png  one caption at 64, 256 and 1024 pixels, shown at one size
   {ROOT}/decoder/pictures/    what yours drew while it trained
 
 To go on (with `source .venv/bin/activate` first):
-  unclip generate "man cook, dark skin tone" --grid            pictures of a caption of your own
-  unclip generate "man cook, dark skin tone" --size 1024 --num-images 1        through both upsamplers
-  unclip generate fox --decoder {newest("decoder")} --prior {newest("diffusion_prior")}
-  unclip upsample PICTURE.png --size 1024                      a picture of your own, drawn larger
-  unclip vary PICTURE.png --out out                            variations of a picture of your own
-  lightning fit -c stages/decoder.yaml                         a decoder of your own from nothing
-  lightning fit -c stages/decoder.yaml --resume auto           go on where it stopped
-  tensorboard --logdir runs""")
+  pictures of your own caption
+    unclip generate "man cook, dark skin tone" --grid
+  through both upsamplers
+    unclip generate "man cook, dark skin tone" --size 1024 --num-images 1
+  with your decoder and your prior
+    unclip generate fox --decoder {newest("decoder")} --prior {newest("diffusion_prior")}
+  your own picture, drawn larger
+    unclip upsample PICTURE.png --size 1024
+  variations of your own picture
+    unclip vary PICTURE.png --out out
+  train a decoder from scratch, or go on where it stopped
+    lightning fit -c stages/decoder.yaml
+    lightning fit -c stages/decoder.yaml --resume auto
+  watch it
+    tensorboard --logdir runs""")
     return 0
 
 
@@ -64,10 +73,9 @@ def train(stage: str) -> int:
     from unclip_pl.utils.precision import supported_precision
 
     weights = DEFAULT_DECODER if stage == "decoder" else DEFAULT_PRIORS["diffusion"]
-    overlay = (
-        "lightning_config/demo.yaml" if stage == "decoder" else "lightning_config/demo_prior.yaml"
-    )
-    command = ["fit", "-c", f"stages/{stage}.yaml", "-c", overlay, "--init", str(weights)]
+    overlay = "demo.yaml" if stage == "decoder" else "demo_prior.yaml"
+    configs = ["-c", f"stages/{stage}.yaml", "-c", f"lightning_config/{overlay}"]
+    command = ["fit", *configs, "--init", str(weights)]
     print(f"\n{stage}: lightning {' '.join(command)}", file=sys.stderr)
     precision = supported_precision("bf16-mixed", fallback="32-true")
     folder = ["--trainer.default_root_dir", str(STAGES[stage]), "--trainer.precision", precision]
@@ -75,22 +83,22 @@ def train(stage: str) -> int:
 
 
 def newest(stage: str) -> Path:
-    """The checkpoint that the demo's own training left."""
+    """The newest checkpoint of the demo's own training."""
     from unclip_pl.cluster.checkpoint_io import newest_checkpoint
 
-    found = newest_checkpoint(STAGES[stage])
-    if found is None:
+    checkpoint = newest_checkpoint(STAGES[stage])
+    if checkpoint is None:
         raise UserError(f"{STAGES[stage]} holds no checkpoint: run the demo again.")
-    return found
+    return checkpoint
 
 
 def steps(stage: str) -> str:
-    """How many steps the demo's own training made, in words."""
+    """How many steps the demo's own training made: "300 steps"."""
     return f"{newest(stage).stem.split('=')[1]} steps"
 
 
 def draw_held_out(count: int = 8) -> str:
-    """Line drawings that were held out, and what each decoder draws of their embeddings; a report."""
+    """Held-out line drawings, and what each decoder draws from their embeddings; a report."""
     import torch
 
     from unclip_pl.clip.frozen import CLIPConfig
@@ -118,7 +126,7 @@ def draw_held_out(count: int = 8) -> str:
 
 
 def draw_prompts() -> str:
-    """`PROMPTS` by the package's prior and decoder and by the demo's; a report in words."""
+    """`PROMPTS` drawn by the package's prior and decoder, and by the demo's; a report."""
     import torch
 
     from unclip_pl.pipeline.unclip import UnCLIP
@@ -134,17 +142,13 @@ def draw_prompts() -> str:
             right = unclip.clip.similarity(drawn, texts).argmax(1).eq(torch.arange(len(PROMPTS)))
         lines.append(f"{name}: of {len(PROMPTS)} captions, CLIP finds {int(right.sum())}")
     captions = ", ".join(PROMPTS)
-    save_png(
-        grid(list(rows.values()), list(rows)), ROOT / "prompts.png", prompts=captions, source=SOURCE
-    )
+    picture = grid(list(rows.values()), list(rows))
+    save_png(picture, ROOT / "prompts.png", prompts=captions, source=SOURCE)
     return "\n".join([*lines, f"Captions: {captions}"])
 
 
 def draw_cascade(prompt: str = "couple with heart") -> str:
-    """A caption at 64, 256 and 1024 pixels by the package's weights, all shown at the largest size.
-
-    Returns a report in words.
-    """
+    """A caption at 64, 256 and 1024 pixels, all shown at the largest size; a report."""
     import torch
     import torch.nn.functional as F
 
@@ -156,15 +160,12 @@ def draw_cascade(prompt: str = "couple with heart") -> str:
     drawn: list[torch.Tensor] = []
     for size in sizes:
         start = time.monotonic()
-        drawn.append(
-            unclip.upsample(drawn[-1], [0], 4)
-            if drawn
-            else unclip.generate([prompt], [0], size=size)
-        )
+        if drawn:
+            drawn.append(unclip.upsample(drawn[-1], [0], 4))
+        else:
+            drawn.append(unclip.generate([prompt], [0], size=size))
         seconds.append(f"{size} pixels in {time.monotonic() - start:.0f} s")
-    shown = [
-        F.interpolate(images, sizes[-1], mode="nearest") for images in drawn
-    ]  # the pixels as they are, only larger
+    shown = [F.interpolate(images, sizes[-1], mode="nearest") for images in drawn]
     save_png(grid([torch.cat(shown)]), ROOT / "cascade.png", prompt=prompt, seed="0", source=SOURCE)
     return f"Cascade in the package: {prompt}: {', '.join(seconds)}"
 

@@ -3,24 +3,24 @@
 import argparse
 from pathlib import Path
 
-from unclip_pl.cli.options import Command
+from unclip_pl.cli.options import AddCommand
 
 
-def add(command: Command) -> None:
-    """The command."""
-    export = command(
+def add(command: AddCommand) -> None:
+    parser = command(
         "export",
-        run_export,
-        "Make a release (or, of a CLIP stage, an open_clip folder) from a checkpoint: EMA weights, no code in it.",
+        run,
+        "Make a release (or, of a CLIP stage, an open_clip folder) from a checkpoint: EMA weights, "
+        "no code in it.",
     )
-    export.add_argument("checkpoint", type=Path)
-    export.add_argument("--out", type=Path, required=True, help="the new folder")
-    export.add_argument(
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="the new folder")
+    parser.add_argument(
         "--card", type=Path, help="a Markdown file that becomes the release's README.md"
     )
 
 
-def run_export(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     from unclip_pl.clip.frozen import save_clip
     from unclip_pl.pipeline import release
     from unclip_pl.pipeline.weights import load_stage, read_weights

@@ -1,126 +1,94 @@
 """`unclip generate`: pictures from captions."""
 
 import argparse
+import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unclip_pl.cli.options import Command, drawing, placement, upsampling
+from unclip_pl.cli.options import (
+    AddCommand,
+    add_decoder_option,
+    add_device_options,
+    add_output_options,
+    add_size_option,
+    add_upsampler_options,
+    device_kwargs,
+    override_upsampling,
+    read_file,
+    require_minimum,
+    upsampler_paths,
+)
+from unclip_pl.cli.pictures import GRID_PIXELS, load_square
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.options import (
     add_prior_option,
     add_prior_sampling_options,
+    add_sampling_options,
     override_sampling,
 )
 from unclip_pl.utils.text import repair_text
 
-GRID = 2048
-NAME = 150  # bytes of a prompt in the name of a file, which has 255 at most
+NAME_BYTES = 150
+"""Bytes of a prompt in the name of a file, which has 255 at most."""
+STRENGTH = 0.7
+PRIOR_OPTIONS = (
+    "prior",
+    "prior_guidance_scale",
+    "prior_steps",
+    "prior_sampler",
+    "prior_temperature",
+    "prior_top_p",
+)
 
 
-def add(command: Command) -> None:
-    """The command."""
-    generate = command(
+def add(command: AddCommand) -> None:
+    parser = command(
         "generate",
-        run_generate,
-        "Draw pictures from captions: a prior makes a CLIP image embedding of each, the decoder draws it.",
+        run,
+        "Draw pictures from captions: a prior makes a CLIP image embedding of each, the decoder "
+        "draws it.",
     )
-    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="captions")
-    generate.add_argument("--file", type=Path, help="a UTF-8 text file with one more prompt a line")
-    generate.add_argument(
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="captions")
+    parser.add_argument("--file", type=Path, help="a UTF-8 text file with one more prompt per line")
+    parser.add_argument(
         "--condition",
         choices=["prior", "text", "caption"],
         default="prior",
-        help="what the decoder has for an image embedding: the prior's, CLIP's text embedding in its place, or none",
+        help="what the decoder gets as its image embedding: the prior's, CLIP's text embedding, "
+        "or none",
     )
-    add_prior_option(generate)
-    add_prior_sampling_options(generate)
-    drawing(generate, "pictures of each prompt")
-    generate.add_argument(
+    add_prior_option(parser)
+    add_prior_sampling_options(parser)
+    parser.add_argument("--num-images", type=int, default=4, help="pictures of each prompt")
+    add_decoder_option(parser)
+    add_sampling_options(parser)
+    add_output_options(parser, "picture k of each prompt uses seed + k", "folder for the PNG files")
+    parser.add_argument(
         "--init",
         type=Path,
         help="a picture to start from, of any size (its centre square is taken)",
     )
-    generate.add_argument(
+    parser.add_argument(
         "--strength",
         type=float,
-        help="how much of --init is drawn anew, 0 (it stays) to 1 (nothing of it stays); by default 0.7",
+        help="how much of --init is drawn again, 0 (it stays) to 1 (nothing of it stays); by "
+        f"default {STRENGTH}",
     )
-    generate.add_argument(
-        "--size",
-        type=int,
-        choices=[64, 256, 1024],
-        default=64,
-        help="pixels a side; upsamplers draw the decoder's 64 larger",
-    )
-    upsampling(generate, "--upsampler-steps")
-    generate.add_argument("--batch-size", type=int, default=16, help="pictures drawn at a time")
-    generate.add_argument(
+    add_size_option(parser)
+    add_upsampler_options(parser, "--upsampler-steps")
+    add_device_options(parser)
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures drawn at a time")
+    parser.add_argument(
         "--grid",
         action="store_true",
-        help=f"also write grid.png, a row for each prompt, at most {GRID} pixels of pictures wide",
+        help=f"also write grid.png, a row for each prompt, at most {GRID_PIXELS} pixels of "
+        "pictures wide",
     )
 
 
-def prompts_of(arguments: argparse.Namespace) -> list[str]:
-    """The prompts as arguments and of the file, without empty lines; one sentence where there is none, or an empty one."""
-    prompts = [repair_text(prompt).strip() for prompt in arguments.prompts]
-    if any(not prompt for prompt in prompts):
-        raise UserError("A prompt is empty: write what the picture should show.")
-    if arguments.file:
-        try:
-            lines = repair_text(arguments.file.read_text(encoding="utf-8-sig")).splitlines()
-        except OSError as error:
-            raise UserError(
-                f"The file of prompts {arguments.file} cannot be read ({error.strerror}): check --file."
-            ) from None
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"The file of prompts {arguments.file} is not UTF-8 (byte {error.start}): save it as UTF-8."
-            ) from None
-        prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError("There is no prompt: write one, or name a file with one a line (--file).")
-    return list(dict.fromkeys(prompts))  # each once
-
-
-def from_picture(unclip: Any, arguments: argparse.Namespace) -> Any:
-    """What draws in the place of `unclip.decode`: from the picture --init, at --strength."""
-    from unclip_pl.cli.session import square
-    from unclip_pl.manipulate import image_to_image
-
-    image = square(arguments.init, unclip.decoder.net_config.image_size)
-    arguments.strength = 0.7 if arguments.strength is None else arguments.strength
-
-    def decode(embed: Any, seeds: Any, *rest: Any) -> Any:
-        return image_to_image(
-            unclip,
-            embed,
-            seeds,
-            *rest,
-            images=image.expand(len(seeds), -1, -1, -1),
-            strength=arguments.strength,
-        )
-
-    return decode
-
-
-def upsamplers_of(arguments: argparse.Namespace) -> list[str | Path]:
-    """What `UnCLIP.load` takes for the upsamplers that `--size` needs; one sentence where an option is of one that it does not."""
-    options = {"256": arguments.upsampler_256, "1024": arguments.upsampler_1024}
-    needed = [name for name in options if arguments.size >= int(name)]
-    of_others = {f"upsampler-{name}": path for name, path in options.items() if name not in needed}
-    of_all = {} if needed else {"upsampler-steps": arguments.upsampler_steps}
-    if idle := [name for name, value in (of_others | of_all).items() if value is not None]:
-        raise UserError(
-            f"--{idle[0]} is given, and pictures of {arguments.size} pixels need no such upsampler: leave it out, or ask for a larger --size."
-        )
-    return [options[name] or name for name in needed]
-
-
-def run_generate(arguments: argparse.Namespace) -> None:
-    import re
-
+def run(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
@@ -128,104 +96,136 @@ def run_generate(arguments: argparse.Namespace) -> None:
     from unclip_pl.pipeline.weights import DEFAULT_DECODER
     from unclip_pl.utils.images import grid, save_png, shrink
 
-    prompts = prompts_of(arguments)
+    prompts = read_prompts(arguments.prompts, arguments.file)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in ("num_images", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(arguments, name)}: give 1 or more."
-            )
-    of_prior = (
-        "prior",
-        "prior_guidance_scale",
-        "prior_steps",
-        "prior_sampler",
-        "prior_temperature",
-        "prior_top_p",
+    require_minimum(arguments, num_images=1, batch_size=1)
+    check_conditions(arguments)
+    prior = (arguments.prior or "diffusion") if arguments.condition == "prior" else None
+    upsamplers = upsampler_paths(arguments)
+    unclip = UnCLIP.load(
+        arguments.decoder or DEFAULT_DECODER,
+        prior,
+        upsamplers=upsamplers,
+        **device_kwargs(arguments),
     )
-    priors = [name for name in of_prior if getattr(arguments, name) is not None]
-    if priors and arguments.condition != "prior":
+    options = vars(arguments)
+    sampling = override_sampling(unclip.decoder, options)
+    upsampling = override_upsampling(unclip.cascade, arguments, "upsampler_")
+    prior_sampling = None
+    if unclip.prior:
+        prior_sampling = override_sampling(unclip.prior, options, "prior_")
+    warn_of_cut_prompts(unclip, prompts)
+
+    decode, start = None, ""
+    if arguments.init is not None:
+        strength = STRENGTH if arguments.strength is None else arguments.strength
+        decode = decode_from_picture(unclip, arguments.init, strength)
+        start = f"start {arguments.init.name} at strength {strength}, "
+    decoder = arguments.decoder or "of the package"
+    settings = (
+        f"generate, {start}condition {arguments.condition}, prior {prior} {prior_sampling}, "
+        f"decoder {decoder} {sampling}"
+    )
+    for path, stage_sampling in zip(upsamplers, upsampling.values()):
+        settings += f", upsampler {path} {stage_sampling}"
+
+    names = file_names(prompts)
+    seeds = range(arguments.seed, arguments.seed + arguments.num_images)
+    samples = [(prompt, seed) for prompt in prompts for seed in seeds]
+    cell = max(unclip.sizes[0], GRID_PIXELS // arguments.num_images)
+    cells: list[torch.Tensor] = []
+    with tqdm(total=len(samples), unit="picture", file=sys.stderr) as bar:
+
+        def report(stage: str, step: int, steps: int) -> None:
+            bar.set_postfix_str(f"{stage} step {step}/{steps}")
+
+        for first in range(0, len(samples), arguments.batch_size):
+            batch = samples[first : first + arguments.batch_size]
+            images = unclip.generate(
+                [prompt for prompt, _ in batch],
+                [seed for _, seed in batch],
+                arguments.condition,
+                size=unclip.sizes[-1],
+                prior_sampling=prior_sampling,
+                sampling=sampling,
+                upsampling=upsampling,
+                decode=decode,
+                callback=report,
+            )
+            for (prompt, seed), image in zip(batch, images.cpu(), strict=True):
+                path = arguments.out / f"{names[prompt]}-{seed}.png"
+                save_png(image, path, prompt=prompt, seed=str(seed), unclip=settings)
+                bar.write(str(path), file=sys.stdout)
+                if arguments.grid:
+                    cells.append(shrink(image[None], cell))
+            bar.update(len(images))
+    if arguments.grid:
+        rows = list(torch.cat(cells).split(arguments.num_images))
+        path = arguments.out / "grid.png"
+        metadata = {"prompt": "; ".join(prompts), "seed": str(arguments.seed), "unclip": settings}
+        print(save_png(grid(rows, prompts), path, **metadata))
+
+
+def read_prompts(words: Sequence[str], file: Path | None) -> list[str]:
+    """The prompts of the command line and of the file, each once, without empty lines.
+
+    Raises:
+        UserError: there is no prompt, one is empty, or the file cannot be read.
+    """
+    prompts = [repair_text(word).strip() for word in words]
+    if not all(prompts):
+        raise UserError("A prompt is empty: write what the picture should show.")
+    if file:
+        lines = repair_text(read_file(file, "prompts")).splitlines()
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError("There is no prompt: write one, or name a file with one per line (--file).")
+    return list(dict.fromkeys(prompts))
+
+
+def check_conditions(arguments: argparse.Namespace) -> None:
+    """Raise a UserError if an option is for something that is not used."""
+    used = [name for name in PRIOR_OPTIONS if getattr(arguments, name) is not None]
+    if used and arguments.condition != "prior":
         raise UserError(
-            f"--{priors[0].replace('_', '-')} is given, and --condition {arguments.condition} uses no prior: leave one of them out."
+            f"--{used[0].replace('_', '-')} is given, and --condition {arguments.condition} uses "
+            "no prior: leave one of them out."
         )
     if arguments.strength is not None and arguments.init is None:
         raise UserError(
             "--strength is for --init: name a picture to start from, or leave --strength out."
         )
-    prior = (arguments.prior or "diffusion") if arguments.condition == "prior" else None
-    upsamplers = upsamplers_of(arguments)
-    unclip = UnCLIP.load(
-        arguments.decoder or DEFAULT_DECODER, prior, upsamplers=upsamplers, **placement(arguments)
-    )
-    decode = None if arguments.init is None else from_picture(unclip, arguments)
-    sampling = override_sampling(unclip.decoder, vars(arguments))
-    by_size = {
-        size: override_sampling(stage, vars(arguments), "upsampler_")
-        for size, stage in zip(unclip.cascade.sizes, unclip.cascade.stages)
-    }
-    prior_sampling = None
-    if unclip.prior:
-        prior_sampling = override_sampling(unclip.prior, vars(arguments), "prior_")
+
+
+def warn_of_cut_prompts(unclip: Any, prompts: Sequence[str]) -> None:
+    """A line on stderr for each prompt that is longer than CLIP reads."""
     for prompt in prompts:
         if cut := unclip.clip.cut(prompt):
             print(
-                f'unclip: "{prompt[:40]}..." is longer than CLIP reads ({unclip.clip.context_length} tokens), cut: "{cut}"',
+                f'unclip: "{prompt[:40]}..." is longer than CLIP reads '
+                f'({unclip.clip.context_length} tokens), cut: "{cut}"',
                 file=sys.stderr,
             )
-    todo = [(prompt, arguments.seed + k) for prompt in prompts for k in range(arguments.num_images)]
-    start = (
-        f"start {arguments.init.name} at strength {arguments.strength}, " if arguments.init else ""
-    )
-    settings = f"generate, {start}condition {arguments.condition}, prior {prior} {prior_sampling}, decoder {arguments.decoder or 'of the package'} {sampling}"
-    settings += "".join(
-        f", upsampler {path} {used}" for path, used in zip(upsamplers, by_size.values())
-    )
+
+
+def decode_from_picture(unclip: Any, path: Path, strength: float) -> Callable[..., Any]:
+    """A function in place of `unclip.decode` that starts from a picture; see `image_to_image`."""
+    from unclip_pl.manipulate import image_to_image
+
+    image = load_square(path, unclip.decoder.net_config.image_size)
+
+    def decode(embed: Any, seeds: Sequence[int], *rest: Any) -> Any:
+        images = image.expand(len(seeds), -1, -1, -1)
+        return image_to_image(unclip, embed, seeds, *rest, images=images, strength=strength)
+
+    return decode
+
+
+def file_names(prompts: Sequence[str]) -> dict[str, str]:
+    """A file's name for each prompt, without ending; prompts that look alike get a number."""
     names: dict[str, str] = {}
     for prompt in prompts:
-        name = (
-            re.sub(r"\W+", "-", prompt).strip("-")[:60].encode()[:NAME].decode(errors="ignore")
-            or "picture"
-        )
+        words = re.sub(r"\W+", "-", prompt).strip("-")[:60]
+        name = words.encode()[:NAME_BYTES].decode(errors="ignore") or "picture"
         names[prompt] = name if name not in names.values() else f"{name}-{len(names) + 1}"
-    drawn: list[torch.Tensor] = []
-    with tqdm(total=len(todo), unit="picture", file=sys.stderr) as bar:
-        for first in range(0, len(todo), arguments.batch_size):
-            captions, seeds = zip(*todo[first : first + arguments.batch_size], strict=True)
-            images = unclip.generate(
-                captions,
-                seeds,
-                arguments.condition,
-                size=unclip.sizes[-1],
-                prior_sampling=prior_sampling,
-                sampling=sampling,
-                upsampling=by_size,
-                decode=decode,
-                callback=lambda stage, step, steps: bar.set_postfix_str(
-                    f"{stage} step {step}/{steps}"
-                ),
-            )
-            for prompt, seed, image in zip(captions, seeds, images.cpu(), strict=True):
-                path = save_png(
-                    image,
-                    arguments.out / f"{names[prompt]}-{seed}.png",
-                    prompt=prompt,
-                    seed=str(seed),
-                    unclip=settings,
-                )
-                bar.write(str(path), file=sys.stdout)
-                if arguments.grid:
-                    drawn.append(
-                        shrink(image[None], max(unclip.sizes[0], GRID // arguments.num_images))
-                    )
-            bar.update(len(images))
-    if arguments.grid:
-        rows = list(torch.cat(drawn).split(arguments.num_images))
-        print(
-            save_png(
-                grid(rows, prompts),
-                arguments.out / "grid.png",
-                prompt="; ".join(prompts),
-                seed=str(arguments.seed),
-                unclip=settings,
-            )
-        )
+    return names

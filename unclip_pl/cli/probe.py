@@ -1,16 +1,24 @@
-"""`unclip probe pca | typographic`: what CLIP's embedding of a picture holds, seen by what a decoder draws from it (unCLIP section 4)."""
+"""`unclip probe pca | typographic`: what CLIP's embedding of a picture holds (unCLIP section 4).
+
+Both show it by what a decoder draws from the embedding.
+"""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from unclip_pl.cli.options import Command
-from unclip_pl.cli.session import Studio, at_least, check_files, enlarged, options
+from unclip_pl.cli.options import AddCommand, require_minimum
+from unclip_pl.cli.pictures import enlarge_like, require_files
+from unclip_pl.cli.session import Session, add_session_options
 from unclip_pl.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from unclip_pl.clip.frozen import FrozenCLIP
+    from unclip_pl.probe import PrincipalComponents
 
-def add(command: Command) -> None:
-    """The commands, under `unclip probe`."""
+
+def add(command: AddCommand) -> None:
     pca = command(
         "pca", run_pca, "Draw pictures from the first principal components of their CLIP embedding."
     )
@@ -25,53 +33,40 @@ def add(command: Command) -> None:
         "--components",
         type=int,
         nargs="+",
-        help="how many; by default the paper's 20 to 320 of 1024 scaled to the CLIP's dimensions, and all",
+        help="how many; by default the paper's 20 to 320 of 1024 scaled to the CLIP's dimensions, "
+        "and all",
     )
     pca.add_argument(
         "--store",
         type=Path,
-        help="embedding store to take the components of; by default that of OpenMoji, made if it is not there",
+        help="the embedding store whose components are taken; by default OpenMoji's, which is made "
+        "if it is missing",
     )
-    options(pca)
+    add_session_options(pca)
 
-    attack = command(
+    typographic = command(
         "typographic",
         run_typographic,
-        "Paste labels over a picture: what CLIP takes it for, beside what the decoder draws from its embedding.",
+        "Paste labels over a picture: what CLIP takes it for, next to what the decoder draws from "
+        "its embedding.",
     )
-    attack.add_argument(
+    typographic.add_argument(
         "image",
         type=Path,
         metavar="IMAGE",
         help="a picture of any size (the centre square is taken)",
     )
-    attack.add_argument("--object", required=True, help="what the picture shows, as a caption")
-    attack.add_argument(
+    typographic.add_argument("--object", required=True, help="what the picture shows, as a caption")
+    typographic.add_argument(
         "--label",
         nargs="+",
         required=True,
-        help="what to paste: each on a copy of its own, and each a caption that CLIP may choose",
+        help="what to paste: each on its own copy, and each a caption that CLIP may choose",
     )
-    attack.add_argument(
+    typographic.add_argument(
         "--num-images", type=int, default=4, help="variations of each copy; picture k uses seed + k"
     )
-    options(attack)
-
-
-def components(studio: Studio, store: Path | None) -> Any:
-    """The principal components of a store, which must be of the decoder's CLIP."""
-    from unclip_pl.clip.frozen import require_same
-    from unclip_pl.data.embeddings import EmbeddingStore
-    from unclip_pl.datamodules.modules import ImageEmbeddingData
-    from unclip_pl.probe import PrincipalComponents
-
-    if store is None:
-        data = ImageEmbeddingData(clip=studio.unclip.clip.config)
-        data.prepare_data()
-        return PrincipalComponents.from_statistics(data.store.statistics(data.train_shards))
-    found = EmbeddingStore(store)
-    require_same(found.manifest["clip"], studio.unclip.clip.fingerprint(), f"The store {store}")
-    return PrincipalComponents.from_statistics(found.statistics())
+    add_session_options(typographic)
 
 
 def run_pca(arguments: argparse.Namespace) -> None:
@@ -79,84 +74,112 @@ def run_pca(arguments: argparse.Namespace) -> None:
 
     from unclip_pl.probe import paper_dimensions
 
-    check_files(arguments.images)
-    studio = Studio(arguments)
-    unclip, sampling = studio.unclip, studio.sampling()
-    principal = components(studio, arguments.store)
+    require_files(arguments.images)
+    session = Session(arguments)
+    unclip, sampling = session.unclip, session.sampling()
+    principal = principal_components(unclip.clip, arguments.store)
     counts = arguments.components or [*paper_dimensions(principal.dim), principal.dim]
-    rows, labels = [], []
+    seeds = [arguments.seed] * len(counts)  # one noise, so that only the components differ
+    settings = f"probe pca, {sampling}"
+    rows = []
     for path in arguments.images:
-        original, z = studio.embed(path)
+        original, z = session.embed(path)
         embeds = torch.cat([principal.reconstruct(z, k) for k in counts])
-        seeds = [arguments.seed] * len(
-            counts
-        )  # one noise for all: what differs comes from the components
-        with studio.progress(path.name) as callback:
+        with session.progress(path.name) as callback:
             drawn = unclip.decode(embeds, seeds, None, sampling, callback)
-        near = unclip.clip.similarity(unclip.embed_images(drawn), z)[:, 0].tolist()
-        drawn = studio.finish(drawn, seeds)
-        studio.save(
-            drawn,
-            [f"{path.stem}-pca{k}" for k in counts],
-            source=path.name,
-            seed=str(arguments.seed),
-            unclip=f"probe pca, {sampling}",
-        )
-        for k, similarity in zip(counts, near, strict=True):
+        similarities = unclip.clip.similarity(unclip.embed_images(drawn), z)[:, 0].tolist()
+        drawn = session.upsample_to_size(drawn, seeds)
+        for k, image, similarity in zip(counts, drawn, similarities, strict=True):
+            metadata = {"source": path.name, "seed": str(arguments.seed), "unclip": settings}
+            session.save(image, f"{path.stem}-pca{k}", **metadata)
             print(
-                f"{path.name}: {k} components ({principal.explained_variance(k):.1%} of the variance): CLIP similarity of what is drawn {similarity:.3f}"
+                f"{path.name}: {k} components ({principal.explained_variance(k):.1%} of the "
+                f"variance): CLIP similarity of what is drawn {similarity:.3f}"
             )
-        rows.append(torch.cat([drawn, enlarged(original, drawn)]))
-        labels.append(path.stem)
-    studio.figure("pca", rows, labels, [*map(str, counts), "original"])
+        rows.append(torch.cat([drawn, enlarge_like(original, drawn)]))
+    labels = [path.stem for path in arguments.images]
+    session.save_figure("pca", rows, labels, [*map(str, counts), "original"])
+
+
+def principal_components(clip: "FrozenCLIP", store: Path | None) -> "PrincipalComponents":
+    """The principal components of a store's image embeddings.
+
+    Args:
+        clip: the CLIP that the store must be of.
+        store: its folder; None: OpenMoji's, which is made if it is missing.
+
+    Raises:
+        UserError: the store is damaged, or of another CLIP.
+    """
+    from unclip_pl.clip.frozen import require_same
+    from unclip_pl.data.embeddings import EmbeddingStore
+    from unclip_pl.datamodules.modules import ImageEmbeddingData
+    from unclip_pl.probe import PrincipalComponents
+
+    if store is None:
+        data = ImageEmbeddingData(clip=clip.config)
+        data.prepare_data()
+        statistics = data.store.statistics(data.train_shards)
+    else:
+        embeddings = EmbeddingStore(store)
+        require_same(embeddings.manifest["clip"], clip.fingerprint(), f"The store {store}")
+        statistics = embeddings.statistics()
+    return PrincipalComponents.from_statistics(statistics)
 
 
 def run_typographic(arguments: argparse.Namespace) -> None:
     import torch
+    from torch.nn.functional import interpolate
 
     from unclip_pl.probe import paste_label, zero_shot
 
-    at_least(arguments, num_images=1)
+    require_minimum(arguments, num_images=1)
     captions = [arguments.object, *arguments.label]
-    if twice := [
-        caption
-        for k, caption in enumerate(captions)
-        if caption.strip().lower() in [other.strip().lower() for other in captions[:k]]
-    ]:
-        raise UserError(
-            f'"{twice[0]}" is named twice among --object and --label, and CLIP is to choose between them: name each once.'
-        )
-    check_files([arguments.image])
-    studio = Studio(arguments)
-    unclip, sampling = studio.unclip, studio.sampling()
-    _, whole = studio.picture(arguments.image)
-    copies = [whole[0], *(paste_label(whole[0], text) for text in arguments.label)]
+    check_distinct(captions)
+    require_files([arguments.image])
+    session = Session(arguments)
+    unclip, sampling = session.unclip, session.sampling()
+    _, image = session.load_picture(arguments.image)
+    pasted = [paste_label(image[0], text) for text in arguments.label]
+    copies = [image[0], *pasted]
+    names = ["no label", *arguments.label]
     seeds = [arguments.seed + k for k in range(arguments.num_images)]
     rows, labels = [], []
-    for copy, name in zip(copies, ["no label", *arguments.label], strict=True):
+    for copy, name in zip(copies, names, strict=True):
         z = unclip.embed_images(copy[None])
-        with studio.progress(name) as callback:
+        with session.progress(name) as callback:
             drawn = unclip.decode(z.expand(len(seeds), -1), seeds, None, sampling, callback)
-        of_picture = zero_shot(unclip, z, captions)[0].tolist()
-        of_drawn = zero_shot(unclip, unclip.embed_images(drawn), captions).mean(0).tolist()
-        drawn = studio.finish(drawn, seeds)
-        text = f"probe typographic, label {name}, {sampling}"
-        studio.save(
-            drawn,
-            [f"{arguments.image.stem}-{name}-{seed}" for seed in seeds],
-            source=arguments.image.name,
-            unclip=text,
-        )
-        lines = [
-            f"{caption} {share:.1%}" for caption, share in zip(captions, of_picture, strict=True)
-        ]
+        seen = percentages(captions, zero_shot(unclip, z, captions)[0].tolist())
+        variations = zero_shot(unclip, unclip.embed_images(drawn), captions).mean(0).tolist()
+        drawn = session.upsample_to_size(drawn, seeds)
+        settings = f"probe typographic, label {name}, {sampling}"
+        for seed, variation in zip(seeds, drawn):
+            metadata = {"source": arguments.image.name, "unclip": settings}
+            session.save(variation, f"{arguments.image.stem}-{name}-{seed}", **metadata)
         print(
-            f"{name}: CLIP says {', '.join(lines)}; of the variations "
-            + ", ".join(f"{c} {s:.1%}" for c, s in zip(captions, of_drawn, strict=True))
+            f"{name}: CLIP says {', '.join(seen)}; of the variations "
+            + ", ".join(percentages(captions, variations))
         )
-        shown = torch.nn.functional.interpolate(
-            copy[None], drawn.shape[-2:], mode="bicubic", antialias=True, align_corners=False
-        ).clamp(-1, 1)
-        rows.append(torch.cat([shown, drawn]))
-        labels.append("\n".join(lines))
-    studio.figure("typographic", rows, labels, ["seen", *(f"seed {seed}" for seed in seeds)])
+        size = drawn.shape[-2:]
+        shown = interpolate(copy[None], size, mode="bicubic", antialias=True, align_corners=False)
+        rows.append(torch.cat([shown.clamp(-1, 1), drawn]))
+        labels.append("\n".join(seen))
+    heads = ["seen", *(f"seed {seed}" for seed in seeds)]
+    session.save_figure("typographic", rows, labels, heads)
+
+
+def percentages(captions: Sequence[str], shares: Sequence[float]) -> list[str]:
+    """ "red apple 97.3%" for each caption."""
+    return [f"{caption} {share:.1%}" for caption, share in zip(captions, shares, strict=True)]
+
+
+def check_distinct(captions: Sequence[str]) -> None:
+    """Raise a UserError if a caption comes twice, up to case and spaces."""
+    seen = set()
+    for caption in captions:
+        if (key := caption.strip().lower()) in seen:
+            raise UserError(
+                f'"{caption}" is named twice among --object and --label, and CLIP is to choose '
+                "between them: name each once."
+            )
+        seen.add(key)

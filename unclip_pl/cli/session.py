@@ -1,4 +1,5 @@
-"""What the commands of manipulations and probes share: pictures and latents in, single PNGs and one labelled figure out."""
+"""What the commands for manipulations and probes share: they read pictures and latents, draw with
+one pipeline, and write single PNGs and one labelled figure."""
 
 import argparse
 import re
@@ -6,142 +7,122 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from unclip_pl.cli.generate import GRID, upsamplers_of
-from unclip_pl.cli.options import placement, upsampling
-from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.options import SPACING_HELP, override_sampling, seed, spacing
+from unclip_pl.cli.options import (
+    add_decoder_option,
+    add_device_options,
+    add_output_options,
+    add_size_option,
+    add_upsampler_options,
+    device_kwargs,
+    override_upsampling,
+    upsampler_paths,
+)
+from unclip_pl.cli.pictures import GRID_PIXELS, load_square
+from unclip_pl.utils.options import SAMPLERS, SPACING_HELP, override_sampling, spacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unclip_pl.manipulate import Latent
+    from unclip_pl.stages.decoder import SamplingConfig
 
 UNSAFE = r"[^-\w.,+ ]"
-"""Of a label, what no file name has."""
+"""Characters of a label that have no place in a file's name."""
 STEPS = 50
-"""Of an inversion and of its way back, unless --steps says otherwise."""
+"""Sampling steps of an inversion and of the way back, unless an option says otherwise."""
 
 
-def options(command: argparse.ArgumentParser, steps: str = "--steps") -> None:
-    """The options of every command here; `steps`: the name of the sampling steps."""
-    command.add_argument(
-        "--decoder", type=Path, help="a checkpoint or release; by default the one in the package"
-    )
-    command.add_argument(
+def add_session_options(parser: argparse.ArgumentParser, steps: str = "--steps") -> None:
+    """The options that a `Session` reads; `steps` is the name of the sampling steps."""
+    add_decoder_option(parser)
+    parser.add_argument(
         "--sampler",
-        choices=["ddpm", "ddim", "dpm_solver_pp"],
+        choices=SAMPLERS,
         help="by default ddim from inverted noise, and the decoder's own from fresh",
     )
-    command.add_argument(
+    parser.add_argument(
         steps,
         dest="sampling_steps",
         type=spacing,
-        help=f"{SPACING_HELP}; by default {STEPS} from inverted noise, and the decoder's own from fresh",
+        help=f"{SPACING_HELP}; by default {STEPS} from inverted noise, and the decoder's own from "
+        "fresh",
     )
-    command.add_argument(
+    parser.add_argument(
         "--guidance-scale",
         type=float,
         help="by default 1 (none) from inverted noise, and the decoder's own from fresh",
     )
-    command.add_argument("--seed", type=seed, default=0, help="of all that is drawn")
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
-    command.add_argument(
-        "--size",
-        type=int,
-        choices=[64, 256, 1024],
-        default=64,
-        help="pixels a side; upsamplers draw the decoder's 64 larger",
-    )
-    upsampling(command, "--upsampler-steps")
-    command.add_argument(
-        "--out", type=Path, default=Path("out"), help="folder for the PNG files and the figure"
-    )
+    add_output_options(parser, "of everything random", "folder for the PNG files and the figure")
+    add_size_option(parser)
+    add_upsampler_options(parser, "--upsampler-steps")
+    add_device_options(parser)
 
 
-def at_least(arguments: argparse.Namespace, **least: int) -> None:
-    """A sentence where an option is below its least value."""
-    for name, value in least.items():
-        if getattr(arguments, name) < value:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(arguments, name)}: give {value} or more."
-            )
-
-
-def check_files(paths: list[Path]) -> None:
-    """A sentence for a picture that is not there, before anything is loaded."""
-    if gone := [path for path in paths if not path.exists()]:
-        raise UserError(f"There is no picture {gone[0]}.")
-
-
-def square(path: Path, size: int | None = None) -> Any:
-    """The centre square of a picture file of any size, mode and rotation, (1, 3, S, S); with a size it is told what is cut off."""
-    from unclip_pl.utils.images import load_image
-
-    height, width = load_image(path).shape[1:]
-    side = min(height, width)
-    if size and height != width:
-        print(
-            f"unclip: {path} is {width} x {height} pixels, of which the {side} x {side} in the centre are taken.",
-            file=sys.stderr,
-        )
-    return load_image(path, size or side)[None]
-
-
-class Studio:
-    """An `UnCLIP` with the options of a command: reads what it is given, keeps what it draws.
+class Session:
+    """A pipeline with the options of one command.
 
     Args:
-        arguments: with the options of `options`.
+        arguments: parsed options, those of `add_session_options` among them.
         prior: as for `UnCLIP.load`.
     """
 
-    def __init__(self, arguments: argparse.Namespace, prior: Any = None) -> None:
+    def __init__(self, arguments: argparse.Namespace, prior: str | None = None) -> None:
         from unclip_pl.pipeline.unclip import UnCLIP
         from unclip_pl.pipeline.weights import DEFAULT_DECODER
 
-        self.arguments, self.out = arguments, arguments.out
-        upsamplers = upsamplers_of(arguments)
+        self.arguments = arguments
+        self.out: Path = arguments.out
         self.unclip = UnCLIP.load(
             arguments.decoder or DEFAULT_DECODER,
             prior,
-            upsamplers=upsamplers,
-            **placement(arguments),
+            upsamplers=upsampler_paths(arguments),
+            **device_kwargs(arguments),
         )
-        stages = zip(self.unclip.cascade.sizes, self.unclip.cascade.stages)
-        self.upsampling = {
-            size: override_sampling(stage, vars(arguments), "upsampler_") for size, stage in stages
-        }
+        self.upsampling = override_upsampling(self.unclip.cascade, arguments, "upsampler_")
         self.size = self.unclip.decoder.net_config.image_size
         self.out.mkdir(parents=True, exist_ok=True)
 
-    def sampling(self, eta: float | None = None) -> Any:
-        """The decoder's settings with what the options say otherwise."""
-        options = vars(self.arguments) | {"steps": self.arguments.sampling_steps, "eta": eta}
-        if eta is not None:
-            options["sampler"] = options["sampler"] or "ddim"
-        return override_sampling(self.unclip.decoder, options)
-
-    def following(self, latent: Any, eta: float | None = None) -> Any:
-        """The settings that draw a latent again, left where the options say so."""
-        from dataclasses import replace
-
-        from unclip_pl.manipulate import inversion_sampling
-
-        settings = self.sampling(eta)  # a sentence where an option is impossible
-        options = {
+    def _options(self, eta: float | None) -> dict[str, Any]:
+        """The options of sampling by the names of the settings; None where not given."""
+        return {
             "sampler": self.arguments.sampler,
             "steps": self.arguments.sampling_steps,
             "guidance_scale": self.arguments.guidance_scale,
             "eta": eta,
         }
-        told = {
-            name: getattr(settings, name) for name, value in options.items() if value is not None
-        }
-        return replace(inversion_sampling(self.unclip, latent.steps), **told)
 
-    def picture(self, path: Path) -> tuple[Any, Any]:
-        """A picture file: at the decoder's size, (1, 3, S, S); and what CLIP is shown, the same square in its own size."""
-        return square(path, self.size), square(path)
+    def sampling(self, eta: float | None = None) -> "SamplingConfig":
+        """The decoder's own settings, changed by the options. With `eta` the default is DDIM."""
+        options = self._options(eta)
+        if eta is not None:
+            options["sampler"] = options["sampler"] or "ddim"
+        return override_sampling(self.unclip.decoder, options)
 
-    def latent(self, path: Path) -> tuple[Any, Any]:
-        """(original (1, 3, S, S), its Latent) of a picture, inverted here; or of a latent that `unclip invert` wrote, whose original is drawn again."""
+    def inversion_sampling(self, latent: "Latent", eta: float | None = None) -> "SamplingConfig":
+        """The settings that draw a latent again, changed by the options."""
+        from unclip_pl.manipulate import inversion_sampling
+
+        settings = self.sampling(eta)  # refuses impossible options
+        options = self._options(eta)
+        changed = [name for name, value in options.items() if value is not None]
+        changes = {name: getattr(settings, name) for name in changed}
+        return inversion_sampling(self.unclip, **{"steps": latent.steps} | changes)
+
+    def load_picture(self, path: Path) -> tuple["Tensor", "Tensor"]:
+        """The centre square of a picture, (1, 3, S, S): at the decoder's size, and in its own.
+
+        CLIP is shown the second one.
+        """
+        return load_square(path, self.size), load_square(path)
+
+    def load_latent(self, path: Path) -> tuple["Tensor", "Latent"]:
+        """A picture, (1, 3, S, S), and its latent.
+
+        A picture file is inverted here. Of a file that `unclip invert` wrote, the picture is drawn
+        again.
+        """
         from unclip_pl.manipulate import Latent, invert, reconstruct
 
         if path.suffix == ".safetensors":
@@ -149,97 +130,65 @@ class Studio:
             with self.progress(f"draw {path.name}") as callback:
                 return reconstruct(self.unclip, latent, callback).cpu(), latent
         steps = STEPS if self.arguments.sampling_steps is None else self.sampling().steps
-        image, whole = self.picture(path)
+        image, full_size = self.load_picture(path)
+        embed = self.unclip.embed_images(full_size)
         with self.progress(f"invert {path.name}") as callback:
-            latent = invert(self.unclip, image, steps, callback, self.unclip.embed_images(whole))
-        return image, latent
+            return image, invert(self.unclip, image, steps, callback, embed)
 
-    def embed(self, path: Path) -> tuple[Any, Any]:
-        """(original (1, 3, S, S), z_i (1, D)) of a picture or a saved latent, without inverting it."""
+    def embed(self, path: Path) -> tuple["Tensor", "Tensor"]:
+        """A picture, (1, 3, S, S), and its z_i, (1, D), without inverting it."""
         if path.suffix == ".safetensors":
-            original, latent = self.latent(path)
+            original, latent = self.load_latent(path)
             return original, latent.image_embed
-        image, whole = self.picture(path)
-        return image, self.unclip.embed_images(whole)
+        image, full_size = self.load_picture(path)
+        return image, self.unclip.embed_images(full_size)
 
     @contextmanager
-    def progress(self, what: str) -> Iterator[Callable[[int, int], None]]:
+    def progress(self, description: str) -> Iterator[Callable[[int, int], None]]:
         """A bar of sampling steps on stderr, as a callback."""
         from tqdm import tqdm
 
-        with tqdm(desc=what, unit="step", file=sys.stderr) as bar:
+        with tqdm(desc=description, unit="step", file=sys.stderr) as bar:
 
             def callback(step: int, steps: int) -> None:
-                if step < bar.n:  # a further walk
+                if step < bar.n:  # the sampler starts again
                     bar.reset(steps)
                 bar.total = steps
                 bar.update(step - bar.n)
 
             yield callback
 
-    def finish(self, images: Any, seeds: Sequence[int]) -> Any:
-        """Pictures of the decoder at the size that is asked for, on the CPU. The upsamplers' noise is that of the seeds."""
+    def upsample_to_size(self, images: "Tensor", seeds: Sequence[int]) -> "Tensor":
+        """The decoder's pictures at --size, on the CPU. The seeds are those of the new noise."""
         sizes = self.unclip.sizes
         if len(sizes) == 1:
             return images.cpu()
         with self.progress(f"upsample to {sizes[-1]}") as callback:
-            drawn = self.unclip.upsample(
-                images,
-                seeds,
-                sizes[-1] // sizes[0],
-                self.upsampling,
-                lambda _, step, steps: callback(step, steps),
-            )
-        return drawn.cpu()
+            times = sizes[-1] // sizes[0]
+            report = lambda _, step, steps: callback(step, steps)  # noqa: E731
+            return self.unclip.upsample(images, seeds, times, self.upsampling, report).cpu()
 
-    def save(self, images: Any, names: Sequence[str], **metadata: str) -> None:
-        """One PNG a picture, its path on stdout."""
+    def save(self, image: "Tensor", name: str, **metadata: str) -> None:
+        """Write a picture (3, H, W) as NAME.png and print its path."""
         from unclip_pl.utils.images import save_png
 
-        for image, name in zip(images, names, strict=True):
-            print(
-                save_png(
-                    image,
-                    self.out / f"{re.sub(UNSAFE, '-', name)}.png",
-                    decoder=str(self.arguments.decoder or "of the package"),
-                    **metadata,
-                )
-            )
+        path = self.out / f"{re.sub(UNSAFE, '-', name)}.png"
+        decoder = str(self.arguments.decoder or "of the package")
+        print(save_png(image, path, decoder=decoder, **metadata))
 
-    def figure(
+    def save_figure(
         self,
         name: str,
-        rows: Sequence[Any],
+        rows: Sequence["Tensor"],
         labels: Sequence[str],
         heads: Sequence[str] | None = None,
     ) -> None:
-        """The labelled figure, its path on stdout; pictures wider together than GRID pixels are shown smaller."""
+        """Write rows of pictures with labels as NAME.png and print its path.
+
+        Pictures that are together wider than GRID_PIXELS are shown smaller.
+        """
         from unclip_pl.utils.images import grid, save_png, shrink
 
-        side = max(self.size, GRID // max(len(row) for row in rows))
-        print(
-            save_png(
-                grid([shrink(row, side) for row in rows], labels, heads=heads),
-                self.out / f"{name}.png",
-            )
-        )
-
-
-def enlarged(image: Any, drawn: Any) -> Any:
-    """(B, 3, H, W) at the size of the pictures `drawn`, each pixel as a square."""
-    from torch.nn.functional import interpolate
-
-    return interpolate(image, drawn.shape[-2:], mode="nearest")
-
-
-def numbers(text: str) -> list[float]:
-    """ "0.25" as [0.25], "0..0.5" as five from 0 to 0.5."""
-    first, dots, last = text.partition("..")
-    try:
-        start = float(first)
-        end = float(last) if dots else start
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text} is neither a number nor a range: write 0.25 or 0..0.5"
-        ) from None
-    return [start + (end - start) * k / 4 for k in range(5)] if dots else [start]
+        side = max(self.size, GRID_PIXELS // max(len(row) for row in rows))
+        figure = grid([shrink(row, side) for row in rows], labels, heads=heads)
+        print(save_png(figure, self.out / f"{name}.png"))

@@ -1,4 +1,4 @@
-"""The command `unclip`: what is done with trained stages, data and clusters; the subcommands stand in `commands/`."""
+"""The command `unclip`: draw with trained stages, and look after data and cluster jobs."""
 
 import argparse
 import io
@@ -6,9 +6,30 @@ import os
 import sys
 
 from unclip_pl import __version__
-from unclip_pl.cli import data, export, generate, manipulate, plan, probe, submit, upsample
-from unclip_pl.cli.options import command_of
+from unclip_pl.cli import (
+    data,
+    edit,
+    export,
+    generate,
+    inpaint,
+    interpolate,
+    invert,
+    plan,
+    probe,
+    submit,
+    upsample,
+    vary,
+)
+from unclip_pl.cli.options import command_adder
 from unclip_pl.utils.errors import UserError
+
+COMMANDS = (
+    generate, invert, vary, interpolate, edit, inpaint, upsample, export, plan, submit
+)  # fmt: skip
+GROUPS = {
+    "data": (data, "Draw, check and import data."),
+    "probe": (probe, "Look into CLIP's embedding of a picture."),
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,29 +40,25 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"unclip_pl {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for family in (generate, manipulate, upsample, export, plan, submit):
-        family.add(command_of(commands))
-    of_data = commands.add_parser("data", help="Draw, check and inspect data.")
-    data.add(
-        command_of(of_data.add_subparsers(dest="data_command", required=True, metavar="COMMAND"))
-    )
-    of_probe = commands.add_parser("probe", help="Look into CLIP's embedding of a picture.")
-    probe.add(
-        command_of(of_probe.add_subparsers(dest="probe_command", required=True, metavar="COMMAND"))
-    )
+    for module in COMMANDS:
+        module.add(command_adder(commands))
+    for name, (module, help) in GROUPS.items():
+        group = commands.add_parser(name, help=help, description=help)
+        subcommands = group.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
+        module.add(command_adder(subcommands))
     return root
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `unclip`; returns the exit code."""
-    # Before torch is imported: threads soon sleep while they wait (docs/cluster.md, "CPUs").
+    # Before torch is imported: waiting threads sleep soon (docs/cluster.md, "CPUs").
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    for stream in (sys.stdout, sys.stderr):  # a name that it cannot show is no reason to stop
+    for stream in (sys.stdout, sys.stderr):  # do not fail on names that it cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     root = parser()
     parsed, flags = root.parse_known_args(arguments)
-    if flags and not hasattr(parsed, "flags"):  # a command that passes flags on has this default
+    if flags and not hasattr(parsed, "flags"):  # only commands that pass flags on have it
         root.error(f"unrecognized arguments: {' '.join(flags)}")
     parsed.flags = flags
     try:
@@ -50,8 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unclip: {error}", file=sys.stderr)
         return 1
     except OSError as error:
+        file, reason = error.filename or "A file", error.strerror or error
         print(
-            f"unclip: {error.filename or 'A file'} cannot be used ({error.strerror or error}): check the path and the rights to it.",
+            f"unclip: {file} cannot be used ({reason}): check the path and the rights to it.",
             file=sys.stderr,
         )
         return 1

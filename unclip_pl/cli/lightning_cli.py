@@ -1,0 +1,210 @@
+"""Lightning's command line for the stages, with the callbacks that every run has.
+
+Each layer says only what differs: defaults of dataclasses < lightning_config/default.yaml < -c
+stage < further -c overlays < flags.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import unclip_pl.utils.torchvision  # noqa: F401
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from unclip_pl.cli.configs import config_folder
+from unclip_pl.cli.messages import to_sentence
+from unclip_pl.cluster.checkpoint_io import read_settings
+from unclip_pl.cluster.preemption import Preemption
+from unclip_pl.cluster.startup import StartupCheck
+from unclip_pl.cluster.watchdog import Watchdog
+from unclip_pl.datamodules import crops, embed, modules  # noqa: F401  YAMLs name their classes
+from unclip_pl.pipeline.weights import load_pretrained
+from unclip_pl.stages import load_all
+from unclip_pl.stages.base import Stage
+from unclip_pl.stages.settings import settings_of
+from unclip_pl.training.arguments import with_model
+from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
+from unclip_pl.training.ema import EMA
+from unclip_pl.training.pictures import Pictures
+from unclip_pl.training.run_folder import RunConfig, claimed, find_checkpoint
+from unclip_pl.training.trainer import Trainer, hold_first
+from unclip_pl.utils.errors import UserError
+
+CALLBACKS = {
+    "preemption": Preemption,
+    "startup": StartupCheck,
+    "watchdog": Watchdog,
+    "ema": EMA,
+    "newest": NewestCheckpoint,
+    "best": BestCheckpoint,
+    "pictures": Pictures,
+}
+"""The callbacks of every run, by their keys in YAMLs and flags."""
+IO_PLUGIN = {"class_path": "unclip_pl.cluster.checkpoint_io.AtomicCheckpointIO"}
+
+
+class Parser(LightningArgumentParser):
+    """Errors are a `UserError` of one sentence, and options cannot be abbreviated.
+
+    An abbreviation would take a typo that is the start of an option for that option.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, allow_abbrev=False)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(to_sentence(message, CALLBACKS.values())) from ex
+
+
+class UnclipCLI(LightningCLI):
+    """See `build_cli`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+        parser.add_argument(
+            "--init",
+            type=str | None,
+            help="a release or checkpoint of the same stage whose weights training starts from",
+        )
+        parser.add_argument(
+            "--compile",
+            type=bool,
+            default=False,
+            help="compile the blocks of all networks (torch.compile): the first steps take "
+            "minutes, later ones less time on GPUs",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Find the checkpoint that is meant. Validation then uses the checkpoint's own model."""
+        super().parse_arguments(parser, args)
+        if not (subcommand := self.config.get("subcommand")):
+            return
+        config = self.config[subcommand]
+        wanted = str(config.get("ckpt_path") or "") or None
+        folder = Path(config.trainer.default_root_dir or ".")
+        checkpoint = find_checkpoint(wanted, folder)
+        if checkpoint and subcommand != "fit" and config.get("model"):
+            stage, settings = read_settings(checkpoint)
+            module, _, name = config.model.class_path.rpartition(".")
+            if name == stage:
+                settings = settings_of(getattr(import_module(module), name), settings)
+                super().parse_arguments(parser, with_model(args, settings))
+        self.config[subcommand]["ckpt_path"] = str(checkpoint) if checkpoint else None
+        if wanted and wanted.startswith("resume:"):
+            fresh = f"No checkpoint in {folder}: starting from scratch."
+            print(f"Resuming from {checkpoint}." if checkpoint else fresh, file=sys.stderr)
+
+    def _parse_ckpt_path(self) -> None:
+        """Files and flags win over a checkpoint's settings; Lightning does it the other way."""
+
+    def instantiate_trainer(self, **kwargs: object) -> Trainer:
+        """A run is one folder, in which TensorBoard writes too.
+
+        `--trainer.logger false` turns it off. Under Slurm the job script requeues: Lightning would
+        save inside its signal handler, where ranks wait for each other for ever.
+        """
+        trainer = self._get(self.config_init, "trainer")
+        if trainer.get("logger") is None:
+            if self.subcommand in (None, "fit"):
+                folder = trainer.default_root_dir or "."
+                kwargs["logger"] = TensorBoardLogger(folder, name="", version="")
+            else:  # validation has no place in the run's curves
+                kwargs["logger"] = False
+        callbacks = trainer.callbacks or []
+        bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+        if trainer.get("enable_progress_bar") is False:
+            unwanted = bars
+        else:
+            unwanted = bars[:1] if len(bars) > 1 else []  # the user's own replaces ours
+        trainer.callbacks = [callback for callback in callbacks if callback not in unwanted]
+        if SLURMEnvironment.detect():
+            trainer.plugins = [*(trainer.plugins or []), SLURMEnvironment(auto_requeue=False)]
+        return cast(Trainer, super().instantiate_trainer(**kwargs))
+
+    def instantiate_classes(self) -> None:
+        """A ValueError of a stage, DataModule or callback reaches the user as one sentence."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise UserError(to_sentence(str(error), CALLBACKS.values())) from error
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.get("compile") and isinstance(self.model, Stage):
+            self.model.compile_networks = True
+        # a run that is resumed has its weights from the checkpoint
+        if config.get("init") and not config.get("ckpt_path"):
+            load_pretrained(self.model, config["init"])
+
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything is {seed}: give a number from 0 to {2**32 - 1}.")
+        super()._set_seed()
+
+    def before_test(self) -> None:
+        raise UserError("There is no test of a stage: `lightning validate` measures its loss.")
+
+    def before_predict(self) -> None:
+        if isinstance(self.model, Stage):
+            raise UserError(
+                "`lightning predict` fills an embedding store (-c stages/embed.yaml), and this "
+                "is a stage: draw with `unclip generate`."
+            )
+
+    def before_validate(self) -> None:
+        config = self.config[self.subcommand]
+        if not config.get("ckpt_path") and not config.get("init"):
+            raise UserError(
+                "Without weights there is nothing to validate: give --ckpt_path FILE, last or "
+                "best, or --init with a release."
+            )
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train in a folder that no other run uses."""
+        trainer: Any = self.trainer
+        if trainer.held_batches:
+            hold_first(self.datamodule, trainer.held_batches)
+        if trainer.fast_dev_run:  # writes nothing
+            self.trainer.fit(**kwargs)
+            return
+        checkpoint = kwargs.get("ckpt_path")
+        source = Path(checkpoint) if checkpoint else None
+        folder = Path(self.trainer.default_root_dir)
+        with claimed(folder, source, self.trainer.is_global_zero):
+            self.trainer.fit(**kwargs)
+
+
+def build_cli(arguments: list[str], run: bool = True) -> UnclipCLI:
+    """Parse a command line of `lightning` and build its stage, data and trainer.
+
+    Args:
+        arguments: the words after `lightning`. Without `run` there is no subcommand among them.
+        run: also carry the subcommand out.
+
+    Raises:
+        UserError: an option or a value that is not possible.
+    """
+    load_all()  # so that a YAML may name a stage by its short name
+    default = str(config_folder("lightning_config") / "default.yaml")
+    subcommands = ("fit", "validate", "test", "predict")
+    return UnclipCLI(
+        LightningModule,
+        LightningDataModule,
+        trainer_class=Trainer,
+        run=run,
+        args=arguments,
+        parser_class=Parser,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=RunConfig,
+        trainer_defaults={"plugins": [IO_PLUGIN]},
+        parser_kwargs={name: {"default_config_files": [default]} for name in subcommands},
+    )

@@ -1,0 +1,49 @@
+"""Reading the user's pictures and preparing those that are shown. No torch until one is called."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unclip_pl.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GRID_PIXELS = 2048
+"""How wide a row of pictures in a figure may be; larger pictures are shown smaller."""
+PICTURE_HELP = (
+    "a picture of any size (its centre square is taken), or a latent that `unclip invert` wrote"
+)
+
+
+def require_files(paths: Iterable[Path]) -> None:
+    """Raise a UserError for the first picture that does not exist, before anything is loaded."""
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"There is no picture {path}.")
+
+
+def load_square(path: Path, size: int | None = None) -> "Tensor":
+    """The centre square of a picture file of any size, mode and rotation, (1, 3, S, S) in [-1, 1].
+
+    With `size` it is resized to that, and a line on stderr says so if something is cut off.
+    """
+    from unclip_pl.utils.images import load_image
+
+    height, width = load_image(path).shape[1:]
+    side = min(height, width)
+    if size and height != width:
+        print(
+            f"unclip: {path} is {width} x {height} pixels, of which the {side} x {side} in the "
+            "centre are taken.",
+            file=sys.stderr,
+        )
+    return load_image(path, size or side)[None]
+
+
+def enlarge_like(image: "Tensor", other: "Tensor") -> "Tensor":
+    """(B, 3, H, W) at the size of the pictures `other`, each pixel as a square."""
+    from torch.nn.functional import interpolate
+
+    return interpolate(image, other.shape[-2:], mode="nearest")
