@@ -1,4 +1,7 @@
-"""Installation. Tool settings are in pyproject.toml; the versions that the tests run with are in constraints.txt."""
+"""Installation.
+
+Settings of tools are in pyproject.toml, the versions that the tests run with in constraints.txt.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,8 @@
-"""The order of the house: imports run down only, files and constructors stay small, every stage has its YAML, commands answer at once."""
+"""The order of the house.
+
+Imports run down only and in no circle, files and constructors stay small, every stage has its YAML,
+commands answer at once.
+"""
 
 import ast
 import subprocess
@@ -48,7 +52,7 @@ def imports(path: Path, packages: tuple[str, ...] = ("unclip_pl",)) -> set[str]:
 
 
 def violations(path: Path, module: str) -> list[str]:
-    """Imports, lazy ones included, that do not run down; a file of the root is a room of its own."""
+    """Imports, lazy ones included, that do not run down; a file of the root is its own room."""
     own = room(module)
     bad = []
     for name in imports(path):
@@ -83,8 +87,10 @@ def test_the_import_test_can_fail(tmp_path):
 
 def import_graph(files: dict[str, Path]) -> dict[str, set[str]]:
     """The files that each file imports, by module names, lazy imports included."""
-    packages = ("unclip_pl", "eval")
-    return {module: {*files} & imports(path, packages) - {module} for module, path in files.items()}
+    graph = {}
+    for module, path in files.items():
+        graph[module] = {*files} & imports(path, ("unclip_pl", "eval")) - {module}
+    return graph
 
 
 def test_no_files_import_each_other_in_a_circle():
@@ -150,22 +156,48 @@ def test_every_stage_has_a_yaml():
 
 
 HEAVY = "torch", "lightning", "numpy", "scipy", "PIL", "open_clip"  # seconds to import
+WITHOUT_HEAVY = f"""
+import sys
+def check():
+    heavy = [name for name in {HEAVY!r} if name in sys.modules]
+    assert not heavy, heavy
+"""
+
+
+def run_python(code: str) -> str:
+    """What code prints in a process of its own, after `check`, which fails at a heavy import."""
+    command = [sys.executable, "-c", WITHOUT_HEAVY + code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 @pytest.mark.parametrize("option", ["--version", "--help"])
 @pytest.mark.parametrize("command", ["lightning", "unclip"])
 def test_help_and_version_answer_without_heavy_imports(command, option):
     code = f"""
-import sys
 from unclip_pl.cli.{command} import main
 try:
     sys.exit(main(["{option}"]))
 except SystemExit as end:
     assert not end.code, end.code
-heavy = [name for name in {HEAVY!r} if name in sys.modules]
-assert not heavy, heavy
+check()
 """
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert run_python(code)
+
+
+def test_help_of_every_command_answers_without_heavy_imports():
+    code = """
+import argparse
+from unclip_pl.cli.unclip import parser
+def show(parser):
+    parser.format_help()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, child in action.choices.items():
+                print(name)
+                show(child)
+show(parser())
+check()
+"""
+    assert {"generate", "upsample", "verify", "pca"} <= set(run_python(code).split())

@@ -1,11 +1,14 @@
-"""unCLIP (DALL-E 2, arXiv 2204.06125) in PyTorch Lightning. Importing the package imports no torch: names load on first use."""
+"""unCLIP (DALL-E 2, arXiv 2204.06125) in PyTorch Lightning.
+
+Importing the package imports no torch: the names below are loaded on first use.
+"""
 
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
 
-_NAMES = {
+_MODULES = {
     "UnCLIP": "pipeline.unclip",
     "Cascade": "pipeline.cascade",
     "FrozenCLIP": "clip.frozen",
@@ -17,6 +20,6 @@ __all__ = ["CLIPConfig", "Cascade", "Decoder", "FrozenCLIP", "Noise", "UnCLIP", 
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

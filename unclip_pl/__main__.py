@@ -1,4 +1,4 @@
-"""`python -m unclip_pl` is `lightning`, also where another package's script of that name comes first on the path."""
+"""`python -m unclip_pl` is `lightning`, where another package's script of that name comes first."""
 
 import sys
 

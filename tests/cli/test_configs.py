@@ -68,7 +68,7 @@ def count(module: torch.nn.Module) -> int:
 
 
 def decay(cli) -> float:
-    """That of the average (EMA)."""
+    """The decay of the EMA."""
     return next(c.decay for c in cli.trainer.callbacks if hasattr(c, "decay"))
 
 
@@ -177,7 +177,7 @@ def test_shipped_upsamplers_fit_into_8_MB(name):
     assert count(build("-c", f"stages/{name}.yaml").model) < 4e6
 
 
-def test_decoder_on_text_embeddings_differs_from_the_decoder_in_its_condition_alone():
+def test_decoder_on_text_embeddings_differs_from_the_decoder_only_in_its_condition():
     image, text = (build("-c", f"stages/{name}.yaml") for name in ("decoder", "decoder_text"))
     assert dict(image.model.hparams) | {"condition": "text"} == dict(text.model.hparams)
     assert image.trainer.max_steps == text.trainer.max_steps
@@ -288,9 +288,9 @@ def test_stage_files_are_found_from_any_folder(tmp_path, monkeypatch):
     assert Path(find_config("stages/decoder.yaml")).is_file()
 
 
-def test_sentence_keeps_other_messages():
-    given = 'Parser key "lr":\n  Expected a float. Got value: fast'
-    assert to_sentence(given) == 'Parser key "lr": Expected a float. Got value: fast'
+def test_other_messages_are_one_line():
+    message = 'Parser key "lr":\n  Expected a float. Got value: fast'
+    assert to_sentence(message) == 'Parser key "lr": Expected a float. Got value: fast'
 
 
 def test_impossible_value_is_one_sentence(capsys):

@@ -1,4 +1,7 @@
-"""`lightning fit` from end to end on a few drawings: pictures, logs and checkpoints appear, and a run killed three times equals one that was not."""
+"""`lightning fit` from end to end on a few drawings.
+
+Pictures, logs and checkpoints appear. A run that was killed three times equals one that was not.
+"""
 
 import json
 import os
@@ -13,19 +16,16 @@ import torch
 from PIL import Image
 
 from tests.cluster.forks import Ranks
+from tests.conftest import ROOT
 from tests.disk import read_only
 from unclip_pl.cli.lightning import expand_resume, main
 from unclip_pl.cli.lightning_cli import build_cli
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.data import openmoji
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 LAST = 40  # steps; an epoch has 6
-KILLS = {
-    5: "step",
-    11: "step",
-    20: "save",
-}  # all in mid-epoch; with a checkpoint every 4 steps the runs go on from 4, 8 and 16, and 20 steps follow
+# All in mid-epoch. With a checkpoint every 4 steps the runs go on from 4, 8 and 16.
+KILLS = {5: "step", 11: "step", 20: "save"}
 SHAPE = {"width": 32, "mults": [1, 2], "depth": 1, "patch_size": 8}
 SHAPE |= {"attention": [4], "head_width": 16}
 SMALL = [
@@ -50,14 +50,25 @@ def shards(tmp_path_factory):
 
 def arguments(root, shards, *flags: str) -> list[str]:
     return [
-        "fit", "-c", "stages/decoder.yaml", *TINY, "--data.train", str(shards / "train-*.tar"), "--data.val", str(shards / "val-*.tar"),
-        "--data.store", str(shards / "store"), "--trainer.default_root_dir", str(root), "--trainer.max_steps", str(LAST),
-        "--trainer.val_check_interval", "12", "--newest.every_n_train_steps", "4", "--model.optimizer.decay", "cosine", *flags,
-    ]  # fmt: skip
+        *("fit", "-c", "stages/decoder.yaml", *TINY, *data_flags(shards)),
+        *("--trainer.default_root_dir", str(root), "--trainer.max_steps", str(LAST)),
+        *("--trainer.val_check_interval", "12", "--newest.every_n_train_steps", "4"),
+        *("--model.optimizer.decay", "cosine", *flags),
+    ]
+
+
+def data_flags(shards, validate: bool = True) -> list[str]:
+    """The drawings as flags, with or without those that are held out."""
+    val = str(shards / "val-*.tar") if validate else "null"
+    train, store = str(shards / "train-*.tar"), str(shards / "store")
+    return ["--data.train", train, "--data.val", val, "--data.store", store]
 
 
 def diary(root, **kill: int) -> list[str]:
-    """Flags that write each step's keys and loss into `root` and end the process at a step by SIGKILL; see tests/training/diary.py."""
+    """Flags that write each step's keys and loss into `root`; see tests/training/diary.py.
+
+    `kill` names a step at which the process ends by SIGKILL.
+    """
     options = {
         "class_path": "tests.training.diary.Diary",
         "init_args": {"path": str(root / "diary.jsonl"), **kill},
@@ -65,20 +76,18 @@ def diary(root, **kill: int) -> list[str]:
     return ["--trainer.callbacks+", json.dumps(options)]
 
 
+def read_diary(folder: Path) -> list[dict]:
+    """What the diary says of each step."""
+    return [json.loads(line) for line in (folder / "diary.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(scope="module", params=[0, 2], ids=["0 workers", "2 workers"])
 def whole(request, shards, tmp_path_factory):
     """(folder, command line, number of workers) of a run that nobody interrupted."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole")
-    return (
-        folder,
-        build_cli(
-            arguments(
-                folder, shards, "--data.loader.num_workers", str(request.param), *diary(folder)
-            )
-        ),
-        request.param,
-    )
+    flags = ["--data.loader.num_workers", str(request.param), *diary(folder)]
+    return folder, build_cli(arguments(folder, shards, *flags)), request.param
 
 
 @pytest.fixture(scope="module")
@@ -91,19 +100,17 @@ def killed(whole, shards, tmp_path_factory):
     flags = ["--data.loader.num_workers", str(whole[2]), "--resume", "auto"]
     for part, (step, when) in enumerate(KILLS.items()):
         kill = diary(folder, **{f"kill_at_{when}": step})
-        given, said = arguments(folder, shards, *flags, *kill), folder / "rank-0.txt"
+        words, output = arguments(folder, shards, *flags, *kill), folder / "rank-0.txt"
         if part == 1:
-            command = [sys.executable, "-m", "unclip_pl", *given]
-            with said.open("a") as file:  # a pipe would be held open by workers of a killed run
-                code = subprocess.run(
-                    command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=200
-                ).returncode
+            command = [sys.executable, "-m", "unclip_pl", *words]
+            options = {"cwd": ROOT, "env": environment, "timeout": 200}
+            with output.open("a") as file:  # a pipe would be held open by workers of a killed run
+                code = subprocess.run(command, stdout=file, stderr=file, **options).returncode
         else:
-            (code,) = Ranks(folder, given).wait(200)
-        assert code == -signal.SIGKILL, said.read_text()[-3000:]
-        assert [path.name[:20] for path in (folder / "checkpoints").glob(".*.tmp")] == [
-            ".newest-step=20.ckpt"
-        ] * (when == "save")
+            (code,) = Ranks(folder, words).wait(200)
+        assert code == -signal.SIGKILL, output.read_text()[-3000:]
+        unfinished = [path.name[:20] for path in (folder / "checkpoints").glob(".*.tmp")]
+        assert unfinished == ([".newest-step=20.ckpt"] if when == "save" else [])
         assert newest_checkpoint(folder).name == f"newest-step={(step - 1) // 4 * 4}.ckpt"
     build_cli(expand_resume(arguments(folder, shards, *flags, *diary(folder))))
     return folder
@@ -112,22 +119,13 @@ def killed(whole, shards, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # the fixtures train, also on a busy machine
 def test_a_run_killed_three_times_sees_the_same_samples_and_has_the_same_losses(whole, killed):
-    straight, pieces = (
-        [json.loads(line) for line in (folder / "diary.jsonl").read_text().splitlines()]
-        for folder in (whole[0], killed)
-    )
+    straight, pieces = read_diary(whole[0]), read_diary(killed)
     assert [line["step"] for line in straight] == list(range(1, LAST + 1))
-    assert [line["step"] for line in pieces] == [
-        *range(1, 6),
-        *range(5, 12),
-        *range(9, 21),
-        *range(17, LAST + 1),
-    ]
+    parts = range(1, 6), range(5, 12), range(9, 21), range(17, LAST + 1)
+    assert [line["step"] for line in pieces] == [step for part in parts for step in part]
     assert [straight[line["step"] - 1] for line in pieces] == pieces
-    assert (
-        len({line["loss"] for line in straight}) == LAST
-        and len({tuple(line["keys"]) for line in straight}) > LAST // 2
-    )
+    assert len({line["loss"] for line in straight}) == LAST
+    assert len({tuple(line["keys"]) for line in straight}) > LAST // 2
 
 
 @pytest.mark.slow
@@ -143,10 +141,8 @@ def test_a_run_killed_three_times_ends_with_the_same_weights_bit_for_bit(whole, 
         ours["state_dict"]["net.conv_out.weight"],
         ours["current_model_state"]["net.conv_out.weight"],
     )
-    names = sorted(
-        path.name for path in (killed / "checkpoints").iterdir() if "newest" in path.name
-    )
-    assert names == [f"newest-step={LAST}.ckpt"]  # and nothing of what the kills left behind
+    names = [path.name for path in (killed / "checkpoints").iterdir() if "newest" in path.name]
+    assert names == [f"newest-step={LAST}.ckpt"]  # and nothing that the kills left behind
 
 
 @pytest.mark.timeout(1200)
@@ -155,91 +151,61 @@ def test_pictures_logs_and_configuration_lie_in_the_run_folder(whole):
     pictures = sorted(path.name for path in (folder / "pictures").iterdir())
     assert pictures == ["step-0000012.png", "step-0000024.png", "step-0000036.png"]
     with Image.open(folder / "pictures" / pictures[0]) as picture:
-        assert (
-            picture.height >= 2 * 64
-            and picture.width >= 3 * 64
-            and len(set(picture.getdata())) > 20
-        )
+        assert picture.height >= 2 * 64 and picture.width >= 3 * 64
+        assert len(set(picture.getdata())) > 20
     assert (folder / "config.yaml").is_file() and list(folder.glob("events.out.tfevents*"))
     logged = cli.trainer.logged_metrics
-    assert {
-        "train/loss",
-        "train/mse",
-        "train/vb",
-        "train/grad_norm",
-        "train/skipped_steps",
-        "train/loss_q0",
-        "train/loss_q3",
-    } <= set(logged)
-    assert logged["train/skipped_steps"] == 0 and all(
-        torch.isfinite(value) for value in logged.values()
-    )
+    names = ("loss", "mse", "vb", "grad_norm", "skipped_steps", "loss_q0", "loss_q3")
+    assert {f"train/{name}" for name in names} <= set(logged)
+    assert logged["train/skipped_steps"] == 0
+    assert all(torch.isfinite(value) for value in logged.values())
     assert "val/loss" in cli.trainer.callback_metrics
 
 
 @pytest.mark.timeout(1200)
 def test_checkpoint_knows_its_clip_and_stage(whole):
     checkpoint = read_checkpoint(newest_checkpoint(whole[0]))
-    assert (
-        checkpoint["stage"] == "Decoder"
-        and checkpoint["clip_fingerprint"]["config"]["model"] == "openmoji"
-    )
+    assert checkpoint["stage"] == "Decoder"
+    assert checkpoint["clip_fingerprint"]["config"]["model"] == "openmoji"
     assert checkpoint["hyper_parameters"]["net"]["embed_dim"] == 256
 
 
 @pytest.mark.timeout(1200)
 def test_saved_configuration_runs_again(whole, shards, tmp_path):
-    cli = build_cli(
-        [
-            "fit",
-            "-c",
-            str(whole[0] / "config.yaml"),
-            "--trainer.default_root_dir",
-            str(tmp_path),
-            "--trainer.max_steps",
-            "1",
-        ]
-    )
+    flags = ["--trainer.default_root_dir", str(tmp_path), "--trainer.max_steps", "1"]
+    cli = build_cli(["fit", "-c", str(whole[0] / "config.yaml"), *flags])
     assert cli.trainer.global_step == 1
 
 
 @pytest.mark.timeout(1200)
-def test_fine_tuning_starts_from_the_averaged_weights_with_a_new_optimiser_and_goes_on_where_it_stopped(
+def test_fine_tuning_starts_from_the_averaged_weights_and_goes_on_where_it_stopped(
     whole, shards, tmp_path
 ):
-    given = newest_checkpoint(whole[0])
-    rates = ["--model.optimizer.lr", "0", "--model.optimizer.muon_lr", "0"]
-    flags = ["--init", str(given), "--model.condition", "text", *rates, "--trainer.max_steps", "1"]
-    build_cli(arguments(tmp_path, shards, *flags))
-    ours, theirs = read_checkpoint(newest_checkpoint(tmp_path)), read_checkpoint(given)
+    weights = newest_checkpoint(whole[0])
+    flags = ["--model.optimizer.lr", "0", "--model.optimizer.muon_lr", "0"]
+    flags += ["--model.condition", "text", "--trainer.max_steps"]
+    build_cli(arguments(tmp_path, shards, "--init", str(weights), *flags, "1"))
+    ours, theirs = read_checkpoint(newest_checkpoint(tmp_path)), read_checkpoint(weights)
     assert ours["global_step"] == 1 and ours["optimizer_states"][0]["state"][0]["step"] == 1
     for name in theirs["state_dict"]:  # at a learning rate of 0 a step leaves what it began with
         assert torch.equal(ours["state_dict"][name], theirs["state_dict"][name]), name
-    build_cli(
-        expand_resume(
-            arguments(
-                tmp_path, shards, "--init", "gone.ckpt", *flags[2:-1], "2", "--resume", "auto"
-            )
-        )
-    )  # now the weights come from the run
+    # now the weights come from the run
+    more = ["--init", "gone.ckpt", *flags, "2", "--resume", "auto"]
+    build_cli(expand_resume(arguments(tmp_path, shards, *more)))
     assert read_checkpoint(newest_checkpoint(tmp_path))["global_step"] == 2
 
 
 @pytest.mark.timeout(1200)
 def test_validate_needs_no_more_than_the_stage_and_a_checkpoint(whole, shards, capsys):
-    data = ["--data.val", str(shards / "val-*.tar"), "--data.store", str(shards / "store")]
-    given = ["validate", "-c", "stages/decoder.yaml", *data, "--trainer.accelerator", "cpu"]
-    given += ["--ckpt_path", str(newest_checkpoint(whole[0]))]
-    given += ["--data.train", str(shards / "train-*.tar")]
-    assert build_cli(given).trainer.callback_metrics["val/loss"].isfinite()
-    assert main([*given, "--model.diffusion.schedule", "linear"]) == 1
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "trained with model.diffusion.schedule cosine, and this run has linear" in last
+    words = ["validate", "-c", "stages/decoder.yaml", *data_flags(shards)]
+    words += ["--trainer.accelerator", "cpu", "--ckpt_path", str(newest_checkpoint(whole[0]))]
+    assert build_cli(words).trainer.callback_metrics["val/loss"].isfinite()
+    assert main([*words, "--model.diffusion.schedule", "linear"]) == 1
+    assert "model.diffusion.schedule" in last_line(capsys)
 
 
 def test_the_debug_overlay_does_two_steps_of_everything_on_the_device(shards, tmp_path, device):
-    data = ["--data.train", str(shards / "train-*.tar"), "--data.val", str(shards / "val-*.tar")]
-    data += ["--data.store", str(shards / "store"), "--data.loader.num_workers", "0"]
+    data = [*data_flags(shards), "--data.loader.num_workers", "0"]
     folder = ["--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", device]
     overlay = str(ROOT / "lightning_config" / "debug.yaml")
     cli = build_cli(["fit", "-c", "stages/decoder.yaml", "-c", overlay, *SMALL, *data, *folder])
@@ -249,40 +215,40 @@ def test_the_debug_overlay_does_two_steps_of_everything_on_the_device(shards, tm
 
 
 def test_width_that_does_not_fit_the_clip_is_a_sentence(shards, tmp_path, capsys):
-    given = ["fit", "-c", "stages/decoder.yaml", *TINY, "--data.train", str(shards / "train-*.tar"), "--data.val", "null",
-                 "--data.store", str(shards / "store"), "--trainer.default_root_dir", str(tmp_path), "--model.net.embed_dim", "512"]  # fmt: skip
-    assert main(given) == 1
-    assert (
-        "gives embeddings of 256 numbers and model.net.embed_dim is 512" in capsys.readouterr().err
-    )
+    words = ["fit", "-c", "stages/decoder.yaml", *TINY, *data_flags(shards, validate=False)]
+    words += ["--trainer.default_root_dir", str(tmp_path), "--model.net.embed_dim", "512"]
+    assert main(words) == 1
+    assert "model.net.embed_dim is 512" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "named"),
     [
-        (["--data.train", "nowhere/*.tar"], "There is no shard nowhere"),
+        (["--data.train", "nowhere/*.tar"], "nowhere"),
         (["--data.clip.model", "ViT-L-14-quickgelu"], "needs weights"),
-        (["--resume", "gone.ckpt"], "There is no checkpoint gone.ckpt"),
-        (["--init", "gone.ckpt"], "There is no checkpoint gone.ckpt"),
-        (["--data.text_states", "false"], "set data.text_states to true"),
-        (["--trainer.max_steps", "-1"], r"give --trainer.max_steps"),
+        (["--resume", "gone.ckpt"], "gone.ckpt"),
+        (["--init", "gone.ckpt"], "gone.ckpt"),
+        (["--data.text_states", "false"], "data.text_states"),
+        (["--trainer.max_steps", "-1"], "--trainer.max_steps"),
     ],
 )
-def test_what_cannot_run_is_one_sentence(flags, words, shards, tmp_path, capsys):
-    given = ["fit", "-c", "stages/decoder.yaml", *TINY, "--data.train", str(shards / "train-*.tar"), "--data.val", "null",
-                 "--data.store", str(shards / "store"), "--trainer.default_root_dir", str(tmp_path), "--trainer.max_steps", "2", *flags]  # fmt: skip
-    assert main(given) == 1
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("lightning: ") and words in last
+def test_what_cannot_run_is_one_sentence(flags, named, shards, tmp_path, capsys):
+    words = ["fit", "-c", "stages/decoder.yaml", *TINY, *data_flags(shards, validate=False)]
+    folder = ["--trainer.default_root_dir", str(tmp_path), "--trainer.max_steps", "2"]
+    assert main([*words, *folder, *flags]) == 1
+    last = last_line(capsys)
+    assert last.startswith("lightning: ") and named in last
 
 
 def test_a_run_folder_that_cannot_be_written_is_one_sentence(shards, tmp_path, capsys):
     (tmp_path / "runs").mkdir()
     with read_only(tmp_path / "runs"):
         assert main(arguments(tmp_path / "runs" / "mine", shards)) == 1
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert (
-        last.startswith("lightning: ")
-        and "written (" in last
-        and "--trainer.default_root_dir" in last
-    )
+    last = last_line(capsys)
+    assert last.startswith("lightning: ")
+    assert "written (" in last and "--trainer.default_root_dir" in last
+
+
+def last_line(capsys) -> str:
+    """The last line on stderr."""
+    return capsys.readouterr().err.strip().splitlines()[-1]

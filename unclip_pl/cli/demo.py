@@ -1,4 +1,4 @@
-"""`make demo`: the weights in the package learn to draw in black lines, in some minutes.
+"""`make demo`: the weights in the package learn to draw in black lines, in a few minutes.
 
 OpenMoji's lines are drawn and embedded, the decoder and the diffusion prior of the package are
 trained on them, and captions are drawn by both. One caption is drawn at 64, 256 and 1024 pixels as

@@ -1,5 +1,7 @@
-"""What the commands for manipulations and probes share: they read pictures and latents, draw with
-one pipeline, and write single PNGs and one labelled figure."""
+"""What the commands for manipulations and probes share.
+
+They read pictures and latents, draw with one pipeline, and write single PNGs and a labelled figure.
+"""
 
 import argparse
 import re
@@ -85,7 +87,7 @@ class Session:
         self.out.mkdir(parents=True, exist_ok=True)
 
     def _options(self, eta: float | None) -> dict[str, Any]:
-        """The options of sampling by the names of the settings; None where not given."""
+        """The options of sampling, by the names of the settings; None where there is none."""
         return {
             "sampler": self.arguments.sampler,
             "steps": self.arguments.sampling_steps,
