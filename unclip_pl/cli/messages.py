@@ -69,6 +69,7 @@ def _parameters(kind: type) -> Iterator[str]:
 
 def _subclasses(kind: type) -> Iterator[type]:
     """A class and all that derive from it, at any depth."""
+    children: list[type] = kind.__subclasses__()
     yield kind
-    for child in kind.__subclasses__():
+    for child in children:
         yield from _subclasses(child)
