@@ -28,6 +28,13 @@ def randomise(module: nn.Module, std: float = 0.05) -> None:
             parameter.add_(std * torch.randn_like(parameter))
 
 
+def fill_zeros(module: nn.Module, std: float = 0.05) -> None:
+    """Draw the parameters that start at zero, and so hide their inputs, from a normal."""
+    for parameter in module.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=std)
+
+
 def tiny_stage(
     name: str,
     checkpointing: Checkpointing = "none",
@@ -117,9 +124,10 @@ def package_decoder(seed: int = 0, **arguments) -> decoder.Decoder:
     sampling = decoder.SamplingConfig(sampler="ddim", steps=2)
     diffusion = DiffusionConfig(parametrization="v")
     defaults = {"net": net, "sampling": sampling, "diffusion": diffusion}
-    stage = fill_zeros(decoder.Decoder(**defaults | arguments))
+    stage = decoder.Decoder(**defaults | arguments)
+    fill_zeros(stage.net)
     stage.clip_fingerprint = FrozenCLIP().fingerprint()
-    return stage
+    return stage.eval()
 
 
 def package_cascade() -> tuple[decoder.Decoder, upsampler.Upsampler256, upsampler.Upsampler1024]:
@@ -130,19 +138,14 @@ def package_cascade() -> tuple[decoder.Decoder, upsampler.Upsampler256, upsample
     low = UNetConfig(image_size=256, patch_size=8, **small, **upsampler.NET)
     high = UNetConfig(image_size=1024, patch_size=16, **small, **upsampler.NET)
     sampling = upsampler.UpsamplingConfig(steps=2)
-    return (
-        package_decoder(net=net),
-        fill_zeros(upsampler.Upsampler256(net=low, sampling=sampling)),
-        fill_zeros(upsampler.Upsampler1024(net=high, sampling=sampling)),
+    upsamplers = (
+        upsampler.Upsampler256(net=low, sampling=sampling),
+        upsampler.Upsampler1024(net=high, sampling=sampling),
     )
-
-
-def fill_zeros(stage: Stage) -> Stage:
-    """The stage in eval mode; parameters that start at zero are random, or outputs would be 0."""
-    for parameter in stage.net.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.05)
-    return stage.eval()
+    first = package_decoder(net=net)
+    for stage in upsamplers:
+        fill_zeros(stage.net)
+    return first, *(stage.eval() for stage in upsamplers)
 
 
 def write_release(folder: Path, stage: Stage, steps: int = 1) -> Path:
