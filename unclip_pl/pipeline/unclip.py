@@ -1,6 +1,5 @@
 """The whole pipeline: captions or images -> CLIP embeddings -> images of 64, 256 or 1024 pixels."""
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,12 +9,18 @@ import torch
 from torch import Tensor
 
 import unclip_pl.stages
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP, require_same, tokenize_bpe
+from unclip_pl.clip.frozen import FrozenCLIP, tokenize_bpe
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.networks.long_text import own_length
 from unclip_pl.pipeline.cascade import Cascade, check_sizes, source_side
+from unclip_pl.pipeline.compatibility import (
+    Prior,
+    check_same_length,
+    shared_clip,
+    warn_without_variance,
+)
 from unclip_pl.pipeline.devices import accelerate_stages, canonical_device, on_device
 from unclip_pl.pipeline.seeds import PRIOR_OFFSET
 from unclip_pl.pipeline.weights import (
@@ -32,8 +37,6 @@ from unclip_pl.stages.upsampler import Upsampler, UpsamplingConfig
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.precision import Precision, supported_precision
 
-log = logging.getLogger(__name__)
-Prior = DiffusionPrior | ARPrior
 Condition = Literal["prior", "text", "caption"]
 CONDITIONS = get_args(Condition)
 Callback = Callable[[int, int], Any]
@@ -83,8 +86,8 @@ class UnCLIP:
             precision, self.device
         )  # warns where the device does not have it
         home = torch.device("cpu") if offload else self.device
-        self.clip = _shared_clip(decoder, prior, clip, home)
-        _warn_without_variance(prior)
+        self.clip = shared_clip(decoder, prior, clip, home)
+        warn_without_variance(prior)
         sides = [(source_side(stage), stage.net_config.image_size) for stage in upsamplers]
         check_sizes(sides, start=decoder.net_config.image_size)
         self.decoder = decoder.to(home).eval()
@@ -357,45 +360,3 @@ class UnCLIP:
         if size == self.sizes[0]:
             return images
         return self.upsample(images, seeds, size // self.sizes[0], upsampling, callback)
-
-
-def check_same_length(captions: Sequence[str], seeds: Sequence[int]) -> None:
-    """Raise a ValueError unless there is one seed per caption."""
-    if len(captions) != len(seeds):
-        raise ValueError(
-            f"{len(captions)} captions and {len(seeds)} seeds were given: give one seed per "
-            "caption."
-        )
-
-
-def _shared_clip(
-    decoder: Decoder, prior: Prior | None, clip: FrozenCLIP | None, device: torch.device
-) -> FrozenCLIP:
-    """The CLIP with which both stages were trained, on `device`; built where None is passed."""
-    stages: dict[str, Stage] = {"decoder": decoder}
-    if prior is not None:
-        stages["prior"] = prior
-    for name, stage in stages.items():
-        fingerprint = stage.clip_fingerprint
-        if fingerprint is None:
-            raise UserError(
-                f"The {name} does not say with which CLIP it was trained: train it with "
-                "`lightning fit`, which keeps that."
-            )
-        if clip is None:
-            clip = FrozenCLIP(CLIPConfig.of_fingerprint(fingerprint), device)
-        clip.to(device)
-        require_same(fingerprint, clip.fingerprint(), f"The {name}")
-    assert clip is not None  # there is a decoder
-    return clip
-
-
-def _warn_without_variance(prior: Prior | None) -> None:
-    """Log a warning where the analytic sampler has no variances yet."""
-    if not isinstance(prior, DiffusionPrior) or prior.sampling.sampler != "analytic":
-        return
-    if bool(prior.x0_error.isnan().any()):
-        log.warning(
-            "The prior has no analytic variance, which is estimated when training ends: it draws "
-            "with the variance of plain DDPM."
-        )

@@ -1,0 +1,67 @@
+"""What must fit together: the stages and their CLIP, captions and seeds."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP, require_same
+from unclip_pl.stages.ar_prior import ARPrior
+from unclip_pl.stages.base import Stage
+from unclip_pl.stages.decoder import Decoder
+from unclip_pl.stages.diffusion_prior import DiffusionPrior
+from unclip_pl.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+Prior = DiffusionPrior | ARPrior
+
+
+def check_same_length(captions: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raise a ValueError unless there is one seed per caption."""
+    if len(captions) != len(seeds):
+        raise ValueError(
+            f"{len(captions)} captions and {len(seeds)} seeds were given: give one seed per "
+            "caption."
+        )
+
+
+def shared_clip(
+    decoder: Decoder, prior: Prior | None, clip: FrozenCLIP | None, device: torch.device
+) -> FrozenCLIP:
+    """The CLIP with which both stages were trained, on `device`.
+
+    Args:
+        decoder, prior: the stages; their fingerprints say which CLIP it is.
+        clip: the CLIP to check; None: it is built from the decoder's fingerprint.
+        device: where it shall be.
+
+    Raises:
+        UserError: a stage does not say which CLIP it is, or was trained with another one.
+    """
+    stages: dict[str, Stage] = {"decoder": decoder}
+    if prior is not None:
+        stages["prior"] = prior
+    for name, stage in stages.items():
+        fingerprint = stage.clip_fingerprint
+        if fingerprint is None:
+            raise UserError(
+                f"The {name} does not say with which CLIP it was trained: train it with "
+                "`lightning fit`, which keeps that."
+            )
+        if clip is None:
+            clip = FrozenCLIP(CLIPConfig.of_fingerprint(fingerprint), device)
+        clip.to(device)
+        require_same(fingerprint, clip.fingerprint(), f"The {name}")
+    assert clip is not None  # there is a decoder
+    return clip
+
+
+def warn_without_variance(prior: Prior | None) -> None:
+    """Log a warning where the analytic sampler has no variances yet."""
+    if not isinstance(prior, DiffusionPrior) or prior.sampling.sampler != "analytic":
+        return
+    if bool(prior.x0_error.isnan().any()):
+        log.warning(
+            "The prior has no analytic variance, which is estimated when training ends: it draws "
+            "with the variance of plain DDPM."
+        )
