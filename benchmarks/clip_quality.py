@@ -17,7 +17,8 @@ import json
 import torch
 from _results import save_rows
 
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.shards import ErrorBudget, decode, expand, raw_samples
 from unclip_pl.datamodules.modules import resolve
 

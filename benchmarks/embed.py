@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP, save_clip
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.folder import save_clip
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.clip.loading import import_open_clip
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.shards import expand

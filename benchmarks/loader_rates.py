@@ -23,7 +23,8 @@ import torch
 from _common import results_option
 from _results import save_rows
 
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.loader import LoaderConfig
 from unclip_pl.data.rows import RowsConfig

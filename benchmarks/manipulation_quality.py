@@ -21,7 +21,7 @@ import torch
 from _results import save_rows
 from torch import Tensor
 
-from unclip_pl.clip.frozen import CLIPConfig
+from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.data.openmoji import TONES, Drawing, composition_split, records
 from unclip_pl.datamodules.modules import ImageEmbeddingData
 from unclip_pl.diffusion import samplers

@@ -34,7 +34,7 @@ from eval.tables import (
     row,
 )
 from unclip_pl.cli.options import chosen
-from unclip_pl.clip.frozen import require_same
+from unclip_pl.clip.fingerprint import require_same
 from unclip_pl.pipeline.unclip import DEFAULT_DECODER, DEFAULT_PRIORS, Prior, UnCLIP, load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.diffusion_prior import DiffusionPrior

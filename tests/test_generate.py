@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from unclip_pl.cli import unclip as app
-from unclip_pl.clip.frozen import ClipMismatch, FrozenCLIP
+from unclip_pl.clip.fingerprint import ClipMismatch
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.pipeline import release
@@ -219,11 +220,11 @@ def test_a_prompt_that_is_too_long_is_drawn_and_what_was_cut_is_named(folder, tm
     assert app.main(arguments) == 0
     assert 'and a pear"' in capsys.readouterr().err
     clip = FrozenCLIP()
-    kept = long[: -len(clip.cut(long))]
+    kept = long[: -len(clip.truncated_text(long))]
     assert torch.equal(clip.tokenize([kept]), clip.tokenize([long])) and not torch.equal(
         clip.tokenize([kept[:-1]]), clip.tokenize([long])
     )
-    assert clip.cut("a red apple") == ""
+    assert clip.truncated_text("a red apple") == ""
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from unclip_pl import manipulate
-from unclip_pl.clip.frozen import ClipMismatch, FrozenCLIP
+from unclip_pl.clip.fingerprint import ClipMismatch
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Prediction, Process
 from unclip_pl.diffusion.samplers import SAMPLERS

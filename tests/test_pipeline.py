@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from unclip_pl.cli import unclip as app
-from unclip_pl.clip.frozen import ClipMismatch, FrozenCLIP
+from unclip_pl.clip.fingerprint import ClipMismatch
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.unet import UNetConfig

@@ -9,7 +9,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from tests.training.toy import Toy, command, loader, trainer
 from unclip_pl import UnCLIP
 from unclip_pl.cli.lightning import build_cli, find_configs, main
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.utils import precision
 from unclip_pl.utils.errors import UserError

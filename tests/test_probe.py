@@ -7,7 +7,8 @@ from PIL import Image
 
 from tests.test_manipulate_commands import decoder, folder, place, run  # noqa: F401
 from unclip_pl.cli import unclip as app
-from unclip_pl.clip.frozen import ClipMismatch, FrozenCLIP
+from unclip_pl.clip.fingerprint import ClipMismatch
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.embeddings import Statistics
 from unclip_pl.pipeline.unclip import UnCLIP, load_stage
 from unclip_pl.probe import PrincipalComponents, labelled, paper_dimensions, zero_shot

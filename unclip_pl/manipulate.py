@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from unclip_pl import __version__
-from unclip_pl.clip.frozen import require_same
+from unclip_pl.clip.fingerprint import require_same
 from unclip_pl.diffusion import samplers
 from unclip_pl.diffusion.guidance import repainted
 from unclip_pl.diffusion.noise import Noise

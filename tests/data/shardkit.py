@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unclip_pl.clip.frozen import TextFeatures, require_same
+from unclip_pl.clip.fingerprint import require_same
+from unclip_pl.clip.frozen import TextFeatures
 
 
 def picture(number: int, size: int = 16, kind: str = "PNG") -> bytes:

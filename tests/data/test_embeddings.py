@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from tests.data.shardkit import FakeCLIP, picture, write_shards, write_tar
 from unclip_pl.cli import unclip as app
-from unclip_pl.clip.frozen import ClipMismatch
+from unclip_pl.clip.fingerprint import ClipMismatch
 from unclip_pl.data.embeddings import EmbeddingStore, ShardRows
 from unclip_pl.data.shards import ErrorBudget, decode, expand, raw_samples
 from unclip_pl.data.verify import verify

@@ -14,7 +14,8 @@ from PIL import Image
 
 from tests.data.shardkit import FakeCLIP, write_tar
 from unclip_pl.cli import unclip as app
-from unclip_pl.clip.frozen import ClipMismatch, FrozenCLIP
+from unclip_pl.clip.fingerprint import ClipMismatch
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.import_embeddings import RetrievalFolder, TarMembers, import_embeddings
 from unclip_pl.data.shards import ErrorBudget, decode, raw_samples

@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.data.shardkit import FakeCLIP, write_shards
 from tests.training.forks import Ranks
-from unclip_pl.clip.frozen import CLIPConfig, save_clip
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.folder import save_clip
 from unclip_pl.cluster.checkpoint_io import AtomicCheckpointIO
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.loader import LoaderConfig

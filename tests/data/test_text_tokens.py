@@ -8,7 +8,7 @@ import torch
 
 from tests.data.shardkit import picture, write_tar
 from tests.data.test_modules import data_of
-from unclip_pl.clip.frozen import tokenize_bpe
+from unclip_pl.clip.loading import tokenize_bpe
 from unclip_pl.data.rows import RowsConfig
 from unclip_pl.data.text_tokens import ensure_text_tokens, path_of, text_tokens
 from unclip_pl.datamodules.modules import ImageEmbeddingData, PriorData

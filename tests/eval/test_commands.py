@@ -12,7 +12,8 @@ from PIL import ImageFilter
 
 from eval import clip_score, fid
 from eval.features import named
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.openmoji import draw, records
 
 

@@ -113,7 +113,8 @@ def run_verify(arguments: argparse.Namespace) -> None:
 
 
 def run_import(arguments: argparse.Namespace) -> None:
-    from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
+    from unclip_pl.clip.config import CLIPConfig
+    from unclip_pl.clip.frozen import FrozenCLIP
     from unclip_pl.data.import_embeddings import RetrievalFolder, TarMembers, import_embeddings
     from unclip_pl.data.shards import ErrorBudget, expand
 

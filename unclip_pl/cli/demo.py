@@ -93,7 +93,7 @@ def draw_held_out(count: int = 8) -> str:
     """Line drawings that were held out, and what each decoder draws of their embeddings; a report."""
     import torch
 
-    from unclip_pl.clip.frozen import CLIPConfig
+    from unclip_pl.clip.config import CLIPConfig
     from unclip_pl.datamodules.modules import ImageEmbeddingData
     from unclip_pl.pipeline.unclip import DEFAULT_DECODER, UnCLIP
     from unclip_pl.utils.images import grid, save_png

@@ -21,7 +21,7 @@ def add(command: Command) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    from unclip_pl.clip.frozen import save_clip
+    from unclip_pl.clip.folder import save_clip
     from unclip_pl.pipeline import release
     from unclip_pl.pipeline import unclip as pipeline
     from unclip_pl.stages.ar_prior import ARPrior

@@ -182,7 +182,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     }
     prior_sampling = chosen(arguments, unclip.prior, "prior_") if unclip.prior else None
     for prompt in prompts:
-        if cut := unclip.clip.cut(prompt):
+        if cut := unclip.clip.truncated_text(prompt):
             print(
                 f'unclip: "{prompt[:40]}..." is longer than CLIP reads ({unclip.clip.context_length} tokens), cut: "{cut}"',
                 file=sys.stderr,

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from unclip_pl import __version__
-from unclip_pl.clip.frozen import require_same
+from unclip_pl.clip.fingerprint import require_same
 from unclip_pl.cluster.checkpoint_io import checkpoint_folder
 from unclip_pl.utils.errors import SharedError, UserError
 from unclip_pl.utils.files import REASONS

@@ -29,7 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from unclip_pl.clip.frozen import FrozenCLIP, require_same
+from unclip_pl.clip.fingerprint import require_same
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.captions import Captionless
 from unclip_pl.data.shards import (
     BadSample,

@@ -17,8 +17,8 @@ import torch
 
 from unclip_pl.data.embeddings import EmbeddingStore
 from unclip_pl.data.text_tokens import text_tokens
-from unclip_pl.networks.text import caption_mask
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.tokens import caption_mask
 
 log = logging.getLogger(__name__)
 ROUNDS = 6

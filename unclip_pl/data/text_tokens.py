@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from unclip_pl.clip.frozen import tokenize_bpe
+from unclip_pl.clip.loading import tokenize_bpe
 from unclip_pl.data.embeddings import EmbeddingStore, mapped
 from unclip_pl.data.shards import ErrorBudget, raw_samples
 from unclip_pl.utils.errors import UserError

@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
-from unclip_pl.clip.frozen import FrozenCLIP, require_same
+from unclip_pl.clip.fingerprint import require_same
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.embeddings import EmbeddingStore, ShardRows, describe
 from unclip_pl.data.names import expand, open_shard
 from unclip_pl.data.shards import IMAGES, BadSample, ErrorBudget, Lost, decode, read_shard

@@ -18,8 +18,10 @@ from braceexpand import braceexpand
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP, require_same, tokenize_bpe
-from unclip_pl.clip.loading import folder_of
+from unclip_pl.clip.config import CLIPConfig, folder_of
+from unclip_pl.clip.fingerprint import require_same
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.clip.loading import tokenize_bpe
 from unclip_pl.data.captions import Captionless, augment_caption
 from unclip_pl.data.embeddings import EmbeddingStore, Statistics, describe
 from unclip_pl.data.loader import (

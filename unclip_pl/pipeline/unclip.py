@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 import unclip_pl.stages
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP, require_same, tokenize_bpe
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.fingerprint import require_same
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.clip.loading import tokenize_bpe
 from unclip_pl.cluster.checkpoint_io import read_checkpoint
 from unclip_pl.cluster.sharded_checkpoint import META, whole
 from unclip_pl.diffusion.noise import Noise
