@@ -19,7 +19,7 @@ import torch
 from _results import save_rows
 
 from unclip_pl.clip.config import CLIPConfig
-from unclip_pl.datamodules.modules import PriorData
+from unclip_pl.datamodules.prior import PriorData
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.pipeline.unclip import DEFAULT_PRIORS, UnCLIP
 from unclip_pl.training.prior_monitor import mean_pairwise, measure

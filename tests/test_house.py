@@ -76,7 +76,7 @@ def test_the_import_test_can_fail(tmp_path):
     assert violations(upwards, "unclip_pl.networks.unet")
     sideways = tmp_path / "release.py"
     sideways.write_text("def late():\n    import unclip_pl.stages.decoder\n")
-    assert violations(sideways, "unclip_pl.datamodules.modules")
+    assert violations(sideways, "unclip_pl.datamodules.base")
 
 
 def test_the_package_does_not_know_what_judges_it():

@@ -9,7 +9,7 @@ from tests.test_manipulate_commands import decoder, folder, place, run  # noqa: 
 from unclip_pl.cli import unclip as app
 from unclip_pl.clip.fingerprint import ClipMismatch
 from unclip_pl.clip.frozen import FrozenCLIP
-from unclip_pl.data.embeddings import Statistics
+from unclip_pl.data.store import Statistics
 from unclip_pl.pipeline.unclip import UnCLIP, load_stage
 from unclip_pl.probe import PrincipalComponents, labelled, paper_dimensions, zero_shot
 from unclip_pl.stages.decoder import Decoder
@@ -100,7 +100,7 @@ def test_a_label_stands_in_the_middle_and_leaves_the_edges():
 def store(tmp_path_factory):
     """An embedding store of a few drawings."""
     from tests.data.shardkit import write_shards
-    from unclip_pl.data.embeddings import EmbeddingStore
+    from unclip_pl.data.store import EmbeddingStore
 
     path = tmp_path_factory.mktemp("store")
     shards = write_shards(path, [12])
@@ -124,7 +124,7 @@ def test_probe_pca_draws_a_picture_a_number_of_components(run, store, capsys):  
 
 def test_a_store_of_another_clip_is_refused(run, store, monkeypatch):  # noqa: F811
     from unclip_pl.cli import probe
-    from unclip_pl.data.embeddings import EmbeddingStore
+    from unclip_pl.data.store import EmbeddingStore
 
     manifest = EmbeddingStore(store).manifest
     monkeypatch.setattr(

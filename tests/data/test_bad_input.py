@@ -27,19 +27,24 @@ from tests.data.test_shards import keep, loader, saved, take
 from tests.disk import enlarge, read_only, small_disk
 from tests.training import toy
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint
-from unclip_pl.data.embeddings import EmbeddingStore
-from unclip_pl.data.loader import LoaderConfig, Samples
+from unclip_pl.data.bad_samples import BadSample, BadSampleCounter
+from unclip_pl.data.decoding import decode
+from unclip_pl.data.loader_config import LoaderConfig
+from unclip_pl.data.names import expand
 from unclip_pl.data.openmoji import openmoji_shards
-from unclip_pl.data.shards import BadSample, ErrorBudget, count_samples, decode, expand, raw_samples
+from unclip_pl.data.reader import SKIPPED, ShuffledShards
+from unclip_pl.data.shards import count_samples, raw_samples
+from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.data.verify import verify
-from unclip_pl.datamodules.modules import ImageEmbeddingData, ImageTextData
+from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
+from unclip_pl.datamodules.image_text import ImageTextData
 from unclip_pl.training.checkpoints import NewestCheckpoint
 from unclip_pl.training.progress import Progress
 from unclip_pl.utils.errors import UserError
 
 
-def keys_of(shard: str, budget: ErrorBudget) -> list[str]:
-    return [sample["key"] for sample in raw_samples(shard, budget)]
+def keys_of(shard: str, counter: BadSampleCounter) -> list[str]:
+    return [sample["key"] for sample in raw_samples(shard, counter)]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -58,18 +63,18 @@ def test_damage_anywhere_in_a_tar_is_named_and_counted(tmp_path, packed, caplog)
     ]:  # what ends is a .json that nobody needs
         Path(shard).write_bytes(pack(data))
         caplog.clear()
-        budget = ErrorBudget(1.0)
+        counter = BadSampleCounter(1.0)
         assert (
-            len(keys_of(shard, budget)) <= images
-            and budget.bad >= 1
+            len(keys_of(shard, counter)) <= images
+            and counter.bad >= 1
             and any("is no whole tar" in line for line in caplog.messages)
         )
         with pytest.raises(UserError, match="is no whole tar"):
             count_samples(shard)
     for length in (0, 1, 5, 11, 40) if packed else (0, 1, 100, 511):
         Path(shard).write_bytes(pack(whole)[:length])
-        budget = ErrorBudget(1.0)
-        assert keys_of(shard, budget) == [] and budget.bad == 1
+        counter = BadSampleCounter(1.0)
+        assert keys_of(shard, counter) == [] and counter.bad == 1
 
 
 def png_header(side: int) -> bytes:
@@ -99,7 +104,7 @@ def test_a_picture_of_a_hundred_megapixels_is_a_bad_sample_at_once(tmp_path, cap
         tmp_path / "a.tar",
         {"a.png": huge, "b.png": png_header(40_000), "c.png": b"", "d.png": picture(1)},
     )
-    samples = Samples([shard], 8, LoaderConfig(max_bad_rate=1.0), keep)
+    samples = ShuffledShards([shard], 8, LoaderConfig(max_bad_rate=1.0), keep)
     assert [sample["key"] for sample in itertools.islice(samples, 2)] == [
         "d",
         "d",
@@ -135,23 +140,23 @@ def test_of_doubled_keys_the_first_is_taken_and_the_rest_named(tmp_path, caplog)
     Path(again).write_bytes(
         data + data + bytes(1024)
     )  # every sample twice, the tar appended to itself
-    budget = ErrorBudget(1.0)
-    found = {sample["key"]: sample for sample in raw_samples(shard, budget)}
+    counter = BadSampleCounter(1.0)
+    found = {sample["key"]: sample for sample in raw_samples(shard, counter)}
     assert (
         found["a"]["caption"] == "first"
         and found["c"]["image"] == picture(3)
-        and budget.bad == len(caplog.messages)
+        and counter.bad == len(caplog.messages)
     )
     assert any("the second of the name c.PNG" in line for line in caplog.messages)
     caplog.clear()
-    assert keys_of(again, budget) == ["000000", "000001"]
+    assert keys_of(again, counter) == ["000000", "000001"]
     assert [
         f"sample 00000{n} of {again}" in line and "has the same key" in line
         for n, line in enumerate(caplog.messages)
     ] == [True, True]
     store = EmbeddingStore(tmp_path / "store")
-    store.ensure([again], FakeCLIP(), progress=False, budget=ErrorBudget(1.0))
-    assert store.rows([again]) == [2] and verify(store.folder) == []
+    store.ensure([again], FakeCLIP(), progress=False, counter=BadSampleCounter(1.0))
+    assert store.row_counts([again]) == [2] and verify(store.folder) == []
 
 
 def test_pictures_of_every_format_with_gaps_and_json_captions_make_batches(tmp_path):
@@ -199,16 +204,16 @@ def test_shards_come_over_http_by_a_brace_pattern(server, workers, caplog):
     here = write_shards(folder, [9, 4, 12])
     there = expand(f"{address}/{{00000..00002}}.tar")
     assert list(map(count_samples, there)) == [9, 4, 12]
-    assert [keys_of(shard, ErrorBudget(0)) for shard in there] == [
-        keys_of(shard, ErrorBudget(0)) for shard in here
+    assert [keys_of(shard, BadSampleCounter(0)) for shard in there] == [
+        keys_of(shard, BadSampleCounter(0)) for shard in here
     ]
     assert (
         sorted(itertools.chain(*take(loader(there, steps=6, num_workers=workers), 6)))[-1]
         <= "000024"
     )
     missing = f"{address}/00003.tar"
-    budget = ErrorBudget(1.0)
-    assert keys_of(missing, budget) == [] and budget.bad == 1 and missing in caplog.messages[-1]
+    counter = BadSampleCounter(1.0)
+    assert keys_of(missing, counter) == [] and counter.bad == 1 and missing in caplog.messages[-1]
     with pytest.raises(UserError, match=r"00003\.tar is no whole tar"):
         count_samples(missing)
 
@@ -226,12 +231,12 @@ def test_shards_in_s3_come_through_the_command_that_fetches_them(tmp_path, monke
         expand("s3://bucket/00000.tar")
     assert "'pipe:aws s3 cp s3://bucket/00000.tar -'" in str(error.value)
     urls = expand("pipe:aws s3 cp s3://bucket/{00000..00001}.tar -")
-    assert [keys_of(url, ErrorBudget(0)) for url in urls] == [
-        keys_of(shard, ErrorBudget(0)) for shard in shards
+    assert [keys_of(url, BadSampleCounter(0)) for url in urls] == [
+        keys_of(shard, BadSampleCounter(0)) for shard in shards
     ]
 
 
-class ReaderOf(Samples):
+class ReaderOf(ShuffledShards):
     """What one reader gives, here and now."""
 
     def reader(self) -> tuple[int, int]:
@@ -246,7 +251,7 @@ def test_the_progress_bar_counts_bad_samples_that_any_worker_met(tmp_path, worke
     class Watching(Recorder):
         def training_step(self, batch, batch_idx):
             assert (
-                "passed_over" not in batch
+                SKIPPED not in batch
             )  # a number of the host, which no device needs to be asked for
             return super().training_step(batch, batch_idx)
 
@@ -264,13 +269,13 @@ def test_the_progress_bar_counts_bad_samples_that_any_worker_met(tmp_path, worke
     assert set(multiprocessing.active_children()) <= before  # no worker outlives the training
     count = trainer.train_dataloader.bad
     readers = [
-        ReaderOf(data.train_shards, 8, data.config, data.preparation(train=True))
+        ReaderOf(data.train_shards, 8, data.config, data.sample_transform(train=True))
         for _ in range(workers or 1)
     ]
     for place, reader in enumerate(readers):
         reader.place = place, len(readers)
     assert count == sum(
-        sample["passed_over"]
+        sample[SKIPPED]
         for reader in readers
         for sample in itertools.islice(reader, 216 // len(readers))
     )

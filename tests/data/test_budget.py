@@ -8,9 +8,10 @@ import pytest
 from tests.data.shardkit import FakeCLIP, picture, write_shards, write_tar
 from tests.data.test_bad_input import ReaderOf, keys_of
 from tests.data.test_shards import keep, loader, take
-from unclip_pl.data.embeddings import EmbeddingStore
-from unclip_pl.data.loader import LoaderConfig
-from unclip_pl.data.shards import ErrorBudget
+from unclip_pl.data.bad_samples import BadSampleCounter
+from unclip_pl.data.loader_config import LoaderConfig
+from unclip_pl.data.reader import SKIPPED
+from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.utils.errors import UserError
 
 
@@ -38,9 +39,9 @@ def passes(shards: list[str], readers: int, epochs: int = 1, **config) -> list[t
         good = bad = 0
         for sample in stream:
             if sample["epoch"] == epochs:
-                bad += sample["passed_over"]  # those that were due at the end
+                bad += sample[SKIPPED]  # those that were due at the end
                 break
-            good, bad = good + 1, bad + sample["passed_over"]
+            good, bad = good + 1, bad + sample[SKIPPED]
         found.append((good, bad))
     return found
 
@@ -98,9 +99,9 @@ def test_damage_in_the_middle_of_a_file_counts_for_what_lies_behind_it(tmp_path)
     data = Path(shard).read_bytes()
     half = len(data) // 1024 * 512
     Path(shard).write_bytes(data[:half] + b"\x99" * 3072 + data[half + 3072 :])
-    budget = ErrorBudget(1.0)
-    read = len(keys_of(shard, budget))
-    assert 95 < read < 105 and 190 <= read + budget.bad <= 200
+    counter = BadSampleCounter(1.0)
+    read = len(keys_of(shard, counter))
+    assert 95 < read < 105 and 190 <= read + counter.bad <= 200
 
 
 def test_what_broken_shards_lost_is_the_same_in_any_order(tmp_path):
@@ -109,17 +110,17 @@ def test_what_broken_shards_lost_is_the_same_in_any_order(tmp_path):
         data = Path(shard).read_bytes()
         Path(shard).write_bytes(data[: round(len(data) * part)])
     for order in itertools.permutations(shards):
-        budget = ErrorBudget(1.0)
-        assert sum(len(keys_of(shard, budget)) for shard in order) + budget.bad == 600
-    budget = ErrorBudget(1.0)
+        counter = BadSampleCounter(1.0)
+        assert sum(len(keys_of(shard, counter)) for shard in order) + counter.bad == 600
+    counter = BadSampleCounter(1.0)
     assert (
-        sum(len(keys_of(shard, budget)) for shard in shards[:2]) + budget.bad >= 200
+        sum(len(keys_of(shard, counter)) for shard in shards[:2]) + counter.bad >= 200
     )  # the half one shows what the quarter lost
-    assert budget.bad > 45
+    assert counter.bad > 45
 
 
 def test_samples_without_an_image_below_the_limit_do_not_stop_embedding(tmp_path):
     shards = without_images(tmp_path, [1000], {90, 95, 400, 600, 800})
-    budget = ErrorBudget(0.01)
-    EmbeddingStore(tmp_path / "store").ensure(shards, FakeCLIP(), progress=False, budget=budget)
-    assert (budget.seen, budget.bad) == (1000, 5)
+    counter = BadSampleCounter(0.01)
+    EmbeddingStore(tmp_path / "store").ensure(shards, FakeCLIP(), progress=False, counter=counter)
+    assert (counter.seen, counter.bad) == (1000, 5)

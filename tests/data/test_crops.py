@@ -10,8 +10,8 @@ from PIL import Image
 
 from tests.data.shardkit import write_tar
 from unclip_pl.data.degradation import DegradationConfig
-from unclip_pl.data.loader import LoaderConfig
-from unclip_pl.datamodules.crops import Cropped, CropsConfig, UpsamplerData
+from unclip_pl.data.loader_config import LoaderConfig
+from unclip_pl.datamodules.upsampler import CropsConfig, CropTransform, UpsamplerData
 from unclip_pl.utils.errors import UserError
 
 PLAIN = DegradationConfig(kind="none")
@@ -48,7 +48,9 @@ def batches(data: UpsamplerData, train: bool = True):
 @pytest.mark.parametrize("kind", ["none", "blur", "bsr"])
 def test_both_resolutions_show_the_same_place(kind):
     """On a ramp, low-res pixel i is the mean of its four columns: 4 i + 1.5 pixels of two levels each. Half a pixel more or less would be one level."""
-    crop = Cropped(64, 32, CropsConfig(3), DegradationConfig(kind=kind), LoaderConfig(), train=True)
+    crop = CropTransform(
+        64, 32, CropsConfig(3), DegradationConfig(kind=kind), LoaderConfig(), train=True
+    )
     error = []
     for epoch in range(8):
         found = crop({"key": "k", "image": png(ramp())}, epoch)
@@ -104,7 +106,7 @@ def test_several_crops_of_an_image_are_samples_of_one_batch(tmp_path):
 
 def test_places_follow_from_seed_epoch_and_key():
     sample = {"key": "k", "image": png(ramp())}
-    draw = lambda seed=0, epoch=0, key="k": Cropped(
+    draw = lambda seed=0, epoch=0, key="k": CropTransform(
         64, 16, CropsConfig(4), DegradationConfig(), LoaderConfig(seed=seed), True
     )(sample | {"key": key}, epoch)
     one = draw()
@@ -145,7 +147,7 @@ def test_flat_crops_are_as_frequent_as_they_are_unless_they_are_to_be_avoided():
 
     def share(train: bool, crops: CropsConfig, picture: np.ndarray = image) -> float:
         """Of crops that show something."""
-        cropped = Cropped(256, 64, crops, PLAIN, LoaderConfig(), train)
+        cropped = CropTransform(256, 64, crops, PLAIN, LoaderConfig(), train)
         found = [
             cropped({"key": "k", "image": png(picture)}, epoch)["image"] for epoch in range(40)
         ]
@@ -161,7 +163,7 @@ def test_flat_crops_are_as_frequent_as_they_are_unless_they_are_to_be_avoided():
 
 
 def test_large_pictures_are_made_smaller_and_small_ones_are_not_enlarged():
-    crop = Cropped(64, 32, CropsConfig(), PLAIN, LoaderConfig(), train=False)
+    crop = CropTransform(64, 32, CropsConfig(), PLAIN, LoaderConfig(), train=False)
     checker = np.indices((40, 48)).sum(0) % 2
     small = crop(
         {"key": "k", "image": png((checker[..., None] * np.full(3, 255)).astype(np.uint8))}, 0
@@ -188,7 +190,7 @@ def test_image_smaller_than_the_crop_is_counted_and_named(tmp_path, caplog):
     assert (
         "sample 0000 of" in caplog.text
         and "60 x 24 pixels, less than the crop of 32" in caplog.text
-        and data._training.bad >= 1
+        and data._train_loader.bad >= 1
     )
     only = UpsamplerData(
         shards(tmp_path, [ramp(24)] * 2),

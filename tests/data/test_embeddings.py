@@ -21,8 +21,12 @@ from safetensors.torch import save_file
 from tests.data.shardkit import FakeCLIP, picture, write_shards, write_tar
 from unclip_pl.cli import unclip as app
 from unclip_pl.clip.fingerprint import ClipMismatch
-from unclip_pl.data.embeddings import EmbeddingStore, ShardRows
-from unclip_pl.data.shards import ErrorBudget, decode, expand, raw_samples
+from unclip_pl.data.bad_samples import BadSampleCounter
+from unclip_pl.data.decoding import decode
+from unclip_pl.data.names import expand
+from unclip_pl.data.shard_rows import ShardRows
+from unclip_pl.data.shards import raw_samples
+from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.data.verify import verify
 from unclip_pl.utils.errors import UserError
 
@@ -55,8 +59,8 @@ def test_rows_are_what_clip_gives_for_each_key(tmp_path, shards):
         rows = store.shard(shard)
         assert not rows.image_embed.flags.owndata and not rows.image_embed.flags.writeable
         assert rows.image_embed.dtype == np.float16 and rows.tokens.dtype == np.int32
-        for sample in raw_samples(shard, ErrorBudget(0)):
-            i = rows.row[sample["key"]]
+        for sample in raw_samples(shard, BadSampleCounter(0)):
+            i = rows.row_of_key[sample["key"]]
             tokens = clip.tokenize([sample["caption"]])
             assert np.array_equal(
                 rows.image_embed[i],
@@ -172,7 +176,7 @@ def test_a_store_killed_three_times_ends_whole_and_does_no_shard_twice(tmp_path)
         process.start()
         process.join(120)
         assert process.exitcode == (0 if whole == 12 else -signal.SIGKILL)
-        assert [store.done(shard) for shard in shards] == [True] * whole + [False] * (12 - whole)
+        assert [store.is_done(shard) for shard in shards] == [True] * whole + [False] * (12 - whole)
         embedded = sum(map(int, log.read_text().split()))
         assert embedded <= 20 * (
             min(whole + 1, 12) - done
@@ -213,10 +217,10 @@ def test_two_processes_fill_one_store_and_share_the_work(tmp_path):
 def test_ranks_take_disjoint_shards_and_one_finishes(tmp_path, shards):
     clips = [FakeCLIP(), FakeCLIP()]
     for rank, clip in enumerate(clips):
-        store = fill(tmp_path / "store", shards, clip, rank=rank, world=2)
-    assert [clip.seen for clip in clips] == [21, 4] and not (
-        tmp_path / "store" / "manifest.json"
-    ).exists()
+        store = EmbeddingStore(tmp_path / "store")
+        store.embed(shards[rank::2], clip, progress=False)
+    assert [clip.seen for clip in clips] == [21, 4]
+    assert not (tmp_path / "store" / "manifest.json").exists()
     store.finish(shards, clips[0])
     assert verify(store.folder, shards) == []
 
@@ -310,11 +314,11 @@ def test_a_run_cut_short_before_the_manifest_is_claimed_too(tmp_path, shards):
 def test_bad_samples_have_no_row_and_are_counted(tmp_path, caplog):
     shards = write_shards(tmp_path, [60, 60], bad={7, 70})
     with pytest.raises(UserError, match="2 of 1"):
-        fill(tmp_path / "store", shards, budget=ErrorBudget(0.01))
-    budget = ErrorBudget(0.02)
+        fill(tmp_path / "store", shards, counter=BadSampleCounter(0.01))
+    counter = BadSampleCounter(0.02)
     with caplog.at_level(logging.WARNING):
-        store = fill(tmp_path / "other", shards, budget=budget)
-    assert (budget.bad, budget.seen) == (2, 120) and store.manifest["rows"] == 118
+        store = fill(tmp_path / "other", shards, counter=counter)
+    assert (counter.bad, counter.seen) == (2, 120) and store.manifest["rows"] == 118
     assert any("sample 000070" in line for line in caplog.messages)
     notes = []
     assert verify(store.folder, notes=notes) == [] and [
@@ -345,13 +349,13 @@ def test_a_shard_without_a_sample_is_a_sentence(tmp_path):
 def test_noto_is_embedded_by_key_though_tar_and_parquet_disagree(noto, tmp_path):
     shards = expand(str(noto))
     store = fill(tmp_path / "store", shards)
-    assert store.rows(shards) == [145, 146, 109] and verify(store.folder) == []
+    assert store.row_counts(shards) == [145, 146, 109] and verify(store.folder) == []
     with tarfile.open(shards[0]) as tar:
         sample = tar.extractfile("00000002.jpg").read()
     row = store.shard(shards[0])
     clip = FakeCLIP()
     assert np.array_equal(
-        row.image_embed[row.row["00000002"]],
+        row.image_embed[row.row_of_key["00000002"]],
         clip.embed_images(decode(io.BytesIO(sample).read(), 8)[None])[0].half().numpy(),
     )
 
@@ -360,7 +364,7 @@ def test_a_pipe_is_embedded_and_kept(tmp_path, shards):
     url = f"pipe:cat {shards[0]}"
     fill(tmp_path / "store", [url])
     again = FakeCLIP()
-    assert fill(tmp_path / "store", [url], again).rows([url]) == [9] and again.seen == 0
+    assert fill(tmp_path / "store", [url], again).row_counts([url]) == [9] and again.seen == 0
     shutil.rmtree(tmp_path / "store")
 
 
@@ -369,8 +373,8 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from tests.data.shardkit import FakeCLIP
-from unclip_pl.data.embeddings import EmbeddingStore
-from unclip_pl.data.rows import Rows
+from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.data.embedding_loader import EmbeddingTable
 from unclip_pl.data.verify import verify
 from unclip_pl.utils.errors import UserError
 folder, shards = sys.argv[1], sys.argv[2:]
@@ -379,13 +383,13 @@ store.ensure(shards[:1], FakeCLIP(), progress=False)
 spare = len(list(Path("/proc/self/fd").iterdir())) + 12
 resource.setrlimit(resource.RLIMIT_NOFILE, (spare, spare))
 store.ensure(shards, FakeCLIP(), progress=False)
-assert sum(store.rows(shards)) == store.statistics().count == 2 * len(shards) and all(map(store.done, shards))
-rows = Rows(store, shards)
+assert sum(store.row_counts(shards)) == store.statistics().count == 2 * len(shards) and all(map(store.is_done, shards))
+rows = EmbeddingTable(store, shards)
 batch = rows[np.arange(len(rows))]
 assert len(batch["key"]) == len(set(batch["key"])) == 2 * len(shards) and batch["image_embed"].isfinite().all()
 assert verify(folder, shards) == []
 held = []
-for use in (store.done, lambda shard: EmbeddingStore(folder).shard(shard), lambda shard: store.ensure([shard], FakeCLIP(), progress=False)):
+for use in (store.is_done, lambda shard: EmbeddingStore(folder).shard(shard), lambda shard: store.ensure([shard], FakeCLIP(), progress=False)):
     try:
         while True:
             held.append(open(shards[0], "rb"))
@@ -421,11 +425,11 @@ def test_a_url_that_breaks_off_is_not_taken_for_done(tmp_path, shards):
         UserError,
         match=r"source\.tar broke off after \d samples .*: run again, finished shards are kept",
     ):
-        fill(tmp_path / "store", [file, url], budget=ErrorBudget(1.0))
+        fill(tmp_path / "store", [file, url], counter=BadSampleCounter(1.0))
     source.write_bytes(whole)
     again = FakeCLIP()
     assert (
-        fill(tmp_path / "store", [file, url], again).rows([file, url]) == [9, 12]
+        fill(tmp_path / "store", [file, url], again).row_counts([file, url]) == [9, 12]
         and again.seen == 12
     )
     source.write_bytes(whole[: len(whole) // 2])
@@ -442,7 +446,7 @@ def test_what_another_process_embedded_meanwhile_is_not_counted(tmp_path, shards
             return super().embed_images(images)
 
     store = EmbeddingStore(tmp_path / "store")
-    assert store.ensure(shards, Meanwhile(), progress=False) == 2 and store.rows(shards) == [
+    assert store.ensure(shards, Meanwhile(), progress=False) == 2 and store.row_counts(shards) == [
         9,
         4,
         12,
@@ -453,7 +457,7 @@ def test_what_another_process_embedded_meanwhile_is_not_counted(tmp_path, shards
 def test_verify_names_what_to_delete_and_never_a_tar(tmp_path, capsys):
     (tmp_path / "tars").mkdir()
     shards = write_shards(tmp_path / "tars", [9, 4, 12, 5], bad={3})
-    store = fill(tmp_path / "store", shards, budget=ErrorBudget(1.0))
+    store = fill(tmp_path / "store", shards, counter=BadSampleCounter(1.0))
     assert app.main(["data", "verify", str(store.folder)]) == 0
     told = capsys.readouterr().out
     assert (
@@ -479,5 +483,5 @@ def test_verify_names_what_to_delete_and_never_a_tar(tmp_path, capsys):
     )
     for name in named:
         Path(name).unlink()
-    fill(tmp_path / "store", shards[:3], budget=ErrorBudget(1.0))
+    fill(tmp_path / "store", shards[:3], counter=BadSampleCounter(1.0))
     assert verify(store.folder, shards[:3]) == []

@@ -16,11 +16,14 @@ from tests.data.shardkit import FakeCLIP, write_tar
 from unclip_pl.cli import unclip as app
 from unclip_pl.clip.fingerprint import ClipMismatch
 from unclip_pl.clip.frozen import FrozenCLIP
-from unclip_pl.data.embeddings import EmbeddingStore
-from unclip_pl.data.import_embeddings import RetrievalFolder, TarMembers, import_embeddings
-from unclip_pl.data.shards import ErrorBudget, decode, raw_samples
+from unclip_pl.data.bad_samples import BadSampleCounter
+from unclip_pl.data.decoding import decode
+from unclip_pl.data.import_embeddings import import_embeddings
+from unclip_pl.data.import_sources import RetrievalFolder, TarMembers
+from unclip_pl.data.shards import raw_samples
+from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.data.verify import verify
-from unclip_pl.datamodules.modules import ImageEmbeddingData
+from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
 from unclip_pl.utils.errors import UserError
 
 COUNTS = [9, 4, 30]
@@ -81,7 +84,9 @@ def shards(tmp_path):
 def embedded(shards, clip) -> dict[str, list[np.ndarray]]:
     """Image and text row of each key, computed one by one."""
     rows = {}
-    for sample in (sample for shard in shards for sample in raw_samples(shard, ErrorBudget(0))):
+    for sample in (
+        sample for shard in shards for sample in raw_samples(shard, BadSampleCounter(0))
+    ):
         image = clip.embed_images(decode(sample["image"], clip.image_size)[None])[0]
         rows[sample["key"]] = [
             image.half().numpy(),
@@ -177,7 +182,7 @@ def in_tars(
     """The shards again, with the rows as members."""
     for shard in shards:
         files = {}
-        for sample in raw_samples(shard, ErrorBudget(0)):
+        for sample in raw_samples(shard, BadSampleCounter(0)):
             key = sample["key"]
             files |= {
                 f"{key}.png": sample["image"],
@@ -299,7 +304,7 @@ def test_normalised_rows_are_refused_with_the_reason(tmp_path, shards):
         tmp_path,
         shards,
         RetrievalFolder(folder),
-        "text embeddings of .* are normalised .* computed from the captions",
+        "text embeddings of .* are normalised .* from the captions",
     )
     (folder / "text_emb").rename(folder / "gone")  # what the sentence says to do
     assert verify(into(tmp_path, shards, RetrievalFolder(folder)).folder) == []
@@ -380,7 +385,7 @@ def test_a_missing_row_is_named_or_embedded(tmp_path, shards):
     mine = store.shard(shards[1])
     assert verify(store.folder) == []
     assert all(
-        np.array_equal(table[mine.row["000011"]], row)
+        np.array_equal(table[mine.row_of_key["000011"]], row)
         for table, row in zip((mine.image_embed, mine.text_embed), gone)
     )
 
@@ -484,7 +489,7 @@ def test_a_broken_folder_is_refused_before_anything_is_read(tmp_path, shards):
         (
             "noimg",
             lambda f: (f / "img_emb/img_emb_0.npy").unlink(),
-            r"metadata_0\.parquet has no .*img_emb_0\.npy beside it",
+            r"metadata_0\.parquet has no .*img_emb_0\.npy next to it",
         ),
         (
             "nopart",
@@ -535,7 +540,7 @@ def test_a_key_in_two_shards_is_refused(tmp_path, shards):
         into(tmp_path, [shards[0], again], RetrievalFolder(folder))
 
 
-def test_the_second_sample_of_a_key_is_passed_over_with_its_embedding(tmp_path, caplog):
+def test_the_second_sample_of_a_key_is_skipped_with_its_embedding(tmp_path, caplog):
     rows = (
         WideCLIP()
         .embed_images(torch.stack([decode(noise(n), WideCLIP.image_size) for n in range(3)]))
@@ -582,9 +587,9 @@ def test_pictures_that_do_not_decode_need_no_row(tmp_path, shards):
     rows = embedded(shards[:1], WideCLIP())
     bad = {"bad.png": b"no picture", "bad.txt": b"bad"}
     in_tars(tmp_path, shards[:1], rows, change=lambda files: files.update(bad))
-    budget = ErrorBudget()
-    store = into(tmp_path, shards[:1], TarMembers(), budget=budget)
-    assert store.manifest["rows"] == 9 and (budget.bad, budget.seen) == (1, 10)
+    counter = BadSampleCounter()
+    store = into(tmp_path, shards[:1], TarMembers(), counter=counter)
+    assert store.manifest["rows"] == 9 and (counter.bad, counter.seen) == (1, 10)
     empty = write_tar(tmp_path / "empty.tar", bad)
     with pytest.raises(UserError, match=r"empty\.tar has no usable sample"):
         into(tmp_path, [empty], TarMembers())
@@ -614,7 +619,7 @@ def test_noto_is_imported_with_the_clip_in_the_package(noto, tmp_path):
         PreprocessCfg(**clip.model.visual.preprocess_cfg), is_train=False
     )
     shard, rows = str(noto / "00002.tar"), {}
-    for sample in raw_samples(shard, ErrorBudget(0)):
+    for sample in raw_samples(shard, BadSampleCounter(0)):
         with torch.no_grad():
             rows[sample["key"]] = [
                 clip.model.encode_image(transform(Image.open(io.BytesIO(sample["image"])))[None])[0]

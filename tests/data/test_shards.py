@@ -12,15 +12,13 @@ import torch
 from PIL import Image
 
 from tests.data.shardkit import picture, pixels, write_shards, write_tar
-from unclip_pl.data.loader import (
-    LoaderConfig,
-    Samples,
-    SamplesInOrder,
-    TrainLoader,
-    ValidationLoader,
-    steps_of_epoch,
-)
-from unclip_pl.data.shards import BadSample, ErrorBudget, count_samples, decode, expand, raw_samples
+from unclip_pl.data.bad_samples import BadSample, BadSampleCounter
+from unclip_pl.data.decoding import decode
+from unclip_pl.data.loader import TrainLoader, ValidationLoader, count_steps_per_epoch
+from unclip_pl.data.loader_config import LoaderConfig
+from unclip_pl.data.names import expand
+from unclip_pl.data.reader import SequentialShards, ShuffledShards
+from unclip_pl.data.shards import count_samples, raw_samples
 from unclip_pl.utils.errors import UserError
 
 
@@ -31,7 +29,7 @@ def keep(sample: dict, epoch: int) -> dict:
 def loader(shards, steps=7, rank=0, world=1, start_method=None, **config) -> TrainLoader:
     config = LoaderConfig(**{"batch_size": 4, "num_workers": 0, "window": 2, **config})
     return TrainLoader(
-        Samples(shards, 8, config, keep, rank=rank, world=world), steps, start_method
+        ShuffledShards(shards, 8, config, keep, rank=rank, world=world), steps, start_method
     )
 
 
@@ -87,7 +85,7 @@ def test_what_matches_nothing_is_one_sentence(tmp_path, shards, spec, monkeypatc
 
 def test_img2dataset_output_is_read_as_it_is(noto):
     shards = expand(str(noto))
-    samples = [sample for shard in shards for sample in raw_samples(shard, ErrorBudget(0))]
+    samples = [sample for shard in shards for sample in raw_samples(shard, BadSampleCounter(0))]
     assert len(samples) == sum(map(count_samples, shards)) == 400
     assert len({sample["key"] for sample in samples}) == 400 and all(
         sample["caption"] for sample in samples
@@ -103,8 +101,8 @@ def test_img2dataset_output_is_read_as_it_is(noto):
 def test_a_shard_is_read_through_a_pipe(shards):
     url = f"pipe:cat {shards[1]}"
     assert expand(url) == [url]
-    assert [s["key"] for s in raw_samples(url, ErrorBudget(0))] == [
-        s["key"] for s in raw_samples(shards[1], ErrorBudget(0))
+    assert [s["key"] for s in raw_samples(url, BadSampleCounter(0))] == [
+        s["key"] for s in raw_samples(shards[1], BadSampleCounter(0))
     ]
     assert count_samples(url) == 4
 
@@ -127,7 +125,7 @@ def test_captions_come_from_txt_then_json_and_may_be_missing(tmp_path):
             "f.txt": b"\xff",
         },
     )
-    assert {s["key"]: s["caption"] for s in raw_samples(shard, ErrorBudget(0))} == {
+    assert {s["key"]: s["caption"] for s in raw_samples(shard, BadSampleCounter(0))} == {
         "a": "one",
         "b": "two",
         "c": "",
@@ -155,7 +153,7 @@ def test_no_pickle_is_opened(tmp_path):
             "b.txt": b"y",
         },
     )
-    for sample in raw_samples(shard, ErrorBudget(1)):
+    for sample in raw_samples(shard, BadSampleCounter(1)):
         try:
             decode(sample["image"], 8)
         except BadSample:
@@ -201,7 +199,7 @@ def test_the_short_side_is_resized_antialiased_and_the_centre_cut():
 
 
 def test_a_large_jpeg_decoded_small_is_the_same_picture(tmp_path, noto):
-    picture = decode(next(raw_samples(expand(str(noto))[0], ErrorBudget(0)))["image"], 256)
+    picture = decode(next(raw_samples(expand(str(noto))[0], BadSampleCounter(0)))["image"], 256)
     large = Image.fromarray(
         ((picture.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype("uint8")
     ).resize((1024, 1024), Image.Resampling.BICUBIC)
@@ -213,7 +211,7 @@ def test_a_large_jpeg_decoded_small_is_the_same_picture(tmp_path, noto):
     assert torch.equal(decode(jpeg, 64, exact_jpeg=True), whole)
     shard = write_tar(tmp_path / "a.tar", {"a.jpg": jpeg, "a.txt": b"a"})
     exact, fast = (
-        next(iter(Samples([shard], 64, LoaderConfig(exact_jpeg=exact), keep)))["image"]
+        next(iter(ShuffledShards([shard], 64, LoaderConfig(exact_jpeg=exact), keep)))["image"]
         for exact in (True, False)
     )
     assert torch.equal(exact, whole) and not torch.equal(fast, whole)
@@ -233,7 +231,7 @@ def test_bad_samples_are_named_and_counted(tmp_path, caplog):
             "e.png": picture(2),
         },
     )
-    samples = Samples([shard], 8, LoaderConfig(max_bad_rate=1.0), keep)
+    samples = ShuffledShards([shard], 8, LoaderConfig(max_bad_rate=1.0), keep)
     assert [s["key"] for s in itertools.islice(samples, 3)] == ["e"] * 3
     for key, reason in {
         "a": "cannot be decoded",
@@ -263,17 +261,17 @@ def test_truncated_garbage_and_missing_shards_have_sentences(tmp_path, shards, c
     whole = (tmp_path / "00002.tar").read_bytes()
     (tmp_path / "00002.tar").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "00001.tar").write_bytes(b"garbage" * 1000)
-    budget = ErrorBudget(1.0)
+    counter = BadSampleCounter(1.0)
     assert (
-        3 < len(list(raw_samples(shards[2], budget))) < 12
-        and list(raw_samples(shards[1], budget)) == []
+        3 < len(list(raw_samples(shards[2], counter))) < 12
+        and list(raw_samples(shards[1], counter)) == []
     )
     assert any("the rest of shard" in line and "no whole tar" in line for line in caplog.messages)
     with pytest.raises(UserError, match=r"00001\.tar is no whole tar"):
         count_samples(shards[1])
     with pytest.raises(UserError, match="is gone"):
-        list(raw_samples(str(tmp_path / "none.tar"), budget))
-    list(raw_samples("pipe:false", budget))
+        list(raw_samples(str(tmp_path / "none.tar"), counter))
+    list(raw_samples("pipe:false", counter))
     assert any("pipe:false" in line for line in caplog.messages)
 
 
@@ -281,11 +279,11 @@ def test_a_broken_shard_counts_for_what_it_lost(tmp_path):
     shards = write_shards(tmp_path, [200, 200])
     data = (tmp_path / "00001.tar").read_bytes()
     (tmp_path / "00001.tar").write_bytes(data[: len(data) // 2 + 100])
-    budget = ErrorBudget(0.9)
+    counter = BadSampleCounter(0.9)
     for shard in shards:
-        for _ in raw_samples(shard, budget):
-            budget.good()
-    assert budget.bad == 400 - (budget.seen - budget.bad) and 95 < budget.bad < 105
+        for _ in raw_samples(shard, counter):
+            counter.record_good()
+    assert counter.bad == 400 - (counter.seen - counter.bad) and 95 < counter.bad < 105
 
 
 def test_data_without_one_usable_sample_end_in_a_sentence(tmp_path):
@@ -353,7 +351,7 @@ def test_ranks_and_workers_share_the_samples_and_none_twice(tmp_path, counts, mo
     shards, total = write_shards(tmp_path, counts), sum(counts)
     given = Counter()
     for rank in range(2):
-        samples = Samples(shards, 8, LoaderConfig(window=3), keep, rank=rank, world=2)
+        samples = ShuffledShards(shards, 8, LoaderConfig(window=3), keep, rank=rank, world=2)
         for sample in samples:
             if sample["epoch"] > 0:
                 break
@@ -392,7 +390,7 @@ def test_validation_gives_every_rank_as_much_and_repeats_only_to_fill(tmp_path, 
     shards = write_shards(tmp_path, [total - 1, 1])
     ranks = []
     for rank in range(world):
-        samples = SamplesInOrder(
+        samples = SequentialShards(
             shards,
             8,
             LoaderConfig(batch_size=2, num_workers=0),
@@ -414,19 +412,19 @@ def test_validation_with_bad_samples_keeps_ranks_in_step(tmp_path):
     shards = write_shards(tmp_path, [12], bad={0, 3})  # both of rank 0
     config = LoaderConfig(batch_size=2, num_workers=0, max_bad_rate=1.0)
     lengths = [
-        len(list(SamplesInOrder(shards, 8, config, keep, rank=rank, world=3, total=12)))
+        len(list(SequentialShards(shards, 8, config, keep, rank=rank, world=3, total=12)))
         for rank in range(3)
     ]
     assert lengths == [4, 4, 4]
-    alone = [s["key"] for s in SamplesInOrder(shards, 8, config, keep, total=12)]
+    alone = [s["key"] for s in SequentialShards(shards, 8, config, keep, total=12)]
     assert alone == [f"{n:06d}" for n in range(12) if n not in (0, 3)]
 
 
 def test_steps_of_an_epoch():
-    assert steps_of_epoch(LoaderConfig(batch_size=8), 100, world=3) == 4
-    assert steps_of_epoch(LoaderConfig(batch_size=8, steps_per_epoch=9), 100, world=3) == 9
+    assert count_steps_per_epoch(LoaderConfig(batch_size=8), 100, world=3) == 4
+    assert count_steps_per_epoch(LoaderConfig(batch_size=8, steps_per_epoch=9), 100, world=3) == 9
     with pytest.raises(UserError, match="lower data.loader.batch_size"):
-        steps_of_epoch(LoaderConfig(batch_size=64), 63, world=2)
+        count_steps_per_epoch(LoaderConfig(batch_size=64), 63, world=2)
 
 
 def test_a_state_is_for_the_same_files_not_for_the_same_names(tmp_path, shards, caplog):
@@ -515,8 +513,8 @@ def test_a_second_change_of_readers_within_the_epoch_loses_nothing_either(tmp_pa
 
 
 def test_what_a_rank_reads_can_be_compared_and_says_what_is_missing(shards):
-    one, two = (loader(shards, rank=rank, world=2).share() for rank in range(2))
+    one, two = (loader(shards, rank=rank, world=2).rank_summary() for rank in range(2))
     assert one | {"rank": 1} == two and one["missing"] == []
     Path(shards[2]).unlink()
-    gone = loader(shards, rank=1, world=2).share()
+    gone = loader(shards, rank=1, world=2).rank_summary()
     assert gone["missing"] == [shards[2]] and gone["shards"] != two["shards"]

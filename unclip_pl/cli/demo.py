@@ -94,7 +94,7 @@ def draw_held_out(count: int = 8) -> str:
     import torch
 
     from unclip_pl.clip.config import CLIPConfig
-    from unclip_pl.datamodules.modules import ImageEmbeddingData
+    from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
     from unclip_pl.pipeline.unclip import DEFAULT_DECODER, UnCLIP
     from unclip_pl.utils.images import grid, save_png
 

@@ -194,7 +194,7 @@ def build_cli(arguments: list[str], run: bool = True):  # noqa: ANN201
     from unclip_pl.cluster.preemption import Preemption
     from unclip_pl.cluster.startup import StartupCheck
     from unclip_pl.cluster.watchdog import Watchdog
-    from unclip_pl.datamodules import crops, embed, modules  # noqa: F401  their short names
+    from unclip_pl.datamodules import embedding_job, image_text, prior, upsampler  # noqa: F401  their short names
     from unclip_pl.pipeline.unclip import start_from
     from unclip_pl.stages.base import Stage
     from unclip_pl.stages.settings import settings_of

@@ -61,8 +61,8 @@ def add(command: Command) -> None:
 def components(studio: Studio, store: Path | None) -> Any:
     """The principal components of a store, which must be of the decoder's CLIP."""
     from unclip_pl.clip.fingerprint import require_same
-    from unclip_pl.data.embeddings import EmbeddingStore
-    from unclip_pl.datamodules.modules import ImageEmbeddingData
+    from unclip_pl.data.store import EmbeddingStore
+    from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
     from unclip_pl.probe import PrincipalComponents
 
     if store is None:
