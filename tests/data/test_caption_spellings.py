@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
+from tests.data.fitkit import data_of
 from tests.data.shardkit import FakeCLIP, picture, write_tar
-from tests.data.test_modules import data_of
 from unclip_pl.data.bad_samples import BadSampleCounter
 from unclip_pl.data.shards import raw_samples
 from unclip_pl.data.store import EmbeddingStore

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.fitkit import data_of
+from tests.data.loaderkit import keys_of
 from tests.data.shardkit import FakeCLIP, write_shards
-from tests.data.test_bad_input import keys_of
-from tests.data.test_modules import data_of
 from unclip_pl.cli import lightning as cli
 from unclip_pl.data.bad_samples import BadSampleCounter
 from unclip_pl.data.names import expand, is_url

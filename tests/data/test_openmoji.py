@@ -1,4 +1,5 @@
-"""OpenMoji: the split keeps its promises on all drawings, shards are whole, ordinary and the same every time."""
+"""OpenMoji: the split keeps its promises on all drawings, and shards are whole and the same every
+time."""
 
 import hashlib
 import io
@@ -17,8 +18,8 @@ pytest.importorskip("resvg_py")
 wds = pytest.importorskip("webdataset")
 
 from unclip_pl.data import openmoji  # noqa: E402
-from unclip_pl.data.openmoji import openmoji_shards, write_shards
-from unclip_pl.data.openmoji_drawings import (
+from unclip_pl.data.openmoji import openmoji_shards, write_shards  # noqa: E402
+from unclip_pl.data.openmoji_drawings import (  # noqa: E402
     Drawing,
     caption_from_name,
     composition_split,

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
+from tests.data.fitkit import data_of
 from tests.data.shardkit import picture, write_tar
-from tests.data.test_modules import data_of
 from unclip_pl.clip.loading import tokenize_bpe
 from unclip_pl.data.loader_config import EmbeddingLoaderConfig
 from unclip_pl.data.text_tokens import ensure_text_tokens, read_text_tokens, text_tokens_path

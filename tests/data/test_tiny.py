@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
+from tests.data.loaderkit import loader, take
 from tests.data.shardkit import write_shards
-from tests.data.test_prior_data import module
-from tests.data.test_shards import loader, take
+from tests.datamodules.test_prior import module
 from tests.stages.test_diffusion_prior import batch, prior
 from unclip_pl.data.embedding_loader import EmbeddingLoader
 from unclip_pl.data.loader import count_steps_per_epoch

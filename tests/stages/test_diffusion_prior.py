@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.data.fitkit import data_of
 from tests.data.shardkit import write_shards
-from tests.data.test_modules import data_of
 from tests.training.toy import trainer
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.data.loader_config import EmbeddingLoaderConfig

@@ -1,17 +1,22 @@
-"""How bad samples and broken shards count against the limit: once, whatever the readers and their order, and the same after a resume."""
+"""Bad samples and broken shards count once against the limit, whatever the readers and their order,
+and the same after a resume."""
 
 import itertools
+import multiprocessing
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
 
+from tests.data.fitkit import Recorder, data_of
+from tests.data.loaderkit import ReaderOf, keep, keys_of, loader, take
 from tests.data.shardkit import FakeCLIP, picture, write_shards, write_tar
-from tests.data.test_bad_input import ReaderOf, keys_of
-from tests.data.test_shards import keep, loader, take
 from unclip_pl.data.bad_samples import BadSampleCounter
 from unclip_pl.data.loader_config import LoaderConfig
 from unclip_pl.data.reader import SKIPPED
 from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.datamodules.image_text import ImageTextData
+from unclip_pl.training.progress import Progress
 from unclip_pl.utils.errors import UserError
 
 
@@ -124,3 +129,52 @@ def test_samples_without_an_image_below_the_limit_do_not_stop_embedding(tmp_path
     counter = BadSampleCounter(0.01)
     EmbeddingStore(tmp_path / "store").ensure(shards, FakeCLIP(), progress=False, counter=counter)
     assert (counter.seen, counter.bad) == (1000, 5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_progress_bar_counts_bad_samples_that_any_worker_met(tmp_path, workers):
+    (tmp_path / "shards").mkdir()
+    shards = write_shards(tmp_path / "shards", [20] * 4, bad={3, 17, 30, 44, 45, 61, 70, 79})
+
+    class Watching(Recorder):
+        def training_step(self, batch, batch_idx):
+            # a number of the host, which no device needs to be asked for
+            assert SKIPPED not in batch
+            return super().training_step(batch, batch_idx)
+
+    progress = Progress(refresh_rate=1)
+    data = data_of(ImageTextData, shards, num_workers=workers, max_bad_rate=0.2)
+    module = Watching()
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        max_steps=54,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=[progress],
+    )
+    before = set(multiprocessing.active_children())
+    # 54 batches of 4 are three passes over the 72 good samples
+    trainer.fit(module, datamodule=data)
+    assert set(multiprocessing.active_children()) <= before  # no worker outlives the training
+    count = trainer.train_dataloader.bad
+    readers = [
+        ReaderOf(data.train_shards, 8, data.config, data.sample_transform(train=True))
+        for _ in range(workers or 1)
+    ]
+    for place, reader in enumerate(readers):
+        reader.place = place, len(readers)
+    assert count == sum(
+        sample[SKIPPED]
+        for reader in readers
+        for sample in itertools.islice(reader, 216 // len(readers))
+    )
+    assert isinstance(count, int) and 16 < count < 32
+    assert f"bad={count}" in progress.train_progress_bar.postfix
+    clean = loader(write_shards(tmp_path, [20] * 4), num_workers=workers)
+    take(clean, 14)
+    assert clean.bad == 0

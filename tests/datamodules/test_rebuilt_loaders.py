@@ -3,8 +3,8 @@
 import pytest
 from lightning.pytorch.callbacks import BatchSizeFinder
 
+from tests.data.fitkit import SaveAt, data_of, fit
 from tests.data.shardkit import write_shards
-from tests.data.test_modules import SaveAt, data_of, fit
 from unclip_pl.data.loader_config import EmbeddingLoaderConfig
 from unclip_pl.datamodules.image_text import ImageTextData
 from unclip_pl.datamodules.prior import PriorData

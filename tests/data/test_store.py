@@ -1,12 +1,8 @@
-"""The embedding store: whole, by key, never done twice, for one CLIP; what is wrong with it is named."""
+"""The embedding store: whole, by key, never done twice, for one CLIP."""
 
 import io
-import json
 import logging
-import multiprocessing
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -16,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from tests.data.shardkit import FakeCLIP, picture, write_shards, write_tar
-from unclip_pl.cli import unclip as app
+from tests.data.storekit import fill
 from unclip_pl.clip.fingerprint import ClipMismatch
 from unclip_pl.data.bad_samples import BadSampleCounter
 from unclip_pl.data.decoding import decode
@@ -34,23 +29,6 @@ from unclip_pl.utils.errors import UserError
 @pytest.fixture
 def shards(tmp_path):
     return write_shards(tmp_path, [9, 4, 12])
-
-
-def fill(folder, shards, clip=None, **kwargs) -> EmbeddingStore:
-    store = EmbeddingStore(folder)
-    store.ensure(shards, clip or FakeCLIP(), 5, progress=False, **kwargs)
-    return store
-
-
-def spoil(store: EmbeddingStore, shard: str, change) -> None:
-    """Rewrite a file of the store with `change(tensors, metadata)` applied."""
-    path = store.path(shard)
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-        tensors = {name: file.get_tensor(name) for name in names}
-        metadata = dict(file.metadata())
-    change(tensors, metadata)
-    save_file(tensors, path, metadata)
 
 
 def test_rows_are_what_clip_gives_for_each_key(tmp_path, shards):
@@ -97,25 +75,6 @@ def test_what_is_done_is_not_done_again_and_what_changed_is(tmp_path, shards):
     assert again.seen == 1 and store.shard(shards[1]).keys == ["new"] and verify(store.folder) == []
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_rows(tmp_path, shards):
-    fresh = fill(tmp_path / "fresh", shards)
-    with pytest.raises(KeyboardInterrupt):
-        fill(tmp_path / "store", shards, FakeCLIP(die_after=15))
-    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 2 and not list(
-        (tmp_path / "store").glob(".*.tmp")
-    )
-    with pytest.raises(UserError, match="no whole embedding store"):
-        verify(tmp_path / "store")
-    second = FakeCLIP()
-    store = fill(tmp_path / "store", shards, second)
-    assert second.seen == 12
-    for shard in shards:
-        assert (
-            store.path(shard).read_bytes() == (fresh.folder / store.path(shard).name).read_bytes()
-        )
-    assert store.manifest == fresh.manifest
-
-
 def test_a_file_cut_short_is_made_anew(tmp_path, shards):
     store = fill(tmp_path / "store", shards)
     path = store.path(shards[0])
@@ -129,100 +88,6 @@ def test_a_file_cut_short_is_made_anew(tmp_path, shards):
     assert any("cannot be checked" in line for line in verify(store.folder))
     fill(tmp_path / "store", shards)
     assert path.read_bytes() == whole
-
-
-class Logging(FakeCLIP):
-    """Writes into a file how many images it has seen; ends its process by SIGKILL at a batch, or just before a shard's file gets its name."""
-
-    def __init__(self, log, batch: int | None, write: int | None) -> None:
-        super().__init__()
-        self.log, self.batch, self.write = log, batch, write
-
-    def embed_images(self, images):
-        with self.log.open("a") as file:
-            print(len(images), file=file)
-        if self.batch is not None:
-            self.batch -= 1
-            if self.batch < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return super().embed_images(images)
-
-
-def _fill_and_die(folder, shards, log, batch, write) -> None:
-    torch.set_num_threads(1)
-    if write is not None:
-        names = iter(range(write))
-
-        def replace(self, target, real=Path.replace):
-            if target.suffix == ".safetensors" and next(names, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(self, target)
-
-        Path.replace = replace
-    fill(folder, shards, Logging(log, batch, write))
-
-
-@pytest.mark.slow
-def test_a_store_killed_three_times_ends_whole_and_does_no_shard_twice(tmp_path):
-    shards = write_shards(tmp_path, [20] * 12)  # four batches a shard
-    fresh = fill(tmp_path / "fresh", shards)
-    store, log, done = EmbeddingStore(tmp_path / "store"), tmp_path / "seen.txt", 0
-    context = multiprocessing.get_context("spawn")
-    for batch, write, whole in ((6, None, 1), (None, 3, 4), (13, None, 7), (None, None, 12)):
-        log.write_text("")
-        process = context.Process(
-            target=_fill_and_die, args=(store.folder, shards, log, batch, write)
-        )
-        process.start()
-        process.join(120)
-        assert process.exitcode == (0 if whole == 12 else -signal.SIGKILL)
-        assert [store.is_done(shard) for shard in shards] == [True] * whole + [False] * (12 - whole)
-        embedded = sum(map(int, log.read_text().split()))
-        assert embedded <= 20 * (
-            min(whole + 1, 12) - done
-        )  # the shards that were done already were left alone
-        assert len(list(store.folder.glob(".*.tmp"))) == (write is not None)
-        done = whole
-    for shard in shards:
-        assert (
-            store.path(shard).read_bytes() == (fresh.folder / store.path(shard).name).read_bytes()
-        )
-    assert store.manifest == fresh.manifest and verify(store.folder, shards, FakeCLIP()) == []
-
-
-def _ensure(folder, shards, queue) -> None:
-    clip = FakeCLIP()
-    fill(folder, shards, clip)
-    queue.put(clip.seen)
-
-
-@pytest.mark.slow
-def test_two_processes_fill_one_store_and_share_the_work(tmp_path):
-    shards = write_shards(tmp_path, [20] * 12)
-    context = multiprocessing.get_context("spawn")  # torch threads do not survive a fork
-    queue = context.Queue()
-    processes = [
-        context.Process(target=_ensure, args=(tmp_path / "store", shards, queue)) for _ in range(2)
-    ]
-    for process in processes:
-        process.start()
-    seen = [queue.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    assert sum(seen) == 240
-    assert verify(tmp_path / "store", shards) == []
-
-
-def test_ranks_take_disjoint_shards_and_one_finishes(tmp_path, shards):
-    clips = [FakeCLIP(), FakeCLIP()]
-    for rank, clip in enumerate(clips):
-        store = EmbeddingStore(tmp_path / "store")
-        store.embed(shards[rank::2], clip, progress=False)
-    assert [clip.seen for clip in clips] == [21, 4]
-    assert not (tmp_path / "store" / "manifest.json").exists()
-    store.finish(shards, clips[0])
-    assert verify(store.folder, shards) == []
 
 
 def test_a_second_call_with_other_shards_keeps_the_manifest_of_the_first(tmp_path, shards):
@@ -244,46 +109,6 @@ def test_statistics_are_those_of_all_rows(tmp_path, shards):
             found.covariance, np.cov(rows.T, bias=True), rtol=1e-9, atol=1e-12
         )
     assert store.statistics().count == 25
-
-
-def test_verify_names_missing_doubled_and_non_finite_rows(tmp_path, shards):
-    store = fill(tmp_path / "store", shards)
-
-    def change(tensors, metadata):
-        rows = json.loads(metadata["rows"])
-        rows["keys"][1:3] = [rows["keys"][0], "stranger"]
-        metadata["rows"] = json.dumps(rows)
-        tensors["text_embed"][3, 2] = float("nan")
-        tensors["image_embed"][4, 0] = float("inf")
-
-    spoil(store, shards[0], change)
-    store.path(shards[1]).unlink()
-    extra = write_tar(tmp_path / "extra.tar", {"x.png": picture(0)})
-    problems = "\n".join(verify(store.folder, [*shards, extra]))
-    for line in [
-        "key 000000 is doubled, it has 2 rows",
-        "key 000001 is missing",
-        "key 000002 is missing",
-        "the row of key stranger has no image",
-        "key 000003 has a text_embed that is not finite",
-        "key 000004 has a image_embed that is not finite",
-        f"{store.path(shards[1])}: the rows of",
-        f"{store.path(extra)}: the rows of",
-    ]:
-        assert line in problems, line
-    assert "00002.tar" not in problems and len(problems.splitlines()) == 8
-
-
-def test_verify_names_rows_that_are_too_few(tmp_path, shards):
-    store = fill(tmp_path / "store", shards)
-    spoil(
-        store,
-        shards[0],
-        lambda tensors, _: tensors.update(image_embed=tensors["image_embed"][:8].clone()),
-    )
-    assert verify(store.folder) == [
-        f"{store.path(shards[0])}: 8 rows of image_embed for 9 keys (of {shards[0]})"
-    ]
 
 
 def test_a_store_of_another_clip_is_refused_by_name(tmp_path, shards):
@@ -383,13 +208,20 @@ store.ensure(shards[:1], FakeCLIP(), progress=False)
 spare = len(list(Path("/proc/self/fd").iterdir())) + 12
 resource.setrlimit(resource.RLIMIT_NOFILE, (spare, spare))
 store.ensure(shards, FakeCLIP(), progress=False)
-assert sum(store.row_counts(shards)) == store.statistics().count == 2 * len(shards) and all(map(store.is_done, shards))
+assert sum(store.row_counts(shards)) == store.statistics().count == 2 * len(shards)
+assert all(map(store.is_done, shards))
 rows = EmbeddingTable(store, shards)
 batch = rows[np.arange(len(rows))]
-assert len(batch["key"]) == len(set(batch["key"])) == 2 * len(shards) and batch["image_embed"].isfinite().all()
+assert len(batch["key"]) == len(set(batch["key"])) == 2 * len(shards)
+assert batch["image_embed"].isfinite().all()
 assert verify(folder, shards) == []
 held = []
-for use in (store.is_done, lambda shard: EmbeddingStore(folder).shard(shard), lambda shard: store.ensure([shard], FakeCLIP(), progress=False)):
+uses = [
+    store.is_done,
+    lambda shard: EmbeddingStore(folder).shard(shard),
+    lambda shard: store.ensure([shard], FakeCLIP(), progress=False),
+]
+for use in uses:
     try:
         while True:
             held.append(open(shards[0], "rb"))
@@ -436,52 +268,3 @@ def test_a_url_that_breaks_off_is_not_taken_for_done(tmp_path, shards):
     assert ["broke off" in line for line in verify(tmp_path / "store")] == [
         True
     ]  # and no line on each row that lies behind
-
-
-def test_what_another_process_embedded_meanwhile_is_not_counted(tmp_path, shards):
-    class Meanwhile(FakeCLIP):
-        def embed_images(self, images):
-            if self.seen == 0:
-                fill(tmp_path / "store", shards[1:2])
-            return super().embed_images(images)
-
-    store = EmbeddingStore(tmp_path / "store")
-    assert store.ensure(shards, Meanwhile(), progress=False) == 2 and store.row_counts(shards) == [
-        9,
-        4,
-        12,
-    ]
-    assert store.ensure(shards, FakeCLIP(), progress=False) == 0
-
-
-def test_verify_names_what_to_delete_and_never_a_tar(tmp_path, capsys):
-    (tmp_path / "tars").mkdir()
-    shards = write_shards(tmp_path / "tars", [9, 4, 12, 5], bad={3})
-    store = fill(tmp_path / "store", shards, counter=BadSampleCounter(1.0))
-    assert app.main(["data", "verify", str(store.folder)]) == 0
-    told = capsys.readouterr().out
-    assert (
-        told.startswith(
-            f"note: sample 000003 of {shards[0]} has no row: its image cannot be decoded"
-        )
-        and "is whole, but for images" in told
-    )
-    write_tar(Path(shards[1]), {"new.png": picture(77), "new.txt": b"new"})
-    spoil(store, shards[2], lambda tensors, _: tensors["image_embed"].fill_(float("nan")))
-    Path(shards[3]).unlink()
-    lines = verify(store.folder)
-    named = {line.partition(": ")[0] for line in lines if ".safetensors: " in line}
-    assert named == {str(store.path(shard)) for shard in shards[1:3]}
-    assert [line for line in lines if ".safetensors: " not in line] == [
-        line for line in lines if line.startswith(f"The shard {shards[3]} cannot be read")
-    ]
-    assert not any(line.startswith(shard) for line in lines for shard in shards)
-    assert app.main(["data", "verify", str(store.folder)]) == 1
-    assert (
-        "delete the .safetensors files that lines begin with, never a .tar"
-        in capsys.readouterr().err
-    )
-    for name in named:
-        Path(name).unlink()
-    fill(tmp_path / "store", shards[:3], counter=BadSampleCounter(1.0))
-    assert verify(store.folder, shards[:3]) == []

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.loaderkit import keys_of
 from tests.data.shardkit import FakeCLIP, picture, write_shards, write_tar
-from tests.data.test_bad_input import keys_of
 from unclip_pl.data.bad_samples import BadSampleCounter
 from unclip_pl.data.shards import count_samples, raw_samples
 from unclip_pl.data.store import EmbeddingStore

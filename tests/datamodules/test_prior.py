@@ -1,4 +1,5 @@
-"""Rows of the embedding store as batches: each row once an epoch, disjoint over ranks, resumed at the very next batch, no image opened."""
+"""Rows of the embedding store as batches: each row once per epoch, disjoint over ranks, resumed at
+the very next batch, and no image is opened."""
 
 from pathlib import Path
 
@@ -6,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.fitkit import SaveAt, data_of, fit
 from tests.data.shardkit import write_shards
-from tests.data.test_modules import SaveAt, data_of, fit
 from unclip_pl.data import shards as shard_files
 from unclip_pl.data.embedding_loader import EmbeddingLoader, SequentialEmbeddingLoader
 from unclip_pl.data.loader_config import EmbeddingLoaderConfig
@@ -52,7 +53,10 @@ def test_the_order_is_a_permutation_that_seed_and_epoch_change(total):
 
 
 def test_the_order_looks_random():
-    """First places over many epochs are even (chi-square, 63 degrees of freedom), and neighbours have nothing to do with each other."""
+    """First places over many epochs are even (chi-square, 63 degrees of freedom).
+
+    Neighbours are independent.
+    """
     orders = np.stack([permute(np.arange(64), 64, 0, epoch) for epoch in range(640)])
     counts = np.bincount(orders[:, 0], minlength=64)
     assert ((counts - 10) ** 2 / 10).sum() < 120

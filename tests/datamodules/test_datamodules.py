@@ -1,4 +1,5 @@
-"""The DataModules in Lightning's hands: batches, resume through a checkpoint file, ranks, and the embedding job."""
+"""The DataModules in Lightning's hands: batches, resume through a checkpoint file, ranks, and the
+embedding job."""
 
 import json
 import pickle
@@ -6,13 +7,13 @@ import shutil
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 
+from tests.data.fitkit import SaveAt, data_of, fit
 from tests.data.shardkit import FakeCLIP, write_shards
 from tests.training.forks import Ranks
 from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.clip.folder import save_clip
-from unclip_pl.cluster.checkpoint_io import AtomicCheckpointIO
 from unclip_pl.data.loader_config import LoaderConfig
 from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.data.verify import verify
@@ -21,67 +22,6 @@ from unclip_pl.datamodules.embedding_job import Embed, EmbeddingJobData
 from unclip_pl.datamodules.image_embedding import ImageEmbeddingData, default_store
 from unclip_pl.datamodules.image_text import CaptionTransform, ImageTextData
 from unclip_pl.utils.errors import UserError
-
-
-class Recorder(LightningModule):
-    """Trains nothing in particular and remembers the keys of its batches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.keys, self.val_keys = torch.nn.Linear(1, 1), [], []
-
-    def training_step(self, batch, batch_idx):
-        self.keys.append(batch["key"])
-        return self.net(torch.ones(1)).sum()
-
-    def validation_step(self, batch, batch_idx):
-        self.val_keys.append(batch["key"])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-class SaveAt(Callback):
-    def __init__(self, path, step):
-        self.path, self.step = path, step
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-
-
-def fit(data, folder, steps, *callbacks, ckpt=None, **kwargs) -> Recorder:
-    module = Recorder()
-    trainer = Trainer(
-        default_root_dir=folder,
-        max_steps=steps,
-        max_epochs=-1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        callbacks=list(callbacks),
-        plugins=[AtomicCheckpointIO()],
-        **kwargs,
-    )
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt)
-    return module
-
-
-def data_of(kind, shards, val=None, store=None, **loader):
-    config = LoaderConfig(**{"batch_size": 4, "num_workers": 0, "window": 2, **loader})
-    data = kind(
-        train=shards,
-        val=val,
-        image_size=8,
-        loader=config,
-        **({"store": str(store)} if store else {}),
-    )
-    data.clip = FakeCLIP()
-    return data
 
 
 @pytest.fixture

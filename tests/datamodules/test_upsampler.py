@@ -1,4 +1,5 @@
-"""Crops for the upsamplers: both resolutions show the same place, chance follows from (seed, epoch, key), and no image is enlarged."""
+"""Crops for the upsamplers: both resolutions show the same place, chance follows from (seed, epoch,
+key), and no image is enlarged."""
 
 import io
 import logging
@@ -47,7 +48,8 @@ def batches(data: UpsamplerData, train: bool = True):
 
 @pytest.mark.parametrize("kind", ["none", "blur", "bsr"])
 def test_both_resolutions_show_the_same_place(kind):
-    """On a ramp, low-res pixel i is the mean of its four columns: 4 i + 1.5 pixels of two levels each. Half a pixel more or less would be one level."""
+    """On a ramp, low-res pixel i is the mean of its four columns: 4 i + 1.5 pixels of two levels
+    each. Half a pixel more or less would be one level."""
     crop = CropTransform(
         64, 32, CropsConfig(3), DegradationConfig(kind=kind), LoaderConfig(), train=True
     )
