@@ -13,7 +13,7 @@ def fill(folder, shards, clip=None, **kwargs) -> EmbeddingStore:
     return store
 
 
-def spoil(store: EmbeddingStore, shard: str, change) -> None:
+def rewrite_rows(store: EmbeddingStore, shard: str, change) -> None:
     """Rewrite a file of the store with `change(tensors, metadata)` applied."""
     path = store.path(shard)
     with safe_open(path, "pt") as file:

@@ -23,9 +23,8 @@ def test_damage_anywhere_in_a_tar_is_named_and_counted(tmp_path, packed, caplog)
     (shard,) = write_shards(tmp_path, [20])
     whole = Path(shard).read_bytes()
     headers = [at for at in range(0, len(whole), 512) if whole[at + 257 : at + 262] == b"ustar"]
-    damaged = [
-        whole[:at] + b"\x99" * 512 + whole[at + 512 :] for at in headers[3::9]
-    ]  # tarfile takes such a header for the end
+    # tarfile takes such a header for the end
+    damaged = [whole[:at] + b"\x99" * 512 + whole[at + 512 :] for at in headers[3::9]]
     cut = [whole[:at] for at in (headers[5], headers[5] + 300, headers[-1], headers[-1] + 700)]
     for data, images in [
         *((data, 19) for data in damaged),
@@ -34,11 +33,9 @@ def test_damage_anywhere_in_a_tar_is_named_and_counted(tmp_path, packed, caplog)
         Path(shard).write_bytes(pack(data))
         caplog.clear()
         counter = BadSampleCounter(1.0)
-        assert (
-            len(keys_of(shard, counter)) <= images
-            and counter.bad >= 1
-            and any("is no whole tar" in line for line in caplog.messages)
-        )
+        assert len(keys_of(shard, counter)) <= images
+        assert counter.bad >= 1
+        assert any("is no whole tar" in line for line in caplog.messages)
         with pytest.raises(UserError, match="is no whole tar"):
             count_samples(shard)
     for length in (0, 1, 5, 11, 40) if packed else (0, 1, 100, 511):
@@ -58,11 +55,9 @@ def test_of_doubled_keys_the_first_is_taken_and_the_rest_named(tmp_path, caplog)
     Path(again).write_bytes(data + data + bytes(1024))
     counter = BadSampleCounter(1.0)
     found = {sample["key"]: sample for sample in raw_samples(shard, counter)}
-    assert (
-        found["a"]["caption"] == "first"
-        and found["c"]["image"] == picture(3)
-        and counter.bad == len(caplog.messages)
-    )
+    assert found["a"]["caption"] == "first"
+    assert found["c"]["image"] == picture(3)
+    assert counter.bad == len(caplog.messages)
     assert any("the second of the name c.PNG" in line for line in caplog.messages)
     caplog.clear()
     assert keys_of(again, counter) == ["000000", "000001"]

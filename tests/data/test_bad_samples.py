@@ -21,7 +21,7 @@ from unclip_pl.utils.errors import UserError
 
 
 def without_images(folder: Path, counts: list[int], missing: set[int]) -> list[str]:
-    """Shards numbered through, where some samples have a caption alone."""
+    """Shards numbered through, where some samples have only a caption."""
     shards, ends = [], list(itertools.accumulate(counts))
     for index, (count, end) in enumerate(zip(counts, ends, strict=True)):
         numbers = range(end - count, end)
@@ -59,9 +59,8 @@ def test_samples_without_an_image_below_the_limit_stop_no_reader_and_count_once(
     tmp_path, readers, missing
 ):
     shards = without_images(tmp_path, [1000], missing)
-    counts = passes(
-        shards, readers, epochs=2, max_bad_rate=0.01
-    )  # before, "5 of 100 samples could not be used"
+    # before, "5 of 100 samples could not be used"
+    counts = passes(shards, readers, epochs=2, max_bad_rate=0.01)
     assert [sum(column) for column in zip(*counts, strict=True)] == [2 * 995, 2 * 5]
 
 
@@ -118,9 +117,8 @@ def test_what_broken_shards_lost_is_the_same_in_any_order(tmp_path):
         counter = BadSampleCounter(1.0)
         assert sum(len(keys_of(shard, counter)) for shard in order) + counter.bad == 600
     counter = BadSampleCounter(1.0)
-    assert (
-        sum(len(keys_of(shard, counter)) for shard in shards[:2]) + counter.bad >= 200
-    )  # the half one shows what the quarter lost
+    # the half one shows what the quarter lost
+    assert sum(len(keys_of(shard, counter)) for shard in shards[:2]) + counter.bad >= 200
     assert counter.bad > 45
 
 

@@ -49,9 +49,8 @@ def test_grey_16_bit_and_cmyk_keep_their_brightness():
 def test_the_short_side_is_resized_antialiased_and_the_centre_cut():
     wide = Image.new("RGB", (96, 32), "black")
     wide.paste("white", (32, 0, 64, 32))
-    assert (
-        decode(saved(wide), 16)[..., 1:-1].min() > 0.95
-    )  # at the very edge the filter sees the black beside the cut
+    # at the very edge the filter sees the black next to the cut
+    assert decode(saved(wide), 16)[..., 1:-1].min() > 0.95
     checks = Image.new("L", (64, 64))
     checks.putdata([255 * ((x + y) % 2) for y in range(64) for x in range(64)])
     assert decode(saved(checks), 8).abs().max() < 0.05  # grey, not aliased to black or white
@@ -106,10 +105,11 @@ def test_a_picture_of_a_hundred_megapixels_is_a_bad_sample_at_once(tmp_path, cap
         {"a.png": huge, "b.png": png_header(40_000), "c.png": b"", "d.png": picture(1)},
     )
     samples = ShuffledShards([shard], 8, LoaderConfig(max_bad_rate=1.0), keep)
+    # and so a whole pass
     assert [sample["key"] for sample in itertools.islice(samples, 2)] == [
         "d",
         "d",
-    ]  # and so a whole pass
+    ]
     assert loaded and max(loaded) < 10_000  # "at once": the pixels of no other were read
     with warnings.catch_warnings(), pytest.raises(BadSample, match="larger than 50 megapixels"):
         warnings.simplefilter("error")

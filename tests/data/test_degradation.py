@@ -55,10 +55,11 @@ def test_steps_run_in_the_order_that_was_drawn(monkeypatch):
         ran.clear()
         assert bsr_light(noise(3, 16, 16), rng(seed)).shape == (3, 4, 4)
         seen[tuple(ran)] += 1
+    # JPEG in the middle: 90%
     assert set(seen) == {
         ("noise", "reduce", "jpeg", "blur", "jpeg"),
         ("noise", "reduce", "blur", "jpeg"),
-    }  # JPEG in the middle: 90%
+    }
     assert seen["noise", "reduce", "blur", "jpeg"] < 14
 
 
@@ -90,29 +91,23 @@ def test_choices_have_the_odds_and_ranges_of_the_recipe(monkeypatch):
         bsr_light(image, generator)
     factors = Counter(args[2] for args, _ in calls["random_reduce"])
     assert factors[2] + factors[4] == draws and factors[2] / draws == pytest.approx(0.25, abs=0.04)
-    assert {args[0].shape[-1] for args, _ in calls["random_reduce"] if args[2] == 2} == {
-        16
-    }  # halved before
+    # halved before
+    assert {args[0].shape[-1] for args, _ in calls["random_reduce"] if args[2] == 2} == {16}
     aliased, antialiased = len(calls["resize"]) / draws, len(calls["bicubic"]) / draws
     assert aliased == pytest.approx(1 + 0.8 + 0.125, abs=0.05)  # fit, reduce, half of the halvings
     assert antialiased == pytest.approx(0.125, abs=0.03)
     sigmas = np.array([args[1] / (0.6 * args[2]) for args, _ in calls["blur_and_subsample"]])
-    assert (
-        len(sigmas) / draws == pytest.approx(0.2, abs=0.04)
-        and sigmas.min() >= 0.04
-        and 0.95 < sigmas.max() <= 1
-    )
+    assert len(sigmas) / draws == pytest.approx(0.2, abs=0.04)
+    assert sigmas.min() >= 0.04
+    assert 0.95 < sigmas.max() <= 1
     reduced = np.array(
         [result.shape[-1] for args, result in calls["random_reduce"] if args[2] == 4]
     )
-    assert (
-        reduced.min() == 4 and reduced.max() >= 30 and np.mean(reduced == 4) > 0.1
-    )  # 32 / U(1, 8)
+    # 32 / U(1, 8)
+    assert reduced.min() == 4 and reduced.max() >= 30 and np.mean(reduced == 4) > 0.1
     anisotropic = [args for args, _ in calls["anisotropic_kernel"]]
-    assert (
-        len(anisotropic) / draws == pytest.approx(0.5, abs=0.05)
-        and len(anisotropic) + len(calls["gaussian_blur"]) == draws
-    )
+    assert len(anisotropic) / draws == pytest.approx(0.5, abs=0.05)
+    assert len(anisotropic) + len(calls["gaussian_blur"]) == draws
     assert {args[0] % 2 for args in anisotropic} == {1} and max(
         args[0] for args in anisotropic
     ) <= 15
@@ -149,10 +144,10 @@ def test_choices_have_the_odds_and_ranges_of_the_recipe(monkeypatch):
 def test_the_share_of_degraded_conditions_is_the_probability(kind, probability, share):
     image, generator = noise(3, 16, 16) * 2 - 1, rng(5)
     clean, config = downscale(image), DegradationConfig(kind, probability)
-    spoiled = np.mean(
+    degraded = np.mean(
         [not torch.equal(degrade(image, config, generator), clean) for _ in range(400)]
     )
-    assert spoiled == pytest.approx(share, abs=0.08 if 0 < share < 1 else 0)
+    assert degraded == pytest.approx(share, abs=0.08 if 0 < share < 1 else 0)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -194,14 +189,12 @@ def test_the_blob_of_the_condition_lies_where_that_of_the_picture_lies(kind, sha
     errors = []
     for _ in range(150):
         low = degrade(image * 2 - 1, config, generator)
-        weight = ((low.mean(0).double().numpy() + 1) / 2 - 0.25 - 0.05).clip(
-            0
-        )  # the foot is cut off: noise has no weight far out
+        # the foot is cut off: noise has no weight far out
+        weight = ((low.mean(0).double().numpy() + 1) / 2 - 0.25 - 0.05).clip(0)
         errors.append((oracle.centroid(weight) - at) * low.shape[-2:])
     errors = np.array(errors)
-    assert (
-        np.abs(errors.mean(0)).max() < 0.02
-    )  # in pixels of the condition; a step off by half a large pixel makes 0.125
+    # in pixels of the condition; a step off by half a large pixel makes 0.125
+    assert np.abs(errors.mean(0)).max() < 0.02
     assert np.sqrt((errors**2).mean()) < 0.1
 
 

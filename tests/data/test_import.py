@@ -56,7 +56,7 @@ def test_a_folder_of_clip_retrieval_gives_the_store_that_embedding_gives(tmp_pat
     folder = write_retrieval(tmp_path / "cr", embedded(shards, clip), parts=3, text=text)
     clip.seen = 0
     store = into(tmp_path, shards, RetrievalFolder(folder), clip)
-    assert clip.seen == 8 + 4 + 8  # spot checks alone
+    assert clip.seen == 8 + 4 + 8  # only the samples to compare
     assert verify(store.folder, shards, WideCLIP()) == []
     fresh = EmbeddingStore(tmp_path / "fresh")
     fresh.ensure(shards, WideCLIP(), 5, progress=False)
@@ -101,10 +101,11 @@ def test_the_rows_are_taken_over_and_not_computed(tmp_path, shards):
     ],
 )
 def test_members_of_the_tars_are_taken_over(tmp_path, shards, image, text, source):
+    # (1, D) float32 as well
     rows = {
         key: [one[None].astype(np.float32), two]
         for key, (one, two) in embedded(shards, WideCLIP()).items()
-    }  # (1, D) float32 as well
+    }
     in_tars(tmp_path, shards, rows, image, text)
     store = into(tmp_path, shards, TarMembers(*source))
     assert verify(store.folder, shards, WideCLIP()) == [] and store.manifest["rows"] == sum(COUNTS)
@@ -195,10 +196,8 @@ def test_done_shards_stay_and_a_store_of_another_clip_is_refused_first(tmp_path,
     other = WideCLIP(1)
     with pytest.raises(ClipMismatch, match="The embedding store"):
         into(tmp_path, shards, RetrievalFolder(folder), other)
-    assert (
-        other.seen == 0
-        and json.loads((tmp_path / "store/clip.json").read_text())["config"]["model"] == "fake-0"
-    )
+    assert other.seen == 0
+    assert json.loads((tmp_path / "store/clip.json").read_text())["config"]["model"] == "fake-0"
 
 
 def test_noto_is_imported_with_the_clip_in_the_package(noto, tmp_path):

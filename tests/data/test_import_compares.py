@@ -83,9 +83,8 @@ def test_rescaled_rows_and_rows_of_another_clip_are_told_apart(tmp_path, shards)
     refused(
         tmp_path, shards, RetrievalFolder(folder), r"made with another CLIP .* only 0 of 8 samples"
     )
-    assert (
-        verify(into(tmp_path, shards, RetrievalFolder(folder), WideCLIP(1)).folder) == []
-    )  # the refusal claimed nothing
+    # the refusal claimed nothing
+    assert verify(into(tmp_path, shards, RetrievalFolder(folder), WideCLIP(1)).folder) == []
 
 
 def test_rows_in_another_order_than_the_keys_are_refused(tmp_path, shards):

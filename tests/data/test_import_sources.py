@@ -51,9 +51,8 @@ def test_a_missing_row_is_named_or_embedded(tmp_path, shards):
         UserError, match=r"no image embedding of the sample 000011 of .*00001\.tar in .*cr: "
     ):
         into(tmp_path, shards, RetrievalFolder(folder))
-    assert (
-        len(list((tmp_path / "store").glob("*.safetensors"))) == 1
-    )  # the shard before it is whole and stays
+    # the shard before it is whole and stays
+    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 1
     store = into(tmp_path, shards, RetrievalFolder(folder), embed_missing=True)
     mine = store.shard(shards[1])
     assert verify(store.folder) == []

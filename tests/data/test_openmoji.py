@@ -79,7 +79,7 @@ def test_the_split_does_not_depend_on_the_order_it_is_given(drawings, split):
 def test_val_holds_known_parts_in_unknown_company(split):
     train, val = split
     toned = {drawing.base for drawing in train if drawing.tones}
-    beside = {
+    neighbours = {
         (drawing.base, place, tone) for drawing in train for place, tone in enumerate(drawing.tones)
     }
     elsewhere = defaultdict(set)
@@ -96,7 +96,8 @@ def test_val_holds_known_parts_in_unknown_company(split):
         ) not in together
         if len(set(drawing.tones)) == 2:
             assert all(
-                (drawing.base, place, tone) in beside for place, tone in enumerate(drawing.tones)
+                (drawing.base, place, tone) in neighbours
+                for place, tone in enumerate(drawing.tones)
             )
 
 
@@ -119,11 +120,9 @@ def test_keys_and_captions_are_unique(drawings):
 def test_a_part_of_the_drawings_splits_as_the_whole_or_stays_in_train(drawings, split):
     held = {drawing.hexcode for drawing in split[1]}
     train, val = composition_split(few(drawings))
-    assert (
-        len(val) == 4
-        and {drawing.hexcode for drawing in val} <= held
-        and len(train) + len(val) == len(few(drawings))
-    )
+    assert len(val) == 4
+    assert {drawing.hexcode for drawing in val} <= held
+    assert len(train) + len(val) == len(few(drawings))
     assert composition_split(split[1][:10])[1] == []
 
 
@@ -143,11 +142,9 @@ def test_no_letters_flags_or_unnamed_drawings_by_default(drawings):
         assert out not in words
     assert not any("button (" in caption or "keycap" in caption for caption in words)
     more = {drawing.caption for drawing in list_drawings(letters=True, flags=True)}
-    assert (
-        more > words
-        and {"Germany", "keycap 1"} <= more
-        and len(more) == len(list_drawings(letters=True, flags=True)) == 3913
-    )
+    assert more > words
+    assert {"Germany", "keycap 1"} <= more
+    assert len(more) == len(list_drawings(letters=True, flags=True)) == 3913
 
 
 @pytest.mark.parametrize(
@@ -189,10 +186,8 @@ def test_shards_are_ordinary_and_whole(whole, split):
         for sample, drawing in zip(samples, drawings, strict=True):
             assert {"png", "txt", "json"} <= sample.keys()
             facts = json.loads(sample["json"])
-            assert (
-                sample["txt"].decode() == facts["caption"] == drawing.caption
-                and facts["split"] == name
-            )
+            assert sample["txt"].decode() == facts["caption"] == drawing.caption
+            assert facts["split"] == name
             assert facts["tones"] == list(drawing.tones)
     manifest = json.loads((whole / "manifest.json").read_text())
     assert (manifest["counts"], manifest["image_size"], manifest["rule"]) == (
@@ -200,10 +195,8 @@ def test_shards_are_ordinary_and_whole(whole, split):
         64,
         openmoji.RULE,
     )
-    assert (
-        manifest["version"] in whole.name
-        and sum(shard["count"] for shard in manifest["shards"].values()) == 3580
-    )
+    assert manifest["version"] in whole.name
+    assert sum(shard["count"] for shard in manifest["shards"].values()) == 3580
 
 
 def test_no_picture_is_in_both_splits_and_every_tone_shows(whole):
@@ -221,11 +214,9 @@ def test_no_picture_is_in_both_splits_and_every_tone_shows(whole):
 
 def test_the_licence_travels_with_the_drawings(whole):
     text = (whole / "LICENSE.txt").read_text(encoding="utf-8")
-    assert (
-        "OpenMoji – the open-source emoji and icon project" in text
-        and "CC BY-SA 4.0" in text
-        and "openmoji.org" in text
-    )
+    assert "OpenMoji – the open-source emoji and icon project" in text
+    assert "CC BY-SA 4.0" in text
+    assert "openmoji.org" in text
     assert "Attribution-ShareAlike 4.0 International" in text
 
 
@@ -333,9 +324,8 @@ def test_lines_are_the_drawing_without_its_colours(drawings):
         colour, line = np.asarray(draw(drawing, 96)), np.asarray(draw(drawing, 96, "line"))
         assert np.ptp(line, axis=2).max() == 0  # grey
         ink = line.mean(2) < 30
-        assert (
-            ink.any() and colour[ink].mean() < 60
-        )  # where there is ink, the drawing in colour has it too
+        # where there is ink, the drawing in colour has it too
+        assert ink.any() and colour[ink].mean() < 60
         assert (line < 128).any(2).sum() <= (colour < 250).any(2).sum()
 
 

@@ -58,11 +58,9 @@ def test_img2dataset_output_is_read_as_it_is(noto):
         sample["caption"] for sample in samples
     )
     image = decode(samples[0]["image"], 64)
-    assert (
-        image.shape == (3, 64, 64)
-        and image.dtype == torch.float32
-        and -1 <= image.min() < image.max() <= 1
-    )
+    assert image.shape == (3, 64, 64)
+    assert image.dtype == torch.float32
+    assert -1 <= image.min() < image.max() <= 1
 
 
 def test_a_shard_is_read_through_a_pipe(shards):
@@ -161,11 +159,9 @@ def test_too_many_bad_samples_stop_the_run_with_one_sentence(tmp_path, workers):
     assert len(take(loader(shards, steps=40, max_bad_rate=0.06), 40)) == 40
     with pytest.raises(UserError) as error:
         take(loader(shards, steps=50, max_bad_rate=0.04, num_workers=workers), 50)
-    assert (
-        "could not be used" in str(error.value)
-        and "max_bad_rate (0.04)" in str(error.value)
-        and "\n" not in str(error.value)
-    )
+    assert "could not be used" in str(error.value)
+    assert "max_bad_rate (0.04)" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_truncated_garbage_and_missing_shards_have_sentences(tmp_path, shards, caplog):
@@ -173,10 +169,8 @@ def test_truncated_garbage_and_missing_shards_have_sentences(tmp_path, shards, c
     (tmp_path / "00002.tar").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "00001.tar").write_bytes(b"garbage" * 1000)
     counter = BadSampleCounter(1.0)
-    assert (
-        3 < len(list(raw_samples(shards[2], counter))) < 12
-        and list(raw_samples(shards[1], counter)) == []
-    )
+    assert 3 < len(list(raw_samples(shards[2], counter))) < 12
+    assert list(raw_samples(shards[1], counter)) == []
     assert any("the rest of shard" in line and "no whole tar" in line for line in caplog.messages)
     with pytest.raises(UserError, match=r"00001\.tar is no whole tar"):
         count_samples(shards[1])

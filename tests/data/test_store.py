@@ -75,7 +75,7 @@ def test_what_is_done_is_not_done_again_and_what_changed_is(tmp_path, shards):
     assert again.seen == 1 and store.shard(shards[1]).keys == ["new"] and verify(store.folder) == []
 
 
-def test_a_file_cut_short_is_made_anew(tmp_path, shards):
+def test_a_file_cut_short_is_made_again(tmp_path, shards):
     store = fill(tmp_path / "store", shards)
     path = store.path(shards[0])
     whole = path.read_bytes()
@@ -154,9 +154,10 @@ def test_bad_samples_have_no_row_and_are_counted(tmp_path, caplog):
 def test_an_embedding_that_is_not_finite_gets_no_row(tmp_path, shards, caplog):
     clip = FakeCLIP()
     embed = clip.embed_images
+    # too large for float16
     clip.embed_images = lambda images: embed(images).masked_fill(
         torch.arange(len(images))[:, None] == 1, 1e9
-    )  # too large for float16
+    )
     store = fill(tmp_path / "store", shards[1:2], clip)
     assert len(store.shard(shards[1]).keys) == 3 and any(
         "not finite" in line for line in caplog.messages
@@ -260,11 +261,8 @@ def test_a_url_that_breaks_off_is_not_taken_for_done(tmp_path, shards):
         fill(tmp_path / "store", [file, url], counter=BadSampleCounter(1.0))
     source.write_bytes(whole)
     again = FakeCLIP()
-    assert (
-        fill(tmp_path / "store", [file, url], again).row_counts([file, url]) == [9, 12]
-        and again.seen == 12
-    )
+    assert fill(tmp_path / "store", [file, url], again).row_counts([file, url]) == [9, 12]
+    assert again.seen == 12
     source.write_bytes(whole[: len(whole) // 2])
-    assert ["broke off" in line for line in verify(tmp_path / "store")] == [
-        True
-    ]  # and no line on each row that lies behind
+    # and no line on each row that lies behind
+    assert ["broke off" in line for line in verify(tmp_path / "store")] == [True]

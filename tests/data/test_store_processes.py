@@ -87,9 +87,8 @@ def test_a_store_killed_three_times_ends_whole_and_does_no_shard_twice(tmp_path)
         assert process.exitcode == (0 if whole == 12 else -signal.SIGKILL)
         assert [store.is_done(shard) for shard in shards] == [True] * whole + [False] * (12 - whole)
         embedded = sum(map(int, log.read_text().split()))
-        assert embedded <= 20 * (
-            min(whole + 1, 12) - done
-        )  # the shards that were done already were left alone
+        # the shards that were done already stayed as they were
+        assert embedded <= 20 * (min(whole + 1, 12) - done)
         assert len(list(store.folder.glob(".*.tmp"))) == (write is not None)
         done = whole
     for shard in shards:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.shardkit import picture, write_shards, write_tar
-from tests.data.storekit import fill, spoil
+from tests.data.storekit import fill, rewrite_rows
 from unclip_pl.cli import unclip as app
 from unclip_pl.data.bad_samples import BadSampleCounter
 from unclip_pl.data.verify import verify
@@ -27,7 +27,7 @@ def test_verify_names_missing_doubled_and_non_finite_rows(tmp_path, shards):
         tensors["text_embed"][3, 2] = float("nan")
         tensors["image_embed"][4, 0] = float("inf")
 
-    spoil(store, shards[0], change)
+    rewrite_rows(store, shards[0], change)
     store.path(shards[1]).unlink()
     extra = write_tar(tmp_path / "extra.tar", {"x.png": picture(0)})
     problems = "\n".join(verify(store.folder, [*shards, extra]))
@@ -47,7 +47,7 @@ def test_verify_names_missing_doubled_and_non_finite_rows(tmp_path, shards):
 
 def test_verify_names_rows_that_are_too_few(tmp_path, shards):
     store = fill(tmp_path / "store", shards)
-    spoil(
+    rewrite_rows(
         store,
         shards[0],
         lambda tensors, _: tensors.update(image_embed=tensors["image_embed"][:8].clone()),
@@ -62,15 +62,13 @@ def test_verify_names_what_to_delete_and_never_a_tar(tmp_path, capsys):
     shards = write_shards(tmp_path / "tars", [9, 4, 12, 5], bad={3})
     store = fill(tmp_path / "store", shards, counter=BadSampleCounter(1.0))
     assert app.main(["data", "verify", str(store.folder)]) == 0
-    told = capsys.readouterr().out
-    assert (
-        told.startswith(
-            f"note: sample 000003 of {shards[0]} has no row: its image cannot be decoded"
-        )
-        and "is whole, but for images" in told
+    output = capsys.readouterr().out
+    assert output.startswith(
+        f"note: sample 000003 of {shards[0]} has no row: its image cannot be decoded"
     )
+    assert "is whole, but for images" in output
     write_tar(Path(shards[1]), {"new.png": picture(77), "new.txt": b"new"})
-    spoil(store, shards[2], lambda tensors, _: tensors["image_embed"].fill_(float("nan")))
+    rewrite_rows(store, shards[2], lambda tensors, _: tensors["image_embed"].fill_(float("nan")))
     Path(shards[3]).unlink()
     lines = verify(store.folder)
     named = {line.partition(": ")[0] for line in lines if ".safetensors: " in line}

@@ -88,9 +88,8 @@ def test_a_fit_resumed_from_its_checkpoint_sees_the_very_next_sample(
 def test_an_image_without_its_embedding_is_a_named_bad_sample(tmp_path, shards, caplog):
     store = EmbeddingStore(tmp_path / "store")
     store.ensure(shards, FakeCLIP(), progress=False)
-    short = write_shards(tmp_path / "shards", [9, 3])[
-        1
-    ]  # embed shard 1 with 3 samples, then put the 4 back
+    # embed shard 1 with 3 samples, then put the 4 back
+    short = write_shards(tmp_path / "shards", [9, 3])[1]
     store.ensure([short], FakeCLIP(), progress=False)
     write_shards(tmp_path / "shards", [9, 4])
     data = data_of(ImageEmbeddingData, shards, store=tmp_path / "store", max_bad_rate=1.0)

@@ -61,10 +61,8 @@ def test_the_order_looks_random():
     counts = np.bincount(orders[:, 0], minlength=64)
     assert ((counts - 10) ** 2 / 10).sum() < 120
     large = permute(np.arange(100_000), 100_000, 0, 0)
-    assert (
-        abs(np.corrcoef(large[:-1], large[1:])[0, 1]) < 0.01
-        and abs(np.corrcoef(large, np.arange(100_000))[0, 1]) < 0.01
-    )
+    assert abs(np.corrcoef(large[:-1], large[1:])[0, 1]) < 0.01
+    assert abs(np.corrcoef(large, np.arange(100_000))[0, 1]) < 0.01
 
 
 def test_a_batch_is_what_the_store_and_the_other_module_say(shards):
@@ -90,9 +88,8 @@ def test_a_batch_is_what_the_store_and_the_other_module_say(shards):
         for i, key in enumerate(batch["key"]):
             for name, value in expected.get(key, {}).items():
                 assert torch.equal(batch[name][i], value) and batch[name].dtype == value.dtype
-            assert torch.equal(
-                batch["text_mask"][i], batch["tokens"][i] > 0
-            )  # as this CLIP says, whose last token is not the largest id
+            # as this CLIP says, whose last token is not the largest id
+            assert torch.equal(batch["text_mask"][i], batch["tokens"][i] > 0)
 
 
 def test_token_states_are_added_on_request(shards):
@@ -196,10 +193,8 @@ def test_another_number_of_ranks_goes_on_at_the_next_row(shards, before, after, 
     straight, _ = given(1, 1, len(order))
     first, state = given(*before, 3)
     second, _ = given(*after, (len(order) - len(first)) // (after[0] * after[1]), state)
-    assert (
-        first + second == straight[: len(first) + len(second)]
-        and len(order) - len(first) - len(second) < after[0] * after[1]
-    )
+    assert first + second == straight[: len(first) + len(second)]
+    assert len(order) - len(first) - len(second) < after[0] * after[1]
     assert not caplog.messages
 
 

@@ -60,9 +60,8 @@ def test_both_resolutions_show_the_same_place(kind):
             value[:, :2].add(1).mul(127.5) for value in (found["image"], found["low_res"])
         )
         expected = torch.nn.functional.avg_pool2d(image, 4)
-        error.append(
-            (low_res - expected)[:, :, 2:-2, 2:-2].mean((0, 2, 3))
-        )  # borders apart: there a filter lacks pixels
+        # borders apart: there a filter lacks pixels
+        error.append((low_res - expected)[:, :, 2:-2, 2:-2].mean((0, 2, 3)))
         assert (
             image - image.round()
         ).abs().max() < 1e-3  # crops at whole pixels: nothing is interpolated
@@ -135,11 +134,9 @@ def test_resumed_crops_are_those_of_a_run_that_was_not_stopped(tmp_path):
     second.load_state_dict(first.state_dict())
     seen += [batch for _ in range(3) for batch in second][:6]
     for a, b in zip(seen, expected, strict=False):
-        assert (
-            a["key"] == b["key"]
-            and torch.equal(a["image"], b["image"])
-            and torch.equal(a["low_res"], b["low_res"])
-        )
+        assert a["key"] == b["key"]
+        assert torch.equal(a["image"], b["image"])
+        assert torch.equal(a["low_res"], b["low_res"])
     assert len(seen) == 8 and not torch.equal(expected[0]["image"], expected[3]["image"])
 
 
@@ -174,9 +171,8 @@ def test_large_pictures_are_made_smaller_and_small_ones_are_not_enlarged():
     large = (
         crop({"key": "k", "image": png(ramp(128, 256) // 2 * 2)}, 0)["image"][0].add(1).mul(127.5)
     )
-    assert (
-        large.shape == (3, 32, 32) and abs((large[1, 20, 5] - large[1, 10, 5]) / 10 - 4) < 0.1
-    )  # twice as steep: half the side
+    # twice as steep: half the side
+    assert large.shape == (3, 32, 32) and abs((large[1, 20, 5] - large[1, 10, 5]) / 10 - 4) < 0.1
 
 
 def test_image_smaller_than_the_crop_is_counted_and_named(tmp_path, caplog):
@@ -189,11 +185,9 @@ def test_image_smaller_than_the_crop_is_counted_and_named(tmp_path, caplog):
     )
     with caplog.at_level(logging.WARNING):
         assert sum(1 for _ in batches(data)) == 4
-    assert (
-        "sample 0000 of" in caplog.text
-        and "60 x 24 pixels, less than the crop of 32" in caplog.text
-        and data._train_loader.bad >= 1
-    )
+    assert "sample 0000 of" in caplog.text
+    assert "60 x 24 pixels, less than the crop of 32" in caplog.text
+    assert data._train_loader.bad >= 1
     only = UpsamplerData(
         shards(tmp_path, [ramp(24)] * 2),
         None,
@@ -213,9 +207,8 @@ def test_no_clip_is_read(tmp_path, monkeypatch):
         shards(tmp_path, [ramp()] * 4), shards(tmp_path, [ramp()] * 4), 64, loader=ALONE
     )
     data.prepare_data()
-    assert (
-        next(batches(data))["image"].shape == (2, 3, 16, 16) and data.crop == data.val_crop == 16
-    )  # a quarter of the side
+    # a quarter of the side
+    assert next(batches(data))["image"].shape == (2, 3, 16, 16) and data.crop == data.val_crop == 16
 
 
 @pytest.mark.parametrize("change", [{"crop": 30}, {"crop": 128}, {"val_crop": 0}])
