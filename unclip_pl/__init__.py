@@ -9,7 +9,7 @@ _NAMES = {
     "UnCLIP": "pipeline.unclip",
     "Cascade": "pipeline.cascade",
     "FrozenCLIP": "clip.frozen",
-    "CLIPConfig": "clip.frozen",
+    "CLIPConfig": "clip.config",
     "Decoder": "stages.decoder",
     "Noise": "diffusion.noise",
 }

@@ -158,7 +158,8 @@ def test_text_towers_without_an_end_token_are_refused(tmp_path, text):
 def test_import_is_light_and_loading_silent(tiny):
     code = (
         "import logging, sys\n"
-        "from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP\n"
+        "from unclip_pl.clip.config import CLIPConfig\n"
+        "from unclip_pl.clip.frozen import FrozenCLIP\n"
         "assert not {'open_clip', 'torchvision', 'timm'} & set(sys.modules)\n"
         f"clip = FrozenCLIP(CLIPConfig({tiny!r}))\n"
         "clip.fingerprint()\n"

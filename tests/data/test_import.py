@@ -126,29 +126,14 @@ def test_the_command_makes_a_store_that_verifies_and_trains(tmp_path, capsys):
     clip, files, rows = FrozenCLIP(), {}, {}
     for n in range(12):
         file = io.BytesIO()
-        Image.fromarray(np.random.default_rng(n).integers(0, 256, (4, 5, 3), np.uint8)).resize(
-            (80, 64)
-        ).save(file, "PNG")
+        colours = np.random.default_rng(n).integers(0, 256, (4, 5, 3), np.uint8)
+        Image.fromarray(colours).resize((80, 64)).save(file, "PNG")
         files |= {f"{n:03d}.png": file.getvalue(), f"{n:03d}.txt": b"a red cat"}
         rows[f"{n:03d}"] = [clip.embed_images(decode(file.getvalue(), 64)[None])[0].half().numpy()]
     shard = write_tar(tmp_path / "0.tar", files)
     folder, store = write_retrieval(tmp_path / "cr", rows), tmp_path / "store"
-    assert (
-        app.main(
-            [
-                "data",
-                "import",
-                str(folder),
-                "--store",
-                str(store),
-                "--shards",
-                shard,
-                "--device",
-                "cpu",
-            ]
-        )
-        == 0
-    )
+    options = ["--store", str(store), "--shards", shard, "--device", "cpu"]
+    assert app.main(["data", "import", str(folder), *options]) == 0
     assert "has 12 rows" in capsys.readouterr().out
     assert app.main(["data", "verify", str(store)]) == 0
     data = ImageEmbeddingData(train=shard, val=None, store=str(store), image_size=64)
@@ -165,12 +150,8 @@ def test_options_of_the_other_kind_of_source_are_refused(tmp_path, shards, capsy
         [str(folder), "--text-key", "npy"],
         ["--key-column", "key"],
     ):
-        assert (
-            app.main(
-                ["data", "import", *more, "--store", str(tmp_path / "store"), "--shards", *shards]
-            )
-            == 1
-        )
+        where = ["--store", str(tmp_path / "store"), "--shards", *shards]
+        assert app.main(["data", "import", *more, *where]) == 1
         assert more[-2] in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
 

@@ -78,10 +78,7 @@ def test_verify_names_what_to_delete_and_never_a_tar(tmp_path, capsys):
     ]
     assert not any(line.startswith(shard) for line in lines for shard in shards)
     assert app.main(["data", "verify", str(store.folder)]) == 1
-    assert (
-        "delete the .safetensors files that lines begin with, never a .tar"
-        in capsys.readouterr().err
-    )
+    assert "never a .tar" in capsys.readouterr().err
     for name in named:
         Path(name).unlink()
     fill(tmp_path / "store", shards[:3], counter=BadSampleCounter(1.0))

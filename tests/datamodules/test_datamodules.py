@@ -38,11 +38,8 @@ def test_a_batch_of_images_and_embeddings(tmp_path, shards):
     loader = data.train_dataloader()
     assert len(loader) == 25 // 4
     batch = data.on_after_batch_transfer(next(iter(loader)), 0)
-    assert {
-        name: (value.dtype, tuple(value.shape))
-        for name, value in batch.items()
-        if torch.is_tensor(value)
-    } == {
+    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()} == {
         "tokens": (torch.int64, (4, 12)),
         "image": (torch.float32, (4, 3, 8, 8)),
         "image_embed": (torch.float32, (4, 6)),
