@@ -17,9 +17,13 @@ import json
 import torch
 from _results import save_rows
 
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
-from unclip_pl.data.shards import ErrorBudget, decode, expand, raw_samples
-from unclip_pl.datamodules.modules import resolve
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.data.bad_samples import BadSampleCounter
+from unclip_pl.data.decoding import decode
+from unclip_pl.data.names import expand
+from unclip_pl.data.shards import raw_samples
+from unclip_pl.datamodules.base import resolve_shards
 
 
 def recall(similarity: torch.Tensor, right: torch.Tensor, k: int) -> float:
@@ -38,10 +42,10 @@ def main() -> None:
     results_option(arguments)
     given = arguments.parse_args()
     clip = FrozenCLIP(CLIPConfig(given.model, given.pretrained))
-    shards = expand(given.shards) if given.shards else resolve("openmoji", "val", 64)
-    budget = ErrorBudget(0.5)
+    shards = expand(given.shards) if given.shards else resolve_shards("openmoji", "val", 64)
+    counter = BadSampleCounter(0.5)
     samples = [
-        sample for shard in shards for sample in raw_samples(shard, budget) if sample["caption"]
+        sample for shard in shards for sample in raw_samples(shard, counter) if sample["caption"]
     ]
     images = torch.stack([decode(sample["image"], clip.image_size) for sample in samples])
     captions = [sample["caption"] for sample in samples]

@@ -6,8 +6,11 @@ from _common import begin, parser, report, timed
 # isort: split
 from typing import Any
 
-from unclip_pl.data.loader import LoaderConfig, SamplesInOrder, ValidationLoader
-from unclip_pl.data.shards import count_samples, expand
+from unclip_pl.data.loader import ValidationLoader
+from unclip_pl.data.loader_config import LoaderConfig
+from unclip_pl.data.names import expand
+from unclip_pl.data.reader import SequentialShards
+from unclip_pl.data.shards import count_samples
 
 
 def as_is(sample: dict[str, Any], epoch: int) -> dict[str, Any]:
@@ -32,7 +35,7 @@ def main() -> None:
 
     def step() -> None:
         nonlocal seen
-        samples = SamplesInOrder(shards, given.image_size, config, as_is, total=total)
+        samples = SequentialShards(shards, given.image_size, config, as_is, total=total)
         seen = sum(len(batch["key"]) for batch in ValidationLoader(samples))
 
     times = timed(step, given)

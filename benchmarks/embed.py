@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP, save_clip
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.folder import save_clip
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.clip.loading import import_open_clip
-from unclip_pl.data.embeddings import EmbeddingStore
-from unclip_pl.data.shards import expand
+from unclip_pl.data.names import expand
+from unclip_pl.data.store import EmbeddingStore
 
 TINY = {
     "embed_dim": 128,
@@ -77,7 +79,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory(dir=folder) as target:
                 store = EmbeddingStore(target)
                 store.ensure(shards, clip, given.batch, progress=False)
-                rows = sum(store.rows(shards))
+                rows = sum(store.row_counts(shards))
 
         times = timed(step, given)
         peak = peak_mib()  # counting the operations takes memory of its own

@@ -23,12 +23,15 @@ import torch
 from _common import results_option
 from _results import save_rows
 
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
-from unclip_pl.data.embeddings import EmbeddingStore
-from unclip_pl.data.loader import LoaderConfig
-from unclip_pl.data.rows import RowsConfig
-from unclip_pl.data.shards import expand
-from unclip_pl.datamodules.modules import Embedded, ImageTextData, PriorData, resolve
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.data.loader_config import EmbeddingLoaderConfig, LoaderConfig
+from unclip_pl.data.names import expand
+from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.datamodules.base import resolve_shards
+from unclip_pl.datamodules.image_embedding import EmbeddingTransform
+from unclip_pl.datamodules.image_text import ImageTextData
+from unclip_pl.datamodules.prior import PriorData
 
 warnings.filterwarnings("ignore", module="torchdata")
 PRIOR_BATCHES = (64, 512, 2048)
@@ -66,7 +69,7 @@ def store_rates(shard: str, samples: int, seconds: float) -> tuple[float, float]
         store.ensure([str(part)], clip, progress=False)
         keys = store.shard(str(part)).keys
         written = len(keys) / (time.monotonic() - start)
-        row, order, read = Embedded(store), random.Random(0), 0
+        row, order, read = EmbeddingTransform(store), random.Random(0), 0
         start = time.monotonic()
         while time.monotonic() - start < seconds:
             row({"shard": str(part), "key": order.choice(keys), "caption": "", "image": None}, 0)
@@ -76,7 +79,7 @@ def store_rates(shard: str, samples: int, seconds: float) -> tuple[float, float]
 
 def prior_rate(batch_size: int, seconds: float) -> float:
     """Rows/s of the priors' loader over OpenMoji's store."""
-    data = PriorData(loader=RowsConfig(batch_size=batch_size, steps_per_epoch=1 << 40))
+    data = PriorData(loader=EmbeddingLoaderConfig(batch_size=batch_size, steps_per_epoch=1 << 40))
     data.prepare_data()
     data.setup("fit")
     batches = iter(data.train_dataloader())
@@ -105,14 +108,16 @@ def main() -> None:
     print("\nImages/s:\n\n| px | " + " | ".join(f"{n} workers" for n in given.workers) + " |")
     print("|---" * (1 + len(given.workers)) + "|")
     for size in given.sizes:
-        shards = expand(given.data) if given.data else resolve("openmoji", "train", size)
+        shards = expand(given.data) if given.data else resolve_shards("openmoji", "train", size)
         rates = [
             loader_rate(shards, size, workers, given.batch_size, given.seconds)
             for workers in given.workers
         ]
         found |= {f"{size} px, {n} workers": rate for n, rate in zip(given.workers, rates)}
         print(f"| {size} | " + " | ".join(f"{rate:.0f}" for rate in rates) + " |", flush=True)
-    shards = expand(given.data) if given.data else resolve("openmoji", "train", given.sizes[0])
+    shards = (
+        expand(given.data) if given.data else resolve_shards("openmoji", "train", given.sizes[0])
+    )
     written, read = store_rates(shards[0], given.rows, given.seconds)
     prior = {f"{size}": prior_rate(size, given.seconds) for size in PRIOR_BATCHES}
     said = ", ".join(f"{rate:,.0f} rows/s in batches of {size}" for size, rate in prior.items())

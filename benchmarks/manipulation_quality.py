@@ -21,9 +21,9 @@ import torch
 from _results import save_rows
 from torch import Tensor
 
-from unclip_pl.clip.frozen import CLIPConfig
-from unclip_pl.data.openmoji import TONES, Drawing, composition_split, records
-from unclip_pl.datamodules.modules import ImageEmbeddingData
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.data.openmoji_drawings import TONES, Drawing, composition_split, list_drawings
+from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
 from unclip_pl.diffusion import samplers
 from unclip_pl.manipulate import (
     Latent,
@@ -138,7 +138,7 @@ def edits(
         "what changes", "pairs", "theta", "nearer to the target caption", "without the edit",
         "the target's own drawing", "similarity to the original",
     ]  # fmt: skip
-    train, val = composition_split(records())
+    train, val = composition_split(list_drawings())
     known, by_key = {d.caption: d for d in [*train, *val]}, {d.hexcode: d for d in val}
     keys, images = held_out(data, given.count)
     pairs = [

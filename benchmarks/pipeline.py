@@ -29,7 +29,9 @@ from embed import PREPROCESS
 from prior_train import DIM, prior
 from upsampler_train import upsampler
 
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP, save_clip
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.folder import save_clip
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.clip.loading import import_open_clip
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.stages.decoder import SamplingConfig

@@ -18,8 +18,8 @@ import argparse
 import torch
 from _results import save_rows
 
-from unclip_pl.clip.frozen import CLIPConfig
-from unclip_pl.datamodules.modules import PriorData
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.datamodules.prior import PriorData
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_PRIORS

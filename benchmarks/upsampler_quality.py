@@ -26,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unclip_pl.data.degradation import DegradationConfig
-from unclip_pl.data.loader import LoaderConfig
-from unclip_pl.datamodules.crops import UpsamplerData
+from unclip_pl.data.loader_config import LoaderConfig
+from unclip_pl.datamodules.upsampler import UpsamplerData
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.pipeline.weights import ASSETS, load_stage
 from unclip_pl.stages.upsampler import Upsampler256, Upsampler1024

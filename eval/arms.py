@@ -15,7 +15,7 @@ from torch import Tensor
 from eval.captions import Caption
 from eval.drawn import Draw, Drawn
 from eval.source import Model
-from unclip_pl.data.shards import decode
+from unclip_pl.data.decoding import decode
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.networks.text import StatesText
 from unclip_pl.pipeline.devices import on_device

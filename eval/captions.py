@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unclip_pl.data.shards import ErrorBudget, raw_samples
-from unclip_pl.datamodules.modules import resolve
+from unclip_pl.data.bad_samples import BadSampleCounter
+from unclip_pl.data.shards import raw_samples
+from unclip_pl.datamodules.base import resolve_shards
 from unclip_pl.utils.errors import UserError
 
 MAX_BAD_RATE = 0.01
@@ -46,7 +47,7 @@ def read_captions(spec: str, count: int | None = None, image_size: int = 64) -> 
     elif spec.endswith(".json"):
         found, _ = read_coco(spec)
     else:
-        found = _not_blank(_shards(resolve(spec, "val", image_size)), spec)
+        found = _not_blank(_shards(resolve_shards(spec, "val", image_size)), spec)
     if not found:
         raise UserError(
             f"There are no captions in {spec}: give a .txt file with one a line, MS-COCO's "
@@ -146,9 +147,9 @@ def read_coco(spec: str) -> tuple[list[Caption], dict[int, str]]:
 
 
 def _shards(shards: Sequence[str]) -> list[Caption]:
-    budget = ErrorBudget(MAX_BAD_RATE, "the share of bad samples")
+    counter = BadSampleCounter(MAX_BAD_RATE, "the share of bad samples")
     return [
         Caption(sample["key"], sample["caption"], sample["image"])
         for shard in shards
-        for sample in raw_samples(shard, budget)
+        for sample in raw_samples(shard, counter)
     ]

@@ -80,7 +80,7 @@ def add_features(made: argparse.ArgumentParser) -> None:
 
 def features_of(given: argparse.Namespace) -> str:
     """--features, or what it is by default: see `add_features`."""
-    from unclip_pl.data.openmoji import STYLES
+    from unclip_pl.data.openmoji_drawings import STYLES
 
     drawn = not getattr(given, "images", None)
     embedded = drawn and (given.captions or "openmoji") in STYLES

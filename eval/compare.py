@@ -33,7 +33,7 @@ from eval.tables import (
     real_row,
     row,
 )
-from unclip_pl.clip.frozen import require_same
+from unclip_pl.clip.fingerprint import require_same
 from unclip_pl.pipeline.unclip import Prior, UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS, load_stage
 from unclip_pl.stages.ar_prior import ARPrior

@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file, cache_dir, file_lock
 

@@ -78,7 +78,8 @@ def reference_of(given: argparse.Namespace, source: "Source") -> "Pictures":
     """
     from eval.folders import Pictures
     from eval.source import Drawn
-    from unclip_pl.data.openmoji import STYLES, openmoji_shards
+    from unclip_pl.data.openmoji import openmoji_shards
+    from unclip_pl.data.openmoji_drawings import STYLES
 
     where = given.reference
     if where is None and isinstance(source, Drawn):

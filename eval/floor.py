@@ -18,7 +18,8 @@ from eval.common import progress
 from eval.extract import reference
 from eval.folders import Pictures
 from eval.judge import Judge, Seen, gathered, numbered, pictures_of
-from unclip_pl.data.openmoji import STYLES, openmoji_shards
+from unclip_pl.data.openmoji import openmoji_shards
+from unclip_pl.data.openmoji_drawings import STYLES
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
 

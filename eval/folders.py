@@ -14,21 +14,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from unclip_pl.data.shards import (
-    IMAGES,
-    BadSample,
-    ErrorBudget,
-    count_samples,
-    decode,
-    expand,
-    is_url,
-    raw_samples,
-)
+from unclip_pl.data.bad_samples import BadSample, BadSampleCounter
+from unclip_pl.data.decoding import IMAGE_ENDINGS, decode
+from unclip_pl.data.names import expand, is_url
+from unclip_pl.data.shards import count_samples, raw_samples
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import to_uint8
 
 MAX_BAD_RATE = 0.01
-FILES = (*IMAGES, "gif", "bmp", "tif", "tiff")
+FILES = (*IMAGE_ENDINGS, "gif", "bmp", "tif", "tiff")
 Batch = dict[str, Any]
 """`images` uint8 (B, 3, H, W), `keys` and `captions`, lists of B."""
 
@@ -126,7 +120,9 @@ class Pictures:
         """
         if self.size is not None:
             return self.size
-        everything = replace(self, rank=0, world_size=1)._raw(ErrorBudget(1.0, "--max-bad-rate"))
+        everything = replace(self, rank=0, world_size=1)._raw(
+            BadSampleCounter(1.0, "--max-bad-rate")
+        )
         images = [_image(data, None) for _, _, data, _ in islice(everything, 32)]
         sides = {side for image in images if isinstance(image, Tensor) for side in image.shape[1:]}
         return sides.pop() if len(sides) == 1 else None
@@ -149,32 +145,32 @@ class Pictures:
         Raises:
             UserError: more than `max_bad_rate` of them cannot be read.
         """
-        budget = ErrorBudget(self.max_bad_rate, "--max-bad-rate")
+        counter = BadSampleCounter(self.max_bad_rate, "--max-bad-rate")
         waiting: dict[tuple[int, ...], list[tuple[Tensor, str, str]]] = {}
-        for image, key, caption in self._decoded(budget):
+        for image, key, caption in self._decoded(counter):
             rows = waiting.setdefault(tuple(image.shape), [])
             rows.append((image, key, caption))
             if len(rows) == batch_size:
                 yield _batch(waiting.pop(tuple(image.shape)))
-        budget.end()
+        counter.check()
         for rows in waiting.values():
             yield _batch(rows)
 
-    def _decoded(self, budget: ErrorBudget) -> Iterator[tuple[Tensor, str, str]]:
+    def _decoded(self, counter: BadSampleCounter) -> Iterator[tuple[Tensor, str, str]]:
         """Images with keys and captions, in order; a few threads decode ahead."""
-        raw = self._raw(budget)
+        raw = self._raw(counter)
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             while window := list(islice(raw, 64)):
                 for (key, where, _, caption), image in zip(
                     window, pool.map(lambda one: _image(one[2], self.size), window), strict=True
                 ):
                     if isinstance(image, BadSample):
-                        budget.spend(where, image)
+                        counter.record_bad(where, image)
                     else:
-                        budget.good()
+                        counter.record_good()
                         yield image, key, caption
 
-    def _raw(self, budget: ErrorBudget) -> Iterator[tuple[str, str, bytes, str]]:
+    def _raw(self, counter: BadSampleCounter) -> Iterator[tuple[str, str, bytes, str]]:
         """This rank's (key, where, bytes, caption)."""
         for n in range(self.rank, len(self.files), self.world_size):
             path = self.files[n]
@@ -195,7 +191,7 @@ class Pictures:
             )
         number = 0
         for shard in self.shards:
-            for sample in raw_samples(shard, budget):
+            for sample in raw_samples(shard, counter):
                 if number % self.world_size == self.rank:
                     yield (
                         sample["key"],

@@ -17,8 +17,9 @@ from eval.captions import Caption
 from eval.common import Figures, add_features, features_of
 from eval.features import Features, clip_config, clip_features, named
 from eval.folders import Batch
-from unclip_pl.clip.frozen import ClipMismatch, Fingerprint, FrozenCLIP, require_same
-from unclip_pl.data.shards import decode
+from unclip_pl.clip.fingerprint import ClipMismatch, Fingerprint, require_same
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.data.decoding import decode
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import to_uint8
 

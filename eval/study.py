@@ -17,7 +17,7 @@ from eval.drawn import Drawn
 from eval.floor import Floor, floor_of, other_real, real_seen
 from eval.judge import Judge, Seen, gathered
 from eval.paired import Difference, paired_differences, score_of, spread
-from unclip_pl.data.shards import decode
+from unclip_pl.data.decoding import decode
 from unclip_pl.stages.decoder import SamplingConfig
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.images import grid

@@ -12,7 +12,7 @@ import pytest
 
 from unclip_pl.cli.configs import find_config
 from unclip_pl.cli.unclip import parser
-from unclip_pl.data.shards import expand
+from unclip_pl.data.names import expand
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

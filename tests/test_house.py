@@ -79,7 +79,7 @@ def test_the_import_test_can_fail(tmp_path):
     assert violations(upwards, "unclip_pl.networks.unet")
     sideways = tmp_path / "release.py"
     sideways.write_text("def late():\n    import unclip_pl.stages.decoder\n")
-    assert violations(sideways, "unclip_pl.datamodules.modules")
+    assert violations(sideways, "unclip_pl.datamodules.base")
     late = tmp_path / "sweep.py"
     late.write_text("def run():\n    from unclip_pl.cli import options\n")
     assert violations(late, "eval.sweep")

@@ -12,7 +12,7 @@ _MODULES = {
     "UnCLIP": "pipeline.unclip",
     "Cascade": "pipeline.cascade",
     "FrozenCLIP": "clip.frozen",
-    "CLIPConfig": "clip.frozen",
+    "CLIPConfig": "clip.config",
     "Decoder": "stages.decoder",
     "Noise": "diffusion.noise",
 }

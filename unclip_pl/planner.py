@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from unclip_pl.clip.frozen import DTYPES, CLIPConfig, clip_architecture
+from unclip_pl.clip.config import DTYPES, CLIPConfig
+from unclip_pl.clip.loading import clip_architecture
 from unclip_pl.networks.checkpointing import Checkpointing, apply_checkpointing
 from unclip_pl.networks.layers import Block
 

@@ -10,7 +10,7 @@ import torch
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
-from unclip_pl.data.embeddings import Statistics
+from unclip_pl.data.store import Statistics
 from unclip_pl.networks.quantizer import pca
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.utils.errors import UserError

@@ -41,7 +41,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     """24 drawings to train on and 6 held out, as shards."""
-    train, val = openmoji.composition_split(openmoji.records())
+    train, val = openmoji.composition_split(openmoji.list_drawings())
     folder = tmp_path_factory.mktemp("drawings")
     draw = random.Random(0)
     openmoji.write_shards(folder, draw.sample(train, 24), draw.sample(val, 6), 64, progress=False)

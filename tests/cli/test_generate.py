@@ -49,10 +49,10 @@ def test_a_prompt_that_is_too_long_is_drawn_and_what_was_cut_is_named(folder, tm
     assert run_unclip(command, long, "--decoder", folder, "--out", tmp_path) == 0
     assert 'and a pear"' in capsys.readouterr().err
     clip = FrozenCLIP()
-    read = long[: -len(clip.cut(long))]
+    read = long[: -len(clip.truncated_text(long))]
     assert torch.equal(clip.tokenize([read]), clip.tokenize([long]))
     assert not torch.equal(clip.tokenize([read[:-1]]), clip.tokenize([long]))
-    assert clip.cut("a red apple") == ""
+    assert clip.truncated_text("a red apple") == ""
 
 
 @pytest.mark.parametrize(

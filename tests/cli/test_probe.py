@@ -6,8 +6,9 @@ from PIL import Image
 from tests.cli.shell import error_of, run_unclip
 from tests.data.shardkit import write_shards
 from unclip_pl.cli import probe
-from unclip_pl.clip.frozen import ClipMismatch, FrozenCLIP
-from unclip_pl.data.embeddings import EmbeddingStore
+from unclip_pl.clip.fingerprint import ClipMismatch
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.utils.images import load_image
 
 

@@ -1,4 +1,4 @@
-"""Shards, pictures and a CLIP for the tests of the data room: small, and known to the last sample."""
+"""Small shards and pictures and a fake CLIP for the tests of data."""
 
 import io
 import tarfile
@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unclip_pl.clip.frozen import TextFeatures, require_same
+from unclip_pl.clip.fingerprint import require_same
+from unclip_pl.clip.frozen import TextFeatures
 
 
 def picture(number: int, size: int = 16, kind: str = "PNG") -> bytes:
-    """A plain colour that tells the number."""
+    """A picture of one colour, which tells the number."""
     file = io.BytesIO()
     Image.new("RGB", (size, size), (number % 256, number // 256, 128)).save(file, kind)
     return file.getvalue()
@@ -28,7 +29,7 @@ def write_tar(path: Path, files: dict[str, bytes]) -> str:
 
 
 def write_shards(folder: Path, counts: list[int], bad: set[int] = frozenset()) -> list[str]:
-    """Shards of so many samples, numbered through; those in `bad` have an image that does not decode."""
+    """Shards with `counts` samples, numbered through. Images of those in `bad` do not decode."""
     shards, number = [], 0
     for index, count in enumerate(counts):
         files = {}
@@ -42,7 +43,10 @@ def write_shards(folder: Path, counts: list[int], bad: set[int] = frozenset()) -
 
 
 class FakeCLIP:
-    """FrozenCLIP's methods on numbers that can be checked: a fixed projection of the pixels and of the letters. Counts the images it saw."""
+    """FrozenCLIP's methods with results that can be checked.
+
+    They are a fixed projection of the pixels and of the letters. `seen` counts the images.
+    """
 
     image_size, embed_dim, states_width, context_length = 8, 6, 5, 12
     device = torch.device("cpu")

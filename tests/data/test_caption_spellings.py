@@ -5,11 +5,14 @@ import logging
 
 import pytest
 
+from tests.data.fitkit import data_of
 from tests.data.shardkit import FakeCLIP, picture, write_tar
-from tests.data.test_modules import data_of
-from unclip_pl.data.embeddings import EmbeddingStore
-from unclip_pl.data.shards import ErrorBudget, raw_samples
-from unclip_pl.datamodules.modules import ImageEmbeddingData, ImageTextData, PriorData
+from unclip_pl.data.bad_samples import BadSampleCounter
+from unclip_pl.data.shards import raw_samples
+from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
+from unclip_pl.datamodules.image_text import ImageTextData
+from unclip_pl.datamodules.prior import PriorData
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.text import decode_text, repair_text
 
@@ -37,7 +40,7 @@ SAID = "ein schönes Café"
 def test_known_spellings_of_a_caption_are_read(tmp_path, files):
     content = {f"a.b.{ending}": data for ending, data in files.items()}
     shard = write_tar(tmp_path / "a.tar", {"a.b.png": picture(1)} | content)
-    (sample,) = raw_samples(shard, ErrorBudget(0))
+    (sample,) = raw_samples(shard, BadSampleCounter(0))
     assert sample["caption"] == SAID
 
 
@@ -83,5 +86,5 @@ def test_rows_without_a_caption_are_counted_from_the_store(tmp_path):
     store = EmbeddingStore(tmp_path / "store")
     clip, names = FakeCLIP(), shards(tmp_path, captions=10)
     store.ensure(names, clip, progress=False)
-    found = store.captionless(names, clip.tokenize([""])[0].numpy())
+    found = store.missing_captions(names, clip.tokenize([""])[0].numpy())
     assert (found.seen, found.missing) == (24, 14)

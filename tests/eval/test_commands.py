@@ -12,14 +12,15 @@ from PIL import ImageFilter
 
 from eval import clip_score, fid
 from eval.features import named
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
-from unclip_pl.data.openmoji import draw, records
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.data.openmoji_drawings import draw, list_drawings
 
 
 @pytest.fixture(scope="module")
 def drawings():
     """80 drawings of 48 px, every fifth of the first, with their captions."""
-    chosen = records()[:400:5]
+    chosen = list_drawings()[:400:5]
     return [draw(drawing, 48) for drawing in chosen], [drawing.caption for drawing in chosen]
 
 

@@ -16,7 +16,7 @@ from eval.features import named
 from eval.source import Model
 from tests.cluster.forks import Ranks
 from tests.eval import tiny
-from unclip_pl.data.shards import decode
+from unclip_pl.data.decoding import decode
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.utils.images import to_uint8
 

@@ -97,7 +97,7 @@ def test_unreadable_images_are_named_and_counted_and_refused_above_the_rate(tmp_
     (folder / "empty.webp").write_bytes(b"")
     assert len(reds(Pictures(str(folder), max_bad_rate=0.1).batches(8))) == 40
     for name in ("bad.png", "cut.png", "empty.webp"):
-        assert f"image {folder / name} was passed over" in caplog.text
+        assert f"image {folder / name} was skipped" in caplog.text
     with pytest.raises(UserError, match="3 of 43 samples could not be used.*raise --max-bad-rate"):
         list(Pictures(str(folder)).batches(8))
 

@@ -10,7 +10,8 @@ from eval import clip_score
 from eval.judge import EMBEDDED_JUDGE, Judge, same_clip, score_clip
 from tests.eval import tiny
 from unclip_pl.clip import loading as _open_clip
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.utils.errors import UserError
 
 

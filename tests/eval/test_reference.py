@@ -14,7 +14,7 @@ from eval.folders import Pictures
 from eval.source import Drawn
 from tests.data.shardkit import write_tar
 from tests.eval import tiny
-from unclip_pl.data.shards import decode
+from unclip_pl.data.decoding import decode
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import to_uint8
 

@@ -56,7 +56,7 @@ def decoder(folder: Path, condition: str = "image", seed: int = 0, pooled: bool 
 def shards(folder: Path, count: int = 20, seed: int = 0, size: int = 16) -> Path:
     """Held-out drawings of `size` pixels, chosen by `seed`, as one shard."""
     folder.mkdir(parents=True, exist_ok=True)
-    held_out = openmoji.composition_split(openmoji.records())[1]
+    held_out = openmoji.composition_split(openmoji.list_drawings())[1]
     chosen = random.Random(seed).sample(held_out, count)
     openmoji.write_shards(folder, [], chosen, size, progress=False)
     return folder / "val-00000.tar"

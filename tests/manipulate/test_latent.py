@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.factories import package_decoder
 from tests.manipulate.pictures import SPREAD, pictures
-from unclip_pl.clip.frozen import ClipMismatch
+from unclip_pl.clip.fingerprint import ClipMismatch
 from unclip_pl.diffusion.process import DiffusionConfig, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.manipulate import (

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from unclip_pl.networks.text import TextConfig, TextContext, caption_mask
+from unclip_pl.networks.text import TextConfig, TextContext
 from unclip_pl.networks.transformer import Transformer, TransformerBlock
+from unclip_pl.utils.tokens import caption_mask
 
 STATES = TextConfig(kind="states", states_width=10)
 TRANSFORMER = TextConfig(

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from unclip_pl.data.embeddings import EmbeddingStore
+from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.networks.ar_prior import ARPriorConfig
 from unclip_pl.networks.text import TextConfig

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP, save_clip
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.folder import save_clip
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.clip import CLIP, shaken
 from unclip_pl.training.retrieval import recall_at

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.data.fitkit import data_of
 from tests.data.shardkit import write_shards
-from tests.data.test_modules import data_of
 from tests.training.toy import trainer
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
-from unclip_pl.data.embeddings import Statistics
-from unclip_pl.data.rows import RowsConfig
-from unclip_pl.datamodules.modules import PriorData
+from unclip_pl.data.loader_config import EmbeddingLoaderConfig
+from unclip_pl.data.store import Statistics
+from unclip_pl.datamodules.prior import PriorData
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
@@ -434,7 +434,7 @@ def test_a_run_from_the_store_cut_in_two_equals_the_whole_one(tmp_path):
     def fit(folder, steps, ckpt=None):
         torch.manual_seed(0)
         data = data_of(PriorData, shards[:3], shards[3:], tmp_path / "store")
-        data.config, data.text_states = RowsConfig(batch_size=4), True
+        data.config, data.text_states = EmbeddingLoaderConfig(batch_size=4), True
         text = PriorTextConfig("states", states_width=5, context_length=12, padding="masked")
         stage = DiffusionPrior(
             PriorTransformerConfig(embed_dim=6, width=16, depth=1, heads=2),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.data.test_text_tokens import LENGTH, long_caption
-from unclip_pl.clip.frozen import FrozenCLIP, tokenize_bpe
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.clip.loading import tokenize_bpe
 from unclip_pl.networks.ar_prior import ARPriorConfig
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
 from unclip_pl.networks.text import TextConfig

@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from tests.training.toy import trainer
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
-from unclip_pl.data.rows import RowsConfig
+from unclip_pl.data.loader_config import EmbeddingLoaderConfig
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior, PriorSamplingConfig
@@ -51,7 +51,7 @@ class Batches:
 
 
 class Data(LightningDataModule):
-    config = RowsConfig()
+    config = EmbeddingLoaderConfig()
 
     def train_dataloader(self):
         return Batches(32, 8, 0)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from unclip_pl.cluster import startup
 from unclip_pl.cluster.checkpoint_io import AtomicCheckpointIO
-from unclip_pl.data.rows import RowLoader, RowsConfig
+from unclip_pl.data.embedding_loader import EmbeddingLoader
+from unclip_pl.data.loader_config import EmbeddingLoaderConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage
 
 
@@ -108,10 +109,10 @@ class ToyRows(LightningDataModule):
             "scale": torch.ones(len(index)),
         }
 
-    def train_dataloader(self) -> RowLoader:
-        return RowLoader(
+    def train_dataloader(self) -> EmbeddingLoader:
+        return EmbeddingLoader(
             self,
-            RowsConfig(self.batch_size),
+            EmbeddingLoaderConfig(self.batch_size),
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip_pl.data.shards import BadSample, decode
+from unclip_pl.data.bad_samples import BadSample
+from unclip_pl.data.decoding import decode
 from unclip_pl.utils.images import load_image
 from unclip_pl.utils.metadata import strip_metadata
 

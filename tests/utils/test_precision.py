@@ -11,7 +11,8 @@ from unclip_pl import UnCLIP
 from unclip_pl.cli.configs import find_configs
 from unclip_pl.cli.lightning import main
 from unclip_pl.cli.lightning_cli import build_cli
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.utils import precision
 from unclip_pl.utils.errors import UserError

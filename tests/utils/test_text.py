@@ -15,11 +15,14 @@ from PIL import Image
 from tests.data.shardkit import FakeCLIP, picture, write_tar
 from unclip_pl.cli.generate import read_prompts
 from unclip_pl.clip.frozen import FrozenCLIP
-from unclip_pl.data.embeddings import EmbeddingStore
-from unclip_pl.data.loader import LoaderConfig, Samples, TrainLoader
-from unclip_pl.data.shards import ErrorBudget, raw_samples
+from unclip_pl.data.bad_samples import BadSampleCounter
+from unclip_pl.data.loader import TrainLoader
+from unclip_pl.data.loader_config import LoaderConfig
+from unclip_pl.data.reader import ShuffledShards
+from unclip_pl.data.shards import raw_samples
+from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.data.verify import verify
-from unclip_pl.datamodules.modules import default_store
+from unclip_pl.datamodules.image_embedding import default_store
 from unclip_pl.utils.images import grid, save_png
 
 BROKEN = "caf\udce9"  # as Python has the argument that a Latin-1 terminal gives
@@ -45,12 +48,12 @@ def test_names_in_a_tar_and_of_a_tar_need_not_be_unicode(tmp_path):
     files = {name: picture(1) if name.endswith("png") else b"x" for name in names}
     shard = write_tar(path, files)
     keys = [f"café{n}" for n in range(4)]
-    assert [sample["key"] for sample in raw_samples(shard, ErrorBudget(0))] == keys
+    assert [sample["key"] for sample in raw_samples(shard, BadSampleCounter(0))] == keys
     store = EmbeddingStore(tmp_path / "store")
     store.ensure([shard], FakeCLIP(), progress=False)
     assert store.shard(shard).keys == keys and verify(store.folder) == []
     assert default_store([shard], FrozenCLIP().config) != default_store(["a"], FrozenCLIP().config)
-    samples = Samples(
+    samples = ShuffledShards(
         [shard], 8, LoaderConfig(batch_size=4, num_workers=0), lambda sample, _: sample
     )
     (batch,) = TrainLoader(samples, 1)

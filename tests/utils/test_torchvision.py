@@ -10,7 +10,7 @@ import pytest
 FIRST = (
     "from unclip_pl.stages.decoder import Decoder",
     "from unclip_pl.training.ema import EMA",
-    "from unclip_pl.datamodules.modules import ImageTextData",
+    "from unclip_pl.datamodules.image_text import ImageTextData",
     "from unclip_pl.clip.frozen import FrozenCLIP; FrozenCLIP().tokenize(['fox'])",
     "from eval.metrics import FrechetDistance",
     "from eval.callback import Evaluate",

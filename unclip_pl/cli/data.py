@@ -97,7 +97,7 @@ def run_openmoji(arguments: argparse.Namespace) -> None:
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
-    from unclip_pl.data.shards import expand
+    from unclip_pl.data.names import expand
     from unclip_pl.data.verify import verify
 
     shards = expand(arguments.shards) if arguments.shards else None
@@ -115,9 +115,12 @@ def run_verify(arguments: argparse.Namespace) -> None:
 
 
 def run_import(arguments: argparse.Namespace) -> None:
-    from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP
-    from unclip_pl.data.import_embeddings import RetrievalFolder, TarMembers, import_embeddings
-    from unclip_pl.data.shards import ErrorBudget, expand
+    from unclip_pl.clip.config import CLIPConfig
+    from unclip_pl.clip.frozen import FrozenCLIP
+    from unclip_pl.data.bad_samples import BadSampleCounter
+    from unclip_pl.data.import_embeddings import import_embeddings
+    from unclip_pl.data.import_sources import RetrievalFolder, TarMembers
+    from unclip_pl.data.names import expand
 
     if arguments.source and (arguments.image_key or arguments.text_key):
         raise UserError(
@@ -137,8 +140,13 @@ def run_import(arguments: argparse.Namespace) -> None:
         source = RetrievalFolder(arguments.source, arguments.key_column or "image_path")
     else:
         source = TarMembers(arguments.image_key or "img_emb.npy", arguments.text_key)
-    budget = ErrorBudget(arguments.max_bad_rate, "--max-bad-rate")
+    counter = BadSampleCounter(arguments.max_bad_rate, "--max-bad-rate")
     store = import_embeddings(
-        arguments.store, shards, source, clip, budget=budget, embed_missing=arguments.embed_missing
+        arguments.store,
+        shards,
+        source,
+        clip,
+        counter=counter,
+        embed_missing=arguments.embed_missing,
     )
-    print(f"{arguments.store} has {sum(store.rows(shards))} rows for the shards given.")
+    print(f"{arguments.store} has {sum(store.row_counts(shards))} rows for the shards given.")

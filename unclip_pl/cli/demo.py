@@ -101,8 +101,8 @@ def draw_held_out(count: int = 8) -> str:
     """Held-out line drawings, and what each decoder draws from their embeddings; a report."""
     import torch
 
-    from unclip_pl.clip.frozen import CLIPConfig
-    from unclip_pl.datamodules.modules import ImageEmbeddingData
+    from unclip_pl.clip.config import CLIPConfig
+    from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
     from unclip_pl.pipeline.unclip import UnCLIP
     from unclip_pl.pipeline.weights import DEFAULT_DECODER
     from unclip_pl.utils.images import grid, save_png

@@ -21,7 +21,7 @@ def add(command: AddCommand) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from unclip_pl.clip.frozen import save_clip
+    from unclip_pl.clip.folder import save_clip
     from unclip_pl.pipeline import release
     from unclip_pl.pipeline.weights import load_stage, read_weights
     from unclip_pl.stages.ar_prior import ARPrior

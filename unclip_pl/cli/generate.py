@@ -200,7 +200,7 @@ def check_conditions(arguments: argparse.Namespace) -> None:
 def warn_of_cut_prompts(unclip: Any, prompts: Sequence[str]) -> None:
     """A line on stderr for each prompt that is longer than CLIP reads."""
     for prompt in prompts:
-        if cut := unclip.clip.cut(prompt):
+        if cut := unclip.clip.truncated_text(prompt):
             print(
                 f'unclip: "{prompt[:40]}..." is longer than CLIP reads '
                 f'({unclip.clip.context_length} tokens), cut: "{cut}"',

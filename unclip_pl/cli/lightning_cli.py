@@ -23,7 +23,12 @@ from unclip_pl.cluster.checkpoint_io import read_settings
 from unclip_pl.cluster.preemption import Preemption
 from unclip_pl.cluster.startup import StartupCheck
 from unclip_pl.cluster.watchdog import Watchdog
-from unclip_pl.datamodules import crops, embed, modules  # noqa: F401  YAMLs name their classes
+from unclip_pl.datamodules import (  # noqa: F401  YAMLs name their classes
+    embedding_job,
+    image_text,
+    prior,
+    upsampler,
+)
 from unclip_pl.pipeline.weights import load_pretrained
 from unclip_pl.stages import load_all
 from unclip_pl.stages.base import Stage

@@ -111,9 +111,9 @@ def principal_components(clip: "FrozenCLIP", store: Path | None) -> "PrincipalCo
     Raises:
         UserError: the store is damaged, or of another CLIP.
     """
-    from unclip_pl.clip.frozen import require_same
-    from unclip_pl.data.embeddings import EmbeddingStore
-    from unclip_pl.datamodules.modules import ImageEmbeddingData
+    from unclip_pl.clip.fingerprint import require_same
+    from unclip_pl.data.store import EmbeddingStore
+    from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
     from unclip_pl.probe import PrincipalComponents
 
     if store is None:

@@ -1,1 +1,1 @@
-"""A frozen CLIP: open_clip's models behind a few methods, and a fingerprint of what they compute."""
+"""A frozen CLIP: open_clip's models behind a few methods, and a fingerprint of their outputs."""

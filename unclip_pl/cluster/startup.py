@@ -15,14 +15,19 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from unclip_pl import __version__
-from unclip_pl.clip.frozen import require_same
+from unclip_pl.clip.fingerprint import require_same
 from unclip_pl.cluster.checkpoint_io import checkpoint_folder
 from unclip_pl.utils.errors import SharedError, UserError
 from unclip_pl.utils.files import DISK_ERRORS
 
 PACKAGES = ("torch", "lightning", "torchdata", "numpy", "open_clip_torch")
 FILES = 3  # checkpoints that lie there at once: the newest, the one being written, the best
-PLACE = {"rank", "world", "ranks", "missing"}  # in `share()` of a loader: what is this rank's own
+PLACE = {
+    "rank",
+    "world",
+    "ranks",
+    "missing",
+}  # in `rank_summary()` of a loader: what is this rank's own
 Report = dict[str, Any]
 
 
@@ -62,7 +67,7 @@ def report(trainer: Trainer, pl_module: LightningModule) -> Report:
         }
         mine["seed"] = os.environ.get("PL_GLOBAL_SEED")
         mine["clip"] = getattr(pl_module, "clip_fingerprint", None)
-        share = getattr(trainer.train_dataloader, "share", None)
+        share = getattr(trainer.train_dataloader, "rank_summary", None)
         mine["data"] = share() if share else None
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it outside of the class
             mine["disk"] = disk(checkpoint_folder(trainer), FILES * checkpoint_bytes(pl_module))
@@ -153,7 +158,7 @@ def faults(reports: list[Report], clock_seconds: float) -> list[str]:
 
 
 def data_faults(shares: list[tuple[str, dict[str, Any] | None]]) -> list[str]:
-    """The same of what each rank reads; `share()` of a loader gives `rank`, `world`, `missing` and what the order of its samples follows from."""
+    """The same of what each rank reads; `rank_summary()` of a loader gives `rank`, `world`, `missing` and what the order of its samples follows from."""
     (leader, first), found = shares[0], []
     for name, share in shares:
         if (share is None) != (first is None):

@@ -1,8 +1,8 @@
-"""Captions: where a sample has its own, how many have none, and other words for one.
+"""Captions: where to find that of a sample, how many samples have none, and how to vary one.
 
-Other words keep a small CLIP from learning captions by heart (prompt templates as in CLIP, Radford
-et al. 2021, section 3.1.4). A caption is a name with clauses behind commas ("woman, red hair, dark
-skin tone"); what is left out is never put into other words, so all stays true.
+Varied captions keep a small CLIP from learning them by heart (prompt templates as in CLIP, Radford
+et al. 2021, section 3.1.4). A caption is a name followed by clauses after commas ("woman, red hair,
+dark skin tone"). Clauses are left out but never replaced, so the caption stays true.
 """
 
 import json
@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unclip_pl.data.budget import BadSample
+from unclip_pl.data.bad_samples import BadSample
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.text import decode_text, repair_text
 
-ENDINGS = ("txt", "caption", "text")
-"""Of files that hold a caption and nothing else."""
-FIELDS = ("caption", "text", "prompt", "description", "captions", "texts")
-"""Of KEY.json, in letters of any case; of a list the first."""
+CAPTION_ENDINGS = ("txt", "caption", "text")
+"""Endings of files that hold a caption and nothing else."""
+CAPTION_FIELDS = ("caption", "text", "prompt", "description", "captions", "texts")
+"""Fields of KEY.json that may hold a caption, in upper or lower case; of a list the first."""
 TEMPLATES = (
     "a drawing of {}", "an emoji of {}", "a picture of {}", "an icon of {}", "a cartoon of {}",
     "a sticker of {}", "clip art of {}", "{} emoji", "{} icon", "emoji: {}", "drawing: {}",
@@ -32,11 +32,11 @@ ADJECTIVES = re.compile(
 
 
 def augment_caption(caption: str, rng: random.Random) -> str:
-    """One way of saying `caption`: perhaps a skin tone or an adjective less, its clauses in another
-    order, in a template, in other case.
+    """A variant of `caption`: perhaps without a skin tone or an adjective, its clauses in another
+    order, in a template, in upper or lower case.
 
-    The same `rng` state gives the same words. The result is never empty, at most four words longer,
-    and in a fifth to a third of cases the caption as it is.
+    The same state of `rng` gives the same words. The result is never empty, at most four words
+    longer, and in a fifth to a third of cases it is the caption itself.
     """
     clauses = [clause.strip() for clause in caption.split(",") if clause.strip()]
     if not clauses:
@@ -47,13 +47,15 @@ def augment_caption(caption: str, rng: random.Random) -> str:
         clauses[0] = _without_adjective(clauses[0], rng)
     if len(clauses) > 1 and rng.random() < 0.3:
         rng.shuffle(clauses)
-    said = ", ".join(clauses)
+    variant = ", ".join(clauses)
     if rng.random() < 0.6:
-        said = rng.choice(TEMPLATES).format(said)
+        variant = rng.choice(TEMPLATES).format(variant)
     draw = rng.random()
     if draw < 0.3:
-        return said.lower()
-    return said[0].upper() + said[1:] if draw < 0.45 else said
+        return variant.lower()
+    if draw < 0.45:
+        return variant[0].upper() + variant[1:]
+    return variant
 
 
 def _without_tone(clauses: list[str]) -> list[str]:
@@ -61,21 +63,23 @@ def _without_tone(clauses: list[str]) -> list[str]:
 
 
 def _without_adjective(clause: str, rng: random.Random) -> str:
-    found = list(ADJECTIVES.finditer(clause))
-    if not found:
+    adjectives = list(ADJECTIVES.finditer(clause))
+    if not adjectives:
         return clause
-    start, end = rng.choice(found).span()
+    start, end = rng.choice(adjectives).span()
     return clause[:start] + clause[end:]
 
 
 def caption_of(files: Mapping[str, bytes]) -> str:
-    """The caption among the files of a sample, by ending: the first of `ENDINGS` that is not empty,
-    else the first of `FIELDS` in its .json, else "": img2dataset writes images without captions.
+    """The caption among the files of a sample, by ending.
+
+    It is the first of `CAPTION_ENDINGS` that is not empty, else the first of `CAPTION_FIELDS` in
+    the .json, else "": img2dataset writes images without captions.
 
     Raises:
         BadSample: it would have to be in the .json, which cannot be read.
     """
-    for ending in ENDINGS:
+    for ending in CAPTION_ENDINGS:
         if text := decode_text(files.get(ending, b"")).strip():
             return text
     if not files.get("json"):
@@ -83,7 +87,7 @@ def caption_of(files: Mapping[str, bytes]) -> str:
     try:
         fields = json.loads(decode_text(files["json"]))
     except (ValueError, RecursionError):
-        if any(ending in files for ending in ENDINGS):
+        if any(ending in files for ending in CAPTION_ENDINGS):
             return ""
         raise BadSample("its .json cannot be read") from None
     if isinstance(fields, str):
@@ -91,8 +95,8 @@ def caption_of(files: Mapping[str, bytes]) -> str:
     if not isinstance(fields, dict):
         return ""
     small = {name.lower(): value for name, value in fields.items()}
-    found = (_first(small.get(name)) for name in FIELDS)
-    return next((text for text in found if text), "")
+    captions = (_first(small.get(name)) for name in CAPTION_FIELDS)
+    return next((caption for caption in captions if caption), "")
 
 
 def _first(value: Any) -> str:
@@ -102,15 +106,15 @@ def _first(value: Any) -> str:
 
 
 @dataclass
-class Captionless:
-    """Counts the samples that have no caption, and the endings of their files."""
+class MissingCaptions:
+    """Counts the samples that have no caption, and notes the endings of their files."""
 
     seen: int = 0
     missing: int = 0
     endings: set[str] = field(default_factory=set)
 
-    def add(self, samples: Iterable[Mapping[str, Any]]) -> "Captionless":
-        """Look at samples as `raw_samples` gives them."""
+    def add(self, samples: Iterable[Mapping[str, Any]]) -> "MissingCaptions":
+        """Count samples as `raw_samples` yields them."""
         for sample in samples:
             self.seen += 1
             if not sample["caption"]:
@@ -119,11 +123,14 @@ class Captionless:
         return self
 
     def __str__(self) -> str:
-        seen = f" (endings seen: {', '.join(sorted(self.endings))})" if self.endings else ""
-        return f"{self.missing} of {self.seen} samples have no caption{seen}"
+        endings = f" (endings seen: {', '.join(sorted(self.endings))})" if self.endings else ""
+        return f"{self.missing} of {self.seen} samples have no caption{endings}"
 
     def require(self, max_rate: float) -> None:
-        """Raise a UserError where they are too many; among fewer than 100 samples one passes."""
+        """Raise a UserError where more than this share of the samples, from 0 to 1, have none.
+
+        Among fewer than 100 samples one may lack its caption.
+        """
         if self.missing > max_rate * max(self.seen, 100):
             raise UserError(
                 f'{self}: write them as KEY.txt, KEY.caption, or "caption" or "text" in '

@@ -1,10 +1,10 @@
-"""Low-resolution conditions for the upsamplers, degraded as the paper says: Gaussian blur for 256
-(unCLIP App. C), BSR-light for 1024 (LDM, BSRGAN).
+"""Low-resolution conditions for the upsamplers, degraded as the papers say: Gaussian blur for 256
+pixels (unCLIP App. C), BSR-light for 1024 (LDM, BSRGAN).
 
-The steps work on float32 (3, H, W) in [0, 1] and return a new tensor in [0, 1]; all chance comes
+The steps take a float32 (3, H, W) in [0, 1] and return a new tensor in [0, 1]. All randomness comes
 from the numpy generator that they are given. Resizes in BSR-light alias as cv2's do in LDM, which
-is the strongest part of it. No step shifts the picture: pixel i of a picture n times smaller lies
-at the centre of pixels n i .. n i + n - 1, whatever sizes were on the way.
+is the strongest part of it. No step shifts the image: pixel i of an image n times smaller lies at
+the centre of pixels n i .. n i + n - 1, whatever sizes were in between.
 """
 
 import io
@@ -27,14 +27,14 @@ PROBABILITY = {"blur": 0.5, "bsr": 1.0, "none": 0.0}
 
 @dataclass(frozen=True)
 class DegradationConfig:
-    """How the low-resolution condition of an upsampler is spoiled in training."""
+    """How the low-resolution condition of an upsampler is degraded in training."""
 
     kind: Literal["blur", "bsr", "none"] = "blur"
-    """"blur": a Gaussian, for 64 -> 256; "bsr": BSR-light, for 256 -> 1024; "none": antialiased
-    downscaling alone."""
+    """"blur": a Gaussian, for 64 -> 256; "bsr": BSR-light, for 256 -> 1024; "none": only
+    antialiased downscaling."""
     probability: float | None = None
-    """Share of the conditions that are degraded, the others are only downscaled. None: 0.5 for blur
-    (Cascaded Diffusion 3.1; unCLIP is silent), 1 for bsr."""
+    """Share of the conditions that are degraded; the others are only downscaled. None: 0.5 for blur
+    (Cascaded Diffusion 3.1; unCLIP does not say), 1 for bsr."""
     kernel_size: int = 3
     """blur: side of the kernel in pixels, odd."""
     sigma: float = 0.6
@@ -58,27 +58,43 @@ class DegradationConfig:
 def degrade(
     high_res: Tensor, config: DegradationConfig, generator: np.random.Generator, factor: int = 4
 ) -> Tensor:
-    """(3, H, W) in [-1, 1] -> its low-resolution condition, (3, H / factor, W / factor) in
-    [-1, 1]."""
+    """The low-resolution condition of an image.
+
+    Args:
+        high_res: (3, H, W) in [-1, 1], H and W multiples of `factor`.
+        config: the kind of degradation, and how often it is applied.
+        generator: source of all randomness.
+        factor: how many times smaller the condition is.
+
+    Returns:
+        (3, H / factor, W / factor) in [-1, 1].
+    """
     probability = PROBABILITY[config.kind] if config.probability is None else config.probability
-    spoil = config.kind != "none" and generator.random() < probability
-    if spoil and config.kind == "bsr":
+    is_degraded = config.kind != "none" and generator.random() < probability
+    if is_degraded and config.kind == "bsr":
         image = high_res.float().add(1).div_(2).clamp_(0, 1)
         return bsr_light(image, generator, factor).mul_(2).sub_(1)
     low_res = downscale(high_res, factor)
-    return gaussian_blur(low_res, config.kernel_size, config.sigma) if spoil else low_res
+    return gaussian_blur(low_res, config.kernel_size, config.sigma) if is_degraded else low_res
 
 
 def downscale(image: Tensor, factor: int = 4) -> Tensor:
-    """(..., 3, H, W) in [-1, 1] -> (..., 3, H / factor, W / factor) in [-1, 1], antialiased
-    bicubic: the way every low-resolution source is made."""
+    """(..., 3, H, W) in [-1, 1] -> (..., 3, H / factor, W / factor) in [-1, 1].
+
+    Antialiased bicubic, as every low-resolution condition is made before it is degraded.
+    """
     height, width = _target(image, factor)
     return bicubic(image.float(), height, width).clamp(-1, 1)
 
 
 def gaussian_blur(image: Tensor, kernel_size: int = 3, sigma: float = 0.6) -> Tensor:
-    """(..., H, W) of any range, mirrored at its borders and convolved with an isotropic Gaussian of
-    odd `kernel_size`."""
+    """Convolve (..., H, W), mirrored at its borders, with an isotropic Gaussian.
+
+    Args:
+        image: of any range.
+        kernel_size: side of the kernel in pixels, odd.
+        sigma: standard deviation in pixels.
+    """
     taps = gaussian_taps(kernel_size, sigma)
     height, width = image.shape[-2:]
     padded = _mirror_pad(image, kernel_size // 2)
@@ -88,7 +104,7 @@ def gaussian_blur(image: Tensor, kernel_size: int = 3, sigma: float = 0.6) -> Te
 
 def bsr_light(image: Tensor, generator: np.random.Generator, factor: int = 4) -> Tensor:
     """BSR-light of LDM (`bsrgan_light`): (3, H, W) in [0, 1] -> (3, H / factor, W / factor) in
-    [0, 1], all of 8 bit since JPEG is the last step."""
+    [0, 1], of 8 bit because JPEG is the last step."""
     height, width = _target(image, factor)
     if factor == 4 and generator.random() < 0.25:
         half = image.shape[-2] // 2, image.shape[-1] // 2
@@ -110,8 +126,7 @@ def bsr_light(image: Tensor, generator: np.random.Generator, factor: int = 4) ->
 
 
 def random_order(generator: np.random.Generator) -> list[str]:
-    """The steps of BSR-light in random order; the two that resize change places where "fit" came
-    before "reduce"."""
+    """The steps of BSR-light in random order, but "reduce" always before "fit"."""
     steps = ["blur", "reduce", "fit", "noise", "jpeg"]
     order = [steps[i] for i in generator.permutation(len(steps))]
     reduce, fit = sorted((order.index("reduce"), order.index("fit")))
@@ -129,10 +144,10 @@ def random_quality(generator: np.random.Generator) -> int:
 
 
 def random_blur(image: Tensor, generator: np.random.Generator, factor: int) -> Tensor:
-    """Half the time an anisotropic Gaussian of 5 to 14 pixels, else an isotropic one of 5 to 7; a
-    quarter as wide as BSRGAN's.
+    """Blur with an anisotropic Gaussian of 5 to 14 pixels, or, half the time, an isotropic one of 5
+    to 7; both a quarter as wide as BSRGAN's.
 
-    Even sizes are made odd, for an even kernel shifts the picture by half a pixel; taps beyond 4
+    Even sizes are made odd, because an even kernel shifts the image by half a pixel. Taps beyond 4
     standard deviations (10^-4 of the weight) are left out.
     """
     if generator.random() < 0.5:
@@ -179,7 +194,7 @@ def gaussian_noise(image: Tensor, mixing: np.ndarray, generator: np.random.Gener
 
 
 def jpeg(image: Tensor, quality: int) -> Tensor:
-    """There and back through an 8-bit JPEG (4:2:0) in memory."""
+    """Encode as an 8-bit JPEG (4:2:0) in memory and decode it again."""
     file = io.BytesIO()
     pixels = image.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
     pixels = pixels.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
@@ -190,8 +205,7 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
 
 
 def anisotropic_blur(image: Tensor, kernel: np.ndarray) -> Tensor:
-    """(C, H, W) mirrored at its borders and convolved with a (K, K) kernel of odd K that looks the
-    same from behind."""
+    """Convolve (C, H, W), mirrored at its borders, with a point-symmetric (K, K) kernel, K odd."""
     weight = torch.from_numpy(kernel).to(image.dtype)
     weight = weight[None, None].expand(len(image), 1, *kernel.shape)
     padded = _mirror_pad(image, len(kernel) // 2)
@@ -200,7 +214,7 @@ def anisotropic_blur(image: Tensor, kernel: np.ndarray) -> Tensor:
 
 def blur_and_subsample(image: Tensor, sigma: float, factor: int) -> Tensor:
     """Gaussian blur with a kernel moved by (factor - 1) / 2 pixels, then every `factor`-th pixel
-    from the first: so nothing shifts."""
+    from the first, so that nothing shifts."""
     height, width = image.shape[-2:]
     narrow = image @ _shifted_gaussian(width, factor, sigma).T
     return _shifted_gaussian(height, factor, sigma) @ narrow
@@ -209,8 +223,9 @@ def blur_and_subsample(image: Tensor, sigma: float, factor: int) -> Tensor:
 def resize(image: Tensor, height: int, width: int, mode: str) -> Tensor:
     """(C, H, W) -> (C, height, width) as `cv2.resize` makes it, without antialiasing.
 
-    Modes: linear; cubic (a = -0.75, overshoots); area (the mean of the pixels' shares; where a side
-    grows, linear within them).
+    Args:
+        mode: "linear"; "cubic" (a = -0.75, overshoots); "area" (the mean of the pixels' shares;
+            where a side grows, linear within them).
     """
     if mode == "area":
         shrinks = height <= image.shape[-2] and width <= image.shape[-1]
@@ -221,8 +236,7 @@ def resize(image: Tensor, height: int, width: int, mode: str) -> Tensor:
 
 
 def bicubic(image: Tensor, height: int, width: int) -> Tensor:
-    """(..., C, H, W) -> (..., C, height, width), antialiased (a = -0.5, overshoots), as
-    Pillow's."""
+    """(..., C, H, W) -> (..., C, height, width), antialiased as in Pillow (a = -0.5)."""
     batch = image.reshape(-1, *image.shape[-3:])
     small = F.interpolate(
         batch, (height, width), mode="bicubic", antialias=True, align_corners=False
@@ -255,7 +269,7 @@ def _target(image: Tensor, factor: int) -> tuple[int, int]:
     height, width = image.shape[-2:]
     if image.shape[-3] != 3 or height % factor or width % factor or not (height and width):
         raise ValueError(
-            f"A picture of shape {tuple(image.shape)} cannot be made {factor} times smaller: "
+            f"An image of shape {tuple(image.shape)} cannot be made {factor} times smaller: "
             f"give (3, H, W) with H and W multiples of {factor}."
         )
     return height // factor, width // factor

@@ -1,4 +1,4 @@
-"""Names of shards: what a pattern, a folder or a URL stands for, and how each is opened."""
+"""Names of shards: which shards a pattern, a folder or a URL stands for, and how to open each."""
 
 import glob
 import itertools
@@ -14,63 +14,68 @@ from unclip_pl.utils.errors import UserError
 
 URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-WRITE = "give a folder of shards, a file, or a pattern such as 'data/{00000..00009}.tar'"
+HINT = "give a folder of shards, a file, or a pattern such as 'data/{00000..00009}.tar'"
 
 
 def is_url(shard: str) -> bool:
-    """Whether a shard is read through webdataset's `gopen` from elsewhere, not from a file here.
-    `expand` gives no file here such a name."""
+    """Whether a shard is read through webdataset's `gopen`, not from a local file.
+
+    `expand` gives no local file such a name.
+    """
     return URL.match(shard) is not None
 
 
 def expand(spec: str | Sequence[str]) -> list[str]:
-    """Shard names from a brace pattern, a glob, a folder, one file, a URL (`http:`, `pipe:`, ...;
-    webdataset's forms), or a list of these.
+    """The names of shards.
 
-    What is there under the name as it stands is taken as it stands, whatever signs it has; and so
-    is, of a pattern, the folder that is there. Hidden files are no shards, unless named.
+    Args:
+        spec: a brace pattern, a glob, a folder, one file, a URL (`http:`, `pipe:`, ... as
+            webdataset writes them), or a list of these. A file or folder of exactly this name is
+            taken as it is, whatever characters the name has; of a pattern, so is its folder. Hidden
+            files are no shards, unless they are named.
 
     Raises:
-        UserError: nothing is there, or webdataset has no means for the URL.
+        UserError: nothing is there, or webdataset cannot read the URL.
     """
     if not isinstance(spec, str):
-        return [url for one in spec for url in expand(one)]
+        return [shard for pattern in spec for shard in expand(pattern)]
     path = Path(spec)
     if spec.startswith("~") and not _exists(path):
         path = path.expanduser()
     local = _exists(path) or (path.parent != Path() and _exists(path.parent))
     if is_url(spec) and not local:
         plain = spec.startswith("pipe:") and "{" not in spec
-        return [_known(name) for name in ([spec] if plain else _braces(spec))]
+        return [_check_scheme(url) for url in ([spec] if plain else _braces(spec))]
     folder = path
     while not _exists(folder):
         folder = folder.parent
-    found: list[str] = []
-    for name in _braces(str(path.relative_to(folder))) if folder != path else ["."]:
+    names = ["."] if folder == path else _braces(str(path.relative_to(folder)))
+    shards: list[str] = []
+    for name in names:
         here = folder / name
         if here.is_dir():
-            found += _shards_of(here)
+            shards += _shards_of(here)
         elif _exists(here):
-            found.append(_name(here))
+            shards.append(_name(here))
         elif matches := sorted(glob.glob(name, root_dir=folder)):  # noqa: PTH207  of many levels
             files = [folder / match for match in matches]
-            found += [_name(file) for file in files if not file.is_dir()]
+            shards += [_name(file) for file in files if not file.is_dir()]
         else:
-            raise UserError(f"There is no shard {here}: check data.train and data.val ({WRITE}).")
-    return found
+            raise UserError(f"There is no shard {here}: check data.train and data.val ({HINT}).")
+    return shards
 
 
 def refuse_loose_shards(arguments: Sequence[str]) -> None:
-    """Raise a UserError where the shell has put several shards in the place of a pattern."""
+    """Raise a UserError where the shell has expanded a pattern into several shards."""
     for before, argument in itertools.pairwise(arguments):
         if not argument.endswith((".tar", *PACKED)) or argument.startswith("-"):
             continue
         if not before.startswith("-") or "=" in before:
-            given = [word for word in arguments if word.startswith("--data")]
-            option = given[-1].partition("=")[0] if given else "--data.train"
+            options = [word for word in arguments if word.startswith("--data")]
+            option = options[-1].partition("=")[0] if options else "--data.train"
             raise UserError(
-                f"{option} was given several files, {argument} among them, because the shell put "
-                f"them in the place of a pattern: write it in quotes, as in {option} 'data/*.tar'."
+                f"{option} was given several files, {argument} among them, because the shell "
+                f"expanded a pattern: write it in quotes, as in {option} 'data/*.tar'."
             )
 
 
@@ -78,11 +83,11 @@ def _braces(pattern: str) -> list[str]:
     try:
         return list(braceexpand.braceexpand(pattern))
     except ValueError as error:
-        raise UserError(f"The shards {pattern} are no pattern ({error}): {WRITE}.") from None
+        raise UserError(f"The shards {pattern} are no pattern ({error}): {HINT}.") from None
 
 
 def _exists(path: Path) -> bool:
-    """Whether the name is there, if only as a link to what is gone."""
+    """Whether something has this name, even a link to a file that is gone."""
     try:
         return os.path.lexists(path)
     except ValueError:  # a name that no file can have
@@ -90,7 +95,7 @@ def _exists(path: Path) -> bool:
 
 
 def _name(file: Path) -> str:
-    """The file's name, absolute where it would else be taken for a URL or a home."""
+    """The file's name, made absolute where it looks like a URL or a home folder."""
     if not file.exists():
         target = file.readlink()
         raise UserError(f"The shard {file} is a link to {target}, which is not there: mend it.")
@@ -103,7 +108,7 @@ def _name(file: Path) -> str:
 
 
 def _shards_of(folder: Path) -> list[str]:
-    """The .tar files of a folder, else its compressed ones."""
+    """The .tar files of a folder; its compressed ones where there are none."""
     files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
     files = [file for file in files if not file.is_dir()]
     plain = [_name(file) for file in files if file.suffix == ".tar"]
@@ -114,25 +119,25 @@ def _shards_of(folder: Path) -> list[str]:
             f"{packed[0]}: give a pattern that says which."
         )
     if not (plain or packed):
-        raise UserError(f"There are no .tar files in {folder}: {WRITE}.")
+        raise UserError(f"There are no .tar files in {folder}: {HINT}.")
     return plain or packed
 
 
-def _known(url: str) -> str:
+def _check_scheme(url: str) -> str:
     from webdataset.gopen import gopen_schemes
 
     scheme = url.partition(":")[0]
     if scheme not in gopen_schemes and scheme != "file":
         example = f" (for example 'pipe:aws s3 cp {url} -')" if scheme == "s3" else ""
         raise UserError(
-            f"webdataset has no means to read {url}: name a command that writes the tar, as "
+            f"webdataset cannot read {url}: name a command that writes the tar, as "
             f"'pipe:COMMAND'{example}."
         )
     return url
 
 
 def open_shard(shard: str) -> IO[bytes]:
-    """The bytes of a shard: of a file here, or of a URL through webdataset's `gopen`."""
+    """The bytes of a shard: of a local file, or of a URL through webdataset's `gopen`."""
     if not is_url(shard):
         return Path(shard).open("rb")
     from webdataset.gopen import gopen

@@ -1,76 +1,85 @@
 """Tar shards of images and captions, as img2dataset and webdataset write them: KEY.jpg|png|webp,
 KEY.txt, KEY.json.
 
-Nothing in a shard is ever unpickled: only the endings named in `data.tars` are looked at. What
-cannot be read is named, counted, and passed over up to a share of the samples (`ErrorBudget`).
-Among that are a second sample of the same key in a shard, for images and embeddings are paired by
-key, and an image of more than 50 megapixels, for it would stall a worker and take a GB; a JPEG
-counts as large as it is decoded (`decode`).
+Nothing in a shard is ever unpickled: only the endings named in `data.tars` are read. What cannot be
+used is named, counted and skipped, up to a share of the samples (`BadSampleCounter`). This includes
+a second sample of the same key in a shard, because images and embeddings are paired by key, and an
+image of more than 50 megapixels, which would stall a worker and take a GB. A JPEG counts as large
+as it is decoded (`decode`).
 """
 
 import os
+from collections import deque
 from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import IO, Any
 
-from unclip_pl.data.budget import BadSample, ErrorBudget, Lost, too_many_files
+from unclip_pl.data.bad_samples import (
+    BadSample,
+    BadSampleCounter,
+    SkippedSamples,
+    too_many_files,
+)
 from unclip_pl.data.captions import caption_of
-from unclip_pl.data.names import expand, is_url, open_shard
-from unclip_pl.data.pictures import FORMATS, IMAGES, MAX_PIXELS, decode, decode_uncut
-from unclip_pl.data.tars import Group, Groups, NotPlain, tar_files, tar_names
+from unclip_pl.data.decoding import IMAGE_ENDINGS, decode
+from unclip_pl.data.names import is_url, open_shard
+from unclip_pl.data.tars import SampleFiles, SampleGrouper, SpecialFile, tar_files, tar_names
 from unclip_pl.utils.errors import UserError
-
-__all__ = [  # with what the rest of the system needs of the modules beneath
-    "FORMATS", "IMAGES", "MAX_PIXELS", "BadSample", "ErrorBudget", "Lost",
-    "count_samples", "decode", "decode_uncut", "expand", "is_url", "raw_samples", "read_shard",
-    "too_many_files",
-]  # fmt: skip
 
 
 def raw_samples(
-    url: str, budget: ErrorBudget, members: Collection[str] = (), whole: bool = False
+    url: str, counter: BadSampleCounter, members: Collection[str] = (), whole: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The samples of a shard, undecoded: `key`, `shard`, `image` (bytes), `caption` (str),
-    `endings` (of all files with its key). In the tar's order; bad ones are charged at once.
+    """The samples of a shard in the tar's order, not decoded; bad ones are counted at once.
 
-    With `members`, further endings such as "img_emb.npy" in small letters, also `members`: the
-    bytes of those that are there.
+    Args:
+        url: the shard's name.
+        counter: counts the bad ones.
+        members: further endings to read, such as "img_emb.npy", in small letters.
+        whole: a URL that breaks off is a UserError. Unlike a damaged file it may well be whole the
+            next time, and nothing here would tell.
+
+    Yields:
+        `key`, `shard`, `image` (bytes), `caption` (str), `endings` (of all files with its key),
+        and with `members` also `members`: the bytes of those that are there.
     """
-    for sample in read_shard(url, budget, members, whole):
-        if isinstance(sample, Lost):
-            budget.charge(sample)
+    for sample in read_shard(url, counter, members, whole):
+        if isinstance(sample, SkippedSamples):
+            counter.record_skipped(sample)
         else:
             yield sample
 
 
 def read_shard(
-    url: str, budget: ErrorBudget, members: Collection[str] = (), whole: bool = False
-) -> Iterator[dict[str, Any] | Lost]:
-    """As `raw_samples`, but what cannot be used is given too and not charged; `budget` only learns
-    how large shards are, and which files in them are not read.
+    url: str, counter: BadSampleCounter, members: Collection[str] = (), whole: bool = False
+) -> Iterator[dict[str, Any] | SkippedSamples]:
+    """As `raw_samples`, but yields what cannot be used too, as `SkippedSamples`, and does not count
+    it: `counter` only learns how large shards are, and which files in them are not used.
 
-    With `whole`, a URL that breaks off is a UserError: unlike a damaged file it may well be whole
-    the next time, and nothing here would tell.
+    Raises:
+        UserError: the shard is gone, or, with `whole`, a URL breaks off.
     """
     read, rest = 0, 0
     keys: set[str] = set()
-    groups = Groups(url, members)
+    grouper = SampleGrouper(url, members)
     try:
         with open_shard(url) as stream:
             try:
-                for group in groups.of(tar_files(stream)):
-                    if isinstance(group, Lost):
+                for group in grouper.samples(tar_files(stream)):
+                    if isinstance(group, SkippedSamples):
                         yield group
                         continue
                     read += 1
                     try:
                         sample = _sample(group, url, keys, members)
                     except BadSample as error:
-                        yield Lost(f"sample {group.key} of {url}", error)
+                        yield SkippedSamples(f"sample {group.key} of {url}", error)
                         continue
                     keys.add(group.key)
                     yield sample
             except Exception:
-                rest = 0 if is_url(url) else _rest(stream, read)
+                rest = 0 if is_url(url) else _estimate_rest(stream, read)
                 raise
     except FileNotFoundError:
         cure = "put it back, or take it out of data.train and data.val"
@@ -78,32 +87,35 @@ def read_shard(
     except UserError:
         raise
     except Exception as error:  # tarfile raises nearly anything on damaged files
-        if full := too_many_files(error):
-            raise full from None
+        if limit := too_many_files(error):
+            raise limit from None
         if whole and is_url(url):
             raise UserError(
                 f"The shard {url} broke off after {read} samples ({_cause(error)}): run again, "
                 "finished shards are kept; if it ends there each time, mend it."
             ) from None
         where = f"the rest of shard {url}, after {read} samples,"
-        yield Lost(where, f"it is no whole tar ({_cause(error)})", budget.broken(read, rest))
-    budget.unread(url, groups.unread)
-    if more := budget.larger(read):
-        shown = f"{url} shows that they had at least {read} samples"
-        yield Lost("the rest of broken shards before", shown, more)
+        reason = f"it is no whole tar ({_cause(error)})"
+        yield SkippedSamples(where, reason, counter.record_broken_shard(read, rest))
+    counter.report_unused(url, grouper.unused)
+    if more := counter.record_shard_size(read):
+        reason = f"{url} shows that they had at least {read} samples"
+        yield SkippedSamples("the rest of broken shards before", reason, more)
 
 
-def _sample(group: Group, url: str, keys: set[str], members: Collection[str]) -> dict[str, Any]:
+def _sample(
+    group: SampleFiles, url: str, keys: set[str], members: Collection[str]
+) -> dict[str, Any]:
     if group.image is None:
         if group.key in keys:
             cure = "write the files of a sample one after the other (tar --sort=name)"
             raise BadSample(f"its {', '.join(group.files)} lies apart from its image: {cure}")
-        raise BadSample(f"it has no image ({', '.join(IMAGES)})")
+        raise BadSample(f"it has no image ({', '.join(IMAGE_ENDINGS)})")
     if group.key in keys:
         raise BadSample("an earlier sample of the shard has the same key")
     files: dict[str, bytes] = {}
     for ending, content in group.files.items():
-        if isinstance(content, NotPlain):
+        if isinstance(content, SpecialFile):
             raise BadSample(f"its .{ending} {content.why}")
         files[ending] = content
     sample: dict[str, Any] = {
@@ -118,20 +130,70 @@ def _sample(group: Group, url: str, keys: set[str], members: Collection[str]) ->
     return sample
 
 
-def _rest(stream: IO[bytes], read: int) -> int:
-    """How many samples the bytes behind the damage may hold, by how many those before it held; 0
+def _estimate_rest(stream: IO[bytes], read: int) -> int:
+    """How many samples the bytes after the damage may hold, by how many those before it held; 0
     where the file is cut there."""
     position = stream.tell()
-    return round(read * (os.fstat(stream.fileno()).st_size / position - 1)) if position else 0
+    if not position:
+        return 0
+    size = os.fstat(stream.fileno()).st_size
+    return round(read * (size / position - 1))
 
 
 def _cause(error: Exception) -> str:
     return str(error.args[0]) if error.args else type(error).__name__
 
 
+def decode_batches(
+    shard: str, image_size: int, batch_size: int, counter: BadSampleCounter
+) -> Iterator[list[dict[str, Any]]]:
+    """Batches of decoded samples, in the tar's order.
+
+    Samples are as of `raw_samples`, with `image` float32 (3, S, S) in [-1, 1] and `bytes`, the size
+    of the image in the tar. The next two batches are decoded by threads while one is used. What
+    cannot be used is counted after its batch was yielded, so that the caller has counted the good
+    ones first.
+
+    Raises:
+        UserError: the shard is gone, a URL breaks off, or there are too many bad samples.
+    """
+
+    def decode_sample(sample: dict[str, Any]) -> dict[str, Any] | SkippedSamples:
+        data = sample["image"]
+        try:
+            return sample | {"image": decode(data, image_size), "bytes": len(data)}
+        except BadSample as error:
+            return SkippedSamples(f"sample {sample['key']} of {shard}", error)
+
+    stream = read_shard(shard, counter, whole=True)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+
+        def submit(sample: dict[str, Any] | SkippedSamples) -> Future | SkippedSamples:
+            if isinstance(sample, SkippedSamples):
+                return sample
+            return threads.submit(decode_sample, sample)
+
+        coming: deque[list[Future | SkippedSamples]] = deque()
+        while True:
+            while len(coming) < 3 and (samples := list(islice(stream, batch_size))):
+                coming.append([submit(sample) for sample in samples])
+            if not coming:
+                return
+            results = [
+                task if isinstance(task, SkippedSamples) else task.result()
+                for task in coming.popleft()
+            ]
+            if batch := [result for result in results if not isinstance(result, SkippedSamples)]:
+                yield batch
+            for result in results:
+                if isinstance(result, SkippedSamples):
+                    counter.record_skipped(result)
+
+
 def count_samples(shard: str) -> int:
-    """Number of samples with an image in a shard: of a file from the tar's headers alone, of a URL
-    by reading it through.
+    """Number of samples with an image in a shard.
+
+    Of a file only the tar's headers are read; a URL is read through.
 
     Raises:
         UserError: it is no whole tar.
@@ -139,8 +201,8 @@ def count_samples(shard: str) -> int:
     try:
         if is_url(shard):
             with open_shard(shard) as stream:
-                return _pictured(shard, tar_files(stream))
-        return _pictured(shard, tar_names(shard))
+                return _count_with_image(shard, tar_files(stream))
+        return _count_with_image(shard, tar_names(shard))
     except Exception as error:
         raise UserError(
             f"The shard {shard} is no whole tar ({_cause(error)}): fetch it again, take it out, or "
@@ -148,6 +210,6 @@ def count_samples(shard: str) -> int:
         ) from None
 
 
-def _pictured(shard: str, files: Iterator) -> int:
-    groups = (group for group in Groups(shard).of(files) if isinstance(group, Group))
-    return len({group.key for group in groups if group.image})
+def _count_with_image(shard: str, files: Iterator) -> int:
+    groups = SampleGrouper(shard).samples(files)
+    return len({group.key for group in groups if isinstance(group, SampleFiles) and group.image})

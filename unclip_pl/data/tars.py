@@ -2,8 +2,8 @@
 
 Files that follow each other and have the same KEY are a sample: KEY.png, KEY.txt, KEY.json. A key
 may hold dots: photo.0001.png and photo.0001.txt are the sample photo.0001. Where a key has
-captions and its one picture is named by its role (KEY.input.jpg, KEY.txt), they are the sample KEY.
-Every file is used, given as lost, or counted in `Groups.unread`.
+captions and its one image is named by its role (KEY.input.jpg, KEY.txt), they are the sample KEY.
+Every file is used, reported as skipped, or counted in `SampleGrouper.unused`.
 """
 
 import gzip
@@ -15,15 +15,15 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from unclip_pl.data.budget import Lost
-from unclip_pl.data.captions import ENDINGS
-from unclip_pl.data.pictures import IMAGES
+from unclip_pl.data.bad_samples import SkippedSamples
+from unclip_pl.data.captions import CAPTION_ENDINGS
+from unclip_pl.data.decoding import IMAGE_ENDINGS
 from unclip_pl.utils.text import repair_text
 
-TEXTS = (*ENDINGS, "json")
+TEXT_ENDINGS = (*CAPTION_ENDINGS, "json")
 """Endings of the files that may hold a caption."""
-HELD = 64
-"""Keys of one beginning (photo.0001, photo.0002) that are held at a time."""
+MAX_OPEN_KEYS = 64
+"""Keys of one stem (photo.0001, photo.0002) that are held at a time."""
 KINDS = {
     tarfile.LNKTYPE: "hard link",
     tarfile.SYMTYPE: "symbolic link",
@@ -34,18 +34,21 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class NotPlain:
-    """In the place of a file's content: why the tar does not hold it."""
+class SpecialFile:
+    """Stands for the content of a link or device, and says why the tar does not hold it."""
 
     why: str
 
 
-Content = bytes | NotPlain
+Content = bytes | SpecialFile
 
 
 class Member(tarfile.TarInfo):
-    """tarfile takes a tar for ended where it is cut between two files, or where a header is
-    damaged: here only its zeros are an end, and tars put one behind the other are all read."""
+    """A member of a tar that ends only with its zeros.
+
+    tarfile takes a tar for ended where it is cut between two files, or where a header is damaged.
+    Tars that are concatenated are all read.
+    """
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "Member":
@@ -65,8 +68,10 @@ class Member(tarfile.TarInfo):
 
 
 def tar_files(stream: IO[bytes]) -> Iterator[tuple[str, Content]]:
-    """Names and contents of the files in a tar, compressed or not; raises nearly anything where it
-    is damaged."""
+    """Names and contents of the files in a tar, compressed or not.
+
+    Raises nearly anything where the tar is damaged.
+    """
     packed: Any = stream
     if isinstance(stream, io.BufferedReader) and stream.peek(2)[:2] == b"\x1f\x8b":
         packed = gzip.GzipFile(fileobj=stream)  # tarfile's own reads the first of several parts
@@ -75,16 +80,16 @@ def tar_files(stream: IO[bytes]) -> Iterator[tuple[str, Content]]:
             if _of_interest(member):
                 yield repair_text(member.name), _content(tar, member)
             tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
-    while stream.read(1 << 20):  # the command of a pipe is not left before it has ended
+    while stream.read(1 << 20):  # let the command of a pipe end
         pass
 
 
 def tar_names(path: str) -> Iterator[tuple[str, Content]]:
-    """As `tar_files`, of a file here and from the headers alone: every content is empty."""
+    """As `tar_files`, of a local file and only from the headers: every content is empty."""
     with tarfile.open(path, tarinfo=Member, ignore_zeros=True) as tar:
         for member in tar:
             if _of_interest(member):
-                yield repair_text(member.name), b"" if member.isreg() else _not_plain(member)
+                yield repair_text(member.name), b"" if member.isreg() else _special_file(member)
 
 
 def _of_interest(member: tarfile.TarInfo) -> bool:
@@ -94,19 +99,19 @@ def _of_interest(member: tarfile.TarInfo) -> bool:
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Content:
     file = tar.extractfile(member) if member.isreg() else None
-    return file.read() if file else _not_plain(member)
+    return file.read() if file else _special_file(member)
 
 
-def _not_plain(member: tarfile.TarInfo) -> NotPlain:
+def _special_file(member: tarfile.TarInfo) -> SpecialFile:
     kind = KINDS.get(member.type, f"file of tar's type {member.type.decode('latin-1')!r}")
     if member.islnk() or member.issym():
         cure = "write the tar again with its content (tar --dereference --hard-dereference)"
-        return NotPlain(f"is a {kind} to {member.linkname}: {cure}")
-    return NotPlain(f"is a {kind}, not a plain file")
+        return SpecialFile(f"is a {kind} to {member.linkname}: {cure}")
+    return SpecialFile(f"is a {kind}, not a plain file")
 
 
 @dataclass
-class Group:
+class SampleFiles:
     """The files of a sample by ending (in small letters), and all endings of its key."""
 
     key: str
@@ -115,107 +120,111 @@ class Group:
 
     @property
     def image(self) -> str | None:
-        """The ending of its picture; None: it has none."""
-        return next((ending for ending in IMAGES if ending in self.files), None)
+        """The ending of its image; None: it has none."""
+        return next((ending for ending in IMAGE_ENDINGS if ending in self.files), None)
+
+    @property
+    def files_not_used(self) -> list[str]:
+        """The endings of images other than `image`."""
+        return [e for e in self.files if e in IMAGE_ENDINGS and e != self.image]
 
     @property
     def captioned(self) -> bool:
-        """Whether a file of it may hold a caption."""
-        return any(ending in self.files for ending in TEXTS)
+        """Whether one of its files may hold a caption."""
+        return any(ending in self.files for ending in TEXT_ENDINGS)
 
 
-class Groups:
-    """Puts the files of a tar together to samples; once through with `of`.
+class SampleGrouper:
+    """SampleGrouper the files of a tar into samples; `samples` goes once through them.
 
     Args:
-        shard: for sentences.
-        members: endings besides those of pictures and captions, such as "img_emb.npy".
+        shard: its name, for messages.
+        members: endings to read besides those of images and captions, such as "img_emb.npy".
     """
 
     def __init__(self, shard: str, members: Collection[str] = ()) -> None:
         self.shard = shard
-        self.unread: Counter[str] = Counter()  # files that nothing is made of, by what they are
-        self._known = sorted({*IMAGES, *TEXTS, *members}, key=len, reverse=True)
-        self._family = ""
-        self._groups: dict[str, Group] = {}
+        self.unused: Counter[str] = Counter()  # files that belong to no sample, by their kind
+        self._known = sorted({*IMAGE_ENDINGS, *TEXT_ENDINGS, *members}, key=len, reverse=True)
+        self._stem = ""
+        self._groups: dict[str, SampleFiles] = {}
         self._others: list[str] = []
 
-    def of(self, files: Iterable[tuple[str, Content]]) -> Iterator[Group | Lost]:
-        """The samples in the tar's order, with or without a picture, and what is lost."""
+    def samples(
+        self, files: Iterable[tuple[str, Content]]
+    ) -> Iterator[SampleFiles | SkippedSamples]:
+        """The samples in the tar's order, with or without an image, and what is skipped."""
         for name, content in files:
-            family, key, ending = self._place(name)
-            if not family:
-                self.unread[ending] += 1
+            stem, key, ending = self._split(name)
+            if not stem:
+                self.unused[ending] += 1
                 continue
-            full = len(self._groups) >= HELD and key not in self._groups
-            if family != self._family or full:
-                yield from self._resolved()
-                self._family = family
+            full = len(self._groups) >= MAX_OPEN_KEYS and key not in self._groups
+            if stem != self._stem or full:
+                yield from self._close()
+                self._stem = stem
             if key is None:
                 self._others.append(ending)
                 continue
-            group = self._groups.setdefault(key, Group(key, {}))
+            group = self._groups.setdefault(key, SampleFiles(key, {}))
             if ending in group.files:
                 where = f"a file of {self.shard}"
-                yield Lost(where, f"it is the second of the name {name}")
+                yield SkippedSamples(where, f"it is the second of the name {name}")
                 continue
             group.files[ending] = content
-        yield from self._resolved()
+        yield from self._close()
 
-    def _place(self, name: str) -> tuple[str, str | None, str]:
-        """(beginning up to the first dot, key, ending); no key where the ending is none of those
-        looked for, and no beginning where the file is hidden or has no ending."""
+    def _split(self, name: str) -> tuple[str, str | None, str]:
+        """A file's name -> (stem up to the first dot, key, ending).
+
+        There is no key where the ending is not one that is read, and no stem where the file is
+        hidden or has no ending.
+        """
         folder, slash, base = name.rpartition("/")
         if any(part.startswith(".") and part.strip(".") for part in name.split("/")):
             return "", None, "hidden files"
         first, dot, _ = base.partition(".")
         if not dot or not first:
             return "", None, "files without an ending"
-        family, small = folder + slash + first, base.lower()
+        stem, small = folder + slash + first, base.lower()
         for ending in self._known:
             if small.endswith(f".{ending}"):
-                return family, name[: -len(ending) - 1], ending
-        return family, None, small.rpartition(".")[2]
+                return stem, name[: -len(ending) - 1], ending
+        return stem, None, small.rpartition(".")[2]
 
-    def _resolved(self) -> Iterator[Group | Lost]:
-        """The samples among the files held, which have one beginning."""
-        groups, others, family = self._groups, self._others, self._family
+    def _close(self) -> Iterator[SampleFiles | SkippedSamples]:
+        """The samples among the files held, which have one stem."""
+        groups, others, stem = self._groups, self._others, self._stem
         self._groups, self._others = {}, []
-        self.unread.update(others)
+        self.unused.update(others)
         if not groups:
             return
-        whole = groups.pop(family, Group(family, {}))
-        pictured = [group for group in groups.values() if group.image]
-        loose = [group for group in groups.values() if not group.image]
+        whole = groups.pop(stem, SampleFiles(stem, {}))
+        with_image = [group for group in groups.values() if group.image]
+        without = [group for group in groups.values() if not group.image]
         if whole.image:  # KEY.jpg with KEY.mask.png is one sample, with KEY.1.png, KEY.1.txt two
-            given = [whole, *(group for group in pictured if group.captioned)]
-        elif not pictured:
-            given = [whole] if whole.files else loose
-        elif whole.captioned and not any(group.captioned for group in pictured):
-            if len(pictured) > 1:
-                found = ", ".join(self._endings(group) for group in pictured[:3])
-                several = f"it has several images ({found}) and none of them is {family}.jpg"
-                yield Lost(f"sample {family} of {self.shard}", several, len(pictured))
+            samples = [whole, *(group for group in with_image if group.captioned)]
+        elif not with_image:
+            samples = [whole] if whole.files else without
+        elif whole.captioned and not any(group.captioned for group in with_image):
+            if len(with_image) > 1:
+                names = ", ".join(self._role(group) + str(group.image) for group in with_image[:3])
+                reason = f"it has several images ({names}) and none of them is {stem}.jpg"
+                yield SkippedSamples(f"sample {stem} of {self.shard}", reason, len(with_image))
                 return
-            given = [Group(family, pictured[0].files | whole.files)]
-            pictured = []
+            samples = [SampleFiles(stem, with_image[0].files | whole.files)]
+            with_image = []
         else:
-            given = [*pictured, *loose, *([whole] if whole.captioned else [])]
-        keys = {group.key for group in given}
-        for group in (*pictured, *loose):
+            samples = [*with_image, *without, *([whole] if whole.captioned else [])]
+        keys = {group.key for group in samples}
+        for group in (*with_image, *without):
             if group.key not in keys:
-                self.unread.update(f"{self._role(group)}{ending}" for ending in group.files)
-        for group in given:
+                self.unused.update(f"{self._role(group)}{ending}" for ending in group.files)
+        for group in samples:
             group.endings = sorted({*group.files, *others})
-            self.unread.update(f"a second {end}" for end in group.files if self._spare(group, end))
+            self.unused.update(f"a second {ending}" for ending in group.files_not_used)
             yield group
 
-    def _role(self, group: Group) -> str:
+    def _role(self, group: SampleFiles) -> str:
         """What stands between a key and the ending: "mask." of KEY.mask.png."""
-        return group.key[len(self._family) + 1 :] + "."
-
-    def _endings(self, group: Group) -> str:
-        return self._role(group) + (group.image or "")
-
-    def _spare(self, group: Group, ending: str) -> bool:
-        return ending in IMAGES and ending != group.image
+        return group.key[len(self._stem) + 1 :] + "."

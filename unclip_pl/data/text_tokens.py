@@ -1,6 +1,6 @@
-"""The captions of an embedding store tokenised for stages that read more tokens than CLIP.
+"""The captions of an embedding store, tokenised for stages that read more tokens than CLIP.
 
-Beside the store's NAME-HASH.safetensors lies NAME-HASH.text-L.safetensors: `text_tokens` (N, L)
+Next to the store's NAME-HASH.safetensors lies NAME-HASH.text-L.safetensors: `text_tokens` (N, L)
 uint16, open_clip's BPE, one row for each row of the store. It is made from the captions in the tar,
 needs no CLIP, and leaves the embeddings as they are.
 """
@@ -15,39 +15,41 @@ import torch
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from unclip_pl.clip.frozen import tokenize_bpe
-from unclip_pl.data.embeddings import EmbeddingStore, mapped
-from unclip_pl.data.shards import ErrorBudget, raw_samples
+from unclip_pl.clip.loading import tokenize_bpe
+from unclip_pl.data.bad_samples import BadSampleCounter
+from unclip_pl.data.shard_rows import UNREADABLE, map_safetensors
+from unclip_pl.data.shards import raw_samples
+from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file, file_lock
 
-BATCH = 1024  # captions at a time
+BATCH = 1024  # captions that are tokenised at a time
 
 
-def path_of(store: EmbeddingStore, shard: str, length: int) -> Path:
+def text_tokens_path(store: EmbeddingStore, shard: str, length: int) -> Path:
     """The file of a shard's captions."""
     return store.path(shard).with_suffix(f".text-{length}.safetensors")
 
 
-def text_tokens(store: EmbeddingStore, shard: str, length: int) -> np.ndarray:
+def read_text_tokens(store: EmbeddingStore, shard: str, length: int) -> np.ndarray:
     """The captions of a shard's rows by mmap, (N, length) uint16.
 
     Raises:
         UserError: there are none, or they are not of the store's rows.
     """
-    path, rows = path_of(store, shard, length), store.shard(shard)
+    path, rows = text_tokens_path(store, shard, length), store.shard(shard)
     try:
-        meta, table = mapped(path)
-        found = table("text_tokens", "<u2")
-    except (OSError, ValueError, KeyError) as error:
+        meta, array = map_safetensors(path)
+        tokens = array("text_tokens", "<u2")
+    except UNREADABLE as error:
         raise UserError(
             f"The store {store.folder} has no captions of {length} tokens for {shard} ({error}): "
             f"run `lightning predict -c stages/embed.yaml --data.text_length {length}` where the "
             "tars are."
         ) from None
-    if meta["source"] != rows.source or found.shape != (len(rows.keys), length):
-        raise UserError(f"{path} is not of the rows beside it: delete it.")
-    return found
+    if meta["source"] != rows.source or tokens.shape != (len(rows.keys), length):
+        raise UserError(f"{path} is not of the rows next to it: delete it.")
+    return tokens
 
 
 def ensure_text_tokens(store: EmbeddingStore, shards: Sequence[str], length: int) -> int:
@@ -58,18 +60,18 @@ def ensure_text_tokens(store: EmbeddingStore, shards: Sequence[str], length: int
     Raises:
         UserError: a tar is gone, or lacks a sample that the store has a row of.
     """
-    missing = [shard for shard in shards if not _done(store, shard, length)]
+    missing = [shard for shard in shards if not _is_done(store, shard, length)]
     for shard in tqdm(missing, desc="tokenising", unit=" shards", file=sys.stderr, disable=None):
-        path = path_of(store, shard, length)
+        path = text_tokens_path(store, shard, length)
         with file_lock(store.folder / f".{path.stem}.lock"):
-            if not _done(store, shard, length):
+            if not _is_done(store, shard, length):
                 _write(store, shard, length, path)
     return len(missing)
 
 
-def _done(store: EmbeddingStore, shard: str, length: int) -> bool:
+def _is_done(store: EmbeddingStore, shard: str, length: int) -> bool:
     try:
-        text_tokens(store, shard, length)
+        read_text_tokens(store, shard, length)
     except UserError:
         return False
     return True
@@ -77,10 +79,9 @@ def _done(store: EmbeddingStore, shard: str, length: int) -> bool:
 
 def _write(store: EmbeddingStore, shard: str, length: int, path: Path) -> None:
     rows = store.shard(shard)
-    wanted = rows.row
-    captions: list[str | None] = [None] * len(wanted)
-    for sample in raw_samples(shard, ErrorBudget(1.0), whole=True):
-        if (row := wanted.get(sample["key"])) is not None:
+    captions: list[str | None] = [None] * len(rows.keys)
+    for sample in raw_samples(shard, BadSampleCounter(1.0), whole=True):
+        if (row := rows.row_of_key.get(sample["key"])) is not None:
             captions[row] = sample["caption"]
     if None in captions:
         key = rows.keys[captions.index(None)]

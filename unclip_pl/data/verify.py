@@ -1,5 +1,5 @@
-"""`unclip data verify`: an embedding store read back, against its manifest and the tars that it
-was made from."""
+"""`unclip data verify`: check an embedding store against its manifest and the tars that it was made
+from."""
 
 import lzma
 import os
@@ -14,14 +14,18 @@ import numpy as np
 from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
-from unclip_pl.clip.frozen import FrozenCLIP, require_same
-from unclip_pl.data.embeddings import EmbeddingStore, ShardRows, describe
+from unclip_pl.clip.fingerprint import require_same
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.data.bad_samples import BadSample, BadSampleCounter, SkippedSamples
+from unclip_pl.data.decoding import IMAGE_ENDINGS, decode
 from unclip_pl.data.names import expand, open_shard
-from unclip_pl.data.shards import IMAGES, BadSample, ErrorBudget, Lost, decode, read_shard
+from unclip_pl.data.shard_rows import UNREADABLE, ShardRows, describe_shard
+from unclip_pl.data.shards import read_shard
+from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.text import repair_text
 
-ENDINGS = tuple(f".{ending}" for ending in IMAGES)
+SUFFIXES = tuple(f".{ending}" for ending in IMAGE_ENDINGS)
 
 
 def verify(
@@ -30,15 +34,18 @@ def verify(
     clip: FrozenCLIP | None = None,
     notes: list[str] | None = None,
 ) -> list[str]:
-    """One line for each thing that is wrong, none where all is well; those that begin with a file
-    of the store are cured by deleting it.
+    """Check a store.
 
     Args:
         folder: the store.
         shards: the tars it must cover; None: those that its manifest names.
         clip: the CLIP that it must have been made with; None: any.
         notes: a line is added for each image that has no row because it cannot be used, which is
-            as it should be, and for pictures that are no sample's own.
+            as it should be, and for images that belong to no sample.
+
+    Returns:
+        One line for each thing that is wrong, none where all is well. Where a line begins with a
+        file of the store, deleting that file is the cure.
 
     Raises:
         UserError: it is no store, or one of another CLIP.
@@ -48,21 +55,17 @@ def verify(
     if clip is not None:
         require_same(manifest["clip"], clip.fingerprint(), f"The embedding store {store.folder}")
     problems: list[str] = []
-    for shard in tqdm(
-        expand(shards) if shards else list(manifest["shards"]),
-        desc="verifying",
-        unit=" shards",
-        file=sys.stderr,
-    ):
+    names = expand(shards) if shards else list(manifest["shards"])
+    for shard in tqdm(names, desc="verifying", unit=" shards", file=sys.stderr):
         path = store.path(shard)
         try:
-            source = describe(shard)
+            source = describe_shard(shard)
         except UserError as error:  # the tar is gone: no file of the store is at fault
             problems.append(str(error))
             continue
         try:
             rows = ShardRows.open(path)
-        except (OSError, ValueError, KeyError) as error:
+        except UNREADABLE as error:
             problems.append(f"{path}: the rows of {shard} cannot be checked ({error})")
             continue
         if shard not in manifest["shards"]:
@@ -71,50 +74,51 @@ def verify(
             )
         if rows.source != source:
             problems.append(f"{path}: stale, {shard} has changed since it was made")
-        problems += [f"{path}: {line} (of {shard})" for line in _rows(rows)]
-        wrong, undecodable = _pairs(rows, path, shard)
-        problems += wrong
+        problems += [f"{path}: {line} (of {shard})" for line in _check_rows(rows)]
+        unpaired, unusable = _check_pairs(rows, path, shard)
+        problems += unpaired
         if notes is not None:
-            notes += undecodable
+            notes += unusable
     return problems
 
 
-def _rows(rows: ShardRows) -> list[str]:
+def _check_rows(rows: ShardRows) -> list[str]:
+    """Problems of the tables: their lengths, keys that are there twice, values not finite."""
     tables = {"image_embed": rows.image_embed, "text_embed": rows.text_embed, "tokens": rows.tokens}
+    count = len(rows.keys)
     lines = [
-        f"{len(table)} rows of {name} for {len(rows.keys)} keys"
+        f"{len(table)} rows of {name} for {count} keys"
         for name, table in tables.items()
-        if len(table) != len(rows.keys)
+        if len(table) != count
     ]
     lines += [
         f"key {key} is doubled, it has {n} rows" for key, n in Counter(rows.keys).items() if n > 1
     ]
     for name in ("image_embed", "text_embed"):
         bad = np.flatnonzero(~np.isfinite(tables[name]).all(1))
-        lines += [
-            f"key {rows.keys[i]} has a {name} that is not finite" for i in bad if i < len(rows.keys)
-        ]
+        lines += [f"key {rows.keys[i]} has a {name} that is not finite" for i in bad if i < count]
     return lines
 
 
-def _pairs(rows: ShardRows, path: Path, shard: str) -> tuple[list[str], list[str]]:
-    """Problems, and notes on images that cannot be decoded."""
+def _check_pairs(rows: ShardRows, path: Path, shard: str) -> tuple[list[str], list[str]]:
+    """(problems of rows and images that do not pair up, notes on images that cannot be used)."""
     lines: list[str] = []
     notes: list[str] = []
-    present, lost = set(), 0
+    present, skipped = set(), 0
     try:
-        for sample in read_shard(shard, ErrorBudget(1.0), whole=True):
-            if isinstance(sample, Lost):
-                lost += sample.count
+        for sample in read_shard(shard, BadSampleCounter(1.0), whole=True):
+            if isinstance(sample, SkippedSamples):
+                skipped += sample.count
                 notes.append(f"{sample.where} has no row: {sample.reason}")
                 continue
-            present.add(sample["key"])
-            if sample["key"] in rows.row:
+            key = sample["key"]
+            present.add(key)
+            if key in rows.row_of_key:
                 continue
-            if why := _why(sample["image"]):
-                notes.append(f"sample {sample['key']} of {shard} has no row: {why}")
+            if reason := _why_unusable(sample["image"]):
+                notes.append(f"sample {key} of {shard} has no row: {reason}")
             else:
-                lines.append(f"{path}: key {sample['key']} is missing, it has no row (of {shard})")
+                lines.append(f"{path}: key {key} is missing, it has no row (of {shard})")
     except UserError as error:
         return [str(error)], []
     lines += [
@@ -122,30 +126,33 @@ def _pairs(rows: ShardRows, path: Path, shard: str) -> tuple[list[str], list[str
         for key in rows.keys
         if key not in present
     ]
-    unused = [name for name in pictures_in(shard) if name.rpartition(".")[0] not in present]
+    unused = [name for name in images_in(shard) if name.rpartition(".")[0] not in present]
     if unused:
-        some = ", ".join(unused[:3]) + (" ..." if len(unused) > 3 else "")
+        names = ", ".join(unused[:3]) + (" ..." if len(unused) > 3 else "")
         roles = [name for name in unused if base_plus_ext(name)[0] in present]
-        line = f"{shard} holds {len(unused)} pictures that no sample has the name of ({some})"
-        (notes if len(unused) <= lost + len(roles) else lines).append(line)
+        line = f"{shard} holds {len(unused)} pictures that no sample has the name of ({names})"
+        explained = len(unused) <= skipped + len(roles)
+        (notes if explained else lines).append(line)
     return lines, notes
 
 
-def pictures_in(shard: str) -> list[str]:
-    """The names of all pictures in a tar, as far as it can be read, by tarfile alone: a second look
-    at what the readers of shards may miss."""
+def images_in(shard: str) -> list[str]:
+    """The names of all images in a tar, as far as it can be read.
+
+    Only tarfile is used: a second look at what the readers of shards may miss.
+    """
     names: list[str] = []
     with open_shard(shard) as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r|*", ignore_zeros=True) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
-                    if not member.isdir() and member.name.lower().endswith(ENDINGS):
+                    if not member.isdir() and member.name.lower().endswith(SUFFIXES):
                         names.append(repair_text(member.name))
-            while stream.read(1 << 20):  # the command of a pipe is not left before it has ended
+            while stream.read(1 << 20):  # let the command of a pipe end
                 pass
         except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError):
-            pass  # damage: the samples in front of it are compared
+            pass  # damage: the samples before it are compared
     return [name for name in names if not any(map(_hidden, name.split("/")))]
 
 
@@ -153,7 +160,7 @@ def _hidden(part: str) -> bool:
     return part.startswith(".") and bool(part.strip("."))
 
 
-def _why(image: bytes) -> str:
+def _why_unusable(image: bytes) -> str:
     try:
         decode(image, 64)
     except BadSample as error:

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from unclip_pl import __version__
-from unclip_pl.clip.frozen import require_same
+from unclip_pl.clip.fingerprint import require_same
 from unclip_pl.diffusion import samplers
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.schedule import Schedule, Spacing, check_spacing

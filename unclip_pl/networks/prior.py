@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from unclip_pl.networks.checkpointing import Checkpointing, check_checkpointing
 from unclip_pl.networks.layers import timestep_embedding
-from unclip_pl.networks.text import caption_mask, trim_padding
+from unclip_pl.networks.text import trim_padding
 from unclip_pl.networks.transformer import Past, Transformer
+from unclip_pl.utils.tokens import caption_mask
 
 NUM_STEP_TOKENS = 3
 """Timestep, noised embedding and query: the tokens that change at each step."""

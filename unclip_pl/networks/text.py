@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unclip_pl.networks.checkpointing import Checkpointing, check_checkpointing
 from unclip_pl.networks.transformer import Transformer
+from unclip_pl.utils.tokens import caption_mask
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,6 @@ class Context(NamedTuple):
     context: Tensor | None
     mask: Tensor | None
     pooled: Tensor | None
-
-
-def caption_mask(tokens: Tensor) -> Tensor:
-    """True up to and including EOT, the largest id of CLIP's vocabulary. (B, L) -> (B, L) bool.
-
-    Where EOT is also the padding, its first place counts.
-    """
-    return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(dim=1, keepdim=True)
 
 
 def trim_padding(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
-from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP, require_same
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.fingerprint import require_same
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.base import Stage
 from unclip_pl.stages.decoder import Decoder

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import unclip_pl.stages
-from unclip_pl.clip.frozen import FrozenCLIP, tokenize_bpe
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.clip.loading import tokenize_bpe
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.schedule import Schedule

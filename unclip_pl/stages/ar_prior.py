@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from unclip_pl.data.embeddings import EmbeddingStore
+from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.networks.ar_prior import ARPriorConfig, ARPriorNet
 from unclip_pl.networks.long_text import caption_of
@@ -247,7 +247,7 @@ class ARPrior(Stage):
 def spread_rows(store: EmbeddingStore, shards: Sequence[str], count: int) -> tuple[Tensor, Tensor]:
     """At most `count` image and text embeddings, evenly spread over the rows of `shards`: twice (N,
     D) float16."""
-    step = max(1, -(-sum(store.rows(shards)) // count))
+    step = max(1, -(-sum(store.row_counts(shards)) // count))
     images, texts, first = [], [], 0
     for rows in map(store.shard, shards):
         images.append(torch.from_numpy(rows.image_embed[first::step].copy()))

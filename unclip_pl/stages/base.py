@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from unclip_pl.clip.frozen import require_same
+from unclip_pl.clip.fingerprint import require_same
 from unclip_pl.cluster.sharded import shard
 from unclip_pl.diffusion.cuda_graph import cuda_graphed
 from unclip_pl.diffusion.noise import Noise

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_pl.clip.frozen import build_clip
+from unclip_pl.clip.folder import build_clip
 from unclip_pl.optim.sam import climb, descend
 from unclip_pl.stages.base import OptimizerConfig, Stage
 from unclip_pl.utils.errors import UserError

@@ -156,9 +156,9 @@ class FirstBatches:
             self._next += 1
             yield self._held[self._next - 1]
 
-    def share(self) -> dict[str, Any]:
+    def rank_summary(self) -> dict[str, Any]:
         """As the loader's own: what the ranks compare before the first step."""
-        return self.loader.share()
+        return self.loader.rank_summary()
 
     def state_dict(self) -> dict[str, int]:
         return {"next": self._next % self.count}

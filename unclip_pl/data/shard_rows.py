@@ -1,0 +1,122 @@
+"""One file of the embedding store, mapped into memory, and the tar that it was made from."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unclip_pl.data.bad_samples import too_many_files
+from unclip_pl.data.names import is_url
+from unclip_pl.utils.errors import UserError
+
+UNREADABLE = (OSError, ValueError, KeyError)
+"""What `map_safetensors` and `ShardRows.open` raise where a file is not whole."""
+MIB = 1 << 20
+
+
+def map_safetensors(path: Path) -> tuple[dict[str, Any], Callable[[str, str], np.ndarray]]:
+    """Map a safetensors file of the store.
+
+    Returns:
+        Its metadata `rows`, and a function (name, numpy type) -> array.
+
+    Raises:
+        ValueError, KeyError, OSError: the file is not whole.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length > size:
+                raise ValueError("it is shorter than its header says")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise too_many_files(error) or error from None
+    meta = json.loads(header.pop("__metadata__")["rows"])
+
+    start = 8 + length
+    end = start + max(entry["data_offsets"][1] for entry in header.values())
+    if size < end:
+        raise ValueError("it is cut short")
+    # torch closes the file that it maps. np.memmap keeps one open for each array, and a thousand
+    # of them is the usual limit.
+    content = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8).numpy()
+    content.flags.writeable = False
+
+    def array(name: str, kind: str) -> np.ndarray:
+        first, last = header[name]["data_offsets"]
+        data = content[start + first : start + last]
+        return data.view(kind).reshape(header[name]["shape"])
+
+    return meta, array
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """The rows of one shard by mmap; no file is kept open.
+
+    `image_embed`, `text_embed` (N, D) float16, `tokens` (N, L) int32, `keys` (N of them), and
+    `source`, what `describe_shard` said of the tar.
+    """
+
+    path: Path
+    image_embed: np.ndarray
+    text_embed: np.ndarray
+    tokens: np.ndarray
+    keys: list[str]
+    source: dict[str, Any]
+
+    @cached_property
+    def row_of_key(self) -> dict[str, int]:
+        return {key: i for i, key in enumerate(self.keys)}
+
+    @classmethod
+    def open(cls, path: Path) -> "ShardRows":
+        """Map a file of the store.
+
+        Raises:
+            ValueError, KeyError, OSError: the file is not whole.
+        """
+        meta, array = map_safetensors(path)
+        return cls(
+            path,
+            array("image_embed", "<f2"),
+            array("text_embed", "<f2"),
+            array("tokens", "<i4"),
+            meta["keys"],
+            meta["source"],
+        )
+
+
+def describe_shard(shard: str) -> dict[str, Any]:
+    """`size` and `digest` (SHA-256 of the size, first and last MiB) of a local tar.
+
+    Of a URL both are None, so a change there goes unseen.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if is_url(shard):
+        return {"size": None, "digest": None}
+    try:
+        with Path(shard).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256(str(size).encode())
+            digest.update(file.read(MIB))
+            file.seek(max(0, size - MIB))
+            digest.update(file.read())
+    except OSError as error:
+        if limit := too_many_files(error):
+            raise limit from None
+        raise UserError(
+            f"The shard {shard} cannot be read ({error.strerror}): put it back, or take it out of "
+            "data.train and data.val."
+        ) from None
+    return {"size": size, "digest": digest.hexdigest()}

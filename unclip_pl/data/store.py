@@ -1,0 +1,379 @@
+"""The embedding store: raw CLIP embeddings and tokens of every sample, paired with the images by
+key. Each tar shard has one file.
+
+    clip.json              fingerprint of the CLIP that the folder belongs to
+    manifest.json          the same; of each shard: its file, rows, size and digest of the tar
+    NAME-HASH.safetensors  image_embed, text_embed (N, D) float16; tokens (N, L) int32;
+                           mean (D,), scatter (D, D) float64 of image_embed
+
+A file appears under its name when it is whole. A shard that is done and unchanged is not done
+twice. A run that was killed goes on where it was.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from unclip_pl.clip.fingerprint import require_same
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.data.bad_samples import BadSampleCounter, too_many_files
+from unclip_pl.data.captions import MissingCaptions
+from unclip_pl.data.shard_rows import UNREADABLE, ShardRows, describe_shard
+from unclip_pl.data.shards import decode_batches
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import atomic_file, file_lock, remove_leftovers
+
+log = logging.getLogger(__name__)
+FORMAT_VERSION = 1
+FILL = "fill it with `lightning predict -c stages/embed.yaml`"
+DAY = 86400.0
+CAPTION_SHARDS = 64  # shards whose rows are checked for captions
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the image embeddings, in float64: `count`, `mean` (D,), `covariance` (D, D) (over N, not
+    N - 1)."""
+
+    count: int
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+    @property
+    def std(self) -> torch.Tensor:
+        """(D,)"""
+        return self.covariance.diagonal().clamp(min=0).sqrt()
+
+
+class EmbeddingStore:
+    """A folder of embeddings: `ensure` makes what is missing, `shard` reads.
+
+    It may be sent to another process.
+
+    Args:
+        folder: made on demand.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder)
+        self._open: dict[str, ShardRows] = {}
+        self._started = 0.0
+        self._captions = MissingCaptions()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}  # a pickled mmap would be its contents
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The contents of manifest.json.
+
+        Raises:
+            UserError: there is none, or it is of another version.
+        """
+        try:
+            return self._read_manifest()
+        except (*UNREADABLE, TypeError) as error:
+            raise UserError(
+                f"{self.folder} is no whole embedding store ({error}): {FILL}."
+            ) from None
+
+    def _read_manifest(self) -> dict[str, Any]:
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        except OSError as error:
+            raise too_many_files(error) or error from None
+        if (version := manifest["format"]) != FORMAT_VERSION:
+            raise UserError(
+                f"The store {self.folder} has format {version}, this version reads "
+                f"{FORMAT_VERSION}: fill a new one."
+            )
+        return manifest
+
+    def path(self, shard: str) -> Path:
+        """The file of a shard. It depends on the shard's whole name, as the settings give it."""
+        stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(shard).stem)[:64]
+        digest = hashlib.sha256(os.fsencode(shard)).hexdigest()[:8]
+        return self.folder / f"{stem}-{digest}.safetensors"
+
+    def shard(self, shard: str) -> ShardRows:
+        """The rows of a shard, mapped at the first call.
+
+        Raises:
+            UserError: the store has no whole rows for it.
+        """
+        if shard not in self._open:
+            self._open[shard] = self._map(shard)
+        return self._open[shard]
+
+    def _map(self, shard: str) -> ShardRows:
+        try:
+            return ShardRows.open(self.path(shard))
+        except UNREADABLE as error:
+            raise UserError(
+                f"The store {self.folder} has no whole rows for {shard} ({error}): {FILL}."
+            ) from None
+
+    def row_counts(self, shards: Sequence[str]) -> list[int]:
+        """How many rows each of `shards` has."""
+        return [len(self._map(shard).keys) for shard in shards]
+
+    def missing_captions(self, shards: Sequence[str], blank: np.ndarray) -> MissingCaptions:
+        """Count the rows of `shards` that have the tokens `blank` (L,) of no caption.
+
+        Of many shards only some are read.
+        """
+        missing = MissingCaptions()
+        for shard in shards[:: max(1, len(shards) // CAPTION_SHARDS)]:
+            tokens = self._map(shard).tokens
+            missing.seen += len(tokens)
+            missing.missing += int((tokens == blank).all(1).sum())
+        return missing
+
+    def is_done(self, shard: str) -> bool:
+        """Whether the shard's file is whole and made from the tar as it is now."""
+        source = describe_shard(shard)
+        try:
+            return ShardRows.open(self.path(shard)).source == source
+        except UNREADABLE:
+            return False
+
+    def ensure(
+        self,
+        shards: Sequence[str],
+        clip: FrozenCLIP,
+        batch_size: int = 256,
+        *,
+        progress: bool = True,
+        counter: BadSampleCounter | None = None,
+    ) -> int:
+        """Embed what is missing of `shards` and write the manifest, in one process.
+
+        Several ranks call `embed` instead, each with its own shards, and one of them calls `finish`
+        when all are through. Other processes may fill the same store at the same time: a shard that
+        one of them is working on is left to it.
+
+        Returns:
+            How many shards this process embedded.
+
+        Raises:
+            UserError: the store belongs to another CLIP; a tar is gone, has no usable sample, or is
+                a URL that breaks off; there are too many bad samples.
+        """
+        count = self.embed(shards, clip, batch_size, progress=progress, counter=counter)
+        self.finish(shards, clip)
+        return count
+
+    def embed(
+        self,
+        shards: Sequence[str],
+        clip: FrozenCLIP,
+        batch_size: int = 256,
+        *,
+        progress: bool = True,
+        counter: BadSampleCounter | None = None,
+    ) -> int:
+        """Embed those of `shards` that are not done, without the manifest. See `ensure`."""
+        self._claim(clip)
+        tally = counter or BadSampleCounter()
+        self._started = time.monotonic()
+        self._captions = MissingCaptions()
+        missing = [shard for shard in dict.fromkeys(shards) if not self.is_done(shard)]
+        sizes = [describe_shard(shard)["size"] for shard in missing]
+        with tqdm(
+            desc="embedding",
+            total=None if None in sizes else sum(sizes),
+            unit="B",
+            unit_scale=True,
+            file=sys.stderr,
+            disable=not (progress and missing),
+        ) as bar:
+
+            def embed_locked(shard: str, wait: float) -> bool | None:
+                return self._embed_locked(shard, clip, batch_size, tally, bar, wait=wait)
+
+            embedded = {shard: embed_locked(shard, 0.0) for shard in missing}
+            for shard, result in embedded.items():
+                if result is None:  # another process was working on it
+                    embedded[shard] = embed_locked(shard, DAY)
+        if self._captions.missing:
+            log.warning("%s", self._captions)
+        return sum(result is True for result in embedded.values())
+
+    def finish(self, shards: Sequence[str], clip: FrozenCLIP) -> None:
+        """Write the manifest: `shards`, all of them done, and what it named before and still is
+        there."""
+        if self._new_manifest(shards, clip) == self._old_manifest():
+            return  # so that a whole store may be read-only
+        with (
+            file_lock(self.folder / ".manifest.lock"),
+            atomic_file(self.folder / "manifest.json", "w") as file,
+        ):
+            file.write(json.dumps(self._new_manifest(shards, clip), indent=1) + "\n")
+
+    def _old_manifest(self) -> dict[str, Any]:
+        """The manifest that is there, or one without shards where there is none or it is damaged.
+
+        Raises:
+            UserError: it is of another version.
+        """
+        try:
+            return self._read_manifest()
+        except (*UNREADABLE, TypeError):
+            return {"shards": {}}
+
+    def _new_manifest(self, shards: Sequence[str], clip: FrozenCLIP) -> dict[str, Any]:
+        old = self._old_manifest()
+        entries = {
+            shard: entry
+            for shard, entry in old["shards"].items()
+            if (self.folder / entry["file"]).is_file()
+        }
+        for shard in shards:
+            rows = self._map(shard)
+            entries[shard] = {"file": rows.path.name, "rows": len(rows.keys), **rows.source}
+        return {
+            "format": FORMAT_VERSION,
+            "clip": old.get("clip") or clip.fingerprint(),
+            "rows": sum(entry["rows"] for entry in entries.values()),
+            "shards": entries,
+        }
+
+    def statistics(self, shards: Sequence[str] | None = None) -> Statistics:
+        """Mean and covariance of the image embeddings of `shards` (None: all).
+
+        They are merged from the files' own in float64 (Chan et al. 1979).
+
+        Raises:
+            UserError: a file has no statistics.
+        """
+        count = 0
+        mean = scatter = torch.zeros((), dtype=torch.float64)
+        for shard in self.manifest["shards"] if shards is None else shards:
+            n = len(self._map(shard).keys)
+            path = self.path(shard)
+            try:
+                with safe_open(path, "pt") as file:
+                    shard_mean = file.get_tensor("mean")
+                    shard_scatter = file.get_tensor("scatter")
+            except SafetensorError as error:
+                raise UserError(
+                    f"The store {self.folder} has no statistics of {shard} ({error}): delete "
+                    f"{path} and {FILL}."
+                ) from None
+            delta, total = shard_mean - mean, count + n
+            scatter = scatter + shard_scatter + torch.outer(delta, delta) * (count * n / total)
+            mean, count = mean + delta * (n / total), total
+        return Statistics(count, mean, scatter / max(count, 1))
+
+    def _claim(self, clip: FrozenCLIP) -> None:
+        """Claim an empty folder for a CLIP, or compare with the one that it belongs to."""
+        claim, manifest = self.folder / "clip.json", self.folder / "manifest.json"
+        where = f"The embedding store {self.folder}"
+        self._old_manifest()  # one of another version is refused before any work
+        if claim.is_file():
+            try:
+                theirs = json.loads(claim.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise too_many_files(error) or UserError(
+                    f"{claim} cannot be read ({error}): fill a new store."
+                ) from None
+            require_same(theirs, clip.fingerprint(), where)
+            return
+        with file_lock(self.folder / ".clip.lock"):
+            if claim.is_file():
+                self._claim(clip)
+            elif manifest.is_file():
+                require_same(self.manifest["clip"], clip.fingerprint(), where)
+            elif any(self.folder.glob("*.safetensors")):
+                raise UserError(
+                    f"The store {self.folder} has embeddings but neither clip.json nor "
+                    "manifest.json to say of which CLIP: fill a new folder."
+                )
+            else:
+                with atomic_file(claim, "w") as file:
+                    json.dump(clip.fingerprint(), file)
+
+    def _embed_locked(
+        self,
+        shard: str,
+        clip: FrozenCLIP,
+        batch_size: int,
+        counter: BadSampleCounter,
+        bar: tqdm,
+        *,
+        wait: float,
+    ) -> bool | None:
+        """Embed a shard, unless another process did so meanwhile (False); None where one has been
+        working on it for longer than `wait` seconds."""
+        lock = self.folder / f".{self.path(shard).stem}.lock"
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(file_lock(lock, timeout=wait))
+            except UserError:
+                if wait:
+                    raise
+                return None
+            before, embedded = bar.n, not self.is_done(shard)
+            if embedded:
+                remove_leftovers(self.folder, self.path(shard).name)
+                self._embed(shard, clip, batch_size, counter, bar)
+            shown = bar.n - before
+            bar.update((describe_shard(shard)["size"] or shown) - shown)
+        return embedded
+
+    def _embed(
+        self, shard: str, clip: FrozenCLIP, batch_size: int, counter: BadSampleCounter, bar: tqdm
+    ) -> None:
+        source = describe_shard(shard)
+        keys: list[str] = []
+        parts: dict[str, list[torch.Tensor]] = {"image_embed": [], "text_embed": [], "tokens": []}
+        for batch in decode_batches(shard, clip.image_size, batch_size, counter):
+            self._captions.add(batch)
+            tokens = clip.tokenize([sample["caption"] for sample in batch])
+            images = torch.stack([sample["image"] for sample in batch])
+            image_embed = clip.embed_images(images).half().cpu()
+            text_embed = clip.embed_text(tokens).embed.half().cpu()
+            finite = image_embed.isfinite().all(1) & text_embed.isfinite().all(1)
+            for sample, usable in zip(batch, finite.tolist(), strict=True):
+                if usable:
+                    counter.record_good()
+                    keys.append(sample["key"])
+                else:
+                    where = f"sample {sample['key']} of {shard}"
+                    counter.record_bad(where, "its embedding is not finite")
+            parts["image_embed"].append(image_embed[finite])
+            parts["text_embed"].append(text_embed[finite])
+            parts["tokens"].append(tokens.int().cpu()[finite])
+            bar.update(sum(sample["bytes"] for sample in batch))
+            rate = counter.seen / max(time.monotonic() - self._started, 1e-9)
+            bar.set_postfix_str(f"{rate:.0f} images/s, {counter.bad} bad", refresh=False)
+        if not keys:
+            raise UserError(
+                f"The shard {shard} has no usable sample: take it out of the data, or mend it."
+            )
+        self._write(shard, keys, {name: torch.cat(part) for name, part in parts.items()}, source)
+
+    def _write(
+        self, shard: str, keys: list[str], tensors: dict[str, torch.Tensor], source: dict[str, Any]
+    ) -> None:
+        """Write the file of a shard; `source` is `describe_shard` of before it was read."""
+        rows = tensors["image_embed"].double()
+        tensors["mean"] = rows.mean(0)
+        tensors["scatter"] = (rows - tensors["mean"]).T @ (rows - tensors["mean"])
+        with atomic_file(self.path(shard)) as file:
+            file.write(save(tensors, {"rows": json.dumps({"keys": keys, "source": source})}))
+        self._open.pop(shard, None)
