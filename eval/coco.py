@@ -1,346 +1,262 @@
-"""Zero-shot MS-COCO as in Table 2 of the paper: FID and CLIP score of pictures of 256 pixels.
+"""Zero-shot MS-COCO as in Table 2 of the paper: FID and CLIP score of images of 256 pixels.
 
-One caption of each of --count validation pictures is drawn by each prior at each guidance scale,
-and compared with all validation pictures, cut to the same side. Pictures are kept in OUT/samples: a
-run that was stopped goes on with those that are missing, and ranks (of torchrun or srun) share
-them.
+One caption of each of --num-captions validation pictures is drawn by each prior at each guidance
+scale, and compared with all validation pictures, cut to the same side. Images are kept in
+OUT/samples: a run that was stopped goes on with those that are missing, and ranks (of torchrun or
+srun) share them.
 """
 
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from eval import fid, report
-from eval.arms import remembered
-from eval.captions import Caption, one_each, read_coco
-from eval.common import (
+from eval import report
+from eval.captions import Caption, one_per_picture, read_coco
+from eval.coco_images import build_points
+from eval.commands import (
     Figures,
-    add_features,
-    command,
-    features_of,
-    parser,
+    add_features_options,
+    add_resamples_option,
+    choose_features,
+    command_parser,
     progress,
+    run_command,
+    settings_from,
 )
-from eval.drawn import Draw, Drawn
-from eval.extract import reference
-from eval.features import Features, clip_config, clip_features, named
-from eval.folders import Pictures, Source
-from eval.judge import same_clip
+from eval.evaluator import compute_distances, on_ranks_device, same_clip
+from eval.extract import reference_features
+from eval.features import Features, clip_config, clip_features, load_features
 from eval.metrics import FRECHET, CLIPScore, frechet_key
-from eval.source import Model, weights_of
+from eval.source import Model, decoder_path
+from eval.stored import ImageSource, StoredImages
+from eval.tables import clip_score
 from unclip_pl.clip.frozen import FrozenCLIP
-from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS, load_stage
-from unclip_pl.stages.ar_prior import ARPrior
-from unclip_pl.stages.decoder import SamplingConfig
-from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.files import atomic_file
 from unclip_pl.utils.options import (
     add_prior_sampling_options,
+    add_renamed,
     add_sampling_options,
-    override_sampling,
     positive_int,
 )
 
 log = logging.getLogger(__name__)
 SIDE = 256
-"""Side of the pictures of the paper's table."""
+"""Side of the images of the paper's table, in pixels."""
 
 
-def arguments() -> argparse.ArgumentParser:
-    made = parser(__doc__, "eval.coco", batch_size=32)
-    made.set_defaults(out=Path("out/coco"))
-    made.add_argument(
+def build_parser() -> argparse.ArgumentParser:
+    parser = command_parser(__doc__, "eval.coco", batch_size=32)
+    parser.set_defaults(out=Path("out/coco"))
+    parser.add_argument(
         "--annotations", required=True, help="MS-COCO's captions: captions_val2014.json"
     )
-    made.add_argument("--images", required=True, help="the folder of its pictures: val2014/")
-    made.add_argument(
-        "--count", type=positive_int, default=30000, help="pictures of which a caption is drawn"
+    parser.add_argument("--images", required=True, help="the folder of its pictures: val2014/")
+    parser.add_argument(
+        "--num-captions",
+        type=positive_int,
+        default=30000,
+        help="how many pictures have one of their captions drawn",
     )
-    made.add_argument(
+    add_renamed(parser, "--count", "--num-captions")
+    parser.add_argument(
         "--reference",
         choices=["all", "drawn"],
         default="all",
         help="compare with all pictures, as the paper does, or with those whose captions are drawn",
     )
-    made.add_argument(
+    parser.add_argument(
         "--decoder",
         default="openmoji",
         help='a checkpoint or release; "openmoji" is the one in the package',
     )
-    made.add_argument(
+    parser.add_argument(
         "--priors",
         nargs="+",
         default=["diffusion", "ar"],
         metavar="PRIOR",
         help='"diffusion", "ar", those in the package; or checkpoints or releases, any number',
     )
-    made.add_argument(
+    parser.add_argument(
         "--upsamplers",
         nargs="*",
         default=["256"],
         metavar="UPSAMPLER",
         help='"256", the one in the package; or checkpoints or releases, in order; '
-        "nothing: the decoder's own pictures",
+        "nothing: the decoder's own images",
     )
-    made.add_argument(
+    parser.add_argument(
         "--guidance-scales",
         type=float,
         nargs="+",
         default=[1.25],
         help="of the decoder: the paper's, or several to sweep",
     )
-    add_sampling_options(made, guidance=False)
-    add_prior_sampling_options(made)
-    add_features(made)
-    made.add_argument(
+    add_sampling_options(parser, guidance=False)
+    add_prior_sampling_options(parser)
+    add_features_options(parser)
+    parser.add_argument(
         "--score-clip",
         default="ViT-B-32-quickgelu/openai",
         help="the CLIP that scores, not the one that conditions: NAME/TAG of open_clip, "
         "local-dir:/folder, or openmoji (the embedded one)",
     )
-    made.add_argument(
-        "--bootstrap",
-        type=int,
-        default=100,
-        help="halves of the sets that are drawn for the interval of FID; 0: no interval",
-    )
-    return made
+    add_resamples_option(parser, default=100)
+    return parser
 
 
 @dataclass
-class Chosen:
-    """What is drawn, and what it is compared with: file names in `folder`."""
+class Selection:
+    """What is drawn, and what it is compared with: names of files in `folder`.
+
+    Args:
+        captions: to draw.
+        pictures: of the captions, in their order.
+        reference: the real pictures.
+    """
 
     folder: Path
     captions: Sequence[Caption]
     pictures: Sequence[str]
-    """Of the captions, in their order."""
     reference: Sequence[str]
 
 
-def choose(given: argparse.Namespace) -> Chosen:
-    """One caption of each of --count pictures.
+def select(
+    annotations: str, images: str, count: int, reference: str = "all", seed: int = 0
+) -> Selection:
+    """One caption of each of `count` pictures.
+
+    Args:
+        annotations: the file of MS-COCO's captions.
+        images: the folder of its pictures.
+        reference: "all" pictures, or those whose captions are "drawn".
+        seed: chooses the pictures and their captions.
 
     Raises:
         UserError: the annotations name no files, there are fewer pictures, or some are not in the
             folder.
     """
-    captions, files = read_coco(given.annotations)
-    some = one_each(captions, given.count, given.annotations, given.seed)
-    unnamed = [caption for caption in some if caption.picture not in files]
-    if unnamed:
-        raise UserError(
-            f"{given.annotations} names no file for picture {unnamed[0].picture}: "
-            'its "images" must have the "id" and "file_name" of each.'
-        )
-    pictures = [files[cast(int, caption.picture)] for caption in some]
-    others = sorted(files.values()) if given.reference == "all" else pictures
-    folder = Path(given.images).expanduser()
-    missing = [name for name in others if not (folder / name).is_file()]
+    every, files = read_coco(annotations)
+    captions = one_per_picture(every, count, annotations, seed)
+    for caption in captions:
+        if caption.picture not in files:
+            raise UserError(
+                f"{annotations} names no file for picture {caption.picture}: "
+                'its "images" must have the "id" and "file_name" of each.'
+            )
+    pictures = [files[cast(int, caption.picture)] for caption in captions]
+    real = sorted(files.values()) if reference == "all" else pictures
+    folder = Path(images).expanduser()
+    missing = [name for name in real if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(others)} pictures of {given.annotations} are not in "
-            f"{folder}, such as {missing[0]}: name the folder that has them with --images."
+            f"{len(missing)} of {len(real)} pictures of {annotations} are not in {folder}, such as "
+            f"{missing[0]}: name the folder that has them with --images."
         )
-    return Chosen(folder, some, pictures, others)
+    return Selection(folder, captions, pictures, real)
 
 
-@dataclass
-class Way:
-    """A prior, and the decoder and upsamplers that all priors share.
-
-    Args:
-        name: as it was given.
-        unclip: decoder and upsamplers.
-        prior: draws embeddings, with the settings `prior_sampling`.
-        settings: what decides the embeddings, as plain values.
-    """
-
-    name: str
-    unclip: UnCLIP
-    prior: UnCLIP
-    prior_sampling: Any
-    settings: dict[str, Any]
-
-    def draw(
-        self, captions: Sequence[Caption], seed: int, samplings: Sequence[SamplingConfig]
-    ) -> list[Draw]:
-        """What draws captions by their indices, for each setting of the decoder.
-
-        All have the same embeddings, each drawn once a run.
-        """
-        factor = self.unclip.sizes[-1] // self.unclip.sizes[0]
-
-        def given(indices: Sequence[int]) -> tuple[list[str], list[int]]:
-            return [captions[k].text for k in indices], [seed + k for k in indices]
-
-        embed = remembered(
-            lambda indices, seeds: self.prior.sample_prior(
-                given(indices)[0], seeds, self.prior_sampling
-            )
-        )
-
-        def at(sampling: SamplingConfig) -> Draw:
-            def draw(indices: Sequence[int]) -> Tensor:
-                texts, seeds = given(indices)
-                images = self.unclip.decode(embed(indices, seeds), seeds, texts, sampling)
-                return images if factor == 1 else self.unclip.upsample(images, seeds, factor)
-
-            return draw
-
-        return [at(sampling) for sampling in samplings]
-
-
-def ways(given: argparse.Namespace, model: Model) -> list[Way]:
-    """The priors, all loaded and their settings checked before anything is drawn."""
-    paths = [DEFAULT_PRIORS.get(name, Path(name)) for name in given.priors]
-    priors: list[Any] = [load_stage(path, DiffusionPrior, ARPrior) for path in paths]
-    weights = [weights_of(path) for path in paths]
-    if len({one["sha256"] for one in weights}) < len(weights):
-        raise UserError("Two of --priors are the same prior: name each once.")
-    found, decoder, clip = [], model.unclip.decoder, model.unclip.clip
-    for name, prior, one in zip(given.priors, priors, weights, strict=True):
-        unclip = UnCLIP(decoder, prior, clip, given.device, precision=model.precision)
-        sampling = override_sampling(prior, prior_options(given, prior, priors), "prior_")
-        settings = {"prior": one, "prior_sampling": asdict(sampling)}
-        found.append(Way(name, model.unclip, unclip, sampling, settings))
-    return found
-
-
-def prior_options(given: argparse.Namespace, prior: Any, priors: Sequence[Any]) -> dict[str, Any]:
-    """The options of priors for this one: not those that only another of them has."""
-
-    def belongs(name: str) -> bool:
-        setting = name.removeprefix("prior_")
-        return hasattr(prior.sampling, setting) or not any(
-            hasattr(other.sampling, setting) for other in priors
-        )
-
-    options = {name: value for name, value in vars(given).items() if name.startswith("prior_")}
-    return {name: value for name, value in options.items() if belongs(name)}
-
-
-@dataclass
-class Point:
-    """The pictures of one prior at one guidance scale."""
-
-    prior: str
-    guidance_scale: float
-    source: Drawn
-
-
-def points(given: argparse.Namespace, model: Model, captions: Sequence[Caption]) -> list[Point]:
-    """All that is to be drawn: the priors in their order, each at all guidance scales."""
-    samplings = [
-        override_sampling(model.unclip.decoder, vars(given) | {"guidance_scale": scale})
-        for scale in sorted(set(map(float, given.guidance_scales)))
-    ]
-    found = []
-    for way in ways(given, model):
-        draws = way.draw(captions, given.seed, samplings)
-        for sampling, draw in zip(samplings, draws, strict=True):
-            scale, weights = sampling.guidance_scale, way.settings["prior"]
-            name = f"{weights['name']}-{weights['sha256'][:8]}-{scale:g}"
-            drawn = {"sampling": asdict(sampling), "seed": given.seed}
-            source = Drawn(
-                given.out / "samples" / name,
-                captions,
-                draw,
-                model.settings | way.settings | drawn,
-                f"{way.name} at {scale:g}",
-                rank=rank(),
-                world_size=world_size(),
-                clip=model.unclip.clip,
-                size=model.unclip.sizes[-1],
-            )
-            found.append(Point(way.name, scale, source))
-    return found
-
-
-def run(given: argparse.Namespace) -> Figures:
-    """Draw and judge each point; rank 0 writes the table."""
-    plan = choose(given)
-    network = named(features_of(given), given.device, given.precision)
-    clip = FrozenCLIP(clip_config(given.score_clip, given.precision), given.device)
-    scores = clip_features(clip)
-    decoder = str(DEFAULT_DECODER) if given.decoder == "openmoji" else given.decoder
-    model = Model(
-        decoder, None, given.device, given.precision, given.upsamplers, compile=given.compile
+def run(arguments: argparse.Namespace) -> Figures:
+    """Draw and evaluate each point; rank 0 writes the table."""
+    selection = select(
+        arguments.annotations,
+        arguments.images,
+        arguments.num_captions,
+        arguments.reference,
+        arguments.seed,
     )
-    every = points(given, model, plan.captions)
-    side = model.unclip.sizes[-1]
-    size = given.reference_size or side
-    biased = same_clip(model.unclip.clip.fingerprint(), clip.fingerprint())
-    said = sentences(side, size, biased, str(clip.config))
+    network = load_features(
+        choose_features(arguments.features, captions=None), arguments.device, arguments.precision
+    )
+    clip = FrozenCLIP(clip_config(arguments.score_clip, arguments.precision), arguments.device)
+    model = settings_from(Model, arguments, decoder=decoder_path(arguments.decoder))
+    points = build_points(arguments, model, selection.captions)
+    size = arguments.reference_size or model.size
+    flattered = same_clip(model.unclip.clip.fingerprint(), clip.fingerprint())
+    notes = warn(model.size, size, str(clip.config) if flattered else None)
+    batch_size = arguments.batch_size
 
-    def pictures(names: Sequence[str], captions: Sequence[str] | None = None) -> Pictures:
-        place = rank(), world_size()
-        return Pictures(str(plan.folder), *place, captions=captions, size=size, names=names)
+    def stored(names: Sequence[str], captions: Sequence[str] | None = None) -> StoredImages:
+        return StoredImages(
+            str(selection.folder),
+            rank(),
+            world_size(),
+            captions=captions,
+            size=size,
+            names=names,
+        )
 
-    real = reference(network, pictures(plan.reference), given.batch_size)
-    own = pictures(plan.pictures, [caption.text for caption in plan.captions])
-    _, of_real = look(own, given.batch_size, None, scores, clip)
+    real = reference_features(network, stored(selection.reference), batch_size)
+    texts = [caption.text for caption in selection.captions]
+    _, real_score = evaluate(stored(selection.pictures, texts), batch_size, None, clip)
     results: list[Figures] = []
-    for point in every:
-        features, scored = look(point.source, given.batch_size, network, scores, clip)
-        at = {"prior": point.prior, "guidance_scale": point.guidance_scale}
-        distances = fid.judge(network, real, features, given.bootstrap, given.seed, given.device)
-        results.append(at | distances | scored)
+    for point in points:
+        features, score = evaluate(point.images, batch_size, network, clip)
+        distances = compute_distances(
+            network, real, features, arguments.resamples, arguments.seed, arguments.device
+        )
+        place = {"prior": point.prior, "guidance_scale": point.guidance_scale}
+        results.append(place | distances | score)
     settings = {
-        "annotations": given.annotations,
-        "captions": len(plan.captions),
-        "reference": f"{given.reference} ({len(plan.reference)})",
+        "annotations": arguments.annotations,
+        "captions": len(texts),
+        "reference": f"{arguments.reference} ({len(selection.reference)})",
         "reference_size": size,
         "features": network.name,
         "score_clip": str(clip.config),
-        "drawn": {point.source.folder.name: point.source.settings for point in every},
     }
     if rank() == 0:
-        said_of_real = f"CLIP score of the captions' own pictures: {score(of_real)}."
-        table = report.markdown(headers(network.frechet), [row(one) for one in results])
-        table += "".join(f"\n{text}\n" for text in [said_of_real, *said, *results[0]["said"]])
+        real_note = f"CLIP score of the captions' own pictures: {clip_score(real_score)}."
+        lines = [real_note, *notes, *results[0]["notes"]]
+        rows = [table_row(figures) for figures in results]
+        table = report.markdown(table_headers(network.frechet), rows)
+        table += "".join(f"\n{text}\n" for text in lines)
         print(table)
-        with atomic_file(given.out / "coco.md", "w") as file:
-            file.write(table)
-    return {"points": results, "real": of_real, "said": said, "settings": settings}
+        report.write_report(arguments.out / "coco.md", "Zero-shot MS-COCO", table, {}, settings)
+    settings["drawn"] = {point.images.folder.name: point.images.settings for point in points}
+    return {"points": results, "real": real_score, "notes": notes, "settings": settings}
 
 
-def sentences(side: int, size: int, same_clip: bool, clip: str) -> list[str]:
-    """What keeps the figures from being the paper's."""
-    said = []
+def warn(side: int, size: int, flattering_clip: str | None) -> list[str]:
+    """What keeps the figures from being the paper's, in sentences; they are logged too.
+
+    Args:
+        side: of the drawn images, in pixels.
+        size: of the real ones.
+        flattering_clip: the CLIP that scores, if it is the one that conditions.
+    """
+    notes = []
     if side != SIDE or size != SIDE:
-        said.append(
-            f"Pictures of {side} pixels are compared with real ones of {size}, and the paper's are "
+        notes.append(
+            f"Images of {side} pixels are compared with real ones of {size}, and the paper's are "
             f"of {SIDE}."
         )
-    if same_clip:
-        said.append(
-            f"The CLIP that scores ({clip}) is the one that conditions, which flatters what was "
-            "drawn from its embeddings: name another with --score-clip."
+    if flattering_clip:
+        notes.append(
+            f"The CLIP that scores ({flattering_clip}) is the one that conditions, which flatters "
+            "what was drawn from its embeddings: name another with --score-clip."
         )
-    for text in said:
+    for text in notes:
         log.warning(text)
-    return said
+    return notes
 
 
-def look(
-    source: Source, batch_size: int, network: Features | None, scores: Features, clip: FrozenCLIP
+def evaluate(
+    source: ImageSource, batch_size: int, network: Features | None, clip: FrozenCLIP
 ) -> tuple[Tensor, Figures]:
-    """This rank's features (N, D) float32 by `network`, and the CLIP score over all ranks."""
-    metric, rows = CLIPScore(), []
-    if distributed.is_initialized() and distributed.get_backend() == "nccl":
-        metric.to("cuda")
-    for batch in progress(source.batches(batch_size), len(source), "judging"):
+    """This rank's features (N, D) float32 by `network`, and the CLIP score over all ranks.
+
+    Without a network: features (0, 0).
+    """
+    metric, scores, rows = on_ranks_device(CLIPScore()), clip_features(clip), []
+    for batch in progress(source.batches(batch_size), len(source), "evaluating"):
         if network is not None:
             rows.append(network(batch["images"]).float().cpu())
         text = clip.embed_text(clip.tokenize(batch["captions"])).embed
@@ -349,16 +265,14 @@ def look(
     return torch.cat(rows) if rows else torch.zeros(0, dim), metric.compute()
 
 
-def headers(frechet: str) -> list[str]:
-    """Of the table, where the Frechet distance has the key `frechet`."""
+def table_headers(frechet: str) -> list[str]:
+    """Of the table; the Frechet distance has the key `frechet`."""
+    figures = FRECHET[frechet], "KID x 1000", "CLIP score", "precision", "recall"
+    return ["prior", "guidance", *figures]
 
-    names = FRECHET[frechet], "KID x 1000", "CLIP score", "precision", "recall"
-    return ["prior", "guidance", *names]
 
-
-def row(figures: Figures) -> list[str]:
+def table_row(figures: Figures) -> list[str]:
     """One point's line of the table."""
-
     key = frechet_key(figures)
     distance = f"{figures[key]:.2f}"
     if f"{key}_low" in figures:
@@ -368,22 +282,16 @@ def row(figures: Figures) -> list[str]:
         f"{figures['guidance_scale']:g}",
         distance,
         f"{1000 * figures['kid']:.2f} ± {1000 * figures['kid_se']:.2f}",
-        score(figures),
+        clip_score(figures),
         f"{figures['precision']:.3f}",
         f"{figures['recall']:.3f}",
     ]
 
 
-def score(figures: Figures) -> str:
-    """The CLIP score with its interval."""
-    low, high = figures["clip_score_low"], figures["clip_score_high"]
-    return f"{figures['clip_score']:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def main(given: list[str] | None = None) -> int:
+def main(words: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    return command(arguments(), run, given)
+    return run_command(build_parser(), run, words)
 
 
 if __name__ == "__main__":

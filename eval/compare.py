@@ -1,9 +1,10 @@
 """Does it help to draw a CLIP image embedding first? (unCLIP, section 5.1)
 
-The same captions, seeds and noise under: caption alone; the text embedding in the image embedding's
-place; a decoder trained on text embeddings; the AR prior; the diffusion prior; the true image
-embedding, an upper bound. The table says what reaches the decoder in each. The guidance of the
-priors and of the decoder is swept; a table has all at one guidance, another each at its best.
+The same captions, seeds and noise under six conditions: the caption only; the text embedding
+instead of the image embedding; a decoder trained on text embeddings; the AR prior; the diffusion
+prior; the true image embedding, an upper bound. The table says what reaches the decoder in each.
+The guidance of the priors and of the decoder is swept: one table has all conditions at one
+guidance, another has each at its best.
 """
 
 import argparse
@@ -14,276 +15,291 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eval import arms, report
-from eval.arms import TITLES, Arm
+from eval import conditioning, report
 from eval.captions import Caption, read_captions
-from eval.common import Figures, command, parser
-from eval.floor import NO_FLOOR, add_floor, require_real
-from eval.judge import Judge, add_judging, shown
+from eval.commands import Figures, choose_features, command_parser, run_command, settings_from
+from eval.comparison import Comparison, ComparisonSettings, Differences, Results
+from eval.conditioning import TITLES, Conditioning
+from eval.evaluator import Evaluator, add_evaluator_options, choose_score_clip, metric_titles
+from eval.floor import NO_FLOOR, RealImages, add_reference_options
 from eval.metrics import FRECHET
-from eval.source import Model, add_drawing, weights_of
-from eval.study import Differences, Study
+from eval.source import Model, add_generation_options, decoder_path, describe_weights
 from eval.tables import (
     Section,
+    body,
+    condition_headers,
+    condition_row,
     difference_headers,
     difference_row,
     floor_row,
-    headers,
-    notes,
     real_row,
-    row,
 )
 from unclip_pl.clip.fingerprint import require_same
 from unclip_pl.pipeline.unclip import Prior, UnCLIP
-from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS, load_stage
+from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.utils.distributed import rank
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.files import atomic_file
 from unclip_pl.utils.images import save_png
-from unclip_pl.utils.options import override_sampling, positive_int
+from unclip_pl.utils.options import add_renamed, override_sampling, positive_int
 
-GRID = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 PRIORS: dict[str, tuple[type[Prior], tuple[str, ...]]] = {
     "ar": (ARPrior, ("guidance_scale", "temperature", "top_p")),
     "diffusion": (DiffusionPrior, ("guidance_scale", "sampler", "steps")),
 }
-"""Each prior's stage and those of its settings that have an option."""
+"""Each prior's stage, and those of its settings that have an option."""
 
 
-def arguments() -> argparse.ArgumentParser:
-    made = parser(__doc__, "eval.compare", batch_size=32)
-    made.set_defaults(out=Path("out/compare"))
-    add = made.add_argument
+def build_parser() -> argparse.ArgumentParser:
+    parser = command_parser(__doc__, "eval.compare", batch_size=32)
+    parser.set_defaults(out=Path("out/compare"))
+    add = parser.add_argument
     add("--decoder", default="openmoji", help='a checkpoint or release; "openmoji": the package\'s')
-    add("--text-decoder", help="one trained on text embeddings; without it that arm is left out")
+    add("--text-decoder", help="one trained on text embeddings; by default it is left out")
     add("--diffusion-prior", default="diffusion", help='a checkpoint or release, or "none"')
     add("--ar-prior", default="ar", help='a checkpoint or release, or "none"')
-    add_drawing(made)
-    # Both priors draw from what they have learned unless told: the same guidance, nothing cut off.
-    made.set_defaults(prior_guidance_scale=1.0, prior_temperature=1.0, prior_top_p=1.0)
-    add(
-        "--seeds", type=positive_int, default=1, help="pictures per caption, over which is averaged"
-    )
-    scales: dict[str, Any] = {"type": float, "nargs": "*", "default": list(GRID)}
+    add_generation_options(parser)
+    # By default both priors draw from what they have learned: the same guidance, nothing cut off.
+    parser.set_defaults(prior_guidance_scale=1.0, prior_temperature=1.0, prior_top_p=1.0)
+    add("--num-images", type=positive_int, default=1, help="per caption; figures are their means")
+    add_renamed(parser, "--seeds", "--num-images")
+    scales: dict[str, Any] = {"type": float, "nargs": "*", "default": list(SCALES)}
     add("--guidance-scales", **scales, help="the decoder's, to sweep; none: no sweep")
     add("--prior-guidance-scales", **scales, help="both priors', to sweep first; none: no sweep")
-    add("--sweep-captions", type=positive_int, help="sweep over the first so many; by default all")
-    add_floor(made)
-    add_judging(made)
-    add("--baseline", default="diffusion", help="the arm from which the others' differences are")
+    add("--sweep-captions", type=positive_int, help="sweep the first so many; by default all")
+    add_reference_options(parser)
+    add_evaluator_options(parser)
+    add("--baseline", default="diffusion", help="the condition that others are compared with")
     add("--resamples", type=positive_int, default=200, help="random halves, for the intervals")
     add("--pictures", type=positive_int, default=8, help="columns of the picture side by side")
-    return made
+    return parser
 
 
-def arms_of(
-    given: argparse.Namespace, model: Model, captions: Sequence[Caption]
-) -> tuple[list[Arm], list[str]]:
-    """The arms in the paper's order, and a sentence for each that is left out."""
-    decoder = model.unclip.decoder
-    if decoder.condition != "image":
+def load_conditions(
+    arguments: argparse.Namespace, model: Model, captions: Sequence[Caption]
+) -> tuple[list[Conditioning], list[str]]:
+    """The conditions in the paper's order, and a sentence for each that is left out."""
+    if model.unclip.decoder.condition != "image":
         raise UserError(
             f"The decoder {model.decoder} was trained on text embeddings: give it as "
             "--text-decoder, and as --decoder one trained on images."
         )
-    seed, said = given.seed, []
-    found = [arms.of_caption(model, captions, seed), arms.of_text(model, captions, seed)]
-    if given.text_decoder:
-        other = text_decoder(given, model)
-        found.append(arms.of_text(other, captions, seed, "text-decoder"))
+    place, notes = (captions, arguments.seed), []
+    conditions = [
+        conditioning.from_caption(model, *place),
+        conditioning.from_text(model, *place),
+    ]
+    if arguments.text_decoder:
+        text_model = load_text_decoder(arguments, model)
+        conditions.append(conditioning.from_text(text_model, *place, "text-decoder"))
     else:
-        said.append(
-            "No decoder trained on text embeddings was given (--text-decoder), so that arm is left "
-            "out."
+        notes.append(
+            "No decoder trained on text embeddings was given (--text-decoder), so that condition "
+            "is left out."
         )
-    for name, (kind, settings) in PRIORS.items():
-        path = getattr(given, f"{name}_prior")
-        if path == "none":
-            said.append(f"The arm of the {TITLES[name]} is left out, as asked.")
-            continue
-        where = DEFAULT_PRIORS.get(path, Path(path))
-        prior, clip = load_stage(where, kind), model.unclip.clip
-        unclip = UnCLIP(decoder, prior, clip, given.device, precision=model.precision)
-        options = {f"prior_{one}": getattr(given, f"prior_{one}") for one in settings}
-        sampling = override_sampling(unclip.prior, options, "prior_")
-        weights = weights_of(where)
-        found.append(arms.of_prior(name, model, unclip, weights, sampling, captions, seed))
+    for name in PRIORS:
+        if getattr(arguments, f"{name}_prior") == "none":
+            notes.append(f"The condition of the {TITLES[name]} is left out, as asked.")
+        else:
+            conditions.append(load_prior(name, arguments, model, captions))
     if all(caption.image for caption in captions):
-        found.append(arms.of_image(model, captions, seed))
+        conditions.append(conditioning.from_image(model, *place))
     else:
-        said.append(
-            f"The captions of {given.captions} have no pictures, so the arm of the true image "
-            "embedding is left out."
+        notes.append(
+            f"The captions of {arguments.captions} have no pictures, so the condition of the true "
+            "image embedding is left out."
         )
-    return found, said
+    return conditions, notes
 
 
-def opened(given: argparse.Namespace, decoder: str) -> Model:
-    """A decoder with the upsamplers that all arms share."""
-    upsamplers = given.upsamplers or ()
-    return Model(decoder, None, given.device, given.precision, upsamplers, given.compile)
+def load_prior(
+    name: str, arguments: argparse.Namespace, model: Model, captions: Sequence[Caption]
+) -> Conditioning:
+    """The condition of a prior, with the settings that the options ask for."""
+    kind, settings = PRIORS[name]
+    path = getattr(arguments, f"{name}_prior")
+    path = DEFAULT_PRIORS.get(path, Path(path))
+    prior, decoder, clip = load_stage(path, kind), model.unclip.decoder, model.unclip.clip
+    unclip = UnCLIP(decoder, prior, clip, model.device, precision=model.precision)
+    options = {f"prior_{field}": getattr(arguments, f"prior_{field}") for field in settings}
+    sampling = override_sampling(prior, options, "prior_")
+    weights = describe_weights(path)
+    return conditioning.from_prior(name, model, unclip, weights, sampling, captions, arguments.seed)
 
 
-def text_decoder(given: argparse.Namespace, model: Model) -> Model:
-    """The one trained on text embeddings; UserError where it cannot be compared with `model`."""
-    other = opened(given, given.text_decoder)
+def load_text_decoder(arguments: argparse.Namespace, model: Model) -> Model:
+    """The decoder trained on text embeddings.
+
+    Raises:
+        UserError: it cannot be compared with `model`.
+    """
+    other = settings_from(Model, arguments, decoder=arguments.text_decoder)
     if other.unclip.decoder.condition != "text":
         raise UserError(
-            f"The decoder {given.text_decoder} was trained on image embeddings: give "
-            "--text-decoder one of stages/decoder_text.yaml."
+            f"The decoder {other.decoder} was trained on image embeddings: give --text-decoder one "
+            "of stages/decoder_text.yaml."
         )
-    conditions = model.unclip.decoder.clip_fingerprint or {}
-    require_same(conditions, other.unclip.clip.fingerprint(), "The decoder")
+    fingerprint = model.unclip.decoder.clip_fingerprint or {}
+    require_same(fingerprint, other.unclip.clip.fingerprint(), "The decoder")
     if other.size != model.size:
         raise UserError(
-            f"The two decoders draw pictures of {model.size} and {other.size} pixels: compare "
+            f"The two decoders draw images of {model.size} and {other.size} pixels: compare "
             "decoders of one size."
         )
     return other
 
 
-def run(given: argparse.Namespace) -> Figures:
-    """Draw, judge, compare; rank 0 writes the tables, the pictures and the page."""
-    model = opened(given, str(DEFAULT_DECODER) if given.decoder == "openmoji" else given.decoder)
-    captions = read_captions(given.captions, given.num_captions, model.size)
-    ways, said = arms_of(given, model, captions)
-    names = [arm.name for arm in ways]
-    if given.baseline not in names:
+def run(arguments: argparse.Namespace) -> Figures:
+    """Draw, evaluate, compare; rank 0 writes the tables, the curves and the pictures."""
+    settings = settings_from(ComparisonSettings, arguments)
+    model = settings_from(Model, arguments, decoder=decoder_path(arguments.decoder))
+    captions = read_captions(arguments.captions, arguments.num_captions, model.size)
+    conditions, notes = load_conditions(arguments, model, captions)
+    names = [condition.name for condition in conditions]
+    if settings.baseline not in names:
         raise UserError(
-            f"--baseline is {given.baseline}, and the arms are {', '.join(names)}: name one of "
-            "them."
+            f"--baseline is {settings.baseline}, and the conditions are {', '.join(names)}: name "
+            "one of them."
         )
-    require_real(given, captions)
-    fixed = override_sampling(model.unclip.decoder, vars(given))
-    for scale in given.guidance_scales:  # what is impossible is refused before anything is drawn
-        override_sampling(model.unclip.decoder, {"guidance_scale": scale})
-    for scale in given.prior_guidance_scales:
-        if not 1 <= scale < float("inf"):
-            raise UserError(f"--prior-guidance-scales has {scale}: give 1 (no guidance) or more.")
-    conditions = model.unclip.decoder.clip_fingerprint or {}
-    judge = Judge.asked(given, conditions)
-    said += judge.bias(conditions)
-    study = Study(given, ways, captions, judge, fixed)
-    results = study.results()
-    differences = study.differences(results)
-    real = judge.figures(None, study.real, study.text) if study.paired else None
-    floor = study.floor(len(captions))
+    real = settings_from(RealImages, arguments, size=arguments.reference_size or model.size)
+    real.check(captions)
+    fixed = override_sampling(model.unclip.decoder, vars(arguments))
+    fingerprint = model.unclip.decoder.clip_fingerprint or {}
+    evaluator = Evaluator(
+        choose_features(arguments.features, arguments.captions),
+        choose_score_clip(arguments.score_clip, fingerprint),
+        arguments.device,
+        arguments.precision,
+    )
+    notes += evaluator.shared_clip_warnings(fingerprint)
+    comparison = Comparison(settings, conditions, captions, evaluator, fixed, real)
+    results = comparison.results()
+    differences = comparison.differences(results)
+    real_figures = None
+    if comparison.paired:
+        real_figures = evaluator.compute(None, comparison.real, comparison.text)
+    floor = comparison.floor(len(captions))
     if floor is None:
-        said.append(NO_FLOOR.format(len(captions) + study.reference_count))
-    settings = {
-        "decoder": given.decoder,
-        "size": model.size,
-        "captions": f"{given.captions} ({len(captions)})",
-        "pictures per caption": given.seeds,
-        "sweep over": f"the first {study.sweep_count}",
-        "features": judge.network.name,
-        "CLIP that scores": str(judge.clip.config),
-        "seed": given.seed,
-        **asdict(fixed),
-    }
-    for arm in ways:
-        if arm.prior_scale is not None:
-            settings[TITLES[arm.name]] = arm.settings["prior_sampling"]
+        notes.append(NO_FLOOR.format(len(captions) + len(comparison.all_real.number)))
+    description = describe(arguments, comparison)
     if rank() == 0:
-        write(study, results, real, differences, said, settings)
+        sections = build_sections(comparison, results, real_figures, differences)
+        write(comparison, results, body(sections, notes), description)
     return {
-        "arms": results,
-        "real": real,
+        "conditions": results,
+        "real": real_figures,
         "floor": None if floor is None else asdict(floor),
-        "differences": plain(differences),
-        "baseline": given.baseline,
-        "said": said,
-        "settings": settings,
+        "differences": as_plain(differences),
+        "baseline": settings.baseline,
+        "notes": notes,
+        "settings": description,
     }
 
 
-def plain(differences: Differences) -> dict[str, Any]:
-    """The differences as JSON has them."""
+def describe(arguments: argparse.Namespace, comparison: Comparison) -> dict[str, Any]:
+    """What the figures depend on, for the report."""
+    priors = {
+        TITLES[condition.name]: condition.settings["prior_sampling"]
+        for condition in comparison.conditions
+        if condition.prior_scale is not None
+    }
+    return {
+        "decoder": arguments.decoder,
+        "size": comparison.conditions[0].model.size,
+        "captions": f"{arguments.captions} ({len(comparison.captions)})",
+        "images per caption": arguments.num_images,
+        "sweep over": f"the first {comparison.sweep_count}",
+        "features": comparison.evaluator.network.name,
+        "CLIP that scores": str(comparison.evaluator.clip.config),
+        "seed": arguments.seed,
+        **asdict(comparison.fixed),
+        **priors,
+    }
+
+
+def as_plain(differences: Differences) -> dict[str, Any]:
+    """The differences as JSON can hold them."""
     return {
         kind: {
-            arm: {name: asdict(one) | {"sure": one.sure} for name, one in figures.items()}
-            for arm, figures in found.items()
+            condition: {
+                name: asdict(difference) | {"sure": difference.sure}
+                for name, difference in figures.items()
+            }
+            for condition, figures in by_condition.items()
         }
-        for kind, found in differences.items()
+        for kind, by_condition in differences.items()
     }
 
 
-def sections_of(
-    study: Study, results: dict[str, Any], real: Figures | None, differences: Differences
+def build_sections(
+    comparison: Comparison, results: Results, real: Figures | None, differences: Differences
 ) -> list[Section]:
-    """The tables: all arms at the fixed guidance, each at its best, and the differences in both."""
-    key, baseline = study.key, TITLES[study.given.baseline]
+    """The tables: all conditions at the fixed guidance, each at its best, and the differences in
+    both."""
+    key, baseline = comparison.key, TITLES[comparison.settings.baseline]
     last = [] if real is None else [real_row(real)]
-    last.append(floor_row(study.floor(len(study.captions)), key))
-    fixed = f"guidance {study.fixed.guidance_scale:g} for all"
-    best = f"each at its best guidance (least {FRECHET[key]} over {study.sweep_count} captions)"
-    made, sees = [], {arm.name: str(arm.sees) for arm in study.arms}
-    for kind, what in (("fixed", fixed), ("best", best)):
-        if kind not in differences:
-            continue
-        lines = [row(arm, sees[arm], found[kind], key) for arm, found in results.items()]
-        made.append(Section(what[0].upper() + what[1:], headers(key), [*lines, *last]))
-        lines = [difference_row(arm, found, key) for arm, found in differences[kind].items()]
-        titles = difference_headers(baseline, what, key)
-        made.append(Section(f"Differences from the {baseline}, {what}", titles, lines))
-    return made
+    last.append(floor_row(comparison.floor(len(comparison.captions)), key))
+    inputs = {condition.name: str(condition.inputs) for condition in comparison.conditions}
+    titles = {
+        "fixed": f"guidance {comparison.fixed.guidance_scale:g} for all",
+        "best": "each at its best guidance "
+        f"(least {FRECHET[key]} over {comparison.sweep_count} captions)",
+    }
+    sections = []
+    for kind, by_condition in differences.items():
+        title = titles[kind]
+        rows = [condition_row(name, inputs[name], results[name][kind], key) for name in results]
+        headers = condition_headers(key)
+        sections.append(Section(title[0].upper() + title[1:], headers, [*rows, *last]))
+        rows = [difference_row(name, figures, key) for name, figures in by_condition.items()]
+        headers = difference_headers(baseline, title, key)
+        sections.append(Section(f"Differences from the {baseline}, {title}", headers, rows))
+    return sections
 
 
-def curves_of(results: dict[str, Any], key: str) -> dict[str, dict[str, report.Points]]:
-    """By "figure over axis" and arm: the lines of what was swept."""
-    found: dict[str, dict[str, report.Points]] = {}
-    for sweep, axis in (
-        ("sweep", "guidance scale"),
-        ("prior_sweep", "guidance scale of the prior"),
-    ):
-        swept = {arm: one[sweep] for arm, one in results.items() if sweep in one}
-        for figure, title in shown(key).items() if swept else ():
-            found[f"{title} over {axis}"] = {
-                TITLES[arm]: [(float(scale), points[scale][figure]) for scale in points]
-                for arm, points in swept.items()
+def build_panels(results: Results, key: str) -> list[report.Panel]:
+    """A plot of each figure over what was swept, with a line per condition."""
+    panels = []
+    axes = {"sweep": "guidance scale", "prior_sweep": "guidance scale of the prior"}
+    for sweep, axis in axes.items():
+        swept = {name: result[sweep] for name, result in results.items() if sweep in result}
+        for figure, title in metric_titles(key).items() if swept else ():
+            lines = {
+                TITLES[name]: [(float(scale), points[scale][figure]) for scale in points]
+                for name, points in swept.items()
             }
-    return found
+            panels.append(report.Panel(axis, title.removesuffix(" x 1000"), lines))
+    return panels
 
 
 def write(
-    study: Study,
-    results: dict[str, Any],
-    real: Figures | None,
-    differences: Differences,
-    said: Sequence[str],
-    settings: dict[str, Any],
+    comparison: Comparison, results: Results, tables: str, description: dict[str, Any]
 ) -> None:
-    """compare.md, compare.png, compare.html and TensorBoard's events; the tables are printed."""
-    out, (picture, columns) = study.given.out, study.side_by_side()
-    sections = sections_of(study, results, real, differences)
-    said = [*notes(sections), *said]
-    markdown = "\n".join(section.markdown for section in sections)
-    markdown += "".join(f"\n{text}\n" for text in said)
-    with atomic_file(out / "compare.md", "w") as file:
-        file.write(markdown)
-    print(markdown)
-    captions = "; ".join(study.captions[k].text for k in columns)
+    """compare.md, compare.png, compare-curves.png and TensorBoard's events; prints the tables."""
+    out, (picture, numbers) = comparison.settings.out, comparison.side_by_side()
+    print(tables)
+    captions = "; ".join(comparison.captions[k].text for k in numbers)
     save_png(picture, out / "compare.png", captions=captions)
-    curves = curves_of(results, study.key)
-    parts = [section.html for section in sections] + [report.paragraph(text) for text in said]
-    parts += [report.heading("Side by side"), report.picture(picture, "side by side")]
-    parts += [report.paragraph(captions), report.heading("Guidance")]
-    for title, lines in curves.items():
-        figure, _, axis = title.partition(" over ")
-        parts.append(report.plot(lines, axis, figure))
-    report.write_page(out / "compare.html", "Does a prior help?", parts, settings)
+    pictures = {f"Side by side: {captions}": "compare.png"}
+    panels = build_panels(results, comparison.key)
+    if panels:
+        report.write_curves(out / "compare-curves.png", panels)
+        pictures["Guidance"] = "compare-curves.png"
+    report.write_report(out / "compare.md", "Does a prior help?", tables, pictures, description)
     scalars = {
-        f"{title}/{name}": line for title, lines in curves.items() for name, line in lines.items()
+        f"{panel.y} over {panel.x}/{name}": points
+        for panel in panels
+        for name, points in panel.lines.items()
     }
     report.write_tensorboard(out / "tensorboard", scalars, {"side by side": picture})
 
 
-def main(given: list[str] | None = None) -> int:
+def main(words: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    return command(arguments(), run, given)
+    return run_command(build_parser(), run, words)
 
 
 if __name__ == "__main__":

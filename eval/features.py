@@ -22,6 +22,8 @@ from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file, cache_dir, file_lock
 
 INCEPTION = "inception-2015-12-05.pt"
+TIMEOUT = 30
+"""Seconds without an answer until a download is given up."""
 
 
 class Features(Protocol):
@@ -35,9 +37,8 @@ class Features(Protocol):
 
     @property
     def key(self) -> str | None:
-        """Tells this network, its weights and its resizing from others in the cache of reference
-        features; None: its features are not cached.
-        """
+        """The name of this network with its weights and resizing in the cache of reference
+        features; None: its features are not cached."""
 
     @property
     def is_clip(self) -> bool: ...
@@ -51,7 +52,12 @@ class Features(Protocol):
 
 @dataclass(frozen=True)
 class Network:
-    """A function with a name and a width."""
+    """A function with a name and a width.
+
+    Args:
+        function: uint8 (B, 3, H, W) -> float (B, dim).
+        key, frechet: see `Features`.
+    """
 
     name: str
     dim: int
@@ -73,28 +79,29 @@ class Network:
                 "(B, 3, H, W)."
             )
         features = self.function(images)
-        if features.shape != (len(images), self.dim):
+        expected = (len(images), self.dim)
+        if features.shape != expected:
             raise UserError(
                 f"{self.name} gave features {tuple(features.shape)} for {len(images)} images, and "
-                f"{(len(images), self.dim)} were expected."
+                f"{expected} were expected."
             )
         return features
 
 
-def named(name: str, device: str | torch.device = "cpu", precision: str = "fp32") -> Features:
-    """The network of a name: "clip" (the embedded one), "inception", or a CLIP as `CLIPConfig` has
-    it, such as "ViT-L-14-quickgelu/openai" or "local-dir:/folder".
+def load_features(
+    name: str, device: str | torch.device = "cpu", precision: str = "fp32"
+) -> Features:
+    """The network with a name.
+
+    Args:
+        name: "inception"; "clip", the embedded one that conditions; or a CLIP as `clip_config` has
+            it, such as "ViT-L-14-quickgelu/openai" or "local-dir:/folder".
+        precision: "fp32" or "bf16", of a CLIP.
     """
     if name == "inception":
-        return inception(device)
-    return clip_features(
-        FrozenCLIP(
-            CLIPConfig("openmoji", precision=precision)
-            if name == "clip"
-            else clip_config(name, precision),
-            device,
-        )
-    )
+        return inception_features(device)
+    config = clip_config("openmoji" if name == "clip" else name, precision)
+    return clip_features(FrozenCLIP(config, device))
 
 
 def clip_config(name: str, precision: str = "fp32") -> CLIPConfig:
@@ -107,28 +114,27 @@ def clip_config(name: str, precision: str = "fp32") -> CLIPConfig:
 
 def clip_features(clip: FrozenCLIP) -> Features:
     """The image embeddings of a CLIP, with its own resizing."""
-    digest = hashlib.sha256(json.dumps(clip.fingerprint(), sort_keys=True).encode()).hexdigest()[
-        :16
-    ]
+    fingerprint = json.dumps(clip.fingerprint(), sort_keys=True)
+    digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
 
-    def features(images: Tensor) -> Tensor:
+    def embed(images: Tensor) -> Tensor:
         return clip.embed_images(images.to(clip.device).float() / 127.5 - 1)
 
-    return Network(f"CLIP {clip.config}", clip.embed_dim, features, f"clip-{digest}", "fd_clip")
+    return Network(f"CLIP {clip.config}", clip.embed_dim, embed, f"clip-{digest}", "fd_clip")
 
 
-def of_callable(name: str, function: Callable[[Tensor], Tensor], dim: int) -> Features:
-    """Any torch function of uint8 (B, 3, H, W)."""
+def callable_features(name: str, function: Callable[[Tensor], Tensor], dim: int) -> Features:
+    """Any torch function: uint8 (B, 3, H, W) -> float (B, dim)."""
     return Network(name, dim, function)
 
 
-def inception(device: str | torch.device = "cpu") -> Features:
+def inception_features(device: str | torch.device = "cpu") -> Features:
     """clean-fid's Inception (the TorchScript of 2015, 2048 features) behind clean-fid's resizing to
-    299 x 299, which keeps no aspect.
+    299 x 299, which keeps no aspect ratio.
 
     Raises:
-        UserError: the weights are not in the cache folder and cannot be fetched, or the file there
-            is another one.
+        UserError: the weights are not in the cache folder and cannot be downloaded, or the file
+            there is another one.
     """
     from cleanfid.inception_torchscript import InceptionV3W
     from cleanfid.resize import build_resizer
@@ -143,45 +149,47 @@ def inception(device: str | torch.device = "cpu") -> Features:
         ) from error
 
     def features(images: Tensor) -> Tensor:
-        pixels = [
-            torch.from_numpy(resize(image)) for image in images.permute(0, 2, 3, 1).cpu().numpy()
-        ]
-        return network(torch.stack(pixels).permute(0, 3, 1, 2).contiguous().to(device))
+        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+        pixels = torch.stack([torch.from_numpy(resize(array)) for array in arrays])
+        return network(pixels.permute(0, 3, 1, 2).contiguous().to(device))
 
     return Network("Inception", 2048, features, f"inception-{_digest(file)}", "fid")
 
 
 def inception_file() -> Path:
-    """Where clean-fid's Inception is in our cache folder, fetched there if it is not.
+    """The file of clean-fid's Inception in the cache folder, downloaded if it is not there.
 
-    clean-fid's own download has no time limit, and where it is cut off or two processes do it at
-    once it leaves a broken file. This one is done by one process, with a time limit, and leaves the
-    whole file or none.
+    clean-fid's own download has no time limit, and leaves a broken file where it is cut off or two
+    processes do it at once. Here one process downloads, with a time limit, and the file is whole or
+    not there.
     """
-    from cleanfid.downloads_helper import inception_url
-
     file = cache_dir() / INCEPTION
     if file.exists():
         return file
     with file_lock(file.with_suffix(".lock")):
         if not file.exists():
-            try:
-                with (
-                    urllib.request.urlopen(inception_url, timeout=30) as answer,
-                    atomic_file(file) as target,
-                ):
-                    shutil.copyfileobj(answer, target)
-                    expected = answer.headers.get("Content-Length")
-                    if expected and target.tell() != int(expected):
-                        raise OSError(f"{target.tell()} of {expected} bytes came")
-            except OSError as error:
-                raise UserError(
-                    f"Inception's weights cannot be fetched ({error}): download {inception_url} "
-                    "elsewhere "
-                    f"and put it at {file} (UNCLIP_CACHE names that folder), or choose other "
-                    "features with --features."
-                ) from error
+            _download_inception(file)
     return file
+
+
+def _download_inception(file: Path) -> None:
+    from cleanfid.downloads_helper import inception_url
+
+    try:
+        with (
+            urllib.request.urlopen(inception_url, timeout=TIMEOUT) as answer,
+            atomic_file(file) as target,
+        ):
+            shutil.copyfileobj(answer, target)
+            expected = answer.headers.get("Content-Length")
+            if expected and target.tell() != int(expected):
+                raise OSError(f"{target.tell()} of {expected} bytes came")
+    except OSError as error:
+        raise UserError(
+            f"Inception's weights cannot be downloaded ({error}): download {inception_url} "
+            f"elsewhere and put it at {file} (UNCLIP_CACHE names that folder), or choose other "
+            "features with --features."
+        ) from error
 
 
 @functools.cache

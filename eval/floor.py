@@ -1,7 +1,9 @@
-"""The real pictures, and the floor: what they have against others, at the same numbers.
+"""The real images, and the floor: the figures of real images against other real ones, at the same
+numbers.
 
-A Frechet distance of finite sets is never 0, and KID spreads about 0. What lies at the floor cannot
-be told from real pictures by these figures, and is not called better than what lies there too.
+A Frechet distance of finite sets is never 0, and KID spreads about 0. Images whose figures lie at
+the floor cannot be told from real ones by these figures, and are not called better than others that
+lie there too.
 """
 
 import argparse
@@ -14,27 +16,27 @@ from torch import Tensor
 
 from eval import distances
 from eval.captions import Caption
-from eval.common import progress
-from eval.extract import reference
-from eval.folders import Pictures
-from eval.judge import Judge, Seen, gathered, numbered, pictures_of
+from eval.commands import progress
+from eval.evaluator import Evaluator, ImageFeatures, caption_images, gather_ranks, number_rows
+from eval.extract import reference_features
+from eval.stored import StoredImages
 from unclip_pl.data.openmoji import openmoji_shards
 from unclip_pl.data.openmoji_drawings import STYLES
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
 
 REPEATS = 20
-"""Pairs of sets that are drawn."""
-NO_FLOOR = "No floor: it takes {} real pictures, which are not known here; name them with --floor."
+"""Pairs of random sets that the floor is the mean over."""
+NO_FLOOR = "No floor: it takes {} real images, which are not known here; name them with --floor."
 
 
 @dataclass(frozen=True)
 class Floor:
-    """Figures of real pictures: by key the mean over pairs of sets, and what 97.5 % stay below.
+    """Figures of real images: by key the mean over pairs of sets, and what 97.5 % stay below.
 
     Args:
-        count: pictures in the set that stands for the drawn ones.
-        reference: pictures in the other.
+        count: images in the set that stands for the drawn ones.
+        reference: images in the other set.
     """
 
     count: int
@@ -42,17 +44,19 @@ class Floor:
     mean: Mapping[str, float]
     high: Mapping[str, float]
 
-    def at(self, figures: Mapping[str, Any]) -> list[str]:
-        """The names of those figures that real pictures have too."""
+    def reached_by(self, figures: Mapping[str, Any]) -> list[str]:
+        """The names of those figures that are no worse than those of real images."""
         return [name for name, high in self.high.items() if figures[name] <= high]
 
 
-def floor_of(real: Tensor, count: int, reference: int, key: str, seed: int = 0) -> Floor | None:
+def compute_floor(
+    real: Tensor, count: int, reference: int, key: str, seed: int = 0
+) -> Floor | None:
     """The floor of the Frechet distance, under `key`, and of `kid`.
 
     Args:
-        real: (P, D) features of real pictures.
-        count, reference: pictures of the two sets, which have none in common.
+        real: (P, D) features of real images.
+        count, reference: images of the two sets, which have none in common.
 
     Returns:
         None where `real` has too few for both.
@@ -60,68 +64,76 @@ def floor_of(real: Tensor, count: int, reference: int, key: str, seed: int = 0) 
     if len(real) < count + reference:
         return None
     generator = torch.Generator().manual_seed(seed)
-    drawn: dict[str, list[float]] = {key: [], "kid": []}
+    values: dict[str, list[float]] = {key: [], "kid": []}
     for _ in range(REPEATS):
         order = torch.randperm(len(real), generator=generator)
         sets = real[order[:reference]], real[order[reference : reference + count]]
-        drawn[key].append(distances.frechet(*sets))
-        drawn["kid"].append(distances.kernel(*sets).value)
-    rows = {name: torch.tensor(values, dtype=torch.float64) for name, values in drawn.items()}
+        values[key].append(distances.frechet(*sets))
+        values["kid"].append(distances.kid(*sets).value)
+    rows = {name: torch.tensor(row, dtype=torch.float64) for name, row in values.items()}
     mean = {name: row.mean().item() for name, row in rows.items()}
     high = {name: mean[name] + 1.96 * row.std().item() for name, row in rows.items()}
     return Floor(count, reference, mean, high)
 
 
-def add_floor(parser: argparse.ArgumentParser) -> None:
-    """The options that name real pictures."""
+def add_reference_options(parser: argparse.ArgumentParser) -> None:
+    """Which images are the real ones: --reference and --floor."""
     parser.add_argument(
-        "--reference", help="real pictures, a folder or shards; by default the captions' own"
+        "--reference", help="real images, a folder or shards; by default the captions' own"
     )
     parser.add_argument(
         "--floor",
-        help="more real pictures, a folder or shards, to show what real ones have against real "
+        help="more real images, a folder or shards, for the figures of real ones against real "
         "ones; by default OpenMoji's training drawings with its captions, else those of "
         "--reference",
     )
 
 
-def real_seen(
-    given: argparse.Namespace, judge: Judge, captions: Sequence[Caption], size: int
-) -> Seen:
-    """This rank's share of the real pictures that the drawn ones are compared with.
-
-    Those of --reference, else the captions' own, which go by the numbers of their captions.
-    """
-    size, place = given.reference_size or size, (rank(), world_size())
-    if given.reference:
-        pictures = Pictures(given.reference, *place, size=size)
-        return numbered(reference(judge.network, pictures, given.batch_size), *place)
-    own = pictures_of(captions, size, given.batch_size, *place)
-    return judge.look(progress(own, len(captions), "reference"))
-
-
-def require_real(given: argparse.Namespace, captions: Sequence[Caption]) -> None:
-    """UserError where there is nothing to compare drawn pictures with."""
-    if not given.reference and not all(caption.image for caption in captions):
-        raise UserError(
-            f"The captions of {given.captions} have no pictures to compare with: give real ones "
-            "with --reference."
-        )
-
-
-def other_real(given: argparse.Namespace, judge: Judge, size: int) -> Tensor | None:
-    """Features (P, D) of the real pictures that the floor is taken from; None where none are known.
+@dataclass(frozen=True)
+class RealImages:
+    """The real images that drawn ones are compared with.
 
     Args:
-        given: `captions`, `reference`, `reference_size` and `floor` of the options.
-        size: side of the pictures that are judged, in pixels.
+        captions: what is drawn, as `eval.captions.read_captions` has it.
+        size: side in pixels that they are cut to.
+        reference: a folder or shards; None: the captions' own pictures.
+        floor: a folder or shards of more; None: see `add_reference_options`.
+        batch_size: images per batch.
+        device: of the ranks' exchange.
     """
-    where = given.floor or given.reference
-    if given.floor is None and given.captions in STYLES:
-        where = str(openmoji_shards(size, name=given.captions) / "train-*.tar")
-    if not where:
-        return None
-    place = rank(), world_size()
-    pictures = Pictures(where, *place, size=given.reference_size or size)
-    rows = reference(judge.network, pictures, given.batch_size)
-    return gathered(numbered(rows, *place), given.device).features
+
+    captions: str
+    size: int
+    reference: str | None = None
+    floor: str | None = None
+    batch_size: int = 32
+    device: str = "cpu"
+
+    def check(self, captions: Sequence[Caption]) -> None:
+        """UserError where there is nothing to compare drawn images with."""
+        if not self.reference and not all(caption.image for caption in captions):
+            raise UserError(
+                f"The captions of {self.captions} have no pictures to compare with: give real ones "
+                "with --reference."
+            )
+
+    def features(self, evaluator: Evaluator, captions: Sequence[Caption]) -> ImageFeatures:
+        """This rank's share: those of the reference, or the captions' own with their numbers."""
+        if self.reference:
+            return number_rows(self._stored(evaluator, self.reference))
+        batches = caption_images(captions, self.size, self.batch_size)
+        return evaluator.extract(progress(batches, len(captions), "reference"))
+
+    def floor_features(self, evaluator: Evaluator) -> Tensor | None:
+        """Features (P, D) of the real images that the floor is computed from; None where none are
+        known."""
+        path = self.floor or self.reference
+        if self.floor is None and self.captions in STYLES:
+            path = str(openmoji_shards(self.size, name=self.captions) / "train-*.tar")
+        if not path:
+            return None
+        return gather_ranks(number_rows(self._stored(evaluator, path)), self.device).features
+
+    def _stored(self, evaluator: Evaluator, path: str) -> Tensor:
+        images = StoredImages(path, rank(), world_size(), size=self.size)
+        return reference_features(evaluator.network, images, self.batch_size)

@@ -1,13 +1,14 @@
-"""The distances as `torchmetrics.Metric`s in float64: update with the features of a batch, compute
-a dict of figures; torchmetrics reduces over ranks.
+"""The distances as `torchmetrics.Metric`s in float64.
 
-Keep them in a callback or an evaluator, never in a LightningModule: EMA and checkpoints would take
-them along. The ranks' shares must be disjoint.
+They are updated with the features of a batch and compute a dict of figures; torchmetrics reduces
+over ranks, whose shares must be disjoint. Keep them in a callback or an evaluator, never in a
+LightningModule, or EMA and checkpoints would include them.
 """
 
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import unclip_pl.utils.torchvision  # noqa: F401  before the first import of torchmetrics
@@ -22,9 +23,7 @@ from unclip_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 FRECHET = {"fid": "FID", "fd_clip": "FD of CLIP", "fd": "FD"}
-"""Keys of the Frechet distance by the network of its features (Inception, a CLIP, any other), with
-titles.
-"""
+"""Keys of the Frechet distance with titles: of Inception's features, a CLIP's, any other's."""
 
 
 def frechet_key(figures: Mapping[str, Any]) -> str:
@@ -32,17 +31,20 @@ def frechet_key(figures: Mapping[str, Any]) -> str:
     return next(key for key in FRECHET if key in figures)
 
 
-def checked(features: Tensor, dim: int, what: str = "The features") -> Tensor:
-    """(B, D) -> the same in float64; one sentence where they are of another form or not finite."""
+def check_features(features: Tensor, dim: int, what: str = "The features") -> Tensor:
+    """Features (B, D) in float64.
+
+    Raises:
+        UserError: they have another shape, or are not finite.
+    """
     if features.ndim != 2 or features.shape[1] != dim:
         raise UserError(
             f"{what} are {tuple(features.shape)}, and the metric is for (B, {dim}): give it the "
-            "dim of the network that made them."
+            "dim of their network."
         )
     features = features.detach().double()
-    bad = int(
-        (~features.sum(1).isfinite()).sum()
-    )  # one number in a row that is not finite makes the sum so: much cheaper than a look at each
+    # The sum of a row is not finite where one of its numbers is not: cheaper than to test each.
+    bad = int((~features.sum(1).isfinite()).sum())
     if bad:
         raise UserError(
             f"{what} of {bad} of {len(features)} images are not finite (NaN or infinite): look at "
@@ -52,16 +54,19 @@ def checked(features: Tensor, dim: int, what: str = "The features") -> Tensor:
 
 
 class _Rows(Metric):
-    """Keeps two lists of rows (B, D), called as the subclass says in `lists`, gathered over ranks;
-    a rank may have none.
+    """Keeps two lists of rows (B, D) and gathers them over ranks; a rank may have none.
+
+    Args:
+        dim: D.
     """
 
     full_state_update = False
     higher_is_better: bool | None = None
     is_differentiable = False
     lists: tuple[str, str]
+    """The names of the two lists."""
     least = 2
-    """Rows that each must have."""
+    """Rows that each list must have."""
 
     def __init__(self, dim: int, **metric: Any) -> None:
         super().__init__(**metric)
@@ -71,11 +76,11 @@ class _Rows(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def sync(self, *arguments: Any, **options: Any) -> None:
-        for rows in (getattr(self, name) for name in self.lists):
-            if (
-                isinstance(rows, list) and not rows
-            ):  # torchmetrics gathers tensors of as many dimensions on each rank
-                rows.append(torch.zeros(0, self.dim, dtype=torch.float64, device=self.device))
+        for name in self.lists:
+            rows = getattr(self, name)
+            # torchmetrics gathers tensors with the same number of dimensions on each rank.
+            if isinstance(rows, list) and not rows:
+                rows.append(self._no_rows())
         super().sync(*arguments, **options)
 
     def rows(self, name: str) -> Tensor:
@@ -83,11 +88,10 @@ class _Rows(Metric):
         rows = getattr(self, name)
         if isinstance(rows, Tensor):
             return rows
-        return (
-            torch.cat(rows)
-            if rows
-            else torch.zeros(0, self.dim, dtype=torch.float64, device=self.device)
-        )
+        return torch.cat(rows) if rows else self._no_rows()
+
+    def _no_rows(self) -> Tensor:
+        return torch.zeros(0, self.dim, dtype=torch.float64, device=self.device)
 
 
 class TwoSets(_Rows):
@@ -99,7 +103,9 @@ class TwoSets(_Rows):
 
     def update(self, features: Tensor, real: bool) -> None:
         """Add (B, D) to the reference set (`real`) or to the generated one."""
-        (self.real if real else self.fake).append(checked(features, self.dim).to(self.device))
+        (self.real if real else self.fake).append(
+            check_features(features, self.dim).to(self.device)
+        )
 
     def sets(self) -> tuple[Tensor, Tensor]:
         """The reference set and the generated one, over all ranks when called from `compute`."""
@@ -109,7 +115,7 @@ class TwoSets(_Rows):
 
 
 def require_rows(metric: Metric, least: int, *counts: int) -> None:
-    """One sentence where a set is too small for the metric to be defined."""
+    """UserError where a set is too small for the metric to be defined."""
     if min(counts) < least:
         raise UserError(
             f"{type(metric).__name__} needs at least {least} images in each set, and they have "
@@ -118,8 +124,9 @@ def require_rows(metric: Metric, least: int, *counts: int) -> None:
 
 
 class FrechetDistance(TwoSets):
-    """The Frechet distance under `key`, from running sums: 2 D^2 numbers and at most D rows of each
-    set are kept, for any N.
+    """The Frechet distance under `key`, from running sums.
+
+    It keeps 2 D^2 numbers and at most D rows of each set, for any N.
 
     Args:
         dim: D, the width of the features.
@@ -132,16 +139,12 @@ class FrechetDistance(TwoSets):
     def __init__(self, dim: int, key: str = "fd", **metric: Any) -> None:
         super().__init__(dim, **metric)
         self.key = key
+        zeros = partial(torch.zeros, dtype=torch.float64)
         for name in ("real", "fake"):
-            self.add_state(
-                f"{name}_count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum"
-            )
-            self.add_state(
-                f"{name}_sum", torch.zeros(dim, dtype=torch.float64), dist_reduce_fx="sum"
-            )
-            self.add_state(
-                f"{name}_product", torch.zeros(dim, dim, dtype=torch.float64), dist_reduce_fx="sum"
-            )
+            count = torch.zeros((), dtype=torch.int64)
+            self.add_state(f"{name}_count", count, dist_reduce_fx="sum")
+            self.add_state(f"{name}_sum", zeros(dim), dist_reduce_fx="sum")
+            self.add_state(f"{name}_product", zeros(dim, dim), dist_reduce_fx="sum")
 
     def update(self, features: Tensor, real: bool) -> None:
         """Add (B, D) to the reference set (`real`) or to the generated one."""
@@ -156,57 +159,57 @@ class FrechetDistance(TwoSets):
             rows.clear()
 
     def compute(self) -> dict[str, float]:
-        """The distance, `n_real`, `n_fake`; warns where there are fewer images than features, or
-        sets of two sizes.
+        """The distance, `n_real` and `n_fake`.
+
+        Warns where there are fewer images than features, or sets of two sizes.
         """
-        gaussians, counts = zip(*(self._gaussian(name) for name in ("real", "fake")), strict=True)
-        require_rows(self, self.least, *counts)
-        for text in of_sizes(self.dim, *counts):
+        n_real, n_fake = self._count("real"), self._count("fake")
+        require_rows(self, self.least, n_real, n_fake)
+        for text in sample_size_warnings(self.dim, n_real, n_fake):
             log.warning(text)
-        return {
-            self.key: distances.frechet_of(*gaussians),
-            "n_real": counts[0],
-            "n_fake": counts[1],
-        }
+        distance = distances.gaussian_frechet(self._gaussian("real"), self._gaussian("fake"))
+        return {self.key: distance, "n_real": n_real, "n_fake": n_fake}
 
-    def _gaussian(self, name: str) -> tuple[distances.Gaussian | None, int]:
+    def _count(self, name: str) -> int:
+        return int(getattr(self, f"{name}_count")) + len(self.rows(name))
+
+    def _gaussian(self, name: str) -> distances.Gaussian:
         rest, count = self.rows(name), int(getattr(self, f"{name}_count"))
-        total = count + len(rest)
-        if total < self.least:
-            return None, total
         if not count:
-            return distances.gaussian(rest), total
-        return distances.of_sums(
-            count, getattr(self, f"{name}_sum"), getattr(self, f"{name}_product"), rest
-        ), total
+            return distances.gaussian(rest)
+        total, product = getattr(self, f"{name}_sum"), getattr(self, f"{name}_product")
+        return distances.gaussian_from_sums(count, total, product, rest)
 
 
-def of_sizes(dim: int, n_real: int, n_fake: int) -> list[str]:
-    """What the sizes of the sets do to the figures, in sentences."""
-    said = []
-    if min(n_real, n_fake) <= dim:
-        said.append(
-            f"A set has {min(n_real, n_fake)} images and the features have {dim} numbers: its "
-            f"covariance has no more than rank {min(n_real, n_fake) - 1}, "
-            "and the Frechet distance comes out far too large; compare it only with figures of the "
-            "same two sizes, or use more images."
+def sample_size_warnings(dim: int, n_real: int, n_fake: int) -> list[str]:
+    """What the sizes of the sets do to the figures, in sentences; `dim` is that of the features."""
+    warnings, least = [], min(n_real, n_fake)
+    if least <= dim:
+        warnings.append(
+            f"A set has {least} images and the features have {dim} numbers: its covariance has "
+            f"rank {least - 1} at most, and the Frechet distance comes out far too large. Compare "
+            "it only with figures of the same two sizes, or use more images."
         )
     if n_real != n_fake:
-        said.append(
+        warnings.append(
             f"The sets have {n_real} and {n_fake} images: the Frechet distance is biased upwards "
-            f"by about c (1/{n_real} + 1/{n_fake}), "
-            "recall falls with fewer generated images: compare only with figures of the same two "
-            "sizes."
+            f"by about c (1/{n_real} + 1/{n_fake}), and recall falls with fewer generated images. "
+            "Compare only with figures of the same two sizes."
         )
-    return said
+    return warnings
 
 
 class FrechetSpread(TwoSets):
     """How sure the Frechet distance is, and what it would be without the bias of finite sets.
 
     With `key` "fid": `fid_se`, `fid_low`, `fid_high` (95 %) by the bootstrap over halves, and
-    `fid_infinity`. The last is None where a set has fewer than 4 D images: the distance is no line
-    in 1 / N there.
+    `fid_infinity`. The last is None where a set has fewer than 4 D images: there the distance is
+    not linear in 1 / N.
+
+    Args:
+        resamples: halves that are drawn.
+        seed: of the halves.
+        key: as of `FrechetDistance`.
     """
 
     def __init__(
@@ -216,19 +219,19 @@ class FrechetSpread(TwoSets):
         self.resamples, self.seed, self.key = resamples, seed, key
 
     def compute(self) -> dict[str, float | None]:
-        real, fake = (
-            rows[rows.double().sum(1).argsort()] for rows in self.sets()
-        )  # whatever the order in which ranks and batches came
-        spread = distances.bootstrap(distances.frechet, real, fake, self.resamples, self.seed)
-        enough = min(len(real), len(fake)) >= 4 * self.dim
-        infinity = distances.frechet_infinity(real, fake, self.seed) if enough else None
-        found = {
-            "se": spread.error,
-            "low": spread.interval[0],
-            "high": spread.interval[1],
-            "infinity": infinity,
+        # Sorted, so that the halves do not depend on the order of ranks and batches.
+        real, fake = (rows[rows.double().sum(1).argsort()] for rows in self.sets())
+        estimate = distances.bootstrap(distances.frechet, real, fake, self.resamples, self.seed)
+        low, high = estimate.interval
+        infinity = None
+        if min(len(real), len(fake)) >= 4 * self.dim:
+            infinity = distances.frechet_infinity(real, fake, self.seed)
+        return {
+            f"{self.key}_se": estimate.error,
+            f"{self.key}_low": low,
+            f"{self.key}_high": high,
+            f"{self.key}_infinity": infinity,
         }
-        return {f"{self.key}_{name}": value for name, value in found.items()}
 
 
 class KernelDistance(TwoSets):
@@ -238,8 +241,8 @@ class KernelDistance(TwoSets):
     least = 3
 
     def compute(self) -> dict[str, float]:
-        found = distances.kernel(*self.sets())
-        return {"kid": found.value, "kid_se": found.error}
+        estimate = distances.kid(*self.sets())
+        return {"kid": estimate.value, "kid_se": estimate.error}
 
 
 class CMMD(TwoSets):
@@ -252,7 +255,7 @@ class CMMD(TwoSets):
 
 
 class PrecisionRecall(TwoSets):
-    """`precision` and `recall` by the k-th nearest neighbour."""
+    """`precision` and `recall`, by the k-th nearest neighbour."""
 
     higher_is_better = True
 
@@ -266,8 +269,8 @@ class PrecisionRecall(TwoSets):
 
 
 class CLIPScore(Metric):
-    """`clip_score`: the mean of 100 max(cos(image, caption), 0) (Hessel et al. 2021 scale by 2.5),
-    with `clip_score_se` and the interval of 95 %.
+    """`clip_score`: the mean of 100 max(cos(image, caption), 0), with `clip_score_se` and the
+    interval of 95 % (Hessel et al. 2021, who scale by 2.5 instead of 100).
     """
 
     full_state_update = False
@@ -294,14 +297,14 @@ class CLIPScore(Metric):
     def compute(self) -> dict[str, float]:
         n = int(self.count)
         if not n:
-            raise UserError("CLIPScore has seen no image: give it some.")
+            raise UserError("CLIPScore has seen no image: update it first.")
         mean = self.total.item() / n
         variance = max(0.0, self.squares.item() - n * mean**2) / (n - 1) if n > 1 else math.nan
-        found = distances.Estimate(mean, math.sqrt(variance / n))
-        low, high = found.interval
+        estimate = distances.Estimate(mean, math.sqrt(variance / n))
+        low, high = estimate.interval
         return {
             "clip_score": mean,
-            "clip_score_se": found.error,
+            "clip_score_se": estimate.error,
             "clip_score_low": low,
             "clip_score_high": high,
             "n": n,
@@ -315,22 +318,22 @@ def clip_scores(image_embed: Tensor, text_embed: Tensor) -> Tensor:
 
 
 def _pairs(image_embed: Tensor, text_embed: Tensor) -> tuple[Tensor, Tensor]:
-    """Both checked and of length 1."""
+    """Both embeddings, checked and scaled to length 1."""
     if image_embed.shape != text_embed.shape:
         raise UserError(
             f"There are image embeddings {tuple(image_embed.shape)} and caption embeddings "
-            f"{tuple(text_embed.shape)}: give one caption an image."
+            f"{tuple(text_embed.shape)}: give one caption per image."
         )
-    image, text = (
-        checked(image_embed, image_embed.shape[-1]),
-        checked(text_embed, image_embed.shape[-1], "The caption embeddings"),
-    )
+    dim = image_embed.shape[-1]
+    image = check_features(image_embed, dim)
+    text = check_features(text_embed, dim, "The caption embeddings")
     return F.normalize(image, dim=1), F.normalize(text, dim=1)
 
 
 class RetrievalRank(_Rows):
-    """How far up an image's own caption stands among all captions: `rank_mean`, `rank_median` (1
-    the best), `r1`, `r5`; equal captions are one.
+    """The rank of an image's own caption among all captions, 1 the best; equal captions are one.
+
+    `rank_mean` and `rank_median`; `r1` and `r5`, the shares of images with a rank of at most 1, 5.
     """
 
     lists = ("image", "text")
@@ -358,14 +361,14 @@ class RetrievalRank(_Rows):
 
 
 def retrieval_ranks(image_embed: Tensor, text_embed: Tensor) -> Tensor:
-    """(N, D), (N, D), of length 1 -> (N,) int64 rank of caption n among the distinct captions for
-    image n, 1 the best; ties count against it.
+    """The rank of caption n among the distinct captions for image n: (N,) int64, 1 the best.
+
+    Ties count against the caption. Embeddings are (N, D), of length 1.
     """
     distinct, own = torch.unique(text_embed.round(decimals=6), dim=0, return_inverse=True)
-    found = []
-    for rows, right in zip(
-        image_embed.split(distances.BLOCK), own.split(distances.BLOCK), strict=True
-    ):
-        similarity = rows @ distinct.T
-        found.append((similarity >= similarity.gather(1, right[:, None])).sum(1))
-    return torch.cat(found)
+    ranks = []
+    for start in range(0, len(image_embed), distances.BLOCK):
+        similarity = image_embed[start : start + distances.BLOCK] @ distinct.T
+        own_similarity = similarity.gather(1, own[start : start + distances.BLOCK, None])
+        ranks.append((similarity >= own_similarity).sum(1))
+    return torch.cat(ranks)

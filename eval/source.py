@@ -13,8 +13,9 @@ from typing import Any, cast
 from torch import Tensor
 
 from eval.captions import Caption, read_captions
-from eval.drawn import SHARD, Drawn, digest_of
-from eval.folders import MAX_BAD_RATE, Pictures, Source
+from eval.commands import settings_from
+from eval.generated import SHARD_SIZE, GeneratedImages, captions_digest
+from eval.stored import MAX_BAD_RATE, ImageSource, StoredImages
 from unclip_pl.pipeline.unclip import CONDITIONS, Condition, UnCLIP
 from unclip_pl.pipeline.weights import (
     DEFAULT_DECODER,
@@ -28,79 +29,14 @@ from unclip_pl.utils.files import cache_dir
 from unclip_pl.utils.options import (
     add_prior_option,
     add_prior_sampling_options,
+    add_renamed,
     add_sampling_options,
     override_sampling,
     positive_int,
 )
 from unclip_pl.utils.precision import Precision, supported_precision
 
-
-def weights_of(path: str | os.PathLike) -> dict[str, str]:
-    """A release or checkpoint by name and content: another file is another model."""
-    path = Path(path)
-    files = (
-        sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors"))
-        if path.is_dir()
-        else [path]
-    )
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return {"name": path.name, "sha256": digest.hexdigest()[:16]}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say what images are judged."""
-    parser.add_argument(
-        "--images", help="a folder of images, or image shards (a folder, a pattern): judge these"
-    )
-    parser.add_argument(
-        "--ckpt",
-        help='judge what this decoder draws: a checkpoint or release; "openmoji": ours',
-    )
-    parser.add_argument(
-        "--samples",
-        type=Path,
-        help="folder for the pictures that are drawn; by default one in the cache",
-    )
-    add_drawing(parser)
-    parser.set_defaults(captions=None)
-    parser.add_argument(
-        "--max-bad-rate",
-        type=float,
-        default=MAX_BAD_RATE,
-        help="largest share of images that may be unreadable",
-    )
-    parser.add_argument(
-        "--condition",
-        choices=CONDITIONS,
-        help="what the decoder has for an image embedding; by default the prior's",
-    )
-    add_prior_option(parser)
-
-
-def add_drawing(parser: argparse.ArgumentParser) -> None:
-    """The options of drawing that all commands share."""
-    parser.add_argument(
-        "--captions",
-        default="openmoji",
-        help="FILE.txt (one a line), MS-COCO's annotations (.json), image shards, openmoji, or "
-        "openmoji-line",
-    )
-    parser.add_argument(
-        "--num-captions", type=positive_int, help="how many of the captions; by default all"
-    )
-    add_sampling_options(parser)
-    add_prior_sampling_options(parser)
-    parser.add_argument(
-        "--upsamplers",
-        nargs="+",
-        metavar="UPSAMPLER",
-        help='"256", "1024", those in the package; or checkpoints or releases, in order',
-    )
-
-
+DEFAULT_CAPTIONS = "openmoji"
 MODEL_OPTIONS = (
     "samples",
     "num_captions",
@@ -117,55 +53,115 @@ MODEL_OPTIONS = (
     "prior_temperature",
     "prior_top_p",
 )
+"""Options that only images drawn by a model can have."""
 
 
-def open_source(arguments: argparse.Namespace) -> Source:
-    """What `add_arguments` asked for; `batches` gives this rank's share.
+def describe_weights(path: str | os.PathLike) -> dict[str, str]:
+    """The name of a release or checkpoint and a digest of its content."""
+    path, files = Path(path), [Path(path)]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return {"name": path.name, "sha256": digest.hexdigest()[:16]}
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Which images are evaluated."""
+    parser.add_argument(
+        "--images", help="evaluate these: a folder of images, or shards (a folder, a pattern)"
+    )
+    parser.add_argument(
+        "--decoder",
+        help="evaluate what this decoder draws: a checkpoint or release; "
+        '"openmoji" is the one in the package',
+    )
+    add_renamed(parser, "--ckpt", "--decoder")
+    parser.add_argument(
+        "--samples",
+        type=Path,
+        help="folder for the images that are drawn; by default one in the cache",
+    )
+    add_generation_options(parser)
+    parser.set_defaults(captions=None)
+    parser.add_argument(
+        "--max-bad-rate",
+        type=float,
+        default=MAX_BAD_RATE,
+        help="largest share of images that may be unreadable",
+    )
+    parser.add_argument(
+        "--condition",
+        choices=CONDITIONS,
+        help="what the decoder has for an image embedding; by default the prior's",
+    )
+    add_prior_option(parser)
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """What is drawn and how, for all commands that draw."""
+    parser.add_argument(
+        "--captions",
+        default=DEFAULT_CAPTIONS,
+        help="FILE.txt (one per line), MS-COCO's annotations (.json), image shards, openmoji, or "
+        "openmoji-line",
+    )
+    parser.add_argument(
+        "--num-captions", type=positive_int, help="how many of the captions; by default all"
+    )
+    add_sampling_options(parser)
+    add_prior_sampling_options(parser)
+    parser.add_argument(
+        "--upsamplers",
+        nargs="+",
+        metavar="UPSAMPLER",
+        help='"256", "1024", those in the package; or checkpoints or releases, in order',
+    )
+
+
+def open_source(arguments: argparse.Namespace) -> ImageSource:
+    """The images that the options of `add_source_options` ask for, this rank's share of them.
 
     Raises:
-        UserError: neither or both of --images and --ckpt, or options that are of no use to what was
-            chosen.
+        UserError: neither or both of --images and --decoder are given, or options that are of no
+            use for what was chosen.
     """
-    if bool(arguments.images) == bool(arguments.ckpt):
+    if bool(arguments.images) == bool(arguments.decoder):
         raise UserError(
-            "Say what is to be judged, and only one: --images FOLDER, or --ckpt DECODER (with "
-            "--prior)."
+            "Say what is to be evaluated, and only one: --images FOLDER, or --decoder DECODER "
+            "(with --prior)."
         )
-    if arguments.images:
-        useless = [name for name in MODEL_OPTIONS if getattr(arguments, name) is not None]
-        if useless:
+    return _stored(arguments) if arguments.images else _generated(arguments)
+
+
+def _stored(arguments: argparse.Namespace) -> StoredImages:
+    for name in MODEL_OPTIONS:
+        if getattr(arguments, name) is not None:
             raise UserError(
-                f"--{useless[0].replace('_', '-')} is for pictures that a model draws, and "
-                "--images names some that are there: leave one out."
+                f"--{name.replace('_', '-')} is for images that a model draws, and --images names "
+                "images that are there: leave one out."
             )
-        given = (
-            [caption.text for caption in read_captions(arguments.captions)]
-            if arguments.captions
-            else None
-        )
-        return Pictures(arguments.images, rank(), world_size(), arguments.max_bad_rate, given)
-    decoder = str(DEFAULT_DECODER) if arguments.ckpt == "openmoji" else arguments.ckpt
-    condition: Condition = arguments.condition or (
-        "text" if read_weights(decoder).hyper_parameters.get("condition") == "text" else "prior"
+    captions = None
+    if arguments.captions:
+        captions = [caption.text for caption in read_captions(arguments.captions)]
+    return StoredImages(arguments.images, rank(), world_size(), arguments.max_bad_rate, captions)
+
+
+def _generated(arguments: argparse.Namespace) -> GeneratedImages:
+    decoder = decoder_path(arguments.decoder)
+    condition: Condition = arguments.condition or default_condition(decoder)
+    prior = choose_prior(arguments.prior, condition)
+    model = settings_from(Model, arguments, decoder=decoder, prior=prior)
+    unclip = model.unclip
+    captions = read_captions(
+        arguments.captions or DEFAULT_CAPTIONS, arguments.num_captions, model.size
     )
-    if condition != "prior" and arguments.prior:
-        raise UserError(
-            f"--prior is given, and --condition {condition} uses none: leave one of them out."
-        )
-    prior = (arguments.prior or "diffusion") if condition == "prior" else None
-    model = Model(
-        decoder,
-        prior,
-        arguments.device,
-        arguments.precision,
-        arguments.upsamplers or (),
-        arguments.compile,
-    )
-    captions = read_captions(arguments.captions or "openmoji", arguments.num_captions, model.size)
-    sampling = override_sampling(model.unclip.decoder, vars(arguments))
+    sampling = override_sampling(unclip.decoder, vars(arguments))
     prior_sampling = None
-    if model.unclip.prior:
-        prior_sampling = override_sampling(model.unclip.prior, vars(arguments), "prior_")
+    if unclip.prior:
+        prior_sampling = override_sampling(unclip.prior, vars(arguments), "prior_")
     settings = model.settings | {
         "condition": condition,
         "seed": arguments.seed,
@@ -174,7 +170,7 @@ def open_source(arguments: argparse.Namespace) -> Source:
     }
 
     def draw(indices: Sequence[int]) -> Tensor:
-        return model.unclip.generate(
+        return unclip.generate(
             [captions[k].text for k in indices],
             [arguments.seed + k for k in indices],
             condition,
@@ -182,84 +178,106 @@ def open_source(arguments: argparse.Namespace) -> Source:
             prior_sampling=prior_sampling,
         )
 
-    clip, size = model.unclip.clip, model.size
-    folder = arguments.samples or default_folder(settings, captions)
-    return Drawn(
-        folder,
+    return GeneratedImages(
+        arguments.samples or default_folder(settings, captions),
         captions,
         draw,
         settings,
         Path(model.decoder).name,
         rank=rank(),
         world_size=world_size(),
-        clip=clip,
-        size=size,
+        clip=unclip.clip,
+        size=model.size,
     )
 
 
+def decoder_path(name: str) -> str:
+    """The path of a decoder: "openmoji" is the one in the package."""
+    return str(DEFAULT_DECODER) if name == "openmoji" else name
+
+
+def default_condition(decoder: str) -> Condition:
+    """What a decoder was trained on: "text", or image embeddings, for which a prior stands in."""
+    trained_on = read_weights(decoder).hyper_parameters.get("condition")
+    return "text" if trained_on == "text" else "prior"
+
+
+def choose_prior(prior: str | None, condition: str) -> str | None:
+    """The prior of --prior, by default "diffusion"; None for conditions without one.
+
+    Raises:
+        UserError: a prior is named, and the condition has none.
+    """
+    if condition == "prior":
+        return prior or "diffusion"
+    if prior:
+        raise UserError(
+            f"--prior is given, and --condition {condition} uses none: leave one of them out."
+        )
+    return None
+
+
 def default_folder(settings: dict[str, Any], captions: Sequence[Caption]) -> Path:
-    """In the cache, a folder for pictures of these settings alone."""
-    name = hashlib.sha256(
-        json.dumps([settings, digest_of(captions), len(captions), SHARD], sort_keys=True).encode()
-    ).hexdigest()[:16]
-    return cache_dir() / "samples" / name
+    """A folder in the cache for images of these settings only."""
+    content = json.dumps(
+        [settings, captions_digest(captions), len(captions), SHARD_SIZE], sort_keys=True
+    )
+    return cache_dir() / "samples" / hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass
 class Model:
-    """A decoder and perhaps a prior, with what tells them from others.
+    """A decoder, perhaps with a prior and upsamplers.
 
     Args:
         decoder: a checkpoint or release.
         prior: "diffusion", "ar", a checkpoint or release, or None.
-        upsamplers: "256", "1024", checkpoints or releases, in order; pictures are then of the last
-            one's size.
+        device: as torch names it.
         precision: "fp32", or "bf16" on a device that has it.
-        compile: compile the networks; the pictures are the same up to rounding.
+        upsamplers: "256", "1024", checkpoints or releases, in order; images then have the size of
+            the last one's.
+        compile: compile the networks; the images are the same up to rounding.
     """
 
     decoder: str
     prior: str | None = None
     device: str = "cpu"
     precision: Precision = "fp32"
-    upsamplers: Sequence[str] = ()
+    upsamplers: Sequence[str] | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
-        self.precision = cast(
-            Precision, supported_precision(self.precision, self.device)
-        )  # pictures are kept by what they were computed in
+        # The settings of images name the precision that they were really computed in.
+        self.precision = cast(Precision, supported_precision(self.precision, self.device))
+        self.upsamplers = tuple(self.upsamplers or ())
 
     @cached_property
     def unclip(self) -> UnCLIP:
+        """The stages, loaded at the first use."""
         return UnCLIP.load(
             self.decoder,
             self.prior,
             device=self.device,
-            upsamplers=self.upsamplers,
+            upsamplers=self.upsamplers or (),
             precision=self.precision,
             compile=self.compile,
         )
 
     @property
     def size(self) -> int:
-        """Side of the pictures in pixels: the last upsampler's, else the decoder's."""
+        """Side of the images in pixels: the last upsampler's, else the decoder's."""
         return self.unclip.sizes[-1]
 
     @property
     def settings(self) -> dict[str, Any]:
         """The weights and the precision, as plain values."""
-        prior = (
-            None
-            if self.prior is None
-            else weights_of(DEFAULT_PRIORS.get(self.prior, Path(self.prior)))
-        )
-        upsamplers = [
-            weights_of(DEFAULT_UPSAMPLERS.get(name, Path(name))) for name in self.upsamplers
-        ]
+        prior = None
+        if self.prior is not None:
+            prior = describe_weights(DEFAULT_PRIORS.get(self.prior, Path(self.prior)))
+        upsamplers = [DEFAULT_UPSAMPLERS.get(name, Path(name)) for name in self.upsamplers or ()]
         return {
-            "decoder": weights_of(self.decoder),
+            "decoder": describe_weights(self.decoder),
             "prior": prior,
-            "upsamplers": upsamplers,
+            "upsamplers": [describe_weights(path) for path in upsamplers],
             "precision": self.precision,
         }

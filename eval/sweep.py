@@ -11,256 +11,268 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from eval import arms, report
-from eval.arms import Arm
+from eval import conditioning, report
 from eval.captions import Caption, read_captions
-from eval.common import (
-    Figures,
-    command,
-    parser,
+from eval.commands import Figures, choose_features, command_parser, run_command, settings_from
+from eval.conditioning import Conditioning
+from eval.evaluator import (
+    METRIC_TITLES,
+    Evaluator,
+    add_evaluator_options,
+    choose_score_clip,
+    gather_ranks,
+    metric_titles,
 )
-from eval.floor import (
-    NO_FLOOR,
-    add_floor,
-    floor_of,
-    other_real,
-    real_seen,
-    require_real,
+from eval.floor import NO_FLOOR, RealImages, add_reference_options, compute_floor
+from eval.generated import GeneratedImages
+from eval.source import (
+    Model,
+    add_generation_options,
+    choose_prior,
+    decoder_path,
+    describe_weights,
 )
-from eval.judge import SHOWN, Judge, add_judging, gathered, shown
-from eval.metrics import frechet_key
-from eval.source import Model, add_drawing, weights_of
-from eval.tables import Section, floor_row, notes
+from eval.tables import Section, body, floor_row
 from unclip_pl.pipeline.unclip import CONDITIONS
-from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS
+from unclip_pl.pipeline.weights import DEFAULT_PRIORS
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
-from unclip_pl.utils.distributed import rank, world_size
+from unclip_pl.utils.distributed import rank
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.files import atomic_file
 from unclip_pl.utils.images import grid, save_png
-from unclip_pl.utils.options import SPACING_HELP, add_prior_option, override_sampling, spacing
+from unclip_pl.utils.options import (
+    SAMPLERS,
+    SPACING_HELP,
+    add_prior_option,
+    add_renamed,
+    override_sampling,
+    spacing,
+)
 
-SETTINGS = ("sampler", "steps", "guidance")
+SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+SETTINGS_HEADERS = ("sampler", "steps", "guidance")
 """The first columns of the table."""
+PICTURES = 8
+"""Columns of the picture with all points side by side."""
+Curves = dict[str, list[SamplingConfig]]
+"""The points of each curve: "guidance", and one per sampler over steps."""
 
 
-def arguments() -> argparse.ArgumentParser:
-    made = parser(__doc__, "eval.sweep", batch_size=32)
-    made.set_defaults(out=Path("out/sweep"))
-    add = made.add_argument
-    add("--ckpt", default="openmoji", help='a checkpoint or release; "openmoji": the package\'s')
-    add_prior_option(made)
+def build_parser() -> argparse.ArgumentParser:
+    parser = command_parser(__doc__, "eval.sweep", batch_size=32)
+    parser.set_defaults(out=Path("out/sweep"))
+    add = parser.add_argument
+    add("--decoder", default="openmoji", help='a checkpoint or release; "openmoji": the package\'s')
+    add_renamed(parser, "--ckpt", "--decoder")
+    add_prior_option(parser)
     add(
         "--condition",
         choices=[*CONDITIONS, "image"],
+        default="prior",
         help="what the decoder has for an image embedding; image: that of the caption's picture",
     )
-    add_drawing(made)
-    add_floor(made)
-    scales = [1.0, 1.25, 1.5, 2.0, 3.0, 4.0]
-    add("--guidance-scales", type=float, nargs="*", default=scales, help="none: they are not swept")
+    add_generation_options(parser)
+    add_reference_options(parser)
+    scales: dict[str, Any] = {"type": float, "nargs": "*", "default": list(SCALES)}
+    add("--guidance-scales", **scales, help="to sweep; none: no such curve")
     add("--sweep-steps", type=spacing, nargs="*", default=[], help=SPACING_HELP)
     add(
         "--sweep-samplers",
         nargs="*",
         default=[],
-        choices=["ddpm", "ddim", "dpm_solver_pp"],
+        choices=SAMPLERS,
         help="samplers, each with all of --sweep-steps",
     )
-    add_judging(made)
-    return made
+    add_evaluator_options(parser)
+    return parser
 
 
-def points(given: argparse.Namespace, decoder: Decoder) -> dict[str, list[SamplingConfig]]:
-    """Curves by name: "guidance", and one for each sampler over steps.
+def build_curves(arguments: argparse.Namespace, decoder: Decoder) -> Curves:
+    """The settings of all points, by curve.
 
     Raises:
-        UserError: a setting is impossible; said before anything is drawn.
+        UserError: a setting is impossible; found before anything is drawn.
     """
 
-    def point(**options: Any) -> SamplingConfig:
-        return override_sampling(decoder, vars(given) | options)
+    def point(**settings: Any) -> SamplingConfig:
+        return override_sampling(decoder, vars(arguments) | settings)
 
     own = point()
-    curves = {
-        "guidance": [
-            point(guidance_scale=float(scale)) for scale in sorted(set(given.guidance_scales))
-        ]
-    }
-    samplers = given.sweep_samplers or ([own.sampler] if given.sweep_steps else [])
+    scales = sorted({*arguments.guidance_scales})
+    curves = {"guidance": [point(guidance_scale=scale) for scale in scales]}
+    samplers = arguments.sweep_samplers or ([own.sampler] if arguments.sweep_steps else [])
     for sampler in samplers:
-        spacings = dict.fromkeys(given.sweep_steps or [own.steps])
+        spacings = dict.fromkeys(arguments.sweep_steps or [own.steps])
         curve = [point(sampler=sampler, steps=steps) for steps in spacings]
         curves[sampler] = sorted(curve, key=lambda sampling: count_steps(decoder, sampling))
-    found = {name: curve for name, curve in curves.items() if curve}
-    if not found:
+    curves = {name: curve for name, curve in curves.items() if curve}
+    if not curves:
         raise UserError(
             "There is nothing to sweep: give --guidance-scales, --sweep-steps or --sweep-samplers."
         )
-    return found
+    return curves
 
 
-def arm_of(given: argparse.Namespace, captions: Sequence[Caption], model: Model) -> Arm:
-    """The condition that is swept."""
-    if given.condition == "caption":
-        return arms.of_caption(model, captions, given.seed)
-    if given.condition == "text":
-        return arms.of_text(model, captions, given.seed)
-    if given.condition == "image":
+def load_condition(
+    arguments: argparse.Namespace, captions: Sequence[Caption], model: Model
+) -> Conditioning:
+    """The condition under which the decoder is swept."""
+    place = (captions, arguments.seed)
+    if arguments.condition == "caption":
+        return conditioning.from_caption(model, *place)
+    if arguments.condition == "text":
+        return conditioning.from_text(model, *place)
+    if arguments.condition == "image":
         if not all(caption.image for caption in captions):
             raise UserError(
-                f"The captions of {given.captions} have no pictures whose embeddings could be "
+                f"The captions of {arguments.captions} have no pictures whose embeddings could be "
                 "taken: choose another --condition."
             )
-        return arms.of_image(model, captions, given.seed)
-    sampling = override_sampling(model.unclip.prior, vars(given), "prior_")
-    weights = weights_of(DEFAULT_PRIORS.get(given.prior, Path(given.prior)))
-    return arms.of_prior("prior", model, model.unclip, weights, sampling, captions, given.seed)
+        return conditioning.from_image(model, *place)
+    sampling = override_sampling(model.unclip.prior, vars(arguments), "prior_")
+    name = str(model.prior)
+    weights = describe_weights(DEFAULT_PRIORS.get(name, Path(name)))
+    return conditioning.from_prior("prior", model, model.unclip, weights, sampling, *place)
 
 
-def run(given: argparse.Namespace) -> Figures:
-    """Draw and judge each point; rank 0 writes the plots, the pictures and the page."""
-    given.condition = given.condition or "prior"
-    if given.prior and given.condition != "prior":
-        raise UserError(
-            f"--prior is given, and --condition {given.condition} uses none: leave one of them out."
-        )
-    given.prior = given.prior or "diffusion"
-    decoder = str(DEFAULT_DECODER) if given.ckpt == "openmoji" else given.ckpt
-    prior = given.prior if given.condition == "prior" else None
-    upsamplers = given.upsamplers or ()
-    model = Model(decoder, prior, given.device, given.precision, upsamplers, given.compile)
-    captions = read_captions(given.captions, given.num_captions, model.size)
-    require_real(given, captions)
-    curves = points(given, model.unclip.decoder)
-    arm = arm_of(given, captions, model)
-    conditions = model.unclip.decoder.clip_fingerprint or {}
-    judge = Judge.asked(given, conditions)
-    said = judge.bias(conditions)
-    text, where = judge.text(captions), (rank(), world_size())
-    real = real_seen(given, judge, captions, model.size)
-    count = len(gathered(real, given.device).number)
-    others = other_real(given, judge, model.size)
-    key, floor = judge.network.frechet, None
+def run(arguments: argparse.Namespace) -> Figures:
+    """Draw and evaluate each point; rank 0 writes the table, the curves and the pictures."""
+    model = settings_from(
+        Model,
+        arguments,
+        decoder=decoder_path(arguments.decoder),
+        prior=choose_prior(arguments.prior, arguments.condition),
+    )
+    captions = read_captions(arguments.captions, arguments.num_captions, model.size)
+    real = settings_from(RealImages, arguments, size=arguments.reference_size or model.size)
+    real.check(captions)
+    decoder = model.unclip.decoder
+    curves = build_curves(arguments, decoder)
+    condition = load_condition(arguments, captions, model)
+    fingerprint = decoder.clip_fingerprint or {}
+    evaluator = Evaluator(
+        choose_features(arguments.features, arguments.captions),
+        choose_score_clip(arguments.score_clip, fingerprint),
+        arguments.device,
+        arguments.precision,
+    )
+    notes = evaluator.shared_clip_warnings(fingerprint)
+    text, reference = evaluator.embed_captions(captions), real.features(evaluator, captions)
+    key, count = evaluator.network.frechet, len(gather_ranks(reference, arguments.device).number)
+    floor, others = None, real.floor_features(evaluator)
     if others is not None:
-        floor = floor_of(others, len(captions), count, key, given.seed)
+        floor = compute_floor(others, len(captions), count, key, arguments.seed)
     if floor is None:
-        said.append(NO_FLOOR.format(len(captions) + count))
-    results: dict[str, list[Figures]] = {}
-    rows, drawn = [], {}
+        notes.append(NO_FLOOR.format(len(captions) + count))
+    results: dict[str, list[Figures]] = {name: [] for name in curves}
+    rows, images = [], {}
     for name, curve in curves.items():
         for sampling in curve:
-            source = arm.drawn(given.out / "samples" / place(sampling), sampling, place=where)
-            seen = judge.look(source.batches(given.batch_size))
-            figures = judge.figures(real.features, seen, text)
-            figures["at_floor"] = floor.at(figures) if floor else []
-            settings_of_point = asdict(sampling) | {
-                "step_count": count_steps(model.unclip.decoder, sampling)
-            }
-            results.setdefault(name, []).append(settings_of_point | figures)
-            point = f"{sampling.sampler} {sampling.steps}, {sampling.guidance_scale:g}"
-            drawn[point] = source
-            rows.append(row(sampling, figures, key))
+            drawn = condition.generate(arguments.out / "samples" / folder_name(sampling), sampling)
+            features = evaluator.extract(drawn.batches(arguments.batch_size))
+            figures = evaluator.compute(reference.features, features, text)
+            figures["at_floor"] = floor.reached_by(figures) if floor else []
+            steps = {"step_count": count_steps(decoder, sampling)}
+            results[name].append(asdict(sampling) | steps | figures)
+            images[f"{sampling.sampler} {sampling.steps}, {sampling.guidance_scale:g}"] = drawn
+            rows.append(table_row(sampling, figures, key))
     rows.append(floor_row(floor, key))
     settings = {
-        "decoder": given.ckpt,
+        "decoder": arguments.decoder,
         "size": model.size,
-        "condition": given.condition,
-        "the decoder sees": str(arm.sees),
-        "prior": prior or "none",
-        "prior sampling": arm.settings.get("prior_sampling"),
-        "captions": f"{given.captions} ({len(captions)})",
-        "features": judge.network.name,
-        "CLIP that scores": str(judge.clip.config),
-        "seed": given.seed,
+        "condition": arguments.condition,
+        "the decoder sees": str(condition.inputs),
+        "prior": model.prior or "none",
+        "prior sampling": condition.settings.get("prior_sampling"),
+        "captions": f"{arguments.captions} ({len(captions)})",
+        "features": evaluator.network.name,
+        "CLIP that scores": str(evaluator.clip.config),
+        "seed": arguments.seed,
     }
     if rank() == 0:
-        some = range(min(8, len(captions)))
-        sides = grid([source.pictures(some) for source in drawn.values()], list(drawn))
-        shown_captions = "; ".join(caption.text for caption in captions[:8])
-        save_png(sides, given.out / "sweep.png", captions=shown_captions)
-        table = Section("Sweep", [*SETTINGS, *shown(key).values()], rows)
-        write(given.out, results, table, said, settings, sides)
+        table = Section("Sweep", [*SETTINGS_HEADERS, *metric_titles(key).values()], rows)
+        save_side_by_side(arguments.out / "sweep.png", images, captions)
+        write(arguments.out, results, body([table], notes), settings, key)
     return {
         "curves": results,
         "floor": None if floor is None else asdict(floor),
-        "said": said,
+        "notes": notes,
         "settings": settings,
     }
 
 
 def count_steps(decoder: Decoder, sampling: SamplingConfig) -> int:
-    """How many steps the settings take: where their point stands on the axis."""
+    """How many steps the settings take: the place of their point on the axis."""
     return len(decoder.process.schedule.respaced(sampling.steps))
 
 
-def place(sampling: SamplingConfig) -> str:
+def folder_name(sampling: SamplingConfig) -> str:
     """The name of a point's folder."""
     steps = str(sampling.steps).replace(" ", "")
     return f"{sampling.sampler}-{steps}-{sampling.guidance_scale:g}"
 
 
-def row(sampling: SamplingConfig, figures: Figures, key: str) -> list[str]:
-    """One point's line of the table."""
+def table_row(sampling: SamplingConfig, figures: Figures, key: str) -> list[str]:
+    """One point's line of the table; `key` is that of the Frechet distance."""
     cells = []
-    for name in shown(key):
+    for name in metric_titles(key):
         text = f"{figures[name] * (1000 if name == 'kid' else 1):.4g}"
         cells.append(f"{text}, at the floor" if name in figures["at_floor"] else text)
     return [sampling.sampler, str(sampling.steps), f"{sampling.guidance_scale:g}", *cells]
 
 
-def write(
-    out: Path,
-    results: dict[str, list[Figures]],
-    table: Section,
-    said: list[str],
-    settings: dict[str, Any],
-    sides: Image.Image,
+def save_side_by_side(
+    path: Path, images: dict[str, GeneratedImages], captions: Sequence[Caption]
 ) -> None:
-    """sweep.html, a plot a figure as .svg, the table in sweep.md, TensorBoard's events.
+    """A picture with a row per point and a column per caption, of the first ones."""
+    numbers = range(min(PICTURES, len(captions)))
+    picture = grid([drawn.load(numbers) for drawn in images.values()], list(images))
+    save_png(picture, path, captions="; ".join(captions[k].text for k in numbers))
 
-    The table is printed too.
-    """
-    said = [*notes([table]), *said]
-    markdown = report.markdown(table.headers, table.rows) + "".join(f"\n{one}\n" for one in said)
-    print(markdown)
-    with atomic_file(out / "sweep.md", "w") as file:
-        file.write(markdown)
+
+def build_panels(results: dict[str, list[Figures]], key: str) -> list[report.Panel]:
+    """A plot of each figure over guidance and over steps, and of the CLIP score over recall."""
     guidance = results.get("guidance", [])
-    samplers = {name: curve for name, curve in results.items() if name != "guidance"}
-    plots: list[str] = []
-    scalars: dict[str, report.Points] = {}
-    for figure, title in shown(frechet_key(next(iter(results.values()))[0])).items():
-        steps = {
-            name: [(one["step_count"], one[figure]) for one in curve]
-            for name, curve in samplers.items()
-        }
-        scales = [(one["guidance_scale"], one[figure]) for one in guidance]
-        for x, axis, series in (
-            ("guidance", "guidance scale", {"guidance": scales} if guidance else {}),
-            ("steps", "sampling steps", steps),
-        ):
-            if not series:
-                continue
-            plots.append(report.plot(series, axis, title.removesuffix(" x 1000")))
-            scalars |= {f"{figure}/{name} over {x}": line for name, line in series.items()}
-            with atomic_file(out / f"{figure}-{x}.svg", "w") as file:
-                file.write(plots[-1])
+    samplers = {name: points for name, points in results.items() if name != "guidance"}
+    panels = []
+    for figure, title in metric_titles(key).items():
+        label = title.removesuffix(" x 1000")
+        if guidance:
+            points = [(point["guidance_scale"], point[figure]) for point in guidance]
+            panels.append(report.Panel("guidance scale", label, {"guidance": points}))
+        if samplers:
+            lines = {
+                name: [(point["step_count"], point[figure]) for point in points]
+                for name, points in samplers.items()
+            }
+            panels.append(report.Panel("sampling steps", label, lines))
     if guidance:  # Fig. 13 of the paper sets recall against what guidance improves
-        points = [(one["recall"], one["clip_score"]) for one in guidance]
-        plots.append(report.plot({"guidance": points}, "recall", SHOWN["clip_score"]))
-    parts = [table.html, *(report.paragraph(one) for one in said), *plots]
-    parts += [report.heading("Side by side"), report.picture(sides, "side by side")]
-    report.write_page(out / "sweep.html", "Sweep", parts, settings)
+        points = [(point["recall"], point["clip_score"]) for point in guidance]
+        panels.append(report.Panel("recall", METRIC_TITLES["clip_score"], {"guidance": points}))
+    return panels
+
+
+def write(
+    out: Path, results: dict[str, list[Figures]], table: str, settings: dict[str, Any], key: str
+) -> None:
+    """sweep.md, sweep-curves.png and TensorBoard's events; prints the table."""
+    print(table)
+    panels = build_panels(results, key)
+    report.write_curves(out / "sweep-curves.png", panels)
+    pictures = {"Curves": "sweep-curves.png", "Side by side": "sweep.png"}
+    report.write_report(out / "sweep.md", "Sweep", table, pictures, settings)
+    scalars = {
+        f"{panel.y} over {panel.x}/{name}": points
+        for panel in panels
+        for name, points in panel.lines.items()
+        if panel.x != "recall"
+    }
     report.write_tensorboard(out / "tensorboard", scalars)
 
 
-def main(given: list[str] | None = None) -> int:
+def main(words: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    return command(arguments(), run, given)
+    return run_command(build_parser(), run, words)
 
 
 if __name__ == "__main__":

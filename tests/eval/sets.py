@@ -8,7 +8,7 @@ import torch
 def features(
     n: int, dim: int, seed: int = 0, shift: float = 0.0, rank: int | None = None
 ) -> torch.Tensor:
-    """(N, D) float32 with a decaying spectrum and a mean, not negative, as a network's pooled features are."""
+    """(N, D) float32, not negative, with a decaying spectrum and a mean, like pooled features."""
     generator = torch.Generator().manual_seed(seed)
     rank = rank or min(dim, 64)
     base = torch.randn(rank, dim, generator=torch.Generator().manual_seed(1)) / rank**0.5
@@ -17,9 +17,9 @@ def features(
 
 
 def exactly(mean: torch.Tensor, root: torch.Tensor, n: int, seed: int = 0) -> torch.Tensor:
-    """(N, D) float64 whose sample mean is `mean` and whose sample covariance (over N - 1) is root root^T, to rounding; N > D."""
-    z = torch.randn(
-        n, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    """(N, D) float64, N > D, with the sample mean `mean` and the sample covariance (over N - 1)
+    root root^T, up to rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, len(mean), generator=generator, dtype=torch.float64)
     q = torch.linalg.qr(z - z.mean(0)).Q * math.sqrt(n - 1)
     return q @ root.T + mean

@@ -1,4 +1,4 @@
-"""`eval.coco`: a caption of each picture, all at one side, each prior at each scale, any ranks."""
+"""`eval.coco`: a caption of each picture, each prior at each guidance scale, any ranks."""
 
 import functools
 import json
@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import coco, fid, source
-from eval.captions import one_each, read_coco
-from eval.features import named
-from eval.folders import Pictures
+from eval import coco, coco_images
+from eval.captions import one_per_picture, read_coco
+from eval.commands import choose_features
+from eval.evaluator import compute_distances
+from eval.features import load_features
+from eval.generated import GeneratedImages
+from eval.metrics import CLIPScore
+from eval.stored import StoredImages
 from tests.cluster.forks import Ranks
 from tests.eval import tiny
 from tests.eval.test_reference import photograph
@@ -23,6 +27,7 @@ from unclip_pl.utils.images import to_uint8
 
 PICTURES, COUNT, SIDE = 9, 6, 64
 """Of the annotations, and of those that have a caption drawn."""
+SMALL_SHARDS = functools.partial(GeneratedImages, shard_size=2)
 ANIMALS = ("cat", "dog", "fox", "cow", "hen", "bee", "ant", "owl", "rat")
 
 
@@ -44,7 +49,7 @@ def annotations(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory) -> dict[str, Path]:
-    """A decoder of 16 pixels and an upsampler to 64, the annotations, and few pictures a shard."""
+    """A decoder of 16 pixels and an upsampler to 64, the annotations, and few images per shard."""
     folder = tmp_path_factory.mktemp("coco")
     return {
         "decoder": tiny.decoder(folder / "decoder"),
@@ -56,15 +61,16 @@ def stages(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(coco, "Drawn", functools.partial(source.Drawn, shard=2))
+    monkeypatch.setattr(coco_images, "GeneratedImages", SMALL_SHARDS)
 
 
 def words(stages, out: Path, *more: str) -> list[str]:
-    given = ["--annotations", stages["annotations"], "--images", stages["images"], "--out", out]
-    given += ["--decoder", stages["decoder"], "--upsamplers", stages["upsampler"]]
-    given += ["--count", COUNT, "--prior-sampler", "ddim", "--prior-steps", 2, "--batch-size", 4]
-    given += ["--features", "clip", "--score-clip", "openmoji", "--bootstrap", 2]
-    return [*map(str, given), "--device", "cpu", "--guidance-scales", "1.25", "2", *more]
+    options = ["--annotations", stages["annotations"], "--images", stages["images"], "--out", out]
+    options += ["--decoder", stages["decoder"], "--upsamplers", stages["upsampler"]]
+    options += ["--num-captions", COUNT, "--batch-size", 4, "--resamples", 2]
+    options += ["--prior-sampler", "ddim", "--prior-steps", 2]
+    options += ["--features", "clip", "--score-clip", "openmoji", "--device", "cpu"]
+    return [*map(str, options), "--guidance-scales", "1.25", "2", *more]
 
 
 @pytest.fixture(scope="module")
@@ -72,38 +78,40 @@ def ran(stages, tmp_path_factory) -> tuple[Path, dict]:
     """(folder, the JSON line) of both priors at two scales, drawn without a stop."""
     out = tmp_path_factory.mktemp("ran") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coco, "Drawn", functools.partial(source.Drawn, shard=2))
+        patch.setattr(coco_images, "GeneratedImages", SMALL_SHARDS)
         assert coco.main(words(stages, out)) == 0
     return out, json.loads((out / "coco.json").read_text())
 
 
 def test_the_paper_s_settings_are_the_defaults():
-    given = coco.arguments().parse_args(["--annotations", "a.json", "--images", "val2014"])
-    assert (given.count, given.guidance_scales, given.priors) == (
-        30000,
-        [1.25],
-        ["diffusion", "ar"],
-    )
-    assert (given.upsamplers, given.reference, given.reference_size) == (["256"], "all", None)
-    assert coco.features_of(given) == "inception" and coco.SIDE == 256
+    words = ["--annotations", "a.json", "--images", "val2014"]
+    arguments = coco.build_parser().parse_args(words)
+    assert (arguments.num_captions, arguments.guidance_scales) == (30000, [1.25])
+    assert (arguments.priors, arguments.upsamplers) == (["diffusion", "ar"], ["256"])
+    assert (arguments.reference, arguments.reference_size) == ("all", None)
+    assert choose_features(arguments.features, None) == "inception" and coco.SIDE == 256
 
 
 def test_each_picture_has_one_of_its_captions_which_the_seed_chooses(stages):
     captions, files = read_coco(str(stages["annotations"]))
     assert len(captions) == 5 * PICTURES and len(files) == PICTURES
-    some = one_each(captions, COUNT, "x", seed=3)
-    assert some == one_each(captions[::-1], COUNT, "x", seed=3) != one_each(captions, COUNT, "x")
-    assert len({caption.picture for caption in some}) == COUNT
-    for caption in some:
+    chosen = one_per_picture(captions, COUNT, "x", seed=3)
+    assert (
+        chosen
+        == one_per_picture(captions[::-1], COUNT, "x", seed=3)
+        != one_per_picture(captions, COUNT, "x")
+    )
+    assert len({caption.picture for caption in chosen}) == COUNT
+    for caption in chosen:
         word, number = caption.text.split()
         assert ANIMALS.index(word) == 1000 - caption.picture and int(number) < 5
-    everything = one_each(captions, PICTURES, "x", seed=3)
-    assert set(some) < set(everything) and len({c.text.split()[1] for c in everything}) > 1
-    with pytest.raises(UserError, match="10 pictures were asked for and x has those of 9"):
-        one_each(captions, PICTURES + 1, "x")
+    everything = one_per_picture(captions, PICTURES, "x", seed=3)
+    assert set(chosen) < set(everything) and len({c.text.split()[1] for c in everything}) > 1
+    with pytest.raises(UserError, match="--num-captions"):
+        one_per_picture(captions, PICTURES + 1, "x")
 
 
-def test_both_priors_are_judged_at_every_scale_against_all_pictures(ran):
+def test_both_priors_are_evaluated_at_every_scale_against_all_pictures(ran):
     out, found = ran
     at = [(point["prior"], point["guidance_scale"]) for point in found["points"]]
     assert at == [("diffusion", 1.25), ("diffusion", 2), ("ar", 1.25), ("ar", 2)]
@@ -120,30 +128,30 @@ def test_both_priors_are_judged_at_every_scale_against_all_pictures(ran):
 
 
 def test_figures_are_those_of_the_pictures_that_the_stages_draw(ran, stages):
-    """The first point, drawn by the pipeline itself and judged against pictures cut by hand."""
+    """The first point, drawn by the pipeline itself and compared with pictures cut by hand."""
     captions, _ = read_coco(str(stages["annotations"]))
-    some = one_each(captions, COUNT, "x")
+    chosen = one_per_picture(captions, COUNT, "x")
     unclip = UnCLIP.load(stages["decoder"], "diffusion", upsamplers=[stages["upsampler"]])
     prior = unclip.prior.sampling
     sampling = SamplingConfig(sampler="ddim", steps=2, guidance_scale=1.25)
     prior = PriorSamplingConfig("ddim", 2, prior.guidance_scale)
-    texts = [caption.text for caption in some]
+    texts = [caption.text for caption in chosen]
     pairs = [
         unclip.generate(texts[k : k + 2], [k, k + 1], sampling=sampling, prior_sampling=prior)
         for k in range(0, COUNT, 2)
     ]
     drawn = to_uint8(torch.cat(pairs))
-    network = named("clip")
+    network = load_features("clip")
     real = torch.stack([to_uint8(decode(photograph(k, 120, 90), SIDE)) for k in range(PICTURES)])
     assert drawn.shape[-2:] == real.shape[-2:] == (SIDE, SIDE)
-    expected = fid.judge(network, network(real), network(drawn), bootstrap=0)
+    expected = compute_distances(network, network(real), network(drawn), resamples=0)
     assert ran[1]["points"][0]["fd_clip"] == pytest.approx(expected["fd_clip"], rel=1e-5)
-    clip, score = unclip.clip, coco.CLIPScore()
+    clip, score = unclip.clip, CLIPScore()
     score.update(network(drawn), clip.embed_text(clip.tokenize(texts)).embed)
     assert ran[1]["points"][0]["clip_score"] == pytest.approx(score.compute()["clip_score"])
 
 
-def test_a_run_that_was_stopped_goes_on_and_says_what_a_whole_one_says(
+def test_a_run_that_was_stopped_goes_on_and_has_the_figures_of_a_whole_one(
     ran, stages, tmp_path, monkeypatch
 ):
     whole, drawn = UnCLIP.decode, []
@@ -158,9 +166,12 @@ def test_a_run_that_was_stopped_goes_on_and_says_what_a_whole_one_says(
     with pytest.raises(KeyboardInterrupt):
         coco.main(words(stages, tmp_path / "out"))
     assert drawn == [[0, 1], [2, 3], [4, 5], [0, 1]]
-    monkeypatch.setattr(
-        UnCLIP, "decode", lambda *given: drawn.append(list(given[2])) or whole(*given)
-    )
+
+    def decode_all(self, image_embed, seeds, *arguments):
+        drawn.append(list(seeds))
+        return whole(self, image_embed, seeds, *arguments)
+
+    monkeypatch.setattr(UnCLIP, "decode", decode_all)
     assert coco.main(words(stages, tmp_path / "out")) == 0
     assert drawn[4:] == [[2, 3], [4, 5], *[[0, 1], [2, 3], [4, 5]] * 2]
     again = json.loads((tmp_path / "out" / "coco.json").read_text())
@@ -168,13 +179,14 @@ def test_a_run_that_was_stopped_goes_on_and_says_what_a_whole_one_says(
 
 
 @pytest.mark.slow
-def test_two_ranks_share_the_pictures_and_say_what_one_says(ran, stages, tmp_path):
+def test_two_ranks_share_the_images_and_have_the_figures_of_one(ran, stages, tmp_path):
     """Rank 0 has two of the three shards of each point, rank 1 the other."""
-    ranks = Ranks(tmp_path / "said", lambda: coco.main(words(stages, tmp_path / "two")), 2)
+    ranks = Ranks(tmp_path / "output", lambda: coco.main(words(stages, tmp_path / "two")), 2)
     assert ranks.wait() == [0, 0], ranks.said()[-3000:]
-    samples = lambda folder: {
-        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.tar")
-    }
+
+    def samples(folder):
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.tar")}
+
     assert len(samples(ran[0])) == 12 and samples(ran[0]) == samples(tmp_path / "two")
     two = json.loads((tmp_path / "two" / "coco.json").read_text())
     for one, other in zip(ran[1]["points"], two["points"], strict=True):
@@ -185,43 +197,45 @@ def test_two_ranks_share_the_pictures_and_say_what_one_says(ran, stages, tmp_pat
                 assert other[name] == pytest.approx(value, rel=1e-4), name
 
 
-def test_the_drawn_pictures_alone_can_be_the_reference(stages, tmp_path):
+def test_only_the_drawn_captions_pictures_can_be_the_reference(stages, tmp_path):
     more = ["--priors", "diffusion", "--reference", "drawn", "--guidance-scales", "1"]
-    more += ["--upsamplers", "--reference-size", "32", "--bootstrap", "0"]
+    more += ["--upsamplers", "--reference-size", "32", "--resamples", "0"]
     (stages["images"] / "unused.txt").write_text("no picture")
     assert coco.main(words(stages, tmp_path / "out", *more)) == 0
     found = json.loads((tmp_path / "out" / "coco.json").read_text())
     (point,) = found["points"]
     assert (point["n_real"], point["n_fake"]) == (COUNT, COUNT) and "fd_clip_low" not in point
-    assert "Pictures of 16 pixels are compared with real ones of 32" in found["said"][0]
+    assert "Images of 16 pixels are compared with real ones of 32" in found["notes"][0]
     (folder,) = (tmp_path / "out" / "samples").iterdir()
-    (batch,) = Pictures(str(folder)).batches(COUNT)
+    (batch,) = StoredImages(str(folder)).batches(COUNT)
     assert batch["images"].shape == (COUNT, 3, 16, 16)
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "keyword"),
     [
-        (["--count", "10"], "Captions of 10 pictures were asked for and"),
-        (["--images", "{annotations}"], "9 of 9 pictures of"),
-        (["--annotations", "gone.json"], "The captions gone.json cannot be read"),
-        (["--annotations", "{wrong}"], "is none of MS-COCO's caption files"),
-        (["--annotations", "{unnamed}"], "names no file for picture 3"),
-        (["--priors", "ar", "ar"], "Two of --priors are the same prior"),
-        (["--priors", "{decoder}"], "holds a Decoder, and a DiffusionPrior or ARPrior is needed"),
-        (["--priors", "ar"], "--prior-sampler is no setting of this stage"),
-        (["--guidance-scales", "1", "0.5"], "--guidance-scale is 0.5"),
-        (["--upsamplers", "{decoder}"], "and a Upsampler256 or Upsampler1024 is needed"),
+        (["--num-captions", "10"], "--num-captions"),
+        (["--images", "{annotations}"], "--images"),
+        (["--annotations", "gone.json"], "gone.json"),
+        (["--annotations", "{wrong}"], "MS-COCO"),
+        (["--annotations", "{unnamed}"], "file_name"),
+        (["--priors", "ar", "ar"], "--priors"),
+        (["--priors", "{decoder}"], "DiffusionPrior"),
+        (["--priors", "ar"], "--prior-sampler"),
+        (["--guidance-scales", "1", "0.5"], "--guidance-scale"),
+        (["--upsamplers", "{decoder}"], "Upsampler256"),
     ],
 )
-def test_what_is_wrong_is_one_sentence_and_nothing_is_drawn(more, said, stages, tmp_path, capsys):
+def test_what_is_wrong_is_one_sentence_and_nothing_is_drawn(
+    more, keyword, stages, tmp_path, capsys
+):
     places = stages | {"wrong": tmp_path / "wrong.json", "unnamed": tmp_path / "unnamed.json"}
     places["wrong"].write_text('{"annotations": [{"id": 1, "caption": "a cat"}]}')
     captions = [{"id": 1, "image_id": 3, "caption": "a cat"}] * COUNT
     places["unnamed"].write_text(json.dumps({"annotations": captions}))
     if "{unnamed}" in more:
-        more = [*more, "--count", "1"]
+        more = [*more, "--num-captions", "1"]
     assert coco.main(words(stages, tmp_path / "out", *(one.format(**places) for one in more))) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("python -m eval.coco: ") and said in last
+    assert last.startswith("python -m eval.coco: ") and keyword in last
     assert not (tmp_path / "out").exists()

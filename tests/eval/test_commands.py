@@ -1,20 +1,26 @@
 """`python -m eval.fid` and `eval.clip_score`: figures that worsen with what people see, a JSON line
-at the end, one sentence for what is wrong.
-"""
+at the end, one sentence for what is wrong."""
 
+import argparse
 import json
-from itertools import pairwise
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import ImageFilter
 
-from eval import clip_score, fid
-from eval.features import named
+from eval import clip_score, coco, compare, fid, sweep
+from eval.evaluator import compute_distances
+from eval.features import load_features
+from unclip_pl.cli import unclip
 from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.openmoji_drawings import draw, list_drawings
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -38,155 +44,109 @@ def last_line(capsys) -> dict:
 
 
 def run(capsys, *arguments: object) -> dict:
-    assert (
-        fid.main(
-            ["--device", "cpu", "--bootstrap", "0", "--features", "clip", *map(str, arguments)]
-        )
-        == 0
-    )
+    options = ["--device", "cpu", "--resamples", "0", "--features", "clip"]
+    assert fid.main([*options, *map(str, arguments)]) == 0
     return last_line(capsys)
 
 
 def pixels(images) -> torch.Tensor:
-    return torch.from_numpy(
-        np.stack([np.asarray(image.convert("RGB")) for image in images])
-    ).permute(0, 3, 1, 2)
+    arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("how", ["blur", "noise", "others"])
 def test_every_distance_worsens_step_by_step(how, drawings):
-    """Precision is left out: noise draws all images to one place, which is within reach of the
-    reference; and strays reach far, which keeps recall.
-    """
+    """Precision is left out: noise moves all images to one place, which is within reach of the
+    reference. Recall stays with wrong images, because outliers reach far."""
     images, _ = drawings
-    network = named("clip")
+    network = load_features("clip")
     real, fake = network(pixels(images[::2])), images[1::2]
     found = []
     for step in range(3):
         if how == "blur":
-            made = pixels([image.filter(ImageFilter.GaussianBlur(1.5 * step)) for image in fake])
+            images = pixels([image.filter(ImageFilter.GaussianBlur(1.5 * step)) for image in fake])
         elif how == "noise":
-            noise = (
-                60 * step * torch.randn(40, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-            )
-            made = (pixels(fake) + noise).clamp(0, 255).to(torch.uint8)
+            noise = torch.randn(40, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+            images = (pixels(fake) + 60 * step * noise).clamp(0, 255).to(torch.uint8)
         else:
-            wrong = torch.randint(
-                0,
-                256,
-                (40, 3, 48, 48),
-                dtype=torch.uint8,
-                generator=torch.Generator().manual_seed(0),
-            )
-            made = torch.cat([wrong[: 15 * step], pixels(fake[15 * step :])])
-        found.append(fid.judge(network, real, network(made), bootstrap=0))
+            generator = torch.Generator().manual_seed(0)
+            wrong = torch.randint(0, 256, (40, 3, 48, 48), dtype=torch.uint8, generator=generator)
+            images = torch.cat([wrong[: 15 * step], pixels(fake[15 * step :])])
+        found.append(compute_distances(network, real, network(images), resamples=0))
     for name in ("fd_clip", "kid", "cmmd"):
-        assert all(a[name] < b[name] for a, b in pairwise(found)), (
-            name,
-            [each[name] for each in found],
-        )
+        values = [figures[name] for figures in found]
+        assert values == sorted(set(values)), name
     assert how == "others" or found[0]["recall"] > found[-1]["recall"]
 
 
 def test_a_folder_against_itself_is_at_no_distance(folder, capsys):
     found = run(capsys, "--images", folder, "--reference", folder)
-    assert (
-        "fid" not in found
-        and found["fd_clip"] == pytest.approx(0, abs=1e-4)
-        and found["cmmd"] == pytest.approx(0, abs=1e-9)
-    )
+    assert "fid" not in found and found["fd_clip"] == pytest.approx(0, abs=1e-4)
+    assert found["cmmd"] == pytest.approx(0, abs=1e-9)
     assert (found["precision"], found["recall"], found["n_fake"], found["bad"]) == (1, 1, 80, 0)
-    assert found["command"] == "fid" and "256 numbers" in found["said"][0]
+    assert found["command"] == "fid" and "256 numbers" in found["notes"][0]
 
 
 def test_the_figures_are_written_and_their_interval_holds_the_value(folder, tmp_path, capsys):
-    arguments = [
-        "--device",
-        "cpu",
-        "--images",
-        str(folder),
-        "--reference",
-        str(folder),
-        "--bootstrap",
-        "4",
-        "--features",
-        "clip",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert fid.main(arguments) == 0
-    found = last_line(capsys)
+    more = ["--resamples", "4", "--out", tmp_path / "out"]
+    found = run(capsys, "--images", folder, "--reference", folder, *more)
     assert json.loads((tmp_path / "out" / "fid.json").read_text()) == found
-    assert (
-        found["fd_clip_low"] <= found["fd_clip"] <= found["fd_clip_high"]
-        and found["fd_clip_infinity"] is None
-    )
+    assert found["fd_clip_low"] <= found["fd_clip"] <= found["fd_clip_high"]
+    assert found["fd_clip_infinity"] is None
 
 
 def test_own_captions_score_above_others_and_the_file_gives_them_line_by_line(
     folder, drawings, tmp_path, capsys
 ):
     captions = drawings[1]
-    assert clip_score.main(["--device", "cpu", "--images", str(folder)]) == 0
-    own = last_line(capsys)
+
+    def score(*more):
+        assert clip_score.main(["--device", "cpu", "--images", str(folder), *more]) == 0
+        return last_line(capsys)
+
+    own = score()
     clip = FrozenCLIP(CLIPConfig("openmoji-judge"))
-    expected = torch.cosine_similarity(
-        clip.embed_images(pixels(drawings[0]) / 127.5 - 1),
-        clip.embed_text(clip.tokenize(captions)).embed,
-    )
+    image_embed = clip.embed_images(pixels(drawings[0]) / 127.5 - 1)
+    text_embed = clip.embed_text(clip.tokenize(captions)).embed
+    expected = torch.cosine_similarity(image_embed, text_embed)
     assert own["clip_score"] == pytest.approx(100 * expected.clamp(min=0).mean().item(), rel=1e-4)
     file = tmp_path / "captions.txt"
     file.write_text("\n\n".join(captions) + "\n")
-    assert (
-        clip_score.main(["--device", "cpu", "--images", str(folder), "--captions", str(file)]) == 0
-    )
-    assert last_line(capsys)["clip_score"] == pytest.approx(own["clip_score"], rel=1e-9)
+    from_file = score("--captions", str(file))
+    assert from_file["clip_score"] == pytest.approx(own["clip_score"], rel=1e-9)
     file.write_text("\n".join(captions[7:] + captions[:7]))
-    assert (
-        clip_score.main(["--device", "cpu", "--images", str(folder), "--captions", str(file)]) == 0
-    )
-    others = last_line(capsys)
-    assert (
-        others["clip_score_high"] < own["clip_score_low"]
-        and others["rank_mean"] > own["rank_mean"]
-        and others["r1"] < own["r1"]
-    )
+    others = score("--captions", str(file))
+    assert others["clip_score_high"] < own["clip_score_low"]
+    assert others["rank_mean"] > own["rank_mean"] and others["r1"] < own["r1"]
 
 
-def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "words", "keyword"),
+    [
+        (fid, "--images {empty} --reference {folder}", "no images"),
+        (fid, "--images {folder} --reference {folder} --features inception", "inception-2015"),
+        (fid, "--images {folder}", "--reference"),
+        (fid, "--reference {folder}", "--images"),
+        (fid, "--images {folder} --reference {folder} --device cuda:99", "cuda:99"),
+        (clip_score, "--images {folder} --captions {captions}", "1 captions"),
+        (clip_score, "--images {folder} --captions none.txt", "none.txt"),
+        (clip_score, "--images {folder} --score-clip local-dir:/nowhere", "/nowhere"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(
+    module, words, keyword, folder, tmp_path, capsys, monkeypatch
+):
+    def unreachable(*_, **__):
+        raise OSError("no network")
+
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        "urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network"))
-    )
-    (tmp_path / "empty").mkdir()
-    captions = tmp_path / "captions.txt"
-    captions.write_text("a cat\n\n \n")
-    cases = [
-        (fid, ["--images", tmp_path / "empty", "--reference", folder], "There are no images in"),
-        (
-            fid,
-            ["--images", folder, "--reference", folder, "--features", "inception"],
-            "inception-2015-12-05.pt",
-        ),
-        (fid, ["--images", folder], "--reference"),
-        (fid, ["--reference", folder], "--images"),
-        (
-            fid,
-            ["--images", folder, "--reference", folder, "--device", "cuda:99"],
-            "There is no device cuda:99",
-        ),
-        (
-            clip_score,
-            ["--images", folder, "--captions", captions],
-            "There are 1 captions and 80 images",
-        ),
-        (clip_score, ["--images", folder, "--captions", tmp_path / "none.txt"], "none.txt"),
-        (clip_score, ["--images", folder, "--clip", "local-dir:/nowhere"], "/nowhere"),
-    ]
-    for module, arguments, said in cases:
-        assert module.main(list(map(str, arguments))) == 1, arguments
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert said in error and error.startswith("python -m eval."), error
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    places = {"folder": folder, "empty": tmp_path / "empty", "captions": tmp_path / "captions.txt"}
+    places["empty"].mkdir()
+    places["captions"].write_text("a cat\n\n \n")
+    assert module.main(words.format(**places).split()) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert keyword in error and error.startswith("python -m eval.")
 
 
 def test_an_image_without_a_caption_is_named(folder, tmp_path, capsys):
@@ -196,3 +156,59 @@ def test_an_image_without_a_caption_is_named(folder, tmp_path, capsys):
     (copy / "007.txt").write_text(" \n")
     assert clip_score.main(["--device", "cpu", "--images", str(copy)]) == 1
     assert "Image 007 of" in capsys.readouterr().err
+
+
+COMMANDS = [fid, clip_score, compare, sweep, coco]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_have_the_names_and_kinds_of_those_of_generate(command):
+    """An option of both programs is of one type and offers the same choices."""
+    (commands,) = (
+        action
+        for action in unclip.parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    theirs = {action.dest: action for action in commands.choices["generate"]._actions}
+    ours = {action.dest: action for action in command.build_parser()._actions}
+    shared = {"decoder", "sampler", "steps", "eta", "seed", "batch_size", "out", "device"}
+    shared |= {"precision", "compile", "prior_guidance_scale", "prior_steps", "prior_sampler"}
+    shared |= {"prior_temperature", "prior_top_p"}
+    assert shared <= ours.keys() and shared <= theirs.keys()
+    for name in {"sampler", "steps", "eta", "seed", "prior", "guidance_scale"} & ours.keys():
+        for attribute in ("option_strings", "type", "choices", "nargs"):
+            assert getattr(ours[name], attribute) == getattr(theirs[name], attribute), name
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        (fid, "--ckpt", "--decoder"),
+        (fid, "--bootstrap", "--resamples"),
+        (clip_score, "--clip", "--score-clip"),
+        (compare, "--seeds", "--num-images"),
+        (sweep, "--ckpt", "--decoder"),
+        (coco, "--count", "--num-captions"),
+    ],
+)
+def test_an_old_option_says_its_new_name(command, old, new, capsys):
+    required = ["--annotations", "a", "--images", "b"] if command is coco else []
+    with pytest.raises(SystemExit):
+        command.main([*required, old, "1"])
+    assert new in capsys.readouterr().err
+
+
+PAGES = [ROOT / "docs" / "evaluation.md", ROOT / "docs" / "results.md"]
+COMMAND_LINES = [
+    line
+    for page in PAGES
+    for line in re.findall(r"-m (eval\.[^`)|]+)", page.read_text().replace("\\\n", " "))
+    if "..." not in line
+]
+
+
+@pytest.mark.parametrize("line", [line.partition("\n")[0] for line in COMMAND_LINES])
+def test_commands_of_the_documentation_parse(line):
+    name, *words = shlex.split(line)
+    commands = {f"eval.{command.__name__.rpartition('.')[2]}": command for command in COMMANDS}
+    assert commands[name].build_parser().parse_args(words)

@@ -49,7 +49,7 @@ def test_frechet_at_2048_dimensions_has_its_closed_form():
         distances.Gaussian(torch.full((dim,), mean, dtype=torch.float64), torch.diag(v.square()))
         for mean, v in ((0.0, s), (0.1, t))
     )
-    assert distances.frechet_of(a, b) == pytest.approx(
+    assert distances.gaussian_frechet(a, b) == pytest.approx(
         (s - t).square().sum().item() + dim * 0.01, rel=1e-9
     )
 
@@ -129,7 +129,7 @@ def test_kid_equals_clean_fid_torchmetrics_and_its_definition(n):
     expected = (
         (kxx.sum() - kxx.trace() + kyy.sum() - kyy.trace()) / (n * (n - 1)) - 2 * kxy.mean()
     ).item()
-    found = distances.kernel(a, b)
+    found = distances.kid(a, b)
     assert found.value == pytest.approx(expected, rel=1e-8)
     assert found.value == pytest.approx(
         cleanfid.fid.kernel_distance(x.numpy(), y.numpy(), 1, n), rel=1e-6
@@ -149,13 +149,12 @@ def test_kid_equals_clean_fid_torchmetrics_and_its_definition(n):
 
 def test_the_error_of_kid_is_that_of_leaving_each_image_out_and_the_spread_of_fresh_sets():
     a, b = features(12, 6, 1), features(9, 6, 2, 0.1)
-    less_a = [distances.kernel(torch.cat([a[:i], a[i + 1 :]]), b).value for i in range(12)]
-    less_b = [distances.kernel(a, torch.cat([b[:i], b[i + 1 :]])).value for i in range(9)]
+    less_a = [distances.kid(torch.cat([a[:i], a[i + 1 :]]), b).value for i in range(12)]
+    less_b = [distances.kid(a, torch.cat([b[:i], b[i + 1 :]])).value for i in range(9)]
     expected = math.sqrt(11 * np.var(less_a) + 8 * np.var(less_b))
-    assert distances.kernel(a, b).error == pytest.approx(expected, rel=1e-8)
+    assert distances.kid(a, b).error == pytest.approx(expected, rel=1e-8)
     fresh = [
-        distances.kernel(features(150, 6, 2 * i), features(150, 6, 2 * i + 1, 0.1))
-        for i in range(60)
+        distances.kid(features(150, 6, 2 * i), features(150, 6, 2 * i + 1, 0.1)) for i in range(60)
     ]
     assert np.mean([each.error for each in fresh]) == pytest.approx(
         np.std([each.value for each in fresh]), rel=0.25
@@ -196,7 +195,7 @@ def test_a_set_against_itself_is_at_no_distance_and_within_its_own_reach():
         a = features(n, dim)
         assert abs(distances.frechet(a, a)) < 1e-7
         assert abs(distances.cmmd(a, a)) < 1e-9
-        assert distances.kernel(a, a).value <= 0  # unbiased: a little below
+        assert distances.kid(a, a).value <= 0  # unbiased: a little below
         assert distances.precision_recall(a, a) == (1, 1)
         assert distances.precision_recall(a, a[torch.zeros(n, dtype=torch.int64)].clone()) == (
             1,
@@ -209,7 +208,7 @@ def test_order_does_not_matter():
     p, q = (torch.randperm(n, generator=torch.Generator().manual_seed(3)) for n in (300, 250))
     for distance in (
         distances.frechet,
-        lambda x, y: distances.kernel(x, y).value,
+        lambda x, y: distances.kid(x, y).value,
         distances.cmmd,
         lambda x, y: distances.precision_recall(x, y)[0],
     ):

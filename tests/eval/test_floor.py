@@ -1,21 +1,19 @@
-"""The floor: what real pictures have against real pictures, and what is said of figures at it."""
-
-import argparse
+"""The floor: the figures of real images against real ones, and how figures at it are named."""
 
 import pytest
 
 from eval import distances
-from eval.floor import Floor, floor_of, other_real
-from eval.judge import Judge
+from eval.evaluator import Evaluator
+from eval.floor import Floor, RealImages, compute_floor
 from eval.paired import Difference
-from eval.tables import Section, difference_row, floor_row, notes, row
+from eval.tables import Section, condition_row, difference_row, floor_row, footnotes
 from tests.eval import tiny
 from tests.eval.sets import features
 
 
-def test_floor_is_what_fresh_real_sets_have_at_these_sizes():
-    """Fresh draws of the same distribution are the oracle; more pictures lower the floor."""
-    found = floor_of(features(2000, 16, 0), 100, 150, "fd")
+def test_floor_is_what_new_real_sets_have_at_these_sizes():
+    """New draws of the same distribution are the oracle; more images lower the floor."""
+    found = compute_floor(features(2000, 16, 0), 100, 150, "fd")
     fresh = [
         distances.frechet(features(150, 16, 2 * k + 1), features(100, 16, 2 * k + 2))
         for k in range(20)
@@ -23,42 +21,25 @@ def test_floor_is_what_fresh_real_sets_have_at_these_sizes():
     assert found.mean["fd"] == pytest.approx(sum(fresh) / 20, rel=0.15)
     assert sum(value <= found.high["fd"] for value in fresh) >= 16
     assert abs(found.mean["kid"]) < found.high["kid"]
-    assert floor_of(features(2000, 16, 0), 400, 400, "fd").high["fd"] < 0.6 * found.mean["fd"]
-    assert found == floor_of(features(2000, 16, 0), 100, 150, "fd")
-    assert floor_of(features(249, 16, 0), 100, 150, "fd") is None
+    assert compute_floor(features(2000, 16, 0), 400, 400, "fd").high["fd"] < 0.6 * found.mean["fd"]
+    assert found == compute_floor(features(2000, 16, 0), 100, 150, "fd")
+    assert compute_floor(features(249, 16, 0), 100, 150, "fd") is None
 
 
-def test_real_pictures_for_the_floor_are_those_named_else_the_reference(tmp_path):
-    judge = Judge("openmoji", "openmoji")
-    shard, more = tiny.shards(tmp_path / "a", 6), tiny.shards(tmp_path / "b", 9, seed=1)
-    given = argparse.Namespace(
-        captions=str(shard),
-        reference=None,
-        reference_size=None,
-        floor=None,
-        batch_size=4,
-        device="cpu",
-    )
-    assert other_real(given, judge, 16) is None
-    given.reference = str(shard)
-    assert other_real(given, judge, 16).shape == (6, 256)
-    given.floor = str(more)
-    assert other_real(given, judge, 16).shape == (9, 256)
+def test_real_images_for_the_floor_are_those_named_else_the_reference(tmp_path):
+    evaluator = Evaluator("openmoji", "openmoji")
+    shard, more = str(tiny.shards(tmp_path / "a", 6)), str(tiny.shards(tmp_path / "b", 9, seed=1))
+    assert RealImages(shard, 16).floor_features(evaluator) is None
+    assert RealImages(shard, 16, shard).floor_features(evaluator).shape == (6, 256)
+    assert RealImages(shard, 16, shard, more).floor_features(evaluator).shape == (9, 256)
 
 
 def test_embedded_captions_have_the_training_drawings(monkeypatch, tmp_path):
     drawings = tiny.shards(tmp_path, 7)
     drawings.rename(tmp_path / "train-00000.tar")
     monkeypatch.setattr("eval.floor.openmoji_shards", lambda size, name: tmp_path)
-    given = argparse.Namespace(
-        captions="openmoji",
-        reference=None,
-        reference_size=None,
-        floor=None,
-        batch_size=4,
-        device="cpu",
-    )
-    assert other_real(given, Judge("openmoji", "openmoji"), 16).shape == (7, 256)
+    real = RealImages("openmoji", 16)
+    assert real.floor_features(Evaluator("openmoji", "openmoji")).shape == (7, 256)
 
 
 FLOOR = Floor(12, 12, {"fd_clip": 10.0, "kid": 0.0}, {"fd_clip": 12.0, "kid": 0.01})
@@ -70,9 +51,10 @@ FIGURES = {
 
 
 def test_a_figure_at_the_floor_is_called_so_and_not_better():
-    at = FLOOR.at(FIGURES)
+    at = FLOOR.reached_by(FIGURES)
     assert at == ["fd_clip"]
-    line = row("text", "z_t", FIGURES | {"at_floor": at, "at_edge": ["guidance_scale"]}, "fd_clip")
+    figures = FIGURES | {"at_floor": at, "at_edge": ["guidance_scale"]}
+    line = condition_row("text", "z_t", figures, "fd_clip")
     assert line[3] == "11 [9, 13], at the floor" and line[4] == "20 ± 10" and line[2] == "1*"
     assert floor_row(FLOOR, "fd_clip")[3:5] == ["10, up to 12", "0, up to 10"]
     assert floor_row(None, "fd_clip")[3:5] == ["-", "-"]
@@ -82,5 +64,5 @@ def test_a_figure_at_the_floor_is_called_so_and_not_better():
     cells = difference_row("text", apart, "fd_clip")
     assert cells[1] == "both at the floor" and cells[2].startswith("-2000.0 [")
     assert cells[3].startswith("(") and not floored.sure
-    said = notes([Section("t", [""], [line, cells])])
-    assert len(said) == 3 and not notes([Section("t", [""], [["1.5"]])])
+    assert len(footnotes([Section("t", [""], [line, cells])])) == 3
+    assert not footnotes([Section("t", [""], [["1.5"]])])

@@ -4,25 +4,31 @@ import pytest
 import torch
 
 from eval import distances
-from eval.judge import Seen
+from eval.evaluator import ImageFeatures
 from eval.metrics import CLIPScore
-from eval.paired import Difference, kernel_distances, paired_differences, score_of, spread
+from eval.paired import (
+    Difference,
+    frechet_interval,
+    mean_clip_score,
+    paired_differences,
+    subset_kids,
+)
 from tests.eval.sets import features
 from unclip_pl.utils.errors import UserError
 
 
-def seen(seed: int, n: int = 300, shift: float = 0.0) -> list[Seen]:
+def images(seed: int, n: int = 300, shift: float = 0.0) -> list[ImageFeatures]:
     rows = features(n, 16, seed, shift)
-    return [Seen(torch.arange(n), rows, rows)]
+    return [ImageFeatures(torch.arange(n), rows, rows)]
 
 
 def test_a_set_differs_from_itself_by_nothing_and_from_a_worse_one_for_sure():
     real, text = features(300, 16, 5), features(300, 16, 6)
-    same = paired_differences(seen(1), seen(1), text, real, resamples=20)
+    same = paired_differences(images(1), images(1), text, real, resamples=20)
     nothing = dict.fromkeys(("clip_score", "r1", "fd", "kid"), (0.0, 0.0, 0.0))
     assert {name: (one.value, one.low, one.high) for name, one in same.items()} == nothing
-    worse = paired_differences(seen(1), seen(1, shift=1.0), text, real, resamples=20)
-    better = paired_differences(seen(1, shift=1.0), seen(1), text, real, resamples=20)
+    worse = paired_differences(images(1), images(1, shift=1.0), text, real, resamples=20)
+    better = paired_differences(images(1, shift=1.0), images(1), text, real, resamples=20)
     for name in ("fd", "kid"):
         assert worse[name].sure and worse[name].value > 0
         assert better[name].value == pytest.approx(-worse[name].value)
@@ -30,9 +36,9 @@ def test_a_set_differs_from_itself_by_nothing_and_from_a_worse_one_for_sure():
 
 
 def test_difference_of_kid_is_that_of_the_two_kids():
-    real, a, b = features(200, 16, 5), seen(1, 200), seen(2, 200, shift=0.2)
+    real, a, b = features(200, 16, 5), images(1, 200), images(2, 200, shift=0.2)
     found = paired_differences(a, b, features(200, 16, 6), real, resamples=5)["kid"]
-    kids = [distances.kernel(real, one[0].features).value for one in (a, b)]
+    kids = [distances.kid(real, one[0].features).value for one in (a, b)]
     assert found.value == pytest.approx(kids[1] - kids[0], rel=1e-9)
 
 
@@ -48,17 +54,17 @@ def test_kids_of_many_subsets_at_once_are_those_of_each(monkeypatch):
         torch.stack([torch.zeros(len(x)).index_fill(0, rows[side], 1) for rows in subsets], 1)
         for side, x in enumerate((real, fake))
     ]
-    found = kernel_distances(real, fake, *(mask.double() for mask in masks))
-    expected = [distances.kernel(real[a], fake[b]).value for a, b in subsets]
+    found = subset_kids(real, fake, *(mask.double() for mask in masks))
+    expected = [distances.kid(real[a], fake[b]).value for a, b in subsets]
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["fd", "kid"])
-def test_interval_of_a_distance_is_as_wide_as_fresh_sets_differ(name):
-    """Freshly drawn sets are the oracle: the half width must be about 1.96 times the spread."""
+def test_interval_of_a_distance_is_as_wide_as_new_sets_differ(name):
+    """New sets are the oracle: the half width must be about 1.96 times their spread."""
     text, apart = features(200, 16, 6), []
     for k in range(24):
-        sets = seen(3 * k, 200), seen(3 * k + 1, 200, shift=0.1)
+        sets = images(3 * k, 200), images(3 * k + 1, 200, shift=0.1)
         real = features(200, 16, 3 * k + 2)
         apart.append(paired_differences(*sets, text, real, resamples=20)[name])
     spread = 1.96 * torch.tensor([one.value for one in apart]).std().item()
@@ -69,11 +75,11 @@ def test_interval_of_a_distance_is_as_wide_as_fresh_sets_differ(name):
 def test_interval_of_the_score_is_that_of_a_paired_mean():
     """Against the closed form: 1.96 standard errors of the mean of the differences, which pairing
     makes much smaller than unpaired ones."""
-    a, text = seen(1), features(300, 16, 6)
+    a, text = images(1), features(300, 16, 6)
     b = [a[0]._replace(image_embed=a[0].image_embed + 0.05 * features(300, 16, 9))]
     one = paired_differences(a, b, text, None, resamples=800)["clip_score"]
 
-    def cosine(x: list[Seen]) -> torch.Tensor:
+    def cosine(x: list[ImageFeatures]) -> torch.Tensor:
         return 100 * torch.nn.functional.cosine_similarity(x[0].image_embed.double(), text.double())
 
     apart = cosine(b) - cosine(a)
@@ -85,7 +91,7 @@ def test_interval_of_the_score_is_that_of_a_paired_mean():
 def test_reference_of_other_pictures_is_halved_by_itself():
     text, real = features(300, 16, 6), features(500, 16, 5)
     one, two = (
-        paired_differences(seen(1), seen(2, shift=0.2), text, rows, resamples=30, paired=False)
+        paired_differences(images(1), images(2, shift=0.2), text, rows, resamples=30, paired=False)
         for rows in (real, real.flip(0))
     )
     for name in ("fd", "kid"):
@@ -96,28 +102,33 @@ def test_reference_of_other_pictures_is_halved_by_itself():
 def test_several_pictures_of_a_caption_are_averaged():
     """Every figure is the mean over the seeds, and an interval of the score that of captions."""
     text, real, n = features(200, 16, 6), features(200, 16, 5), 200
-    a, b = [seen(k, n)[0] for k in (1, 2, 3)], [seen(k, n, shift=0.2)[0] for k in (4, 5, 6)]
+    a, b = [images(k, n)[0] for k in (1, 2, 3)], [images(k, n, shift=0.2)[0] for k in (4, 5, 6)]
     whole = paired_differences(a, b, text, real, resamples=10)
     for name in whole:
         single = [paired_differences([x], [y], text, real, 10)[name].value for x, y in zip(a, b)]
         assert whole[name].value == pytest.approx(sum(single) / 3, rel=1e-9)
     metric = CLIPScore()
     metric.update(a[0].image_embed, text)
-    assert score_of(a[:1], text)["clip_score_low"] == pytest.approx(
+    assert mean_clip_score(a[:1], text)["clip_score_low"] == pytest.approx(
         metric.compute()["clip_score_low"], rel=1e-9
     )
-    assert score_of([a[0], a[0]], text) == pytest.approx(score_of(a[:1], text), rel=1e-9)
-    assert score_of(a, text)["clip_score_se"] < 0.9 * score_of(a[:1], text)["clip_score_se"]
+    assert mean_clip_score([a[0], a[0]], text) == pytest.approx(
+        mean_clip_score(a[:1], text), rel=1e-9
+    )
+    assert (
+        mean_clip_score(a, text)["clip_score_se"]
+        < 0.9 * mean_clip_score(a[:1], text)["clip_score_se"]
+    )
 
 
 def test_spread_of_one_picture_is_the_bootstrap_of_the_distance_and_shrinks_with_more():
-    real, sets = features(200, 16, 5), [seen(k, 200)[0] for k in range(4)]
-    one, four = (spread(real, some, 60, 0, "fd") for some in (sets[:1], sets))
+    real, sets = features(200, 16, 5), [images(k, 200)[0] for k in range(4)]
+    one, four = (frechet_interval(real, images, 60, 0, "fd") for images in (sets[:1], sets))
     expected = distances.bootstrap(distances.frechet, real, sets[0].features, 60, 0)
     assert (one["fd_low"], one["fd_high"]) == pytest.approx(expected.interval, rel=1e-9)
     assert four["fd_se"] < one["fd_se"]
 
 
 def test_sets_of_other_captions_are_refused():
-    with pytest.raises(UserError, match="not of the same captions"):
-        paired_differences(seen(1), seen(1, 299), features(300, 16, 6), None)
+    with pytest.raises(UserError, match="same captions"):
+        paired_differences(images(1), images(1, 299), features(300, 16, 6), None)

@@ -1,17 +1,18 @@
-"""All commands compare with the same real pictures, by the same features, on the right device."""
+"""All commands compare with the same real images, by the same features, on the right device."""
 
-import argparse
 import io
 
 import pytest
 import torch
 from PIL import Image
 
-from eval import compare, features, fid, sweep
-from eval.common import add_features, features_of
+from eval import coco, compare, features, fid, sweep
+from eval.commands import choose_features
+from eval.evaluator import compute_distances
+from eval.extract import reference_features
 from eval.features import Network
-from eval.folders import Pictures
-from eval.source import Drawn
+from eval.source import GeneratedImages
+from eval.stored import StoredImages
 from tests.data.shardkit import write_tar
 from tests.eval import tiny
 from unclip_pl.data.decoding import decode
@@ -45,7 +46,7 @@ def decoder(tmp_path_factory) -> str:
 
 @pytest.fixture
 def seen(monkeypatch) -> set[bytes]:
-    """Every image that a network of features was given, as shape and bytes."""
+    """Every image that a network of features was arguments, as shape and bytes."""
     found: set[bytes] = set()
     whole = Network.__call__
 
@@ -57,27 +58,25 @@ def seen(monkeypatch) -> set[bytes]:
     return found
 
 
-@pytest.mark.parametrize(("named", "size"), [(False, None), (True, None), (False, 12)])
+@pytest.mark.parametrize(("reference", "size"), [(False, None), (True, None), (False, 12)])
 @pytest.mark.parametrize("command", [fid, compare, sweep])
 def test_every_command_sees_the_same_real_pictures(
-    command, named, size, shard, decoder, seen, tmp_path, monkeypatch
+    command, reference, size, shard, decoder, seen, tmp_path, monkeypatch
 ):
     """The decoder draws 16 x 16: by default the real pictures of 4:3 are cut to that."""
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "cache"))
     words = ["--captions", shard, "--features", "clip", "--device", "cpu"]
-    words += ["--out", str(tmp_path / "out"), *(["--reference", shard] if named else [])]
+    words += ["--out", str(tmp_path / "out"), *(["--reference", shard] if reference else [])]
     words += ["--reference-size", str(size)] if size else []
     if command is compare:
         words += ["--decoder", decoder, "--diffusion-prior", "none", "--ar-prior", "none"]
         words += ["--baseline", "text", "--guidance-scales", "--resamples", "2"]
     else:
-        words += ["--ckpt", decoder, "--condition", "text"]
-        words += ["--guidance-scales", "1"] if command is sweep else ["--bootstrap", "0"]
+        words += ["--decoder", decoder, "--condition", "text"]
+        words += ["--guidance-scales", "1"] if command is sweep else ["--resamples", "0"]
     assert command.main(words) == 0
-    expected = {
-        bytes(image.shape) + image.numpy().tobytes()
-        for image in (to_uint8(decode(photograph(k), size or 16)) for k in range(COUNT))
-    }
+    real = [to_uint8(decode(photograph(k), size or 16)) for k in range(COUNT)]
+    expected = {bytes(image.shape) + image.numpy().tobytes() for image in real}
     assert len(expected) == COUNT and expected <= seen
     shapes = {image[:3] for image in seen - expected}
     assert shapes == {bytes((3, 16, 16))}  # what was drawn, and nothing of another size
@@ -86,11 +85,11 @@ def test_every_command_sees_the_same_real_pictures(
 def test_the_side_of_a_folder_is_known_only_where_its_images_are_squares_of_one_side(tmp_path):
     for k, (width, height) in enumerate([(16, 16), (16, 16), (40, 30)]):
         (tmp_path / f"{k}.png").write_bytes(photograph(k, width, height))
-    everything = Pictures(str(tmp_path))
-    assert everything.side is None and Pictures(str(tmp_path), size=8).side == 8
-    assert Pictures(str(tmp_path), names=["1.png", "0.png"]).side == 16
-    assert Pictures(str(tmp_path), 1, 2, names=["0.png", "2.png"]).side is None  # on every rank
-    (batch,) = Pictures(str(tmp_path), size=8, names=["2.png", "0.png"]).batches(5)
+    everything = StoredImages(str(tmp_path))
+    assert everything.side is None and StoredImages(str(tmp_path), size=8).side == 8
+    assert StoredImages(str(tmp_path), names=["1.png", "0.png"]).side == 16
+    assert StoredImages(str(tmp_path), 1, 2, names=["0.png", "2.png"]).side is None  # on every rank
+    (batch,) = StoredImages(str(tmp_path), size=8, names=["2.png", "0.png"]).batches(5)
     assert batch["images"].shape == (2, 3, 8, 8) and batch["keys"] == ["2", "0"]
 
 
@@ -99,8 +98,8 @@ def test_a_folder_of_squares_is_compared_with_squares_and_photographs_with_whole
         (tmp_path / f"wide-{k}.png").write_bytes(photograph(k))
         (tmp_path / f"square-{k}.png").write_bytes(photograph(k, 16, 16))
     for names, size in ((["square-0.png"], 16), (["wide-0.png"], None)):
-        given = fid.arguments().parse_args(["--images", "x", "--reference", str(tmp_path)])
-        assert fid.reference_of(given, Pictures(str(tmp_path), names=names)).size == size
+        arguments = fid.build_parser().parse_args(["--images", "x", "--reference", str(tmp_path)])
+        assert fid.open_reference(arguments, StoredImages(str(tmp_path), names=names)).size == size
 
 
 @pytest.mark.parametrize("name", ["openmoji", "openmoji-line"])
@@ -111,44 +110,41 @@ def test_drawings_are_compared_with_the_held_out_ones_of_their_style(name, tmp_p
         write_tar(folder / "val-00000.tar", {"0.png": photograph(0), "0.txt": b"a dog"})
         return folder
 
-    monkeypatch.setattr("unclip_pl.data.openmoji.openmoji_shards", shards)
-    drawn = Drawn(tmp_path, [], lambda indices: torch.zeros(0), {}, size=16)
-    given = fid.arguments().parse_args(["--ckpt", "x", "--captions", name])
-    real = fid.reference_of(given, drawn)
+    monkeypatch.setattr(fid, "openmoji_shards", shards)
+    drawn = GeneratedImages(tmp_path, [], lambda indices: torch.zeros(0), {}, size=16)
+    arguments = fid.build_parser().parse_args(["--decoder", "x", "--captions", name])
+    real = fid.open_reference(arguments, drawn)
     assert real.shards == [str(tmp_path / f"{name}-16" / "val-00000.tar")] and real.size == 16
 
 
 def test_another_size_is_another_entry_of_the_cache(tmp_path, monkeypatch):
-    from eval.extract import reference
-
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.png").write_bytes(photograph(0))
     means = Network("means", 3, lambda images: images.double().mean((2, 3)).float(), "means")
-    found = [reference(means, Pictures(str(tmp_path), size=size), 4) for size in (8, 12, 8)]
+    found = [
+        reference_features(means, StoredImages(str(tmp_path), size=size), 4) for size in (8, 12, 8)
+    ]
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("features", "captions", "expected"),
     [
-        ({"captions": "openmoji"}, "openmoji-judge"),
-        ({"captions": "openmoji-line"}, "openmoji-judge"),
-        ({"captions": None, "images": None}, "openmoji-judge"),  # drawn for embedded captions
-        ({"captions": "data/{00000..00009}.tar"}, "inception"),
-        ({"captions": None, "images": "pictures"}, "inception"),
-        ({"captions": "captions.txt", "features": "clip"}, "clip"),
-        ({"captions": "openmoji", "features": "inception"}, "inception"),
+        (None, "openmoji", "openmoji-judge"),
+        (None, "openmoji-line", "openmoji-judge"),
+        (None, "data/{00000..00009}.tar", "inception"),
+        (None, None, "inception"),  # images that are not drawn for captions
+        ("clip", "captions.txt", "clip"),
+        ("inception", "openmoji", "inception"),
     ],
 )
-def test_features_are_inception_s_except_for_the_embedded_drawings(words, expected):
-    assert features_of(argparse.Namespace(**{"features": None, **words})) == expected
+def test_features_are_inception_s_except_for_the_embedded_drawings(features, captions, expected):
+    assert choose_features(features, captions) == expected
 
 
-@pytest.mark.parametrize("command", [fid, compare, sweep])
-def test_no_command_chooses_features_itself(command):
-    made = argparse.ArgumentParser()
-    add_features(made)
-    assert command.arguments().get_default("features") is made.get_default("features") is None
+@pytest.mark.parametrize("command", [fid, compare, sweep, coco])
+def test_no_command_has_features_of_its_own_by_default(command):
+    assert command.build_parser().get_default("features") is None
 
 
 def test_only_inception_s_distance_is_called_fid(tmp_path, monkeypatch, capsys):
@@ -162,18 +158,18 @@ def test_only_inception_s_distance_is_called_fid(tmp_path, monkeypatch, capsys):
     keys = {}
     for name, more in (("inception", []), ("clip", ["--features", "clip"])):
         out = tmp_path / name
-        more = [*more, "--out", str(out), "--device", "cpu", "--bootstrap", "2"]
+        more = [*more, "--out", str(out), "--device", "cpu", "--resamples", "2"]
         assert fid.main([*words, *more]) == 0
         keys[name] = (out / "fid.json").read_text()
-        said = capsys.readouterr().out
-        assert ("\nFID  " in said) == (name == "inception")
-        assert ("\nFD of CLIP  " in said) == (name == "clip")
+        output = capsys.readouterr().out
+        assert ("\nFID  " in output) == (name == "inception")
+        assert ("\nFD of CLIP  " in output) == (name == "clip")
     assert '"fid": ' in keys["inception"] and '"fid_low": ' in keys["inception"]
     assert "fd_clip" not in keys["inception"] and "cmmd" not in keys["inception"]
     assert '"fd_clip": ' in keys["clip"] and '"fid' not in keys["clip"].replace('"fid", ', "")
-    other = features.of_callable("means", lambda images: images.float().mean((2, 3)), 3)
+    other = features.callable_features("means", lambda images: images.float().mean((2, 3)), 3)
     rows = torch.rand(9, 3, generator=torch.Generator().manual_seed(0))
-    assert {"fd"} < set(fid.judge(other, rows, rows, bootstrap=0)) - {"fid", "fd_clip"}
+    assert {"fd"} < set(compute_distances(other, rows, rows, resamples=0)) - {"fid", "fd_clip"}
 
 
 def test_distances_stay_on_the_device_that_was_asked_for(monkeypatch):
@@ -182,8 +178,8 @@ def test_distances_stay_on_the_device_that_was_asked_for(monkeypatch):
     used = []
     monkeypatch.setattr("eval.metrics.TwoSets.to", lambda self, device: used.append(device))
     rows = torch.rand(9, 3, generator=torch.Generator().manual_seed(0))
-    network = features.of_callable("means", lambda images: images.float().mean((2, 3)), 3)
-    fid.judge(network, rows, rows, bootstrap=2, device="cpu")
+    network = features.callable_features("means", lambda images: images.float().mean((2, 3)), 3)
+    compute_distances(network, rows, rows, resamples=2, device="cpu")
     assert set(used) == {"cpu"}
 
 
@@ -194,10 +190,10 @@ def test_without_inception_nothing_is_drawn(shard, decoder, tmp_path, monkeypatc
         raise OSError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
-    words = ["--ckpt", decoder, "--captions", shard, "--device", "cpu", "--condition", "text"]
+    words = ["--decoder", decoder, "--captions", shard, "--device", "cpu", "--condition", "text"]
     assert fid.main([*words, "--samples", str(tmp_path / "samples")]) == 1
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert str(tmp_path / "cache" / features.INCEPTION) in said and "no network" in said
+    output = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(tmp_path / "cache" / features.INCEPTION) in output and "no network" in output
     assert not (tmp_path / "samples").exists()
     with pytest.raises(UserError, match="--features"):
-        features.inception()
+        features.inception_features()

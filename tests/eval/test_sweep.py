@@ -9,10 +9,10 @@ from PIL import Image
 
 from eval import sweep
 from eval.captions import read_captions
-from eval.features import named
-from eval.folders import Pictures
-from eval.judge import pictures_of
+from eval.evaluator import caption_images
+from eval.features import load_features
 from eval.metrics import FrechetDistance
+from eval.stored import StoredImages
 from tests.eval import tiny
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.stages.decoder import SamplingConfig
@@ -31,7 +31,7 @@ def stages(tmp_path_factory):
 
 def words(stages, out: Path, *more: str) -> list[str]:
     return [
-        *("--ckpt", str(stages["decoder"]), "--captions", str(stages["shard"])),
+        *("--decoder", str(stages["decoder"]), "--captions", str(stages["shard"])),
         *("--floor", str(stages["more"]), "--out", str(out), "--device", "cpu"),
         *("--batch-size", "8", "--features", "clip", *more),
     ]
@@ -75,40 +75,25 @@ def test_curves_have_their_points_in_order(ran):
 
 def test_a_points_figures_are_those_of_its_pictures(ran, stages):
     out, found = ran
-    captions, network, metric = (
-        read_captions(str(stages["shard"])),
-        named("clip"),
-        FrechetDistance(256),
-    )
-    unclip = UnCLIP.load(stages["decoder"])
-    expected = to_uint8(
-        unclip.generate(
-            [caption.text for caption in captions],
-            range(8),
-            "text",
-            sampling=SamplingConfig("dpm_solver_pp", 3),
-        )
-    )
-    drawn = torch.cat(
-        [
-            batch["images"]
-            for batch in Pictures(str(out / "samples" / "dpm_solver_pp-3-1" / "00000.tar")).batches(
-                8
-            )
-        ]
-    )
-    assert torch.equal(drawn, expected)
+    captions = read_captions(str(stages["shard"]))
+    network, metric = load_features("clip"), FrechetDistance(256)
+    texts = [caption.text for caption in captions]
+    sampling = SamplingConfig("dpm_solver_pp", 3)
+    images = UnCLIP.load(stages["decoder"]).generate(texts, range(8), "text", sampling=sampling)
+    shard = out / "samples" / "dpm_solver_pp-3-1" / "00000.tar"
+    (batch,) = StoredImages(str(shard)).batches(8)
+    drawn = batch["images"]
+    assert torch.equal(drawn, to_uint8(images))
     metric.update(network(drawn), real=False)
-    metric.update(network(next(iter(pictures_of(captions, 16, 8)))["images"]), real=True)
-    assert found["curves"]["dpm_solver_pp"][1]["fd_clip"] == pytest.approx(
-        metric.compute()["fd"], rel=1e-6
-    )
+    metric.update(network(next(iter(caption_images(captions, 16, 8)))["images"]), real=True)
+    figures = found["curves"]["dpm_solver_pp"][1]
+    assert figures["fd_clip"] == pytest.approx(metric.compute()["fd"], rel=1e-6)
 
 
-def test_table_plots_pictures_and_page_lie_in_the_folder(ran):
+def test_the_report_its_curves_and_pictures_lie_in_the_folder(ran):
     out, found = ran
     table = (out / "sweep.md").read_text()
-    lines = [line for line in table.splitlines() if line.startswith("|")]
+    lines = [line for line in table.partition("\n## ")[0].splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 6 + 1 and lines[-1].startswith("| floor: real against other real")
     floor, first = found["floor"], found["curves"]["guidance"][0]
     for name in ("fd_clip", "kid"):
@@ -118,49 +103,42 @@ def test_table_plots_pictures_and_page_lie_in_the_folder(ran):
         point["at_floor"] for curve in found["curves"].values() for point in curve
     )
     assert found["settings"]["the decoder sees"] == "z_t as the embedding + the caption's tokens"
-    assert found["said"] == [text for text in found["said"] if text.startswith("The features")]
-    assert {path.name for path in out.glob("*.svg")} >= {
-        "fd_clip-guidance.svg",
-        "fd_clip-steps.svg",
-        "clip_score-guidance.svg",
-        "recall-guidance.svg",
-    }
-    page = (out / "sweep.html").read_text()
-    assert page.count("<svg") == 13 and "dpm_solver_pp" in page and "data:image/png" in page
+    assert found["notes"] == [text for text in found["notes"] if text.startswith("The features")]
+    assert "(sweep-curves.png)" in table and "(sweep.png)" in table
+    assert "| CLIP that scores | openmoji-judge |" in table
+    panels = sweep.build_panels(found["curves"], "fd_clip")
+    assert len(panels) == 13 and {*panels[1].lines} == {"ddim", "dpm_solver_pp"}
+    with Image.open(out / "sweep-curves.png") as curves:
+        assert curves.width > 1000 and curves.height > 1000
+    assert list((out / "tensorboard").glob("events.out.tfevents*"))
     with Image.open(out / "sweep.png") as picture:
         assert picture.width > 8 * 16 and picture.height >= 5 * 16
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "keyword"),
     [
-        (["--guidance-scales"], "There is nothing to sweep"),
-        (
-            ["--condition", "text", "--prior", "ar"],
-            "--prior is given, and --condition text uses none",
-        ),
+        (["--guidance-scales"], "nothing to sweep"),
+        (["--condition", "text", "--prior", "ar"], "--prior"),
         (["--sweep-steps", "0"], "--steps is 0"),
         (["--sweep-steps", "2000"], "--steps is 2000"),
-        (["--sweep-steps", "fast28"], "--steps is fast28, and respacing"),
+        (["--sweep-steps", "fast28"], "--steps is fast28"),
         (["--guidance-scales", "-1"], "--guidance-scale is -1"),
-        (["--ckpt", "gone"], "There is no checkpoint gone"),
+        (["--decoder", "gone"], "no checkpoint gone"),
     ],
 )
-def test_what_cannot_be_swept_is_one_sentence(more, said, stages, tmp_path, capsys):
+def test_what_cannot_be_swept_is_one_sentence(more, keyword, stages, tmp_path, capsys):
     assert sweep.main(words(stages, tmp_path / "out", *more)) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert (
-        last.startswith("python -m eval.sweep: ")
-        and said in last
-        and not (tmp_path / "out").exists()
-    )
+    assert last.startswith("python -m eval.sweep: ") and keyword in last
+    assert not (tmp_path / "out").exists()
 
 
 def test_spacings_stand_by_the_number_of_their_steps(stages):
     decoder = UnCLIP.load(stages["decoder"]).decoder
     more = ["--guidance-scales", "--sweep-steps", "fast27", "30", "2,1", "2", "30"]
-    curves = sweep.points(sweep.arguments().parse_args(words(stages, Path("out"), *more)), decoder)
-    ((_, curve),) = curves.items()
+    arguments = sweep.build_parser().parse_args(words(stages, Path("out"), *more))
+    (curve,) = sweep.build_curves(arguments, decoder).values()
     assert [sampling.steps for sampling in curve] == [2, (2, 1), "fast27", 30]
     assert [sweep.count_steps(decoder, sampling) for sampling in curve] == [2, 3, 27, 30]
-    assert " " not in sweep.place(curve[1])
+    assert " " not in sweep.folder_name(curve[1])

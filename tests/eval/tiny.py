@@ -1,4 +1,4 @@
-"""Small random stages and a few drawings, for the tests of what draws and judges."""
+"""Small random stages and a few drawings, for tests of what draws and evaluates."""
 
 import random
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tests.factories import randomise
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data import openmoji
 from unclip_pl.diffusion.process import DiffusionConfig
@@ -31,25 +32,18 @@ NET = UNetConfig(
 
 
 def decoder(folder: Path, condition: str = "image", seed: int = 0, pooled: bool = False) -> Path:
-    """A release of a decoder with random weights that heeds embedding and caption."""
+    """A release of a decoder with random weights that depends on embedding and caption."""
     torch.manual_seed(seed)
-    sampling, diffusion = (
-        SamplingConfig(sampler="ddim", steps=2),
-        DiffusionConfig(parametrization="v"),
-    )
     stage = Decoder(
         net=NET,
         text=TextConfig("states", states_width=80, pooled=pooled),
-        sampling=sampling,
-        diffusion=diffusion,
+        sampling=SamplingConfig(sampler="ddim", steps=2),
+        diffusion=DiffusionConfig(parametrization="v"),
         condition=condition,
     )
-    for parameter in stage.net.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    weights = Release(
-        "Decoder", dict(stage.hparams), FrozenCLIP().fingerprint(), stage.state_dict(), 1
-    )
+    randomise(stage.net, 0.1)
+    fingerprint = FrozenCLIP().fingerprint()
+    weights = Release("Decoder", dict(stage.hparams), fingerprint, stage.state_dict(), 1)
     return release.write(folder, weights, "# a card\n")
 
 
@@ -66,11 +60,8 @@ class InceptionLayers(nn.Module):
     """Means over 2048 fields of an image."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return (
-            torch.nn.functional.adaptive_avg_pool2d(x, (32, 64))
-            .mean(1)
-            .flatten(1)[:, :, None, None]
-        )
+        means = torch.nn.functional.adaptive_avg_pool2d(x, (32, 64)).mean(1)
+        return means.flatten(1)[:, :, None, None]
 
 
 class Inception(nn.Module):
@@ -95,8 +86,6 @@ def upsampler(folder: Path, size: int = 64, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     net = UNetConfig(image_size=size, width=32, mults=(1,), depth=1, patch_size=2, **UPSAMPLER_NET)
     stage = Upsampler256(net=net, sampling=UpsamplingConfig(steps=2))
-    for parameter in stage.net.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
+    randomise(stage.net)
     weights = Release("Upsampler256", dict(stage.hparams), None, stage.state_dict(), 1)
     return release.write(folder, weights, "# a card\n")

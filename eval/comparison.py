@@ -1,0 +1,303 @@
+"""The images of several conditions for the same captions, their figures, and which ones differ."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, cast
+
+import torch
+from PIL import Image
+
+from eval.captions import Caption
+from eval.commands import Figures
+from eval.conditioning import TITLES, Conditioning
+from eval.evaluator import Evaluator, ImageFeatures, gather_ranks
+from eval.floor import Floor, RealImages, compute_floor
+from eval.generated import GeneratedImages
+from eval.paired import Difference, frechet_interval, mean_clip_score, paired_differences
+from unclip_pl.data.decoding import decode
+from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.utils.images import grid
+
+Results = dict[str, dict[str, Any]]
+"""By condition: `title`, `decoder_sees`, `fixed`, and where guidance is swept `sweep` and `best`,
+of a prior also `prior_sweep`."""
+Differences = dict[str, dict[str, dict[str, Difference]]]
+"""By "fixed" or "best", condition and figure."""
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """How conditions are compared.
+
+    Args:
+        out: folder for the images.
+        baseline: the condition from which the others' differences are computed.
+        num_images: per caption; figures are means over them.
+        guidance_scales: the decoder's, to sweep; empty: no sweep.
+        prior_guidance_scales: the priors', to sweep before the decoder's; empty: no sweep.
+        sweep_captions: a sweep has only the first so many captions; None: all.
+        resamples: random halves of the captions, for the intervals.
+        pictures: columns of the picture with the conditions side by side.
+        seed: of the random halves.
+        batch_size: images per batch.
+        device: of the ranks' exchange.
+    """
+
+    out: Path
+    baseline: str = "diffusion"
+    num_images: int = 1
+    guidance_scales: Sequence[float] = ()
+    prior_guidance_scales: Sequence[float] = ()
+    sweep_captions: int | None = None
+    resamples: int = 200
+    pictures: int = 8
+    seed: int = 0
+    batch_size: int = 32
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("guidance_scales", "prior_guidance_scales"):
+            for scale in getattr(self, name):
+                if not 1 <= scale < float("inf"):
+                    option = name.replace("_", "-")
+                    raise ValueError(f"--{option} has {scale}: give 1 (no guidance) or more.")
+        if self.resamples < 2:
+            raise ValueError(f"--resamples is {self.resamples}: a comparison needs 2 or more.")
+
+
+class Comparison:
+    """The images of all conditions and their figures.
+
+    Args:
+        conditions: to compare; their decoders draw images of one size.
+        captions: for all of them.
+        fixed: the decoder's settings; its guidance scale is that of the table "fixed".
+        real: the real images.
+    """
+
+    def __init__(
+        self,
+        settings: ComparisonSettings,
+        conditions: Sequence[Conditioning],
+        captions: Sequence[Caption],
+        evaluator: Evaluator,
+        fixed: SamplingConfig,
+        real: RealImages,
+    ) -> None:
+        self.settings, self.conditions, self.captions = settings, conditions, captions
+        self.evaluator, self.fixed = evaluator, fixed
+        self.key = evaluator.network.frechet
+        self.sweep_count = min(settings.sweep_captions or len(captions), len(captions))
+        self.text = evaluator.embed_captions(captions)
+        self.best: dict[str, tuple[Conditioning, float]] = {}
+        self.paired = not real.reference
+        self.real = real.features(evaluator, captions)
+        self.all_real = gather_ranks(self.real, settings.device)
+        self._floor_features = real.floor_features(evaluator)
+        self._floors: dict[int, Floor | None] = {}
+        self._features: dict[tuple[str, float | None, float], tuple[int, list[ImageFeatures]]] = {}
+
+    def floor(self, count: int) -> Floor | None:
+        """For images of `count` captions; None where there are too few real images."""
+        if self._floor_features is None:
+            return None
+        if count not in self._floors:
+            others = count if self.paired else len(self.all_real.number)
+            self._floors[count] = compute_floor(
+                self._floor_features, count, others, self.key, self.settings.seed
+            )
+        return self._floors[count]
+
+    def at_floor(self, figures: Figures, count: int) -> list[str]:
+        """The names of figures that are no worse than those of real images."""
+        floor = self.floor(count)
+        return [] if floor is None else floor.reached_by(figures)
+
+    def images(
+        self, condition: Conditioning, scale: float, first: int | None = None, repeat: int = 0
+    ) -> GeneratedImages:
+        """The images of a condition at one guidance scale, in their own folder."""
+        prior_scale = condition.prior_scale
+        prior = "" if prior_scale is None else f"-prior-{prior_scale:g}"
+        name = f"{condition.name}{prior}-{scale:g}" + (f"-{repeat}" if repeat else "")
+        sampling = replace(self.fixed, guidance_scale=scale)
+        return condition.generate(self.settings.out / "samples" / name, sampling, first, repeat)
+
+    def features(self, condition: Conditioning, scale: float, count: int) -> list[ImageFeatures]:
+        """Of this rank's images of the first `count` captions, one entry per image of a caption.
+
+        Images that are missing are drawn.
+        """
+        place = condition.name, condition.prior_scale, scale
+        known, features = self._features.get(place, (0, []))
+        if known < count:
+            features = []
+            for repeat in range(self.settings.num_images):
+                images = self.images(condition, scale, count, repeat)
+                features.append(self.evaluator.extract(images.batches(self.settings.batch_size)))
+            self._features[place] = count, features
+        return [one.first(count) for one in features]
+
+    def all_features(
+        self, condition: Conditioning, scale: float, count: int
+    ) -> list[ImageFeatures]:
+        """The same for the images of all ranks, in the order of the captions."""
+        own = self.features(condition, scale, count)
+        return [gather_ranks(one, self.settings.device) for one in own]
+
+    def mean_figures(self, condition: Conditioning, scale: float, count: int) -> Figures:
+        """Of the images of the first `count` captions: means over the images per caption."""
+        real = (self.real.first(count) if self.paired else self.real).features
+        every = [
+            self.evaluator.compute(real, one, self.text)
+            for one in self.features(condition, scale, count)
+        ]
+        means = {
+            name: fmean(figures[name] for figures in every) if isinstance(value, float) else value
+            for name, value in every[0].items()
+        }
+        return means | mean_clip_score(self.all_features(condition, scale, count), self.text)
+
+    def full_figures(self, condition: Conditioning, scale: float) -> Figures:
+        """Of all captions, with the interval of the Frechet distance and the guidance scales."""
+        count, settings = len(self.captions), self.settings
+        figures = self.mean_figures(condition, scale, count)
+        figures |= frechet_interval(
+            self.all_real.features,
+            self.all_features(condition, scale, count),
+            settings.resamples,
+            settings.seed,
+            self.key,
+        )
+        scales = {"guidance_scale": scale}
+        if condition.prior_scale is not None:
+            scales["prior_guidance_scale"] = condition.prior_scale
+        return scales | figures | {"at_floor": self.at_floor(figures, count), "at_edge": []}
+
+    def best_scale(self, sweep: Mapping[float, Figures]) -> float:
+        """The guidance scale of the least Frechet distance.
+
+        Of those at the floor, it is the scale of the highest CLIP score.
+        """
+
+        def order(scale: float) -> tuple[float, float]:
+            figures = sweep[scale]
+            if self.key in self.at_floor(figures, self.sweep_count):
+                return 0.0, -figures["clip_score"]
+            return figures[self.key], 0.0
+
+        return min(sorted(sweep), key=order)
+
+    def results(self) -> Results:
+        """The figures of all conditions; their images are drawn if they are missing.
+
+        The fixed scale comes first, for all conditions: it is what one looks at first.
+        """
+        results: Results = {
+            condition.name: {
+                "title": TITLES[condition.name],
+                "decoder_sees": asdict(condition.inputs),
+                "fixed": self.full_figures(condition, self.fixed.guidance_scale),
+            }
+            for condition in self.conditions
+        }
+        if self.settings.guidance_scales or self.settings.prior_guidance_scales:
+            for condition in self.conditions:
+                results[condition.name] |= self.sweep(condition)
+        return results
+
+    def sweep(self, condition: Conditioning) -> dict[str, Any]:
+        """`sweep`, `best` and of a prior `prior_sweep`, of one condition.
+
+        A prior's guidance is swept at the decoder's fixed scale, then the decoder's guidance at the
+        prior's best scale.
+        """
+        settings, fixed, count = self.settings, self.fixed.guidance_scale, self.sweep_count
+        results, edges = {}, []
+        if condition.with_guidance and condition.prior_scale is not None:
+            priors = {condition.prior_scale: condition}
+            for scale in {*settings.prior_guidance_scales} - {condition.prior_scale}:
+                priors[scale] = condition.with_guidance(scale)
+            figures = {
+                scale: self.mean_figures(priors[scale], fixed, count) for scale in sorted(priors)
+            }
+            best = self.best_scale(figures)
+            condition = priors[best]
+            if at_edge(best, figures):
+                edges.append("prior_guidance_scale")
+            results["prior_sweep"] = {f"{scale:g}": row for scale, row in figures.items()}
+        figures = {
+            scale: self.mean_figures(condition, scale, count)
+            for scale in sorted({*settings.guidance_scales, fixed})
+        }
+        best = self.best_scale(figures)
+        self.best[condition.name] = condition, best
+        if at_edge(best, figures):
+            edges.append("guidance_scale")
+        results["sweep"] = {f"{scale:g}": row for scale, row in figures.items()}
+        results["best"] = self.full_figures(condition, best) | {"at_edge": edges}
+        return results
+
+    def differences(self, results: Results) -> Differences:
+        """From the baseline, of all conditions at the fixed scale and of each at its best."""
+        fixed = self.fixed.guidance_scale
+        points = {"fixed": {condition.name: (condition, fixed) for condition in self.conditions}}
+        if self.best:
+            points["best"] = self.best
+        return {
+            kind: self._differences(scales, {name: results[name][kind] for name in scales})
+            for kind, scales in points.items()
+        }
+
+    def _differences(
+        self, scales: Mapping[str, tuple[Conditioning, float]], figures: Mapping[str, Figures]
+    ) -> dict[str, dict[str, Difference]]:
+        """By condition and figure; `scales` has each condition's guidance scale."""
+        settings, count = self.settings, len(self.captions)
+        features = {name: self.all_features(*scales[name], count) for name in scales}
+        baseline = features.pop(settings.baseline)
+        by_condition = {}
+        for name, other in features.items():
+            differences = paired_differences(
+                baseline,
+                other,
+                self.text,
+                self.all_real.features,
+                settings.resamples,
+                settings.seed,
+                self.paired,
+                self.key,
+            )
+            floored = {*figures[settings.baseline]["at_floor"]} & {*figures[name]["at_floor"]}
+            by_condition[name] = {
+                figure: replace(difference, at_floor=figure in floored)
+                for figure, difference in differences.items()
+            }
+        return by_condition
+
+    def side_by_side(self) -> tuple[Image.Image, list[int]]:
+        """A picture of the conditions at the fixed scale, and the numbers of its captions.
+
+        The first row has the real pictures if there are any, each other row a condition. The
+        columns are captions, spread over all of them.
+        """
+        count = min(self.settings.pictures, len(self.captions))
+        step = (len(self.captions) - 1) / max(1, count - 1)
+        numbers = [round(k * step) for k in range(count)]
+        real = [self.captions[k].image for k in numbers]
+        rows, labels = [], []
+        if all(real):
+            size = self.conditions[0].model.size
+            rows.append(torch.stack([decode(cast(bytes, image), size) for image in real]))
+            labels.append("real picture")
+        for condition in self.conditions:
+            rows.append(self.images(condition, self.fixed.guidance_scale).load(numbers))
+            labels.append(TITLES[condition.name].partition(" (")[0])
+        return grid(rows, labels), numbers
+
+
+def at_edge(scale: float, swept: Mapping[float, Any]) -> bool:
+    """Whether the best of several scales is the least or the greatest."""
+    return len(swept) > 1 and scale in (min(swept), max(swept))

@@ -1,0 +1,98 @@
+"""The callback that evaluates while a stage trains."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from eval.callback import Evaluate
+from eval.features import load_features
+from eval.metrics import CLIPScore, FrechetDistance
+from unclip_pl.diffusion.noise import Noise
+from unclip_pl.utils.images import to_uint8
+
+
+class Toy(LightningModule):
+    """A stage whose samples are those of a function."""
+
+    def __init__(self, draws) -> None:
+        super().__init__()
+        self.weight, self.draws, self.logged = nn.Parameter(torch.zeros(1)), draws, {}
+
+    def sample(self, batch, noise):
+        return self.draws(batch, noise)
+
+    def log_dict(self, values, **_):
+        self.logged |= values
+
+
+def validate(callback: Evaluate, stage: Toy, batches: list[dict], step: int) -> None:
+    trainer = SimpleNamespace(sanity_checking=False, global_step=step, global_rank=0)
+    callback.on_validation_epoch_start(trainer, stage)
+    for number, batch in enumerate(batches):
+        callback.on_validation_batch_end(trainer, stage, None, batch, number)
+    callback.on_validation_epoch_end(trainer, stage)
+
+
+def batches(count: int = 3, size: int = 4) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+
+    def batch():
+        return {
+            "key": ["x"] * size,
+            "image": torch.randn(size, 3, 16, 16, generator=generator).clamp(-1, 1),
+            "image_embed": torch.randn(size, 8, generator=generator),
+            "text_embed": torch.randn(size, 8, generator=generator),
+        }
+
+    return [batch() for _ in range(count)]
+
+
+def test_callback_has_the_figures_of_the_pictures_and_keeps_metrics_out_of_the_stage():
+    validation = batches()
+    stage = Toy(lambda batch, noise: noise((3, 16, 16)).clamp(-1, 1))
+    validate(Evaluate(10, count=10), stage, validation, 10)
+    network, metric = load_features("clip"), FrechetDistance(256)
+    real = torch.cat([batch["image"] for batch in validation])[:10]
+    metric.update(network(to_uint8(real)), real=True)
+    metric.update(network(to_uint8(Noise(range(10))((3, 16, 16)).clamp(-1, 1))), real=False)
+    assert stage.logged["eval/fd_clip"] == pytest.approx(metric.compute()["fd"], rel=1e-4)
+    assert {"eval/kid", "eval/precision", "eval/recall"} < set(stage.logged)
+    assert "eval/clip_score" not in stage.logged
+    assert list(stage.state_dict()) == ["weight"] and len(list(stage.modules())) == 1
+
+
+def test_callback_evaluates_a_priors_embeddings_and_scores_them_with_their_captions():
+    validation = batches(3, 8)
+    stage = Toy(lambda batch, noise: batch["image_embed"])
+    validate(Evaluate(1, count=24), stage, validation, 1)
+    score = CLIPScore()
+    for batch in validation:
+        score.update(batch["image_embed"], batch["text_embed"])
+    assert stage.logged["eval/fd_clip"] == pytest.approx(0, abs=1e-5)
+    assert stage.logged["eval/recall"] == 1
+    assert stage.logged["eval/clip_score"] == pytest.approx(score.compute()["clip_score"], rel=1e-5)
+
+
+def test_callback_waits_for_its_steps_also_after_a_resume():
+    stage, callback = Toy(lambda batch, noise: batch["image_embed"]), Evaluate(10, count=12)
+    for step, evaluated in ((5, False), (12, True), (20, False), (22, True)):
+        stage.logged = {}
+        validate(callback, stage, batches(), step)
+        assert bool(stage.logged) == evaluated, step
+        state, callback = callback.state_dict(), Evaluate(10, count=12)
+        callback.load_state_dict(state)
+    with pytest.raises(ValueError, match="every_n_train_steps"):
+        Evaluate(0)
+
+
+def test_callback_is_one_of_lightnings_and_its_yaml_builds():
+    from unclip_pl.cli.lightning_cli import build_cli
+
+    callback = '{"class_path": "eval.callback.Evaluate", "init_args": {"every_n_train_steps": 7}}'
+    words = ["-c", "stages/decoder.yaml", "--trainer.accelerator", "cpu"]
+    trainer: Trainer = build_cli([*words, "--trainer.callbacks+", callback], run=False).trainer
+    (evaluate,) = (one for one in trainer.callbacks if isinstance(one, Evaluate))
+    assert evaluate.every_n_train_steps == 7
