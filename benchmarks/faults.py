@@ -50,7 +50,7 @@ class Run:
         there, and wait for the first step of the new start."""
         job = self.job
         job.until(lambda: job.step() >= after, 900)
-        starts, at, waited = job.said().count(START), job.step(), 0.0
+        starts, at, waited = job.output().count(START), job.step(), 0.0
         struck = time.monotonic()
         strike()
         if queued:
@@ -64,7 +64,7 @@ class Run:
                 self.job = job = self.again()
             job.until(lambda: self.slurm("hurry") == "" and job.state() == "RUNNING", 300)
             waited = time.monotonic() - pending
-        job.until(lambda: job.said().count(START) > starts, 900)
+        job.until(lambda: job.output().count(START) > starts, 900)
         reached, count = job.step(), len(job.lines())
         job.until(lambda: len(job.lines()) > count, 900)
         again = job.lines()[count]["step"]
@@ -143,7 +143,7 @@ def main() -> None:
         straight = Job(out / "straight", *options, stage="stages/decoder.yaml")
         for one in (run.job, straight):
             if one.ended() != "COMPLETED":
-                raise SystemExit(one.said()[-3000:])
+                raise SystemExit(one.output()[-3000:])
 
     print(f"\n| {' | '.join(COLUMNS)} |\n|" + "---|" * len(COLUMNS))
     for name, *numbers, seconds, waited in run.rows:

@@ -102,7 +102,7 @@ class Job:
         """PENDING, RUNNING ...; "" once it is over."""
         return shell(f"squeue -h -j {self.id} -o %T", check=False).strip()
 
-    def said(self) -> str:
+    def output(self) -> str:
         return "".join(path.read_text() for path in self.folder.glob("*.out"))
 
     def lines(self) -> list[dict]:
@@ -119,7 +119,7 @@ class Job:
         end = time.monotonic() + seconds
         while not condition():
             over = self.state() == ""
-            assert time.monotonic() < end and (not over or condition()), self.said()[-3000:]
+            assert time.monotonic() < end and (not over or condition()), self.output()[-3000:]
             time.sleep(0.2)
 
     def ended(self) -> str:

@@ -71,7 +71,7 @@ def test_two_nodes_with_two_ranks_each_have_the_losses_of_one_process(slurm, fol
     )
     build_cli(["fit", *TOY, "--trainer.accelerator", "cpu", "--trainer.max_steps", "20", "--trainer.default_root_dir", str(alone), "--model.noise", "0",
                "--data.batch_size", "16", "--trainer.callbacks+", diary])  # fmt: skip
-    assert job.ended() == "COMPLETED", job.said()[-3000:]
+    assert job.ended() == "COMPLETED", job.output()[-3000:]
     theirs, ours = (
         mean_losses(job.lines()),
         mean_losses(
@@ -95,13 +95,13 @@ def test_a_job_preempted_and_then_killed_ends_like_one_that_was_not(slurm, folde
     job = Job(folder / "cut", *flags, slow=0.1, diary={"kill_once": 44})
     job.until(lambda: job.step() >= 12)
     shell("sbatch --partition=urgent --nodes=2 --exclusive --output=/dev/null --wrap=true")
-    job.until(lambda: "requeueing" in job.said())
+    job.until(lambda: "requeueing" in job.output())
     stopped = int(newest_checkpoint(job.folder).stem.partition("=")[2])
     job.until(lambda: job.state() == "PENDING")
     job.until(lambda: slurm("hurry") == "" and job.step() > stopped)
     straight = Job(folder / "straight", *flags)
     assert (job.ended(), straight.ended()) == ("COMPLETED", "COMPLETED"), (
-        job.said()[-3000:] + straight.said()[-3000:]
+        job.output()[-3000:] + straight.output()[-3000:]
     )
     lines, whole = job.lines(), straight.lines()
     by_place = {(line["step"], line["rank"]): line for line in whole}
@@ -115,7 +115,7 @@ def test_a_job_preempted_and_then_killed_ends_like_one_that_was_not(slurm, folde
         sorted({line["step"] for line in lines}) == list(range(1, 61)) and len(lines) <= 120 + 2 * 5
     )  # by the kill those since the last checkpoint
     assert (
-        "restart 1 of 3" in job.said()
+        "restart 1 of 3" in job.output()
         and (folder / "cut" / f"{job.id}.failures").read_text() == "1\n"
     )
     ours, theirs = (read_checkpoint(newest_checkpoint(one.folder)) for one in (job, straight))
@@ -135,6 +135,6 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, folder):
     assert (
         saved >= 5
         and job.step() == saved
-        and "requeueing" not in job.said()
-        and "restart" not in job.said()
+        and "requeueing" not in job.output()
+        and "restart" not in job.output()
     )

@@ -145,7 +145,7 @@ def test_two_ranks_on_cpus_train_under_the_overlays_for_many_gpus(overlay, tmp_p
         *("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.logger", "false"),
     ]
     ranks = Ranks(tmp_path, arguments, 2, strategy=None)
-    assert ranks.wait() == [0, 0], ranks.said()[-3000:]
+    assert ranks.wait() == [0, 0], ranks.output()[-3000:]
     saved = tmp_path / "checkpoints" / "newest-step=3.ckpt"
     assert saved.is_dir() if overlay == "fsdp" else saved.is_file()
 

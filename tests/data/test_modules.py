@@ -339,7 +339,7 @@ def test_two_ranks_resume_each_at_its_own_sample(tmp_path):
             (tmp_path / f"{name}-{module.global_rank}.json").write_text(found)
 
         ranks = Ranks(tmp_path / name, work, 2)
-        assert ranks.wait() == [0, 0], ranks.said()[-3000:]
+        assert ranks.wait() == [0, 0], ranks.output()[-3000:]
         return [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2)]
 
     straight, resumed = keys("straight", SaveAt(saved, 5)), keys("resumed", ckpt=saved)
@@ -360,5 +360,5 @@ def test_more_ranks_than_shards_end_the_job_together(tmp_path, tiny_clip):
         trainer.predict(Embed(), datamodule=job)
 
     ranks = Ranks(tmp_path / "ranks", work, 2)
-    assert ranks.wait() == [0, 0], ranks.said()[-3000:]
+    assert ranks.wait() == [0, 0], ranks.output()[-3000:]
     assert verify(tmp_path / "store", shards) == []

@@ -171,7 +171,7 @@ def test_a_run_that_was_stopped_goes_on_and_says_what_a_whole_one_says(
 def test_two_ranks_share_the_pictures_and_say_what_one_says(ran, stages, tmp_path):
     """Rank 0 has two of the three shards of each point, rank 1 the other."""
     ranks = Ranks(tmp_path / "said", lambda: coco.main(words(stages, tmp_path / "two")), 2)
-    assert ranks.wait() == [0, 0], ranks.said()[-3000:]
+    assert ranks.wait() == [0, 0], ranks.output()[-3000:]
     samples = lambda folder: {
         path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.tar")
     }

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from unclip_pl.cluster.checkpoint_io import change_checkpoint, checkpoint_folder, read_checkpoint
-from unclip_pl.cluster.sharded_checkpoint import whole
+from unclip_pl.cluster.sharded_checkpoint import whole_tensors
 from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
 from unclip_pl.training.ema import EMA
 from unclip_pl.training.protocols import Estimates
@@ -83,7 +83,7 @@ def add_variance(
         batches: of training data, on the stage's device.
         draws: how often each timestep is looked at.
     """
-    stage.load_state_dict(read_checkpoint(path, target=whole("state_dict"))["state_dict"])
+    stage.load_state_dict(read_checkpoint(path, target=whole_tensors("state_dict"))["state_dict"])
     watched = cast(Estimates, stage)
     watched.estimate_variance(batches, draws)
     _write(path, watched.x0_error)
