@@ -1,4 +1,4 @@
-"""Muon against torch's own for matrices, an exact SVD for kernels, and torch's AdamW for the rest."""
+"""Muon next to torch's own for matrices, an exact SVD for kernels, torch's AdamW for the rest."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_a_kernel_moves_as_its_matrix_and_a_step_that_is_not_finite_changes_noth
     assert torch.equal(kernel, before)
 
 
-def test_hidden_weights_are_those_of_blocks_alone() -> None:
+def test_hidden_weights_are_only_those_of_blocks() -> None:
     decoder = tiny_stage("decoder")
     hidden = {id(p) for p in hidden_weights(decoder)}
     named = {name for name, p in decoder.named_parameters() if id(p) in hidden}
