@@ -8,11 +8,10 @@ A caption that occurs several times, or a picture that is the same to the pixel,
 of its twins is found.
 """
 
-from _common import results_option  # sets what must be set before torch
-
-# isort: split
 import argparse
 import json
+
+from _common import results_option
 
 import torch
 from _results import save_rows
@@ -29,16 +28,16 @@ def recall(similarity: torch.Tensor, right: torch.Tensor, k: int) -> float:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--shards", nargs="+")
-    arguments.add_argument("--model", default="openmoji")
-    arguments.add_argument("--pretrained")
-    results_option(arguments)
-    given = arguments.parse_args()
-    clip = FrozenCLIP(CLIPConfig(given.model, given.pretrained))
-    shards = expand(given.shards) if given.shards else resolve("openmoji", "val", 64)
+    parser.add_argument("--shards", nargs="+")
+    parser.add_argument("--model", default="openmoji")
+    parser.add_argument("--pretrained")
+    results_option(parser)
+    arguments = parser.parse_args()
+    clip = FrozenCLIP(CLIPConfig(arguments.model, arguments.pretrained))
+    shards = expand(arguments.shards) if arguments.shards else resolve("openmoji", "val", 64)
     budget = ErrorBudget(0.5)
     samples = [
         sample for shard in shards for sample in raw_samples(shard, budget) if sample["caption"]
@@ -56,14 +55,14 @@ def main() -> None:
     classes = sorted(set(captions))
     of_class = torch.tensor([[caption == name for name in classes] for caption in captions])
     by_class = torch.stack([cosine[:, captions.index(name)] for name in classes], dim=1)
-    found = {"images": len(samples), "classes": len(classes)}
+    results = {"images": len(samples), "classes": len(classes)}
     for k in (1, 5):
-        found[f"image_to_text_r{k}"] = recall(cosine, twins, k)
-        found[f"text_to_image_r{k}"] = recall(cosine.T, twins, k)
-        found[f"zero_shot_top{k}"] = recall(by_class, of_class, k)
-    found["by_chance_top1"] = round(1 / len(classes), 4)
-    print(json.dumps(found))
-    save_rows("clip_quality", given.results, found)
+        results[f"image_to_text_r{k}"] = recall(cosine, twins, k)
+        results[f"text_to_image_r{k}"] = recall(cosine.T, twins, k)
+        results[f"zero_shot_top{k}"] = recall(by_class, of_class, k)
+    results["by_chance_top1"] = round(1 / len(classes), 4)
+    print(json.dumps(results))
+    save_rows("clip_quality", arguments.results, results)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,6 @@ fault one after the other; another is left in peace. `local-slurm` runs two node
 can crash one. Slurm lets a requeued job wait two minutes; that wait is cut short and not counted.
 """
 
-from _common import results_option  # sets what must be set before torch
-
-# isort: split
 import argparse
 import json
 import time
@@ -18,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from _common import results_option
 
 import torch
 from _results import save_rows
@@ -101,7 +100,7 @@ def main() -> None:
     )
     parser.add_argument("--local-slurm", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--ranks", type=int, default=1, help="of a node")
+    parser.add_argument("--ranks", type=int, default=1, help="per node")
     parser.add_argument("--steps", type=int, default=105)
     results_option(parser)
     arguments = parser.parse_args()

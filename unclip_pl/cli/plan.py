@@ -1,4 +1,4 @@
-"""`unclip plan`: what a run of a stage estimate on so many GPUs, before one of them is paid for."""
+"""`unclip plan`: what a run of a stage needs on so many GPUs, before one of them is paid for."""
 
 import argparse
 import logging
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     positive = (arguments.peak_tflops, arguments.gpu_memory, arguments.batch or 1)
     if min(arguments.gpus) < 1 or not 0 < arguments.mfu <= 1 or min(positive) <= 0:
         raise UserError(
-            "unclip plan estimate --gpus of at least 1, an --mfu above 0 and up to 1, and a "
+            "unclip plan needs --gpus of at least 1, an --mfu above 0 and up to 1, and a "
             "--peak-tflops, --gpu-memory and --batch above 0."
         )
     stages = [arguments.stage]

@@ -99,9 +99,9 @@ def _run_on_rank_zero(
         except Exception as error:
             outcome[1] = explain(error)
     dist.broadcast_object_list(outcome, src=0)
-    result, error = outcome
-    if error is not None:
-        raise error
+    result, raised = outcome
+    if raised is not None:
+        raise raised
     return result
 
 
