@@ -20,8 +20,10 @@ test: $(VENV)/.installed-test  ## the whole test suite
 test-fast: $(VENV)/.installed-test  ## the tests of less than about five seconds
 	$(PYTEST) -m "not slow"
 
-lint: $(VENV)/.installed-dev  ## ruff and mypy
+lint: $(VENV)/.installed-dev  ## ruff, its formatter, codespell and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files -z | xargs -0 $(BIN)/codespell
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed-docs  ## this project's pages as a site in docs/_build/html; a warning is an error
