@@ -1,8 +1,8 @@
-"""Files of measurements, `<job>-<machine>-<dtype>-<eager|compiled>....json`, from which
-`table.py` makes the table.
+"""Files of measurements, from which `table.py` makes the table.
 
-A file says what was measured (job, commit, machine, torch, settings) and holds a list of rounds. A
-further run of the same thing adds a round; one with another commit or setting starts the file over.
+They are named `<job>-<machine>-<dtype>-<eager|compiled>....json`. A file says what was measured
+(job, commit, machine, torch, settings) and holds a list of rounds. Another run of the same thing
+adds a round; one with another commit or setting starts the file over.
 """
 
 import json

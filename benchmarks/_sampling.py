@@ -32,8 +32,16 @@ def measure(
     before: float,
     **settings: Any,
 ) -> None:
-    """Time the draws for the conditions in `batch`, then count the operations of one, and print
-    the line. `settings` replace those of the stage's own `sampling`."""
+    """Time the sampling for a batch of conditions, count its operations, and print the line.
+
+    Args:
+        job: its name.
+        stage: to sample.
+        batch: the conditions.
+        arguments: of the command line.
+        before: memory of the imports in MiB.
+        settings: replace those of the stage's `sampling`.
+    """
     stage.to(arguments.device).eval().requires_grad_(False)  # as a loaded stage is
     if arguments.compile:
         compile_blocks(stage, arguments.device)

@@ -1,5 +1,7 @@
-"""A training step of a stage, under our trainer and in a plain loop: the real module, optimiser,
-clipping and EMA in both."""
+"""A training step of a stage, under our trainer or in a plain loop.
+
+Both have the real module, optimiser, clipping and EMA.
+"""
 
 import argparse
 import tempfile
@@ -54,8 +56,10 @@ def on_device(batch: dict[str, Any], device: Any) -> dict[str, Any]:
 
 
 def trained(module: Stage, batch: dict[str, Any], arguments: argparse.Namespace) -> list[float]:
-    """Seconds per step under a trainer with what `lightning fit` does at each step: EMA, progress
-    bar, monitors, TensorBoard. No checkpoints, no validation."""
+    """Seconds per step under a trainer that does what `lightning fit` does at each step.
+
+    That is EMA, progress bar, monitors and TensorBoard. There are no checkpoints and no validation.
+    """
     clock, steps = Clock(arguments.device), arguments.warmup + arguments.repeats + 1
     batch = on_device(batch, arguments.device)  # the loader has a benchmark of its own
     precisions: Any = {"bf16": "bf16-mixed", "fp32": "32-true"}

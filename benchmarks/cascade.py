@@ -1,5 +1,8 @@
-"""From captions to 1024x1024 pictures by the weights of the package: seconds, those of the
-processor (all threads), and on Linux peak resident memory of each stage."""
+"""From captions to 1024x1024 pictures with the weights of the package.
+
+For each stage it measures the seconds, the seconds of the processor (all threads), and on Linux
+the peak resident memory.
+"""
 
 import argparse
 import statistics
@@ -30,7 +33,7 @@ class Stages:
         self.peaks: dict[str, float] = {}
 
     def run(self, name: str, draw: Callable[[], Tensor]) -> Tensor:
-        """What `draw` gives, on the CPU."""
+        """Measure a call of `draw`; returns its result on the CPU."""
         refs = Path("/proc/self/clear_refs")
         if refs.exists():
             refs.write_text("5", encoding="ascii")  # VmHWM begins again at what is resident now

@@ -1,11 +1,13 @@
-"""How well a CLIP does on shards: retrieval in both directions over all pairs, and zero-shot
-accuracy among the shards' own captions.
+"""How well a CLIP does on shards.
+
+Measured are retrieval in both directions over all pairs, and zero-shot accuracy among the captions
+of the shards.
 
     python benchmarks/clip_quality.py                              OpenMoji's held-out drawings
     python benchmarks/clip_quality.py --shards 'data/{0..2}.tar'   other drawings
 
-A caption that occurs several times, or a picture that is the same to the pixel, is right whichever
-of its twins is found.
+If a caption occurs several times, or a picture is the same to the pixel, each of its twins is a
+right answer.
 """
 
 import argparse

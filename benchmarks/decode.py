@@ -1,5 +1,7 @@
-"""Tar shards of JPEGs to float tensors of 64 pixels, as the loaders decode them (no network, no
-CLIP), in this process or in workers."""
+"""Decode tar shards of JPEGs to float tensors of 64 pixels, as the loaders do it.
+
+No network and no CLIP take part. It runs in this process or in workers.
+"""
 
 from typing import Any
 
@@ -10,7 +12,7 @@ from unclip_pl.data.shards import count_samples, expand
 
 
 def as_is(sample: dict[str, Any], epoch: int) -> dict[str, Any]:
-    """Nothing is added to the samples."""
+    """Return a sample unchanged."""
     return sample
 
 

@@ -1,5 +1,7 @@
-"""Drawing two 64x64 pictures in 5 steps with guidance by the decoder of `decoder_train.py` (random
-weights): `Decoder.sample` as the pipeline calls it."""
+"""Draw two 64x64 pictures in 5 steps with guidance: `Decoder.sample` as the pipeline calls it.
+
+The decoder is that of `decoder_train.py` with random weights.
+"""
 
 from _common import begin, make_parser
 

@@ -1,8 +1,8 @@
-"""One training step of the 64x64 decoder: the real stage, AdamW, clipping, EMA and logger, under
-our Lightning trainer.
+"""One training step of the 64x64 decoder.
 
-The network has the shape that the other systems are timed with: 64 channels x 1, 2, 3, 4, two
-blocks per level, attention at 32, 16 and 8, captions as 77 states of 512.
+It has the real stage, AdamW, clipping, EMA and logger, under our Lightning trainer. The network has
+the shape that the other systems are timed with: 64 channels x 1, 2, 3, 4, two blocks per level,
+attention at 32, 16 and 8, captions as 77 states of 512.
 """
 
 from typing import Any

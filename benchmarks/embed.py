@@ -1,8 +1,7 @@
-"""Filling an embedding store from tar shards: read, decode, CLIP images and captions, write; a
-repeat is the whole job, the model loaded before.
+"""Fill an embedding store from tar shards: read, decode, embed images and captions, write.
 
-The operations are those of the image tower only, as in the scripts of the systems that embed no
-captions.
+A repeat is the whole job, with the model loaded before. The operations are those of the image tower
+only, as in the scripts of the systems that embed no captions.
 """
 
 import json

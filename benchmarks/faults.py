@@ -1,10 +1,12 @@
-"""What each fault costs a run on a real Slurm of two nodes: steps done twice, samples lost, time to
-resume. It prints Markdown, then whether all ended alike. From the checkout's root:
+"""What each fault costs a run on a real Slurm of two nodes.
+
+Measured are steps done twice, samples lost and the time to resume. The output is a Markdown table,
+then whether all runs ended alike. From the checkout's root:
 
     PYTHONPATH=. python benchmarks/faults.py --local-slurm PATH/local-slurm --out faults
 
-One run of a small decoder, 2 nodes x `--ranks`, each with a loader's worker, goes through every
-fault one after the other; another is left in peace. `local-slurm` runs two nodes on one machine and
+One run of a small decoder, 2 nodes x `--ranks`, each with a loader's worker, goes through all
+faults one after the other; another run has none. `local-slurm` runs two nodes on one machine and
 can crash one. Slurm lets a requeued job wait two minutes; that wait is cut short and not counted.
 """
 
@@ -45,8 +47,14 @@ class Run:
     def fault(
         self, name: str, after: int, strike: Callable[[], object], queued: bool = True
     ) -> None:
-        """Strike at step `after` or soon after it, see the job through the queue where it goes
-        there, and wait for the first step of the new start."""
+        """Cause a fault and wait until the job has made a new step.
+
+        Args:
+            name: of the fault.
+            after: the step after which it happens.
+            strike: causes it.
+            queued: whether the job goes back to the queue.
+        """
         job = self.job
         job.until(lambda: job.step() >= after, 900)
         starts, at, waited = job.output().count(START), job.step(), 0.0
@@ -73,7 +81,7 @@ class Run:
 
 
 def outcome(run: Job, straight: Job) -> dict[str, Any]:
-    """Whether the run that went through all faults ended like the one that was left in peace."""
+    """Whether the run with all faults ended like the one without."""
     lines, whole = run.lines(), straight.lines()
     place = {(line["step"], line["rank"]): (line["keys"], line["loss"]) for line in whole}
     same = all(place[line["step"], line["rank"]] == (line["keys"], line["loss"]) for line in lines)

@@ -1,5 +1,7 @@
-"""How fast the loaders are: images/s of the train loader by image size and number of workers, and
-rows/s of the priors' loader and of the store. The output is Markdown.
+"""How fast the loaders are.
+
+Measured are images/s of the train loader by image size and number of workers, and rows/s of the
+priors' loader and of the store. The output is Markdown.
 
     python benchmarks/loader_rates.py                                   OpenMoji, drawn on first use
     python benchmarks/loader_rates.py --sizes 64 --workers 0 4 8        other sizes and workers
@@ -54,8 +56,11 @@ def loader_rate(
 
 
 def store_rates(shard: str, samples: int, seconds: float) -> tuple[float, float]:
-    """Rows/s written, from the tar through CLIP to the file; rows/s read, by key in random order,
-    as tensors."""
+    """(rows/s written, rows/s read) of the embedding store.
+
+    Writing goes from the tar through CLIP to the file. Reading is by key in random order, as
+    tensors.
+    """
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / "part.tar"
         with tarfile.open(shard) as whole, tarfile.open(part, "w") as tar:

@@ -115,8 +115,10 @@ def variations(
 
 
 def counterparts(drawing: Drawing, known: dict[str, Drawing]) -> Iterator[tuple[str, str]]:
-    """(what differs, caption) of what a drawing is with another skin tone or gender, of the
-    captions that exist."""
+    """(what differs, caption) for each counterpart of a drawing that exists.
+
+    Counterparts have another skin tone or gender.
+    """
     if len(drawing.tones) == 1:
         own = f"{drawing.tones[0]} skin tone"
         for tone in TONES.values():

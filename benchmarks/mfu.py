@@ -38,8 +38,10 @@ def train(name: str, arguments: argparse.Namespace, before: float, tiny: bool = 
 
 
 def largest_batch(name: str, arguments: argparse.Namespace, size: int, tiny: bool = False) -> int:
-    """The first of `size`, size / 2, ... that can be trained on without checkpointing and without
-    the allocator having to give memory back."""
+    """The first micro-batch of `size`, size / 2, ... that fits without checkpointing.
+
+    It fits if the allocator does not have to give memory back, either.
+    """
     while True:
         stage: Any = build(name, arguments.device, "none", tiny)
         try:

@@ -1,9 +1,9 @@
-"""From a caption to a 256x256 picture by `UnCLIP.generate`, random weights: text tower, 5 steps of
-the prior, 5 of the decoder, 2 of the upsampler.
+"""From a caption to a 256x256 picture by `UnCLIP.generate` with random weights.
 
-The shapes are those that the other systems are timed with: text tower and prior of width 512, 6
-blocks and 8 heads on 77 tokens; decoder of `decoder_train.py`; upsampler of 32 channels x 1, 2, 3,
-4 with two blocks per level. Prior and decoder draw with guidance, the prior one candidate.
+The text tower runs, then 5 steps of the prior, 5 of the decoder and 2 of the upsampler. The shapes
+are those that the other systems are timed with: text tower and prior of width 512, 6 blocks and 8
+heads on 77 tokens; decoder of `decoder_train.py`; upsampler of 32 channels x 1, 2, 3, 4 with two
+blocks per level. Prior and decoder draw with guidance, the prior one candidate.
 """
 
 import argparse

@@ -1,5 +1,6 @@
-"""How near a prior's embeddings come to the true ones, on all held-out captions, next to two
-baselines that need no prior.
+"""How near a prior's embeddings come to the true ones, on all held-out captions.
+
+Two baselines that need no prior are measured too.
 
     python benchmarks/prior_quality.py            both priors of the package, OpenMoji's captions
     python benchmarks/prior_quality.py --prior FOLDER_OR_CKPT --train 'data/{0..98}.tar' \\

@@ -1,7 +1,7 @@
-"""Drawing the embeddings of two captions by the prior of `prior_train.py`: 16 steps with guidance,
-the better of two candidates each.
+"""Sample the embeddings of two captions by the prior of `prior_train.py`.
 
-Captions of 38 tokens, as in the script that times diffusers.
+It takes 16 steps with guidance and the better of two candidates for each caption. Captions have 38
+tokens, as in the script that times diffusers.
 """
 
 from _common import begin, make_parser

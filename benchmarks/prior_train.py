@@ -1,8 +1,8 @@
-"""One training step of the diffusion prior: the real stage, AdamW, clipping, EMA and logger, under
-our Lightning trainer.
+"""One training step of the diffusion prior.
 
-The network has the shape that the other systems are timed with: width 512, 6 blocks of 8 heads,
-captions as 77 states, 81 tokens in all.
+It has the real stage, AdamW, clipping, EMA and logger, under our Lightning trainer. The network has
+the shape that the other systems are timed with: width 512, 6 blocks of 8 heads, captions as 77
+states, 81 tokens in all.
 """
 
 from typing import Any

@@ -1,5 +1,7 @@
-"""Where the time of one training step goes: forward, backward, optimiser and EMA of a stage of the
-training benchmarks, by kind of operation.
+"""Where the time of one training step goes, by kind of operation.
+
+The step has the forward and backward pass, the optimiser and the EMA of a stage of the training
+benchmarks.
 
     python benchmarks/profile_step.py [decoder] [--dtype bf16] [--device cuda] [--compile]
 

@@ -1,5 +1,6 @@
-"""How near an upsampler comes to held-out images, next to bicubic enlargement: whole images, from
-their antialiased reduction (not degraded), by its own sampler.
+"""How near an upsampler comes to held-out images, next to bicubic enlargement.
+
+It enlarges whole images from their antialiased reduction (not degraded), with its own sampler.
 
     python benchmarks/upsampler_quality.py 256          that of the package, 64 held-out drawings
     python benchmarks/upsampler_quality.py 1024 --count 12 --picture upsampler.png
@@ -48,8 +49,10 @@ def drift(images: Tensor, low_res: Tensor) -> Tensor:
 
 
 def closest(rows: dict[str, Tensor], side: int = 128) -> Image.Image:
-    """A labelled picture: of each image the `side` x `side` pixels where the last row has the most
-    edges, twice as large for 128."""
+    """A labelled picture of the part of each image where the last row has the most edges.
+
+    The part has `side` x `side` pixels and is enlarged to at most 256.
+    """
     target = list(rows.values())[-1]
     corners = []
     for image in target:

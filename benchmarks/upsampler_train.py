@@ -1,8 +1,8 @@
-"""One training step of the upsampler 64 -> 256 on 64-pixel crops: the real stage, AdamW, clipping,
-EMA and logger, under our Lightning trainer.
+"""One training step of the upsampler 64 -> 256 on 64-pixel crops.
 
-The network has the shape that the other systems are timed with: 64 channels x 1, 2, 3, 4, two
-blocks per level, no attention.
+It has the real stage, AdamW, clipping, EMA and logger, under our Lightning trainer. The network has
+the shape that the other systems are timed with: 64 channels x 1, 2, 3, 4, two blocks per level, no
+attention.
 """
 
 from typing import Any

@@ -17,7 +17,7 @@ data: {class_path: tests.training.toy.ToyRows}
 
 
 class Slurm:
-    """The two nodes that the script `local-slurm` runs on this machine; `with` starts and ends them.
+    """The two nodes that the script `local-slurm` runs on this machine, started by `with`.
 
     Raises:
         RuntimeError: it does not start here.
@@ -88,9 +88,9 @@ class Job:
         if not stage:
             stage = str(folder / "toy.yaml")
             Path(stage).write_text(TOY_STAGE)
-        submit = ["submit", stage, *"--nodes 2 --gpus 0 --cpus 1 --time 30 --logs".split()]
+        submit = ["submit", stage, "--nodes", "2", "--gpus", "0", "--cpus", "1", "--time", "30"]
         run = [*QUIET, *flags, "--trainer.default_root_dir", str(folder)]
-        assert main([*submit, str(folder), *run, *options]) == 0
+        assert main([*submit, "--logs", str(folder), *run, *options]) == 0
         self.id = max(map(int, shell("squeue -h -t all -o %A").split()))
 
     def state(self) -> str:

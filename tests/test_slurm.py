@@ -75,9 +75,8 @@ def test_two_nodes_with_two_ranks_each_have_the_losses_of_one_process(slurm, fol
 
 @pytest.mark.usefixtures("_in_the_checkout")
 def test_a_job_preempted_and_then_killed_ends_like_one_that_was_not(slurm, folder):
-    flags = (
-        "--trainer.max_steps 60 --newest.every_n_train_steps 10 --preemption.ask_every 0".split()
-    )
+    flags = ["--trainer.max_steps", "60", "--newest.every_n_train_steps", "10"]
+    flags += ["--preemption.ask_every", "0"]
     job = Job(folder / "cut", *flags, slow=0.1, diary={"kill_once": 44})
     job.until(lambda: job.step() >= 12)
     shell("sbatch --partition=urgent --nodes=2 --exclusive --output=/dev/null --wrap=true")

@@ -1,4 +1,4 @@
-"""A resumed run uses its own settings, says so, and leaves other runs alone."""
+"""A resumed run uses its own settings, says so, and leaves other runs as they are."""
 
 import pytest
 import torch
