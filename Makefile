@@ -20,12 +20,15 @@ test: $(VENV)/.installed-test  ## the whole test suite
 test-fast: $(VENV)/.installed-test  ## the tests of less than about five seconds
 	$(PYTEST) -m "not slow"
 
-lint: $(VENV)/.installed-dev  ## ruff and mypy
+lint: $(VENV)/.installed-dev  ## ruff, its formatter, codespell and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files -z | xargs -0 $(BIN)/codespell
 	$(BIN)/mypy
 
-docs: $(VENV)/.installed-docs  ## this project's pages as a site in docs/_build/html; a warning is an error
-	$(BIN)/python -m sphinx -q -W --keep-going -j auto $(SPHINXOPTS) -d docs/_build/doctrees docs docs/_build/html
+docs: $(VENV)/.installed-docs  ## the pages as a site in docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -j auto $(SPHINXOPTS) \
+		-d docs/_build/doctrees docs docs/_build/html
 
 clean:  ## remove the virtual environment, caches and runs of this folder
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache runs docs/_build docs/api

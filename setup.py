@@ -68,7 +68,7 @@ setup(
             "pyarrow>=14",
             "opencv-python-headless>=4.8",
         ],
-        "dev": ["ruff", "mypy"],
+        "dev": ["ruff", "mypy", "codespell", "pre-commit"],
         "docs": ["sphinx>=8.1", "myst-parser>=4", "pydata-sphinx-theme>=0.16", "sphinx-copybutton"],
     },
     entry_points={

@@ -1,5 +1,7 @@
-"""What the benchmarks share: arguments, memory, floating-point operations, and the one JSON line
-that each prints and, with `--results`, writes."""
+"""What the benchmarks share: arguments, memory, operations, and the JSON line that each prints.
+
+Import this module first: it sets what must be set before torch and lightning.
+"""
 
 import argparse
 import gc
@@ -16,61 +18,60 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import unclip_pl.utils.torchvision  # noqa: F401
+import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lightning
 
-# isort: split
 import torch
 from _results import about, save
 
 from unclip_pl.utils.precision import supported_precision
 
 
-def parser(
+def make_parser(
     doc: str | None, repeats: int, warmup: int, batch: int | None = None
 ) -> argparse.ArgumentParser:
-    """The arguments that every timed job has."""
-    made = argparse.ArgumentParser(
+    """A parser of the arguments that every timed job has; the numbers are defaults."""
+    parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    made.add_argument("--repeats", type=int, default=repeats, help="timed steps")
-    made.add_argument("--warmup", type=int, default=warmup, help="steps before, not timed")
-    made.add_argument("--threads", type=int, default=2, help="of torch, on the CPU")
-    made.add_argument("--device", default="cpu", help="cpu or cuda")
-    made.add_argument(
+    parser.add_argument("--repeats", type=int, default=repeats, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=warmup, help="steps before, not timed")
+    parser.add_argument("--threads", type=int, default=2, help="of torch, on the CPU")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
         "--dtype", choices=["fp32", "bf16"], default="fp32",
         help="bf16: autocast (embed: weights in bfloat16); float32 on a CPU without it",
     )  # fmt: skip
     if batch is not None:
-        made.add_argument("--batch", type=int, default=batch)
-    results_option(made)
-    return made
+        parser.add_argument("--batch", type=int, default=batch)
+    results_option(parser)
+    return parser
 
 
-def results_option(arguments: argparse.ArgumentParser) -> None:
+def results_option(parser: argparse.ArgumentParser) -> None:
     """Add the folder for results."""
-    arguments.add_argument(
+    parser.add_argument(
         "--results", metavar="DIR", help="write a JSON file here (of the table: benchmarks/results)"
     )
 
 
-def compile_option(arguments: argparse.ArgumentParser) -> None:
+def compile_option(parser: argparse.ArgumentParser) -> None:
     """Add whether the networks are compiled."""
-    arguments.add_argument(
+    parser.add_argument(
         "--compile", action="store_true",
         help="torch.compile of the repeated blocks, done in the steps of the warm-up",
     )  # fmt: skip
 
 
-def sampling_options(arguments: argparse.ArgumentParser) -> None:
+def sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add what speeds up drawing."""
-    compile_option(arguments)
-    arguments.add_argument(
+    compile_option(parser)
+    parser.add_argument(
         "--cuda-graphs", action="store_true", help="record a sampling step once and replay it"
     )
 
 
 def begin(arguments: argparse.Namespace) -> float:
-    """Set threads and seed; returns the memory used so far (MiB), which is that of the imports."""
+    """Set threads and seed; returns the memory used so far in MiB, which is that of the imports."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     return peak_mib()
@@ -89,14 +90,16 @@ def peak_mib() -> float:
 
 
 def wait(device: str) -> None:
-    """Until a GPU has done what it was asked."""
+    """Wait until a GPU has finished."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
 def timed(step: Callable[[], Any], arguments: argparse.Namespace) -> list[float]:
-    """Seconds of each of `repeats` calls, after the warm-up; `first_s` of the arguments becomes
-    those of the first call of all, which compiles."""
+    """The seconds of each of `repeats` calls after the warm-up.
+
+    The time of the very first call, which compiles, is stored as `first_s` of the arguments.
+    """
     times = []
     for i in range(arguments.warmup + arguments.repeats):
         if i == arguments.warmup:
@@ -111,8 +114,10 @@ def timed(step: Callable[[], Any], arguments: argparse.Namespace) -> list[float]
 
 
 def flops_of(step: Callable[[], Any]) -> int:
-    """Floating-point operations of matrix products, convolutions and attention, as torch counts
-    them, two for a multiply-add. What is compiled runs uncompiled here: its kernels hide them."""
+    """Floating-point operations of matrix products, convolutions and attention, as torch counts.
+
+    A multiply-add counts as two. Compiled code runs uncompiled here, for its kernels hide them.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
@@ -129,15 +134,15 @@ def report(
     impl: str = "unclip_pl",
     **more: Any,
 ) -> dict[str, Any]:
-    """Print the line, and write it where `--results` says.
+    """Print the JSON line, and write it to a file in the folder `--results`.
 
     Args:
         job: its name.
         times: seconds of each step.
-        items: samples or images of a step.
-        before: what `begin` returned.
-        impl: whose code; settings other than the default are added to it.
-        more: further keys of the line; `peak_tflops` of the device gives the share reached, `mfu`.
+        items: samples or images per step.
+        before: memory of the imports in MiB, see `begin`.
+        impl: whose code was measured; settings other than the defaults are added to it.
+        more: further keys of the line. With `peak_tflops` of the device the line has `mfu`.
     """
     median, device = statistics.median(times), arguments.device
     mode = "compiled" if getattr(arguments, "compile", False) else "eager"

@@ -1,8 +1,8 @@
 """Forward operations of one sample by formula, for MFU.
 
-A multiply-add is two operations. Counted are matrix products, convolutions and attention as they
-are defined, half of the square where it is causal: neither what is computed again nor norms,
-activations, optimiser and EMA, which take their time all the same.
+A multiply-add is two operations. Matrix products, convolutions and attention count (half of the
+square if it is causal). What is computed again does not count, and neither do norms, activations,
+optimiser and EMA, although they take time.
 """
 
 from typing import Any
@@ -16,8 +16,12 @@ from unclip_pl.stages.upsampler import Upsampler
 
 
 def forward_flops(stage: Any, side: int | None = None) -> float:
-    """Operations of the loss of one sample, without its backward pass; `side` is that of an
-    upsampler's images."""
+    """Operations of the loss of one sample, without the backward pass.
+
+    Args:
+        stage: of this package.
+        side: of an upsampler's images in pixels; None: the side that its network draws.
+    """
     net = stage.net_config
     if isinstance(stage, Upsampler):
         return unet(net, 0, side)
@@ -33,8 +37,11 @@ def forward_flops(stage: Any, side: int | None = None) -> float:
 def transformer(
     width: int, depth: int, tokens: int, causal: bool, last: int | None = None
 ) -> float:
-    """`depth` blocks on a sequence; `last`: the last block computes the outputs of this many tokens
-    at the end only, and for the others their keys and values."""
+    """Operations of `depth` blocks on a sequence of `tokens`.
+
+    With `last` the last block computes outputs only for this many tokens at the end, and for the
+    others keys and values.
+    """
     pairs = tokens * (tokens + 1) / 2 if causal else tokens**2
     block = 24 * tokens * width**2 + 4 * pairs * width
     trimmed = 0 if last is None else 20 * (tokens - last) * width**2

@@ -25,15 +25,15 @@ class Paper(NamedTuple):
 
     kind: type[Stage]
     batch: int
-    """Where the search for the largest micro-batch begins; it goes down by halves."""
+    """Where the search for the largest micro-batch begins; each further try halves it."""
     draws: int
     """Samples that are drawn together."""
     steps: int | None
-    """Steps of a draw: fewer than the paper's, which take the same time each."""
+    """Sampling steps: fewer than the paper's, for each takes the same time."""
     crop: int
     """Side of the images that an upsampler is trained on, or 0."""
     tiny: dict[str, Any]
-    """What is other in the tiny stage."""
+    """What differs in the tiny stage."""
 
 
 SMALL = {"width": 32, "depth": 1, "heads": 2}
@@ -70,12 +70,12 @@ def settings_of(name: str, tiny: bool) -> dict[str, Any]:
     parts = [yaml.safe_load(text)["model"]["init_args"] for text in texts]
     if name == "decoder":
         parts[1]["text"] = TEXT_STATES
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for part in [*parts, KINDS[name].tiny if tiny else {}]:
         for key, value in part.items():
-            both = isinstance(value, dict) and isinstance(found.get(key), dict)
-            found[key] = found[key] | value if both else value
-    return found
+            both = isinstance(value, dict) and isinstance(settings.get(key), dict)
+            settings[key] = settings[key] | value if both else value
+    return settings
 
 
 def build(name: str, device: str, checkpointing: str = "none", tiny: bool = False) -> Any:

@@ -1,8 +1,8 @@
-"""Files of measurements, `<job>-<machine>-<dtype>-<eager|compiled>....json`, from which `table.py`
-makes the table.
+"""Files of measurements, from which `table.py` makes the table.
 
-A file says what was measured (job, commit, machine, torch, settings) and holds a list of rounds. A
-further run of the same thing adds a round; one with another commit or setting starts the file over.
+They are named `<job>-<machine>-<dtype>-<eager|compiled>....json`. A file says what was measured
+(job, commit, machine, torch, settings) and holds a list of rounds. Another run of the same thing
+adds a round; one with another commit or setting starts the file over.
 """
 
 import json
@@ -48,8 +48,8 @@ def machine(device: str = "cpu") -> str:
 
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    found = re.search(r"model name\s*:\s*(.*)", _read("/proc/cpuinfo"))
-    name = found[1].strip() if found else "CPU"
+    match = re.search(r"model name\s*:\s*(.*)", _read("/proc/cpuinfo"))
+    name = match[1].strip() if match else "CPU"
     return f"{name}, {cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -97,14 +97,14 @@ def save(line: dict[str, Any], folder: str | os.PathLike | None) -> Path | None:
 
 
 def save_rows(job: str, folder: str | os.PathLike | None, rows: Any, device: str = "cpu") -> None:
-    """Write what a script found that measures no time; None as `folder` does nothing."""
+    """Write the rows of a script that measures no time; does nothing if `folder` is None."""
     if folder is not None:
         line = {"job": job} | about(device)
         write(Path(folder) / name_of(line), line | {"rows": rows})
 
 
 def write(path: Path, content: dict[str, Any]) -> Path:
-    """Write a file whole or not at all."""
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

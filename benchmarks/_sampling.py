@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from _common import (  # sets what must be set before torch
+from _common import (
     flops_of,
     peak_mib,
     report,
@@ -12,45 +12,52 @@ from _common import (  # sets what must be set before torch
     timed,
 )
 
-# isort: split
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.networks.compilation import compile_blocks
 from unclip_pl.utils.precision import autocast
 
 
-def options(arguments: argparse.ArgumentParser, steps: int) -> None:
+def options(parser: argparse.ArgumentParser, steps: int) -> None:
     """Add how to draw."""
-    arguments.add_argument("--steps", type=int, default=steps)
-    arguments.add_argument("--guidance-scale", type=float, default=2.0)
-    sampling_options(arguments)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
+    sampling_options(parser)
 
 
 def measure(
     job: str,
     stage: Any,
     batch: dict[str, Any],
-    given: argparse.Namespace,
+    arguments: argparse.Namespace,
     before: float,
     **settings: Any,
 ) -> None:
-    """Time the draws for the conditions in `batch`, then count the operations of one, and print
-    the line. `settings` replace those of the stage's own `sampling`."""
-    stage.to(given.device).eval().requires_grad_(False)  # as a loaded stage is
-    if given.compile:
-        compile_blocks(stage, given.device)
-    batch = {key: value.to(given.device) for key, value in batch.items()}
+    """Time the sampling for a batch of conditions, count its operations, and print the line.
+
+    Args:
+        job: its name.
+        stage: to sample.
+        batch: the conditions.
+        arguments: of the command line.
+        before: memory of the imports in MiB.
+        settings: replace those of the stage's `sampling`.
+    """
+    stage.to(arguments.device).eval().requires_grad_(False)  # as a loaded stage is
+    if arguments.compile:
+        compile_blocks(stage, arguments.device)
+    batch = {key: value.to(arguments.device) for key, value in batch.items()}
     sampling = dataclasses.replace(stage.sampling, **settings)
 
     def step() -> None:
-        with autocast(given.dtype, given.device):
-            stage.sample(batch, Noise(range(given.batch)), sampling)
+        with autocast(arguments.dtype, arguments.device):
+            stage.sample(batch, Noise(range(arguments.batch)), sampling)
 
-    stage.cuda_graphs = given.cuda_graphs
-    times = timed(step, given)
+    stage.cuda_graphs = arguments.cuda_graphs
+    times = timed(step, arguments)
     peak = peak_mib()  # counting the operations takes memory of its own
     stage.cuda_graphs = False  # a replay hides its operations
     report(
-        job, given, times, given.batch, before,
+        job, arguments, times, arguments.batch, before,
         params=sum(p.numel() for p in stage.parameters()), flops_per_step=flops_of(step),
         peak_rss_mib=peak, nfe=settings.get("steps"),
     )  # fmt: skip

@@ -1,5 +1,7 @@
-"""A training step of a stage, under our trainer and in a plain loop: the real module, optimiser,
-clipping and EMA in both."""
+"""A training step of a stage, under our trainer or in a plain loop.
+
+Both have the real module, optimiser, clipping and EMA.
+"""
 
 import argparse
 import tempfile
@@ -8,7 +10,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, get_args
 
-from _common import (  # sets what must be set before torch
+from _common import (
     begin,
     compile_option,
     flops_of,
@@ -18,7 +20,6 @@ from _common import (  # sets what must be set before torch
     wait,
 )
 
-# isort: split
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -54,18 +55,20 @@ def on_device(batch: dict[str, Any], device: Any) -> dict[str, Any]:
     }
 
 
-def trained(module: Stage, batch: dict[str, Any], given: argparse.Namespace) -> list[float]:
-    """Seconds per step under a trainer with what `lightning fit` does at each step: EMA, progress
-    bar, monitors, TensorBoard. No checkpoints, no validation."""
-    clock, steps = Clock(given.device), given.warmup + given.repeats + 1
-    batch = on_device(batch, given.device)  # the loader has a benchmark of its own
+def trained(module: Stage, batch: dict[str, Any], arguments: argparse.Namespace) -> list[float]:
+    """Seconds per step under a trainer that does what `lightning fit` does at each step.
+
+    That is EMA, progress bar, monitors and TensorBoard. There are no checkpoints and no validation.
+    """
+    clock, steps = Clock(arguments.device), arguments.warmup + arguments.repeats + 1
+    batch = on_device(batch, arguments.device)  # the loader has a benchmark of its own
     precisions: Any = {"bf16": "bf16-mixed", "fp32": "32-true"}
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             max_steps=steps,
-            accelerator=given.device.split(":")[0],
+            accelerator=arguments.device.split(":")[0],
             devices=1,
-            precision=precisions[supported_precision(given.dtype, given.device)],
+            precision=precisions[supported_precision(arguments.dtype, arguments.device)],
             callbacks=[EMA(0.9999), Progress(), LossByTimestep(), clock],
             logger=TensorBoardLogger(folder, name="", version=""),
             enable_checkpointing=False,
@@ -75,24 +78,24 @@ def trained(module: Stage, batch: dict[str, Any], given: argparse.Namespace) -> 
             use_distributed_sampler=False,
         )
         trainer.fit(module, DataLoader([batch] * steps, batch_size=None))
-    given.first_s = clock.ends[0] - clock.start
-    ends = clock.ends[given.warmup :]
+    arguments.first_s = clock.ends[0] - clock.start
+    ends = clock.ends[arguments.warmup :]
     return [later - earlier for earlier, later in pairwise(ends)]
 
 
 def plain_step(
-    module: Stage, batch: dict[str, Any], given: argparse.Namespace
+    module: Stage, batch: dict[str, Any], arguments: argparse.Namespace
 ) -> Callable[[], None]:
     """A training step of the module with its optimiser and EMA, without a trainer."""
-    module.to(given.device)
-    batch = on_device(batch, given.device)
+    module.to(arguments.device)
+    batch = on_device(batch, arguments.device)
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=1e-4, weight_decay=module.optimizer_config.weight_decay, fused=True
     )
     averages = [p.detach().clone() for p in module.parameters()]
 
     def step() -> None:
-        with autocast(given.dtype, given.device):
+        with autocast(arguments.dtype, arguments.device):
             loss = module.loss(batch)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -103,28 +106,28 @@ def plain_step(
     return step
 
 
-def bare(module: Stage, batch: dict[str, Any], given: argparse.Namespace) -> list[float]:
+def bare(module: Stage, batch: dict[str, Any], arguments: argparse.Namespace) -> list[float]:
     """Seconds per step of the same module, optimiser and EMA in a plain loop."""
-    return timed(plain_step(module, batch, given), given)
+    return timed(plain_step(module, batch, arguments), arguments)
 
 
 def measure(
     job: str,
     module: Stage,
     batch: dict[str, Any],
-    given: argparse.Namespace,
+    arguments: argparse.Namespace,
     before: float,
     **more: Any,
 ) -> None:
     """Time the steps, count the operations of one unless `more` has them, and print the line."""
-    if given.compile:
-        compile_blocks(module, given.device)
-    times = {"trainer": trained, "bare": bare}[given.mode](module.train(), batch, given)
+    if arguments.compile:
+        compile_blocks(module, arguments.device)
+    times = {"trainer": trained, "bare": bare}[arguments.mode](module.train(), batch, arguments)
     peak = peak_mib()  # counting the operations takes memory of its own
     if "flops_per_step" not in more:
         more["flops_per_step"] = training_flops(module, batch)
     report(
-        job, given, times, given.batch, before, f"unclip_pl/{given.mode}",
+        job, arguments, times, arguments.batch, before, f"unclip_pl/{arguments.mode}",
         params=sum(p.numel() for p in module.parameters()), peak_rss_mib=peak, **more,
     )  # fmt: skip
 
@@ -140,23 +143,23 @@ def training_flops(module: Stage, batch: dict[str, Any]) -> int:
     return flops_of(both_ways)
 
 
-def training_options(arguments: argparse.ArgumentParser) -> None:
+def training_options(parser: argparse.ArgumentParser) -> None:
     """Add how to train."""
-    arguments.add_argument(
+    parser.add_argument(
         "--mode", choices=["trainer", "bare"], default="trainer",
         help="bare: a plain loop; what the trainer costs is the difference",
     )  # fmt: skip
-    arguments.add_argument(
+    parser.add_argument(
         "--checkpointing", choices=get_args(Checkpointing), default="none",
         help="which activations are computed again in the backward pass",
     )  # fmt: skip
-    compile_option(arguments)
+    compile_option(parser)
 
 
-def arguments_of(arguments: argparse.ArgumentParser) -> tuple[argparse.Namespace, float]:
+def parse_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, float]:
     """Add how to train, and parse; seed, and return the memory of the imports as well."""
-    training_options(arguments)
-    given = arguments.parse_args()
-    before = begin(given)
+    training_options(parser)
+    arguments = parser.parse_args()
+    before = begin(arguments)
     seed_everything(0, verbose=False)
-    return given, before
+    return arguments, before

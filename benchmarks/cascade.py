@@ -1,20 +1,22 @@
-"""From captions to 1024x1024 pictures by the weights of the package: seconds, those of the
-processor (all threads), and on Linux peak resident memory of each stage."""
+"""From captions to 1024x1024 pictures with the weights of the package.
 
-from _common import (  # sets what must be set before torch
-    begin,
-    parser,
-    peak_mib,
-    report,
-    sampling_options,
-)
+For each stage it measures the seconds, the seconds of the processor (all threads), and on Linux
+the peak resident memory.
+"""
 
-# isort: split
 import argparse
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from _common import (
+    begin,
+    make_parser,
+    peak_mib,
+    report,
+    sampling_options,
+)
 
 from torch import Tensor
 
@@ -31,7 +33,7 @@ class Stages:
         self.peaks: dict[str, float] = {}
 
     def run(self, name: str, draw: Callable[[], Tensor]) -> Tensor:
-        """What `draw` gives, on the CPU."""
+        """Measure a call of `draw`; returns its result on the CPU."""
         refs = Path("/proc/self/clear_refs")
         if refs.exists():
             refs.write_text("5", encoding="ascii")  # VmHWM begins again at what is resident now
@@ -43,29 +45,29 @@ class Stages:
         return drawn
 
 
-def measure(given: argparse.Namespace, before: float) -> None:
+def measure(arguments: argparse.Namespace, before: float) -> None:
     """Time the cascade, and print the line."""
     unclip = UnCLIP.load(
-        prior=given.prior,
-        device=given.device,
-        upsamplers=given.upsamplers,
-        precision=given.dtype,
-        compile=given.compile,
-        cuda_graphs=given.cuda_graphs,
+        prior=arguments.prior,
+        device=arguments.device,
+        upsamplers=arguments.upsamplers,
+        precision=arguments.dtype,
+        compile=arguments.compile,
+        cuda_graphs=arguments.cuda_graphs,
     )
     unclip.embed_text(PROMPTS[:1])  # loads the CLIP
-    captions = [PROMPTS[i % len(PROMPTS)] for i in range(given.batch)]
-    seeds, stages = range(given.batch), Stages()
-    for _ in range(given.warmup + given.repeats):
+    captions = [PROMPTS[i % len(PROMPTS)] for i in range(arguments.batch)]
+    seeds, stages = range(arguments.batch), Stages()
+    for _ in range(arguments.warmup + arguments.repeats):
         embed = stages.run("prior", lambda: unclip.sample_prior(captions, seeds))
         images = stages.run("decoder", lambda z=embed: unclip.decode(z, seeds, captions))
         for size in unclip.cascade.sizes:
             images = stages.run(str(size), lambda x=images: unclip.upsample(x, seeds, 4))
-    seconds = {name: spent[given.warmup :] for name, spent in stages.seconds.items()}
-    busy = {name: spent[given.warmup :] for name, spent in stages.processor.items()}
+    seconds = {name: spent[arguments.warmup :] for name, spent in stages.seconds.items()}
+    busy = {name: spent[arguments.warmup :] for name, spent in stages.processor.items()}
     report(
-        f"cascade_{unclip.sizes[-1]}", given, [sum(times) for times in zip(*seconds.values())],
-        given.batch, before, peak_rss_mib=max(stages.peaks.values()),
+        f"cascade_{unclip.sizes[-1]}", arguments, [sum(times) for times in zip(*seconds.values())],
+        arguments.batch, before, peak_rss_mib=max(stages.peaks.values()),
         stage_s={name: statistics.median(spent) for name, spent in seconds.items()},
         stage_cpu_s={name: statistics.median(spent) for name, spent in busy.items()},
         stage_peak_mib=stages.peaks,
@@ -73,15 +75,15 @@ def measure(given: argparse.Namespace, before: float) -> None:
 
 
 def main() -> None:
-    arguments = parser(__doc__, repeats=1, warmup=0, batch=1)
-    arguments.add_argument("--prior", default="diffusion")
-    arguments.add_argument(
+    parser = make_parser(__doc__, repeats=1, warmup=0, batch=1)
+    parser.add_argument("--prior", default="diffusion")
+    parser.add_argument(
         "--upsamplers", nargs="*", default=["256", "1024"],
         help="checkpoints or releases, in order; by default those in the package",
     )  # fmt: skip
-    sampling_options(arguments)
-    given = arguments.parse_args()
-    measure(given, begin(given))
+    sampling_options(parser)
+    arguments = parser.parse_args()
+    measure(arguments, begin(arguments))
 
 
 if __name__ == "__main__":

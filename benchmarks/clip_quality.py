@@ -1,18 +1,19 @@
-"""How well a CLIP does on shards: retrieval in both directions over all pairs, and zero-shot
-accuracy among the shards' own captions.
+"""How well a CLIP does on shards.
+
+Measured are retrieval in both directions over all pairs, and zero-shot accuracy among the captions
+of the shards.
 
     python benchmarks/clip_quality.py                              OpenMoji's held-out drawings
     python benchmarks/clip_quality.py --shards 'data/{0..2}.tar'   other drawings
 
-A caption that occurs several times, or a picture that is the same to the pixel, is right whichever
-of its twins is found.
+If a caption occurs several times, or a picture is the same to the pixel, each of its twins is a
+right answer.
 """
 
-from _common import results_option  # sets what must be set before torch
-
-# isort: split
 import argparse
 import json
+
+from _common import results_option
 
 import torch
 from _results import save_rows
@@ -33,16 +34,16 @@ def recall(similarity: torch.Tensor, right: torch.Tensor, k: int) -> float:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--shards", nargs="+")
-    arguments.add_argument("--model", default="openmoji")
-    arguments.add_argument("--pretrained")
-    results_option(arguments)
-    given = arguments.parse_args()
-    clip = FrozenCLIP(CLIPConfig(given.model, given.pretrained))
-    shards = expand(given.shards) if given.shards else resolve_shards("openmoji", "val", 64)
+    parser.add_argument("--shards", nargs="+")
+    parser.add_argument("--model", default="openmoji")
+    parser.add_argument("--pretrained")
+    results_option(parser)
+    arguments = parser.parse_args()
+    clip = FrozenCLIP(CLIPConfig(arguments.model, arguments.pretrained))
+    shards = expand(arguments.shards) if arguments.shards else resolve_shards("openmoji", "val", 64)
     counter = BadSampleCounter(0.5)
     samples = [
         sample for shard in shards for sample in raw_samples(shard, counter) if sample["caption"]
@@ -60,14 +61,14 @@ def main() -> None:
     classes = sorted(set(captions))
     of_class = torch.tensor([[caption == name for name in classes] for caption in captions])
     by_class = torch.stack([cosine[:, captions.index(name)] for name in classes], dim=1)
-    found = {"images": len(samples), "classes": len(classes)}
+    results = {"images": len(samples), "classes": len(classes)}
     for k in (1, 5):
-        found[f"image_to_text_r{k}"] = recall(cosine, twins, k)
-        found[f"text_to_image_r{k}"] = recall(cosine.T, twins, k)
-        found[f"zero_shot_top{k}"] = recall(by_class, of_class, k)
-    found["by_chance_top1"] = round(1 / len(classes), 4)
-    print(json.dumps(found))
-    save_rows("clip_quality", given.results, found)
+        results[f"image_to_text_r{k}"] = recall(cosine, twins, k)
+        results[f"text_to_image_r{k}"] = recall(cosine.T, twins, k)
+        results[f"zero_shot_top{k}"] = recall(by_class, of_class, k)
+    results["by_chance_top1"] = round(1 / len(classes), 4)
+    print(json.dumps(results))
+    save_rows("clip_quality", arguments.results, results)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
-"""Drawing two 64x64 pictures in 5 steps with guidance by the decoder of `decoder_train.py` (random
-weights): `Decoder.sample` as the pipeline calls it."""
+"""Draw two 64x64 pictures in 5 steps with guidance: `Decoder.sample` as the pipeline calls it.
 
-from _common import begin, parser  # sets what must be set before torch
+The decoder is that of `decoder_train.py` with random weights.
+"""
 
-# isort: split
+from _common import begin, make_parser
+
 from _sampling import measure, options
 from decoder_train import batch_of, decoder
 
 
 def main() -> None:
-    arguments = parser(__doc__, repeats=5, warmup=1, batch=2)
-    options(arguments, steps=5)
-    given = arguments.parse_args()
-    before = begin(given)
-    batch = batch_of(given.batch)
+    parser = make_parser(__doc__, repeats=5, warmup=1, batch=2)
+    options(parser, steps=5)
+    arguments = parser.parse_args()
+    before = begin(arguments)
+    batch = batch_of(arguments.batch)
     del batch["key"], batch["image"]
-    settings = {"steps": given.steps, "guidance_scale": given.guidance_scale}
-    measure("decoder_sample", decoder(), batch, given, before, **settings)
+    settings = {"steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
+    measure("decoder_sample", decoder(), batch, arguments, before, **settings)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""One training step of the 64x64 decoder: the real stage, AdamW, clipping, EMA and logger, under
-our Lightning trainer.
+"""One training step of the 64x64 decoder.
 
-The network has the shape that the other systems are timed with: 64 channels x 1, 2, 3, 4, two
-blocks per level, attention at 32, 16 and 8, captions as 77 states of 512.
+It has the real stage, AdamW, clipping, EMA and logger, under our Lightning trainer. The network has
+the shape that the other systems are timed with: 64 channels x 1, 2, 3, 4, two blocks per level,
+attention at 32, 16 and 8, captions as 77 states of 512.
 """
 
 from typing import Any
 
-from _training import arguments_of, measure  # sets what must be set before torch
+from _common import make_parser
 
-# isort: split
 import torch
-from _common import parser
+from _training import measure, parse_arguments
 
 from unclip_pl.networks.checkpointing import Checkpointing
 from unclip_pl.networks.text import TextConfig
@@ -55,8 +54,14 @@ def batch_of(size: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    given, before = arguments_of(parser(__doc__, repeats=7, warmup=2, batch=4))
-    measure("decoder_train", decoder(given.checkpointing), batch_of(given.batch), given, before)
+    arguments, before = parse_arguments(make_parser(__doc__, repeats=7, warmup=2, batch=4))
+    measure(
+        "decoder_train",
+        decoder(arguments.checkpointing),
+        batch_of(arguments.batch),
+        arguments,
+        before,
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""Filling an embedding store from tar shards: read, decode, CLIP images and captions, write; a
-repeat is the whole job, the model loaded before.
+"""Fill an embedding store from tar shards: read, decode, embed images and captions, write.
 
-The operations are those of the image tower only, as in the scripts of the systems that embed no
-captions.
+A repeat is the whole job, with the model loaded before. The operations are those of the image tower
+only, as in the scripts of the systems that embed no captions.
 """
 
-from _common import begin, flops_of, parser, peak_mib, report, timed
-
-# isort: split
 import json
 import tempfile
 from pathlib import Path
+
+from _common import begin, flops_of, make_parser, peak_mib, report, timed
 
 import torch
 
@@ -60,17 +58,17 @@ def image_tower_flops(clip: FrozenCLIP) -> int:
 
 
 def main() -> None:
-    arguments = parser(__doc__, repeats=3, warmup=1, batch=64)
-    arguments.add_argument("--shards", required=True, help="brace pattern of tars")
-    arguments.add_argument(
+    parser = make_parser(__doc__, repeats=3, warmup=1, batch=64)
+    parser.add_argument("--shards", required=True, help="brace pattern of tars")
+    parser.add_argument(
         "--model", default="ViT-B-32", help="an open_clip name, or tiny; weights are random"
     )
-    given = arguments.parse_args()
-    before = begin(given)
-    shards = expand(given.shards)
+    arguments = parser.parse_args()
+    before = begin(arguments)
+    shards = expand(arguments.shards)
     with tempfile.TemporaryDirectory() as folder:
-        name = random_clip(given.model, Path(folder) / "clip")
-        clip = FrozenCLIP(CLIPConfig(name, precision=given.dtype), given.device)
+        name = random_clip(arguments.model, Path(folder) / "clip")
+        clip = FrozenCLIP(CLIPConfig(name, precision=arguments.dtype), arguments.device)
         clip.fingerprint()  # loads it
         rows = 0
 
@@ -78,13 +76,13 @@ def main() -> None:
             nonlocal rows
             with tempfile.TemporaryDirectory(dir=folder) as target:
                 store = EmbeddingStore(target)
-                store.ensure(shards, clip, given.batch, progress=False)
+                store.ensure(shards, clip, arguments.batch, progress=False)
                 rows = sum(store.row_counts(shards))
 
-        times = timed(step, given)
+        times = timed(step, arguments)
         peak = peak_mib()  # counting the operations takes memory of its own
         report(
-            "embed", given, times, rows, before, f"unclip_pl/{given.model}",
+            "embed", arguments, times, rows, before, f"unclip_pl/{arguments.model}",
             params=sum(p.numel() for p in clip.model.parameters()),
             flops_per_step=image_tower_flops(clip) * rows, peak_rss_mib=peak,
         )  # fmt: skip

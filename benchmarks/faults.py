@@ -1,16 +1,15 @@
-"""What each fault costs a run on a real Slurm of two nodes: steps done twice, samples lost, time to
-resume. It prints Markdown, then whether all ended alike. From the checkout's root:
+"""What each fault costs a run on a real Slurm of two nodes.
+
+Measured are steps done twice, samples lost and the time to resume. The output is a Markdown table,
+then whether all runs ended alike. From the checkout's root:
 
     PYTHONPATH=. python benchmarks/faults.py --local-slurm PATH/local-slurm --out faults
 
-One run of a small decoder, 2 nodes x `--ranks`, each with a loader's worker, goes through every
-fault one after the other; another is left in peace. `local-slurm` runs two nodes on one machine and
+One run of a small decoder, 2 nodes x `--ranks`, each with a loader's worker, goes through all
+faults one after the other; another run has none. `local-slurm` runs two nodes on one machine and
 can crash one. Slurm lets a requeued job wait two minutes; that wait is cut short and not counted.
 """
 
-from _common import results_option  # sets what must be set before torch
-
-# isort: split
 import argparse
 import json
 import time
@@ -18,6 +17,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from _common import results_option
 
 import torch
 from _results import save_rows
@@ -46,11 +47,17 @@ class Run:
     def fault(
         self, name: str, after: int, strike: Callable[[], object], queued: bool = True
     ) -> None:
-        """Strike at step `after` or soon after it, see the job through the queue where it goes
-        there, and wait for the first step of the new start."""
+        """Cause a fault and wait until the job has made a new step.
+
+        Args:
+            name: of the fault.
+            after: the step after which it happens.
+            strike: causes it.
+            queued: whether the job goes back to the queue.
+        """
         job = self.job
         job.until(lambda: job.step() >= after, 900)
-        starts, at, waited = job.said().count(START), job.step(), 0.0
+        starts, at, waited = job.output().count(START), job.step(), 0.0
         struck = time.monotonic()
         strike()
         if queued:
@@ -64,7 +71,7 @@ class Run:
                 self.job = job = self.again()
             job.until(lambda: self.slurm("hurry") == "" and job.state() == "RUNNING", 300)
             waited = time.monotonic() - pending
-        job.until(lambda: job.said().count(START) > starts, 900)
+        job.until(lambda: job.output().count(START) > starts, 900)
         reached, count = job.step(), len(job.lines())
         job.until(lambda: len(job.lines()) > count, 900)
         again = job.lines()[count]["step"]
@@ -74,7 +81,7 @@ class Run:
 
 
 def outcome(run: Job, straight: Job) -> dict[str, Any]:
-    """Whether the run that went through all faults ended like the one that was left in peace."""
+    """Whether the run with all faults ended like the one without."""
     lines, whole = run.lines(), straight.lines()
     place = {(line["step"], line["rank"]): (line["keys"], line["loss"]) for line in whole}
     same = all(place[line["step"], line["rank"]] == (line["keys"], line["loss"]) for line in lines)
@@ -101,7 +108,7 @@ def main() -> None:
     )
     parser.add_argument("--local-slurm", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--ranks", type=int, default=1, help="of a node")
+    parser.add_argument("--ranks", type=int, default=1, help="per node")
     parser.add_argument("--steps", type=int, default=105)
     results_option(parser)
     arguments = parser.parse_args()
@@ -143,7 +150,7 @@ def main() -> None:
         straight = Job(out / "straight", *options, stage="stages/decoder.yaml")
         for one in (run.job, straight):
             if one.ended() != "COMPLETED":
-                raise SystemExit(one.said()[-3000:])
+                raise SystemExit(one.output()[-3000:])
 
     print(f"\n| {' | '.join(COLUMNS)} |\n|" + "---|" * len(COLUMNS))
     for name, *numbers, seconds, waited in run.rows:

@@ -4,14 +4,13 @@
 part: accumulate (features to mean and covariance) and distance.
 """
 
-from _common import begin, parser, report, timed
-
-# isort: split
 import argparse
 import importlib
 import time
 import warnings
 from collections.abc import Callable
+
+from _common import begin, make_parser, report, timed
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ def features(rng: np.random.Generator, n: int, dim: int, shift: float) -> Tensor
 
 
 class Rows(torch.nn.Module):
-    """In the place of torchmetrics' network: an image is its own features."""
+    """Replaces torchmetrics' network: an image is its own features."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -45,13 +44,13 @@ class Rows(torch.nn.Module):
         return images.flatten(1)
 
 
-def clean_fid(sides: Sides, given: argparse.Namespace) -> Callable[[], float]:
+def clean_fid(sides: Sides, arguments: argparse.Namespace) -> Callable[[], float]:
     """Accumulates as clean-fid does, and returns what computes the distance."""
     from cleanfid.fid import frechet_distance
 
     moments = []
     for x in sides:
-        whole = np.concatenate([rows.numpy() for rows in x.split(given.batch)])
+        whole = np.concatenate([rows.numpy() for rows in x.split(arguments.batch)])
         moments += [np.mean(whole, axis=0), np.cov(whole, rowvar=False)]
 
     def distance() -> float:
@@ -62,55 +61,55 @@ def clean_fid(sides: Sides, given: argparse.Namespace) -> Callable[[], float]:
     return distance
 
 
-def running(sides: Sides, given: argparse.Namespace) -> Callable[[], float]:
+def running(sides: Sides, arguments: argparse.Namespace) -> Callable[[], float]:
     """Accumulates in our metric or torchmetrics', and returns what computes the distance."""
-    if given.impl == "ours":
+    if arguments.impl == "ours":
         from eval.metrics import FrechetDistance
 
-        metric = FrechetDistance(given.dim)
+        metric = FrechetDistance(arguments.dim)
     else:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        shape = (1, 1, given.dim)
-        metric = FrechetInceptionDistance(feature=Rows(given.dim), input_img_size=shape)
-    metric.to(given.device)
+        shape = (1, 1, arguments.dim)
+        metric = FrechetInceptionDistance(feature=Rows(arguments.dim), input_img_size=shape)
+    metric.to(arguments.device)
     for x, is_real in zip(sides, (True, False)):
-        for rows in x.split(given.batch):
-            metric.update(rows.to(given.device), real=is_real)
+        for rows in x.split(arguments.batch):
+            metric.update(rows.to(arguments.device), real=is_real)
 
     def distance() -> float:
-        found = metric.compute()
-        return found["fd"] if given.impl == "ours" else found.item()
+        value = metric.compute()
+        return value["fd"] if arguments.impl == "ours" else value.item()
 
     return distance
 
 
 def main() -> None:
-    arguments = parser(__doc__, repeats=3, warmup=1, batch=50)
-    arguments.add_argument("--impl", choices=list(MODULES), default="ours")
-    arguments.add_argument("--n", type=int, default=5000)
-    arguments.add_argument("--dim", type=int, default=2048)
-    given = arguments.parse_args()
-    importlib.import_module(MODULES[given.impl])  # neither its time nor its memory is counted
-    before, rng = begin(given), np.random.default_rng(0)
-    sides = tuple(features(rng, given.n, given.dim, shift) for shift in (0.0, 0.02))
-    accumulate = clean_fid if given.impl == "cleanfid" else running
+    parser = make_parser(__doc__, repeats=3, warmup=1, batch=50)
+    parser.add_argument("--impl", choices=list(MODULES), default="ours")
+    parser.add_argument("--n", type=int, default=5000)
+    parser.add_argument("--dim", type=int, default=2048)
+    arguments = parser.parse_args()
+    importlib.import_module(MODULES[arguments.impl])  # neither its time nor its memory is counted
+    before, rng = begin(arguments), np.random.default_rng(0)
+    sides = tuple(features(rng, arguments.n, arguments.dim, shift) for shift in (0.0, 0.02))
+    accumulate = clean_fid if arguments.impl == "cleanfid" else running
     stage, value = {"accumulate": 0.0, "distance": 0.0}, 0.0
 
     def step() -> None:
         nonlocal value
         start = time.perf_counter()
-        distance = accumulate(sides, given)
+        distance = accumulate(sides, arguments)
         middle = time.perf_counter()
         value = distance()
         stage["accumulate"] += middle - start
         stage["distance"] += time.perf_counter() - middle
 
-    times = timed(step, given)
-    steps = given.repeats + given.warmup
-    impl = "unclip_pl" if given.impl == "ours" else given.impl
+    times = timed(step, arguments)
+    steps = arguments.repeats + arguments.warmup
+    impl = "unclip_pl" if arguments.impl == "ours" else arguments.impl
     parts = {name: seconds / steps for name, seconds in stage.items()}
-    report("fid_stats", given, times, 2 * given.n, before, impl, value=value, stage_s=parts)
+    report("fid_stats", arguments, times, 2 * arguments.n, before, impl, value=value, stage_s=parts)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,6 @@ Each part has its own limit and writes its file when it is done. A part that fai
 time leaves its error in a file of its own, and the next one starts.
 """
 
-from mfu import free, largest_batch, train  # sets what must be set before torch
-
-# isort: split
 import argparse
 import contextlib
 import re
@@ -25,29 +22,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+from _common import begin
+
 import cascade
 import pipeline
 import torch
 import yaml
-from _common import begin
 from _paper import KINDS, build, conditions_for
 from _results import HERE, RESULTS, about, name_of, write
 from _sampling import measure as measure_sampling
+from mfu import free, largest_batch, train
 
 ROOT = HERE.parent
 TRAINED = ["diffusion_prior", "decoder", "upsampler_1024", "upsampler_256", "ar_prior"]
-"""In the order of what is worth most."""
+"""The most valuable first."""
 TESTS = ["tests/test_device.py", "tests/diffusion/test_cuda_graph.py", "tests/test_gpu.py"]
 LEAST = 5
-"""Seconds below which nothing is begun."""
+"""With fewer seconds left no further part is started."""
 
 
 class OutOfTime(BaseException):
-    """No Exception, so that nobody on the way takes it for an error of their own."""
+    """The time of a part is over. No Exception, so that no other code catches it."""
 
 
 class Part(NamedTuple):
-    """Something that is measured."""
+    """One measurement."""
 
     name: str
     seconds: float
@@ -56,7 +55,7 @@ class Part(NamedTuple):
 
 @contextlib.contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Raise `OutOfTime` in the body after so many seconds, and again while it goes on."""
+    """Raise `OutOfTime` in the body after so many seconds, and every 5 seconds after that."""
 
     def stop(*_: Any) -> None:
         raise OutOfTime(f"cut off after {seconds:.0f} s")
@@ -72,17 +71,18 @@ def limit(seconds: float) -> Iterator[None]:
 class Parts:
     """All parts, for one device and budget."""
 
-    def __init__(self, given: argparse.Namespace) -> None:
-        self.given = given
-        self.before = begin(given)
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.before = begin(arguments)
         self.batches: dict[str, int] = {}
-        """The largest micro-batches, found once per stage."""
+        """The largest micro-batches, searched for once per stage."""
 
     def settings(self, **more: Any) -> argparse.Namespace:
-        """The arguments of the other scripts."""
+        """Arguments as the other scripts have them."""
         common = {
-            "device": self.given.device, "dtype": "bf16", "threads": self.given.threads,
-            "results": self.given.results, "repeats": 2 if self.given.tiny else 5, "warmup": 2,
+            "device": self.arguments.device, "dtype": "bf16", "threads": self.arguments.threads,
+            "results": self.arguments.results, "repeats": 2 if self.arguments.tiny else 5,
+            "warmup": 2,
             "compile": False, "cuda_graphs": False, "checkpointing": "none", "mode": "bare",
         }  # fmt: skip
         return argparse.Namespace(**common | more)
@@ -115,7 +115,7 @@ class Parts:
 
     def train(self, name: str, **more: Any) -> None:
         """One stage, in all settings with the largest micro-batch that the plain one takes."""
-        tiny = self.given.tiny
+        tiny = self.arguments.tiny
         if name not in self.batches:
             start = 2 if tiny else KINDS[name].batch
             self.batches[name] = largest_batch(name, self.settings(), start, tiny)
@@ -135,55 +135,48 @@ class Parts:
 
     def sample(self, name: str, **more: Any) -> None:
         """A batch of draws in a few steps."""
-        tiny, paper = self.given.tiny, KINDS[name]
-        given = self.settings(batch=2 if tiny else paper.draws, repeats=2, warmup=1, **more)
-        stage: Any = build(name, given.device, tiny=tiny)
-        conditions = conditions_for(name, stage, given.batch)
+        tiny, paper = self.arguments.tiny, KINDS[name]
+        arguments = self.settings(batch=2 if tiny else paper.draws, repeats=2, warmup=1, **more)
+        stage: Any = build(name, arguments.device, tiny=tiny)
+        conditions = conditions_for(name, stage, arguments.batch)
         steps = {} if paper.steps is None else {"steps": 4 if tiny else paper.steps}
         job = f"{'tiny' if tiny else 'paper'}_{name}_sample"
-        measure_sampling(job, stage, conditions, given, self.before, **steps)
+        measure_sampling(job, stage, conditions, arguments, self.before, **steps)
 
     def pipeline(self, cuda_graphs: bool = False, compile: bool = False) -> None:
         """A caption to 256 px with random weights, in the shapes of the comparison."""
         steps = {f"{name}_steps": count for name, count in pipeline.STEPS.items()}
-        if self.given.tiny:
+        if self.arguments.tiny:
             steps, compile = dict.fromkeys(steps, 1), False  # its networks take minutes to compile
-        given = self.settings(batch=1, cuda_graphs=cuda_graphs, compile=compile, **steps)
-        pipeline.measure(given, self.before)
+        arguments = self.settings(batch=1, cuda_graphs=cuda_graphs, compile=compile, **steps)
+        pipeline.measure(arguments, self.before)
 
     def cascade(self, cuda_graphs: bool = False, compile: bool = False) -> None:
         """Captions to 1024 px with the weights of the package."""
-        tiny = self.given.tiny
-        given = self.settings(
+        tiny = self.arguments.tiny
+        arguments = self.settings(
             batch=1 if tiny else 4, repeats=1, warmup=0 if tiny else 1, prior="diffusion",
             upsamplers=[] if tiny else ["256", "1024"], cuda_graphs=cuda_graphs, compile=compile,
         )  # fmt: skip
-        cascade.measure(given, self.before)
+        cascade.measure(arguments, self.before)
 
     def tests(self) -> None:
-        """The tests that need a GPU, in a process of their own."""
+        """Run the tests that need a GPU in another process."""
         with tempfile.TemporaryDirectory() as folder:
-            found = Path(folder) / "tests.xml"
-            # interrupted, pytest still says what it has seen so far
+            report = Path(folder) / "tests.xml"
+            # On SIGINT pytest still reports the tests that have run.
             command = ["timeout", "-s", "INT", "-k", "8", "110", sys.executable, "-m", "pytest"]
-            options = [
-                *self.given.tests,
-                "-p",
-                "no:logging",
-                "-p",
-                "no:cacheprovider",
-                "-o",
-                "addopts=",
-            ]
-            options += ["-q", "-o", "timeout=60", f"--junitxml={found}"]
+            options = [*self.arguments.tests, *["-p", "no:logging", "-p", "no:cacheprovider"]]
+            options += ["-o", "addopts="]
+            options += ["-q", "-o", "timeout=60", f"--junitxml={report}"]
             code = subprocess.run([*command, *options], cwd=ROOT, check=False).returncode
             counts = {"exit": code}
-            if found.exists():
-                suite = ElementTree.parse(found).getroot()[0]
+            if report.exists():
+                suite = ElementTree.parse(report).getroot()[0]
                 kinds = ("tests", "failures", "errors", "skipped")
                 counts |= {kind: int(suite.get(kind, 0)) for kind in kinds}
-        line = {"job": "tests"} | about(self.given.device)
-        write(Path(self.given.results) / name_of(line), line | counts)
+        line = {"job": "tests"} | about(self.arguments.device)
+        write(Path(self.arguments.results) / name_of(line), line | counts)
         if code:
             raise RuntimeError(f"the tests ended with {code}")
 
@@ -193,7 +186,7 @@ def suffix(compile: bool = False, cuda_graphs: bool = False) -> str:
     return "/compiled" * compile + "/cuda_graphs" * cuda_graphs
 
 
-def attempt(part: Part, seconds: float, given: argparse.Namespace) -> bool:
+def attempt(part: Part, seconds: float, arguments: argparse.Namespace) -> bool:
     """Run one part within its limit; True if it went well."""
     start, error = time.monotonic(), None
     print(f"\n[{part.name}] at most {seconds:.0f} s", flush=True)
@@ -204,8 +197,8 @@ def attempt(part: Part, seconds: float, given: argparse.Namespace) -> bool:
         error = traceback.format_exc().strip()
     torch._dynamo.reset()
     free()
-    failures = Path(given.results) / "errors"
-    line = {"job": part.name.replace("/", "_")} | about(given.device)
+    failures = Path(arguments.results) / "errors"
+    line = {"job": part.name.replace("/", "_")} | about(arguments.device)
     path = failures / name_of(line)
     path.unlink(missing_ok=True)
     if error:
@@ -217,35 +210,35 @@ def attempt(part: Part, seconds: float, given: argparse.Namespace) -> bool:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--device", default="cuda")
-    arguments.add_argument("--seconds", type=float, default=520, help="for all parts together")
-    arguments.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script")
-    arguments.add_argument("--only", default="", help="parts whose name this expression finds")
-    arguments.add_argument("--threads", type=int, default=1 if torch.cuda.is_available() else 2)
-    arguments.add_argument("--tests", nargs="+", default=TESTS, help="files for pytest")
-    arguments.add_argument("--results", metavar="DIR", help="where the files go")
-    given = arguments.parse_args()
-    if given.device.startswith("cuda") and not torch.cuda.is_available():
-        arguments.error("there is no CUDA device here: try it with --tiny --device cpu")
-    end = time.monotonic() + given.seconds
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=520, help="for all parts together")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script")
+    parser.add_argument("--only", default="", help="parts whose name this expression finds")
+    parser.add_argument("--threads", type=int, default=1 if torch.cuda.is_available() else 2)
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="files for pytest")
+    parser.add_argument("--results", metavar="DIR", help="where the files go")
+    arguments = parser.parse_args()
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here: try it with --tiny --device cpu")
+    end = time.monotonic() + arguments.seconds
     with contextlib.ExitStack() as stack:
-        if given.results is None and given.tiny:
-            given.results = stack.enter_context(tempfile.TemporaryDirectory())
-        given.results = given.results or str(RESULTS)
-        overlay = ROOT / "lightning_config" / "gpu.yaml"  # measured is what a run with it has
+        if arguments.results is None and arguments.tiny:
+            arguments.results = stack.enter_context(tempfile.TemporaryDirectory())
+        arguments.results = arguments.results or str(RESULTS)
+        overlay = ROOT / "lightning_config" / "gpu.yaml"  # as a training run has it
         trainer = yaml.safe_load(overlay.read_text(encoding="utf-8"))["trainer"]
         torch.backends.cudnn.benchmark = bool(trainer.get("benchmark"))
         outcome: dict[str, list[str]] = {"done": [], "FAILED": [], "skipped": []}
-        for part in Parts(given).in_order():
-            if not re.search(given.only, part.name):
+        for part in Parts(arguments).in_order():
+            if not re.search(arguments.only, part.name):
                 continue
             left = end - time.monotonic()
             if left < LEAST:
                 outcome["skipped"].append(part.name)
-            elif attempt(part, min(part.seconds * (3 if given.tiny else 1), left), given):
+            elif attempt(part, min(part.seconds * (3 if arguments.tiny else 1), left), arguments):
                 outcome["done"].append(part.name)
             else:
                 outcome["FAILED"].append(part.name)

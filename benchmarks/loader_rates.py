@@ -1,5 +1,7 @@
-"""How fast training data come: images/s of the train loader by image size and number of workers,
-rows/s of the priors' loader and the store. It prints Markdown.
+"""How fast the loaders are.
+
+Measured are images/s of the train loader by image size and number of workers, and rows/s of the
+priors' loader and of the store. The output is Markdown.
 
     python benchmarks/loader_rates.py                                   OpenMoji, drawn on first use
     python benchmarks/loader_rates.py --sizes 64 --workers 0 4 8        other sizes and workers
@@ -19,8 +21,9 @@ import time
 import warnings
 from pathlib import Path
 
-import torch
 from _common import results_option
+
+import torch
 from _results import save_rows
 
 from unclip_pl.clip.config import CLIPConfig
@@ -40,7 +43,7 @@ PRIOR_BATCHES = (64, 512, 2048)
 def loader_rate(
     shards: list[str], size: int, workers: int, batch_size: int, seconds: float
 ) -> float:
-    """Images/s once the first batch and what was prefetched with it are through."""
+    """Images/s after the first batch and those that were prefetched with it."""
     config = LoaderConfig(
         batch_size=batch_size, num_workers=workers, max_bad_rate=0.5, steps_per_epoch=1 << 40
     )
@@ -56,8 +59,11 @@ def loader_rate(
 
 
 def store_rates(shard: str, samples: int, seconds: float) -> tuple[float, float]:
-    """Rows/s written, from the tar through CLIP to the file; rows/s read, by key in random order,
-    as tensors."""
+    """(rows/s written, rows/s read) of the embedding store.
+
+    Writing goes from the tar through CLIP to the file. Reading is by key in random order, as
+    tensors.
+    """
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / "part.tar"
         with tarfile.open(shard) as whole, tarfile.open(part, "w") as tar:
@@ -90,41 +96,46 @@ def prior_rate(batch_size: int, seconds: float) -> float:
     return rows / (time.monotonic() - start)
 
 
+def shards_of(data: list[str] | None, size: int) -> list[str]:
+    """The given shards, or those of OpenMoji at `size` pixels."""
+    return expand(data) if data else resolve_shards("openmoji", "train", size)
+
+
 def main() -> None:
-    arguments = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024])
-    arguments.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    arguments.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
-    arguments.add_argument("--batch-size", type=int, default=32)
-    arguments.add_argument("--rows", type=int, default=512, help="samples embedded for the store")
-    arguments.add_argument("--data", nargs="+", help="shards; OpenMoji without it")
-    results_option(arguments)
-    given = arguments.parse_args()
-    found: dict[str, float] = {}
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=512, help="samples embedded for the store")
+    parser.add_argument("--data", nargs="+", help="shards; OpenMoji without it")
+    results_option(parser)
+    arguments = parser.parse_args()
+    results: dict[str, float] = {}
     threads = torch.get_num_threads()
-    print(f"{os.cpu_count()} CPU cores, {threads} threads of torch, batches of {given.batch_size}")
-    print("\nImages/s:\n\n| px | " + " | ".join(f"{n} workers" for n in given.workers) + " |")
-    print("|---" * (1 + len(given.workers)) + "|")
-    for size in given.sizes:
-        shards = expand(given.data) if given.data else resolve_shards("openmoji", "train", size)
-        rates = [
-            loader_rate(shards, size, workers, given.batch_size, given.seconds)
-            for workers in given.workers
-        ]
-        found |= {f"{size} px, {n} workers": rate for n, rate in zip(given.workers, rates)}
-        print(f"| {size} | " + " | ".join(f"{rate:.0f}" for rate in rates) + " |", flush=True)
-    shards = (
-        expand(given.data) if given.data else resolve_shards("openmoji", "train", given.sizes[0])
+    print(
+        f"{os.cpu_count()} CPU cores, {threads} threads of torch, batches of {arguments.batch_size}"
     )
-    written, read = store_rates(shards[0], given.rows, given.seconds)
-    prior = {f"{size}": prior_rate(size, given.seconds) for size in PRIOR_BATCHES}
-    said = ", ".join(f"{rate:,.0f} rows/s in batches of {size}" for size, rate in prior.items())
-    print(f"\nPriors' loader: {said}.")
+    print("\nImages/s:\n\n| px | " + " | ".join(f"{n} workers" for n in arguments.workers) + " |")
+    print("|---" * (1 + len(arguments.workers)) + "|")
+    for size in arguments.sizes:
+        shards = shards_of(arguments.data, size)
+        rates = [
+            loader_rate(shards, size, workers, arguments.batch_size, arguments.seconds)
+            for workers in arguments.workers
+        ]
+        results |= {f"{size} px, {n} workers": rate for n, rate in zip(arguments.workers, rates)}
+        print(f"| {size} | " + " | ".join(f"{rate:.0f}" for rate in rates) + " |", flush=True)
+    first_shards = shards_of(arguments.data, arguments.sizes[0])
+    written, read = store_rates(first_shards[0], arguments.rows, arguments.seconds)
+    prior = {f"{size}": prior_rate(size, arguments.seconds) for size in PRIOR_BATCHES}
+    summary = ", ".join(f"{rate:,.0f} rows/s in batches of {size}" for size, rate in prior.items())
+    print(f"\nPriors' loader: {summary}.")
     print(f"Embedding store: {written:.0f} rows/s written by the embedded CLIP, {read:.0f} read.")
-    found |= {f"priors, batches of {size}": rate for size, rate in prior.items()}
-    save_rows("loader_rates", given.results, found | {"written": written, "read": read})
+    results |= {f"priors, batches of {size}": rate for size, rate in prior.items()}
+    save_rows("loader_rates", arguments.results, results | {"written": written, "read": read})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the manipulations do to held-out drawings, in numbers: what `docs/manipulations.md` states.
+"""What the manipulations do to held-out drawings: the figures of `docs/manipulations.md`.
 
-    python benchmarks/manipulation_quality.py inversion     PSNR of the way to the latent and back
+    python benchmarks/manipulation_quality.py inversion     PSNR of an image inverted and decoded
     python benchmarks/manipulation_quality.py variations    distance to the original by eta
     python benchmarks/manipulation_quality.py edits         text diffs between skin tones or genders
     python benchmarks/manipulation_quality.py pca           CLIP similarity by components kept
@@ -9,13 +9,12 @@ Each prints a Markdown table. The drawings are OpenMoji's held-out ones, in the 
 (a hash).
 """
 
-from _common import results_option  # sets what must be set before torch
-
-# isort: split
 import argparse
 import re
 import time
 from collections.abc import Callable, Iterator
+
+from _common import results_option
 
 import torch
 from _results import save_rows
@@ -58,15 +57,15 @@ def similar(unclip: UnCLIP, a: Tensor, b: Tensor) -> Tensor:
 
 
 def inversion(
-    unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace
+    unclip: UnCLIP, data: ImageEmbeddingData, arguments: argparse.Namespace
 ) -> Iterator[list[str]]:
     yield [
         "steps", "explicit, dB", "implicit, dB", "least of implicit", "standard deviation of x_T",
         "with x_0 clamped on the way back, dB",
     ]  # fmt: skip
-    _, images = held_out(data, given.count)
+    _, images = held_out(data, arguments.count)
     embed = unclip.embed_images(images)
-    for steps in given.steps:
+    for steps in arguments.steps:
         settings = inversion_sampling(unclip, steps)
 
         def explicit(predict: Callable, schedule: samplers.Schedule) -> Tensor:
@@ -92,20 +91,20 @@ def decimals(digits: int, *values: Tensor) -> list[str]:
 
 
 def variations(
-    unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace
+    unclip: UnCLIP, data: ImageEmbeddingData, arguments: argparse.Namespace
 ) -> Iterator[list[str]]:
     yield [
         "drawn", "mean absolute distance to the original (0 to 255)",
         "CLIP similarity to the original",
     ]  # fmt: skip
-    _, images = held_out(data, given.count)
-    latent = invert(unclip, images, given.steps[0])
+    _, images = held_out(data, arguments.count)
+    latent = invert(unclip, images, arguments.steps[0])
     seeds = range(len(images))
     drawn = {
         f"eta {eta:g}, inverted noise": vary(unclip, latent, seeds, eta)
         for eta in (0.0, 0.25, 0.5, 0.75, 1.0)
     }
-    settings = inversion_sampling(unclip, given.steps[0])
+    settings = inversion_sampling(unclip, arguments.steps[0])
     drawn["fresh noise"] = unclip.decode(latent.image_embed, seeds, sampling=settings)
     drawn["fresh noise, of another drawing"] = drawn["fresh noise"].roll(1, 0)
     drawn["another drawing itself"] = images.roll(1, 0)
@@ -116,8 +115,10 @@ def variations(
 
 
 def counterparts(drawing: Drawing, known: dict[str, Drawing]) -> Iterator[tuple[str, str]]:
-    """(what differs, caption) of what a drawing is with another skin tone or gender, of the
-    captions that exist."""
+    """(what differs, caption) for each counterpart of a drawing that exists.
+
+    Counterparts have another skin tone or gender.
+    """
     if len(drawing.tones) == 1:
         own = f"{drawing.tones[0]} skin tone"
         for tone in TONES.values():
@@ -132,7 +133,7 @@ def counterparts(drawing: Drawing, known: dict[str, Drawing]) -> Iterator[tuple[
 
 
 def edits(
-    unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace
+    unclip: UnCLIP, data: ImageEmbeddingData, arguments: argparse.Namespace
 ) -> Iterator[list[str]]:
     yield [
         "what changes", "pairs", "theta", "nearer to the target caption", "without the edit",
@@ -140,13 +141,13 @@ def edits(
     ]  # fmt: skip
     train, val = composition_split(list_drawings())
     known, by_key = {d.caption: d for d in [*train, *val]}, {d.hexcode: d for d in val}
-    keys, images = held_out(data, given.count)
+    keys, images = held_out(data, arguments.count)
     pairs = [
         (row, kind, caption)
         for row, key in enumerate(keys)
         for kind, caption in counterparts(by_key[key], known)
     ]
-    latent = invert(unclip, images, given.steps[0])
+    latent = invert(unclip, images, arguments.steps[0])
     sources = unclip.embed_text([by_key[keys[row]].caption for row, _, _ in pairs])
     targets = unclip.embed_text([caption for _, _, caption in pairs])
     rows = [row for row, _, _ in pairs]
@@ -159,7 +160,7 @@ def edits(
     shards = [*data.train_shards, *data.val_shards]
     theirs = {key: value for shard in shards for key, value in stored(data, shard)}
     own = nearer(torch.stack([theirs[known[caption].hexcode] for _, _, caption in pairs]))
-    for theta in given.theta:
+    for theta in arguments.theta:
         after = []
         for part in [pairs[i : i + 32] for i in range(0, len(pairs), 32)]:
             where = [row for row, _, _ in part]
@@ -169,14 +170,14 @@ def edits(
             edited = text_diff(unclip, latent[where], captions, wanted, thetas)
             after.append(unclip.embed_images(edited))
         moved = torch.cat(after)
-        kept = torch.cosine_similarity(moved, latent.image_embed[rows])
+        similarity = torch.cosine_similarity(moved, latent.image_embed[rows])
         for kind in ("skin tone", "gender"):
             of = torch.tensor([kind == this for _, this, _ in pairs])
             if of.any():
                 flags = (nearer(moved), before, own)
                 shares = [f"{float(right[of].float().mean()):.1%}" for right in flags]
                 head = [kind, str(int(of.sum())), f"{theta:g}"]
-                yield [*head, *shares, *decimals(3, kept[of].mean())]
+                yield [*head, *shares, *decimals(3, similarity[of].mean())]
 
 
 def stored(data: ImageEmbeddingData, shard: str) -> Iterator[tuple[str, Tensor]]:
@@ -185,18 +186,20 @@ def stored(data: ImageEmbeddingData, shard: str) -> Iterator[tuple[str, Tensor]]
     yield from zip(rows.keys, torch.from_numpy(rows.image_embed.copy()).float(), strict=True)
 
 
-def pca(unclip: UnCLIP, data: ImageEmbeddingData, given: argparse.Namespace) -> Iterator[list[str]]:
+def pca(
+    unclip: UnCLIP, data: ImageEmbeddingData, arguments: argparse.Namespace
+) -> Iterator[list[str]]:
     from unclip_pl.probe import PrincipalComponents, paper_dimensions
 
     yield ["components", "share of the variance", "of the embedding", "of what is drawn from it"]
     components = PrincipalComponents.from_statistics(data.store.statistics(data.train_shards))
-    _, images = held_out(data, given.count)
+    _, images = held_out(data, arguments.count)
     embed = unclip.embed_images(images)
-    settings = inversion_sampling(unclip, given.steps[0])
+    settings = inversion_sampling(unclip, arguments.steps[0])
     for k in [*paper_dimensions(components.dim), components.dim]:
         z = components.reconstruct(embed, k)
         drawn = unclip.embed_images(unclip.decode(z, range(len(images)), sampling=settings))
-        cosines = [torch.cosine_similarity(found, embed).mean() for found in (z, drawn)]
+        cosines = [torch.cosine_similarity(z_k, embed).mean() for z_k in (z, drawn)]
         yield [str(k), f"{components.explained_variance(k):.1%}", *decimals(3, *cosines)]
 
 
@@ -204,29 +207,30 @@ JOBS = {"inversion": inversion, "variations": variations, "edits": edits, "pca":
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("job", choices=JOBS)
-    arguments.add_argument("--count", type=int, default=32, help="drawings")
-    arguments.add_argument("--steps", type=int, nargs="+", default=[25])
-    arguments.add_argument("--theta", type=float, nargs="+", default=[0.25, 0.5])
-    arguments.add_argument("--decoder")
-    results_option(arguments)
-    given = arguments.parse_args()
+    parser.add_argument("job", choices=JOBS)
+    parser.add_argument("--count", type=int, default=32, help="drawings")
+    parser.add_argument("--steps", type=int, nargs="+", default=[25])
+    parser.add_argument("--theta", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--decoder")
+    results_option(parser)
+    arguments = parser.parse_args()
     data = ImageEmbeddingData(clip=CLIPConfig(), image_size=64)
     data.prepare_data()
     data.setup("validate")
-    unclip = UnCLIP.load(given.decoder) if given.decoder else UnCLIP.load()
+    unclip = UnCLIP.load(arguments.decoder) if arguments.decoder else UnCLIP.load()
     start, rows = time.monotonic(), []
-    for cells in JOBS[given.job](unclip, data, given):
+    for cells in JOBS[arguments.job](unclip, data, arguments):
         print(f"| {' | '.join(cells)} |", flush=True)
         if not rows:
             print("|" + "---|" * len(cells))
         rows.append(cells)
     seconds = time.monotonic() - start
-    print(f"\n{given.count} held-out drawings, {given.job}, steps {given.steps}, {seconds:.0f} s")
-    save_rows(f"manipulation_quality_{given.job}", given.results, rows)
+    settings = f"{arguments.job}, steps {arguments.steps}, {seconds:.0f} s"
+    print(f"\n{arguments.count} held-out drawings, {settings}")
+    save_rows(f"manipulation_quality_{arguments.job}", arguments.results, rows)
 
 
 if __name__ == "__main__":

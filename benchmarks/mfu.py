@@ -6,17 +6,16 @@ MFU is 3 x forward operations x samples per second / peak; `_flops.py` says what
 an H100: 0.45 for the priors, 0.40 for the decoder, 0.35 for the upsamplers.
 """
 
-from _training import arguments_of, measure, plain_step  # sets what must be set before torch
-
-# isort: split
 import argparse
 import gc
 from typing import Any
 
+from _common import make_parser
+
 import torch
-from _common import parser
 from _flops import forward_flops
 from _paper import KINDS, batch_for, build, side_of
+from _training import measure, parse_arguments, plain_step
 
 PEAKS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}
 """Dense bfloat16 TFLOP/s of the SXM modules."""
@@ -28,26 +27,28 @@ def peak_of(device: str) -> float | None:
     return next((peak for key, peak in PEAKS.items() if key in name), None)
 
 
-def train(name: str, given: argparse.Namespace, before: float, tiny: bool = False) -> None:
-    """Time a stage with micro-batches of `given.batch`, and print the line."""
-    stage: Any = build(name, given.device, given.checkpointing, tiny)
-    batch = batch_for(name, stage, given.batch, tiny)
-    flops = 3 * given.batch * forward_flops(stage, side_of(name, tiny))
+def train(name: str, arguments: argparse.Namespace, before: float, tiny: bool = False) -> None:
+    """Time a stage with micro-batches of `arguments.batch`, and print the line."""
+    stage: Any = build(name, arguments.device, arguments.checkpointing, tiny)
+    batch = batch_for(name, stage, arguments.batch, tiny)
+    flops = 3 * arguments.batch * forward_flops(stage, side_of(name, tiny))
     job = f"{'tiny' if tiny else 'paper'}_{name}_train"
-    more = {"flops_per_step": flops, "peak_tflops": peak_of(given.device)}
-    measure(job, stage, batch, given, before, **more)
+    more = {"flops_per_step": flops, "peak_tflops": peak_of(arguments.device)}
+    measure(job, stage, batch, arguments, before, **more)
 
 
-def largest_batch(name: str, given: argparse.Namespace, size: int, tiny: bool = False) -> int:
-    """The first of `size`, size / 2, ... that can be trained on without checkpointing and without
-    the allocator having to give memory back."""
+def largest_batch(name: str, arguments: argparse.Namespace, size: int, tiny: bool = False) -> int:
+    """The first micro-batch of `size`, size / 2, ... that fits without checkpointing.
+
+    It fits if the allocator does not have to give memory back, either.
+    """
     while True:
-        stage: Any = build(name, given.device, "none", tiny)
+        stage: Any = build(name, arguments.device, "none", tiny)
         try:
-            step = plain_step(stage.train(), batch_for(name, stage, size, tiny), given)
+            step = plain_step(stage.train(), batch_for(name, stage, size, tiny), arguments)
             for _ in range(2):  # in the second AdamW's state is there from the start
                 step()
-            if not retried(given.device):
+            if not retried(arguments.device):
                 return size
         except torch.OutOfMemoryError:
             if size == 1:
@@ -74,12 +75,12 @@ def free() -> None:
 
 
 def main() -> None:
-    arguments = parser(__doc__, repeats=8, warmup=4, batch=16)
-    arguments.formatter_class = argparse.RawDescriptionHelpFormatter
-    arguments.add_argument("stage", choices=list(KINDS))
-    arguments.add_argument("--tiny", action="store_true", help="a tiny stage, to try the script")
-    given, before = arguments_of(arguments)
-    train(given.stage, given, before, given.tiny)
+    parser = make_parser(__doc__, repeats=8, warmup=4, batch=16)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("stage", choices=list(KINDS))
+    parser.add_argument("--tiny", action="store_true", help="a tiny stage, to try the script")
+    arguments, before = parse_arguments(parser)
+    train(arguments.stage, arguments, before, arguments.tiny)
 
 
 if __name__ == "__main__":

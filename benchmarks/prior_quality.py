@@ -1,5 +1,6 @@
-"""How near a prior's embeddings come to the true ones, on all held-out captions, next to two
-baselines that need no prior.
+"""How near a prior's embeddings come to the true ones, on all held-out captions.
+
+Two baselines that need no prior are measured too.
 
     python benchmarks/prior_quality.py            both priors of the package, OpenMoji's captions
     python benchmarks/prior_quality.py --prior FOLDER_OR_CKPT --train 'data/{0..98}.tar' \\
@@ -10,10 +11,9 @@ true image's own stands in the last row) and to those of other captions; place o
 among all held-out ones; spread, the mean cosine of four draws of one caption.
 """
 
-from _common import results_option  # sets what must be set before torch
-
-# isort: split
 import argparse
+
+from _common import results_option
 
 import torch
 from _results import save_rows
@@ -46,19 +46,19 @@ def rows_of(loader: object) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--prior", nargs="+", default=list(DEFAULT_PRIORS))
-    arguments.add_argument("--train", default="openmoji")
-    arguments.add_argument("--val", default="openmoji")
-    arguments.add_argument("--store")
-    arguments.add_argument("--model", default="openmoji", help="the CLIP")
-    arguments.add_argument("--pretrained")
-    results_option(arguments)
-    given = arguments.parse_args()
-    clip = CLIPConfig(given.model, given.pretrained)
-    data = PriorData(train=given.train, val=given.val, clip=clip, store=given.store)
+    parser.add_argument("--prior", nargs="+", default=list(DEFAULT_PRIORS))
+    parser.add_argument("--train", default="openmoji")
+    parser.add_argument("--val", default="openmoji")
+    parser.add_argument("--store")
+    parser.add_argument("--model", default="openmoji", help="the CLIP")
+    parser.add_argument("--pretrained")
+    results_option(parser)
+    arguments = parser.parse_args()
+    clip = CLIPConfig(arguments.model, arguments.pretrained)
+    data = PriorData(train=arguments.train, val=arguments.val, clip=clip, store=arguments.store)
     data.prepare_data()
     data.setup("fit")
     val = rows_of(data.val_dataloader())
@@ -68,11 +68,11 @@ def main() -> None:
         for name in ("image_embed", "text_embed")
     }
     image, text = val["image_embed"].float(), val["text_embed"].float()
-    found = {
-        "z_t in the place of z_i": (text, None),
+    embeddings = {
+        "z_t instead of z_i": (text, None),
         "nearest training caption's image": (nearest(train, text).float(), None),
     }
-    for name in given.prior:
+    for name in arguments.prior:
         unclip = UnCLIP.load(prior=name)
         states = data.clip.embed_text(val["tokens"])
         batch = val | {"text_states": states.states, "text_mask": states.mask}
@@ -80,18 +80,18 @@ def main() -> None:
         repeated = {key: value[few] for key, value in batch.items()}
         draws = unclip.prior.sample(repeated, Noise(range(len(few))))
         drawn = unclip.prior.sample(batch, Noise(range(len(image))))
-        found[f"{type(unclip.prior).__name__} ({name})"] = drawn, mean_pairwise(draws, few)
-    found["the true z_i"] = (image, None)
+        embeddings[f"{type(unclip.prior).__name__} ({name})"] = drawn, mean_pairwise(draws, few)
+    embeddings["the true z_i"] = (image, None)
     print(f"{len(image)} held-out captions\n\n| | {' | '.join(COLUMNS)} | spread |")
     print("|---" * (len(COLUMNS) + 2) + "|")
     rows = {}
-    for name, (drawn, spread) in found.items():
+    for name, (drawn, spread) in embeddings.items():
         values = measure(drawn, image, text)
         rows[name] = {column: float(values[column]) for column in COLUMNS}
         rows[name]["spread"] = None if spread is None else float(spread)
         cells = [f"{values[column]:.3g}" for column in COLUMNS]
         print(f"| {name} | {' | '.join(cells)} | {'' if spread is None else f'{spread:.3f}'} |")
-    save_rows("prior_quality", given.results, rows)
+    save_rows("prior_quality", arguments.results, rows)
 
 
 if __name__ == "__main__":

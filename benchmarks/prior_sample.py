@@ -1,25 +1,24 @@
-"""Drawing the embeddings of two captions by the prior of `prior_train.py`: 16 steps with guidance,
-two candidates each, of which one is kept.
+"""Sample the embeddings of two captions by the prior of `prior_train.py`.
 
-Captions of 38 tokens, as in the script that times diffusers.
+It takes 16 steps with guidance and the better of two candidates for each caption. Captions have 38
+tokens, as in the script that times diffusers.
 """
 
-from _common import begin, parser  # sets what must be set before torch
+from _common import begin, make_parser
 
-# isort: split
 from _sampling import measure, options
 from prior_train import LENGTH, batch_of, prior
 
 
 def main() -> None:
-    arguments = parser(__doc__, repeats=5, warmup=1, batch=2)
-    options(arguments, steps=16)
-    given = arguments.parse_args()
-    before = begin(given)
-    batch = batch_of(given.batch, LENGTH // 2)
+    parser = make_parser(__doc__, repeats=5, warmup=1, batch=2)
+    options(parser, steps=16)
+    arguments = parser.parse_args()
+    before = begin(arguments)
+    batch = batch_of(arguments.batch, LENGTH // 2)
     del batch["key"], batch["image_embed"]
-    settings = {"steps": given.steps, "guidance_scale": given.guidance_scale}
-    measure("prior_sample", prior(), batch, given, before, **settings)
+    settings = {"steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
+    measure("prior_sample", prior(), batch, arguments, before, **settings)
 
 
 if __name__ == "__main__":

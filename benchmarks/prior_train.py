@@ -1,17 +1,16 @@
-"""One training step of the diffusion prior: the real stage, AdamW, clipping, EMA and logger, under
-our Lightning trainer.
+"""One training step of the diffusion prior.
 
-The network has the shape that the other systems are timed with: width 512, 6 blocks of 8 heads,
-captions as 77 states, 81 tokens in all.
+It has the real stage, AdamW, clipping, EMA and logger, under our Lightning trainer. The network has
+the shape that the other systems are timed with: width 512, 6 blocks of 8 heads, captions as 77
+states, 81 tokens in all.
 """
 
 from typing import Any
 
-from _training import arguments_of, measure  # sets what must be set before torch
+from _common import make_parser
 
-# isort: split
 import torch
-from _common import parser
+from _training import measure, parse_arguments
 
 from unclip_pl.networks.checkpointing import Checkpointing
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
@@ -45,8 +44,10 @@ def batch_of(size: int, longest: int = LENGTH) -> dict[str, Any]:
 
 
 def main() -> None:
-    given, before = arguments_of(parser(__doc__, repeats=7, warmup=2, batch=32))
-    measure("prior_train", prior(given.checkpointing), batch_of(given.batch), given, before)
+    arguments, before = parse_arguments(make_parser(__doc__, repeats=7, warmup=2, batch=32))
+    measure(
+        "prior_train", prior(arguments.checkpointing), batch_of(arguments.batch), arguments, before
+    )
 
 
 if __name__ == "__main__":

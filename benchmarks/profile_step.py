@@ -1,23 +1,24 @@
-"""Where the time of one training step goes: forward, backward, optimiser and EMA of a stage of the
-training benchmarks, by kind of operation.
+"""Where the time of one training step goes, by kind of operation.
+
+The step has the forward and backward pass, the optimiser and the EMA of a stage of the training
+benchmarks.
 
     python benchmarks/profile_step.py [decoder] [--dtype bf16] [--device cuda] [--compile]
 
 It prints a Markdown table.
 """
 
-from _training import (  # sets what must be set before torch
+from _common import begin, make_parser
+
+import decoder_train
+import prior_train
+import upsampler_train
+from _training import (
     apply_checkpointing,
     compile_blocks,
     plain_step,
     training_options,
 )
-
-# isort: split
-import decoder_train
-import prior_train
-import upsampler_train
-from _common import begin, parser
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -47,34 +48,35 @@ def kind_of(name: str) -> str:
 
 
 def main() -> None:
-    arguments = parser(__doc__, repeats=3, warmup=2)
-    arguments.add_argument("stage", nargs="?", choices=list(STAGES), default="decoder")
-    arguments.add_argument("--batch", type=int, help="by default that of the training benchmark")
-    training_options(arguments)
-    given = arguments.parse_args()
-    begin(given)
-    make, batch_of, size = STAGES[given.stage]
-    stage, size = make().train().to(given.device), given.batch or size
-    apply_checkpointing(stage, given.checkpointing)
-    if given.compile:
-        compile_blocks(stage, given.device)
-    step = plain_step(stage, batch_of(size), given)
-    for _ in range(given.warmup):
+    parser = make_parser(__doc__, repeats=3, warmup=2)
+    parser.add_argument("stage", nargs="?", choices=list(STAGES), default="decoder")
+    parser.add_argument("--batch", type=int, help="by default that of the training benchmark")
+    training_options(parser)
+    arguments = parser.parse_args()
+    begin(arguments)
+    make, batch_of, size = STAGES[arguments.stage]
+    stage, size = make().train().to(arguments.device), arguments.batch or size
+    apply_checkpointing(stage, arguments.checkpointing)
+    if arguments.compile:
+        compile_blocks(stage, arguments.device)
+    step = plain_step(stage, batch_of(size), arguments)
+    for _ in range(arguments.warmup):
         step()
-    cuda = given.device.startswith("cuda")
+    cuda = arguments.device.startswith("cuda")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as found:
-        for _ in range(given.repeats):
+    with profile(activities=activities) as profiler:
+        for _ in range(arguments.repeats):
             step()
     spent: dict[str, float] = {}
-    for event in found.key_averages():
+    for event in profiler.key_averages():
         if event.device_type != DeviceType.CPU:
             continue  # a kernel, whose time the operation that started it has too
         took = event.self_device_time_total if cuda else event.self_cpu_time_total
         kind = kind_of(event.key)
-        spent[kind] = spent.get(kind, 0.0) + took / given.repeats / 1e6
+        spent[kind] = spent.get(kind, 0.0) + took / arguments.repeats / 1e6
     total = sum(spent.values())
-    print(f"{total:.3f} s per step of {size}, {given.stage}, {given.dtype}, {given.device}\n")
+    settings = f"{arguments.stage}, {arguments.dtype}, {arguments.device}"
+    print(f"{total:.3f} s per step of {size}, {settings}\n")
     print("| part | s | share |\n|---|---|---|")
     for kind, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"| {kind} | {seconds:.3f} | {seconds / total:.0%} |")

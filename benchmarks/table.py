@@ -30,10 +30,10 @@ SAID = PLAIN | {"compiled", "selective", "full", "cuda_graphs"}
 def add(path: Path, folder: Path) -> None:
     """Write the lines of a run to results: ours, and those of what it is set against."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    told = next((line for line in lines if "machine" in line), None) or about()
+    first = next((line for line in lines if "machine" in line), None) or about()
     for line in lines:
         for key in ("machine", "cores"):
-            line.setdefault(key, told[key])
+            line.setdefault(key, first[key])
         line.setdefault("mode", "eager")
         line["job"] = re.sub(r"_(fp32|bf16)$", "", line.pop("name", line["job"]))
         parts, env = line["impl"].split("/"), line.get("env", "ours")
@@ -61,18 +61,18 @@ def comparable(result: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def ratios(result: dict[str, Any], others: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Items per second over those of each other entry: median, smallest, largest, per round."""
-    found = {}
+    over = {}
     rates = {str(each["round"]): each["items_per_s"] for each in result["rounds"]}
     for other in others:
         theirs = {str(each["round"]): each["items_per_s"] for each in other["rounds"]}
         shared = {r: rate / theirs[r] for r, rate in rates.items() if theirs.get(r)}
         if values := list(shared.values()):
-            found["eager" if is_ours(other) else other["impl"]] = {
+            over["eager" if is_ours(other) else other["impl"]] = {
                 "median": statistics.median(values), "min": min(values), "max": max(values),
                 "per_round": shared,
                 "memory": peak(result) / max(1.0, peak(other)),
             }  # fmt: skip
-    return found
+    return over
 
 
 def peak(result: dict[str, Any]) -> float:
@@ -132,16 +132,16 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("runs", nargs="*", type=Path, help="JSON lines of runs by turns")
-    arguments.add_argument("--results", type=Path, default=RESULTS)
-    arguments.add_argument("--readme", type=Path, default=README, help="the file with the markers")
-    given = arguments.parse_args()
-    for run in given.runs:
-        add(run, given.results)
-    paths = sorted(given.results.glob("*.json"))
+    parser.add_argument("runs", nargs="*", type=Path, help="JSON lines of runs by turns")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=README, help="the file with the markers")
+    arguments = parser.parse_args()
+    for run in arguments.runs:
+        add(run, arguments.results)
+    paths = sorted(arguments.results.glob("*.json"))
     results = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     timed = {path: result for path, result in results.items() if "rounds" in result}
     for path, result in timed.items():
@@ -151,15 +151,15 @@ def main() -> None:
             if over != result.get("over"):
                 write(path, result | {"over": over})
                 result["over"] = over
-    made = table(list(timed.values()))
-    text = given.readme.read_text(encoding="utf-8")
+    markdown = table(list(timed.values()))
+    text = arguments.readme.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    given.readme.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
-    for path in sorted(given.results.glob("errors/*.json")):
+    arguments.readme.write_text(f"{before}{BEGIN}\n{markdown}\n{END}{after}", encoding="utf-8")
+    for path in sorted(arguments.results.glob("errors/*.json")):
         failed = json.loads(path.read_text(encoding="utf-8"))
         print(f"failed: {failed['job']} on {failed['machine']}: {failed['error']}")
-    print(f"{len(timed)} files of measurements; the table is in {given.readme}")
+    print(f"{len(timed)} files of measurements; the table is in {arguments.readme}")
 
 
 if __name__ == "__main__":

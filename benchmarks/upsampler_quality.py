@@ -1,5 +1,6 @@
-"""How near an upsampler comes to held-out images, next to bicubic enlargement: whole images, from
-their antialiased reduction (not degraded), by its own sampler.
+"""How near an upsampler comes to held-out images, next to bicubic enlargement.
+
+It enlarges whole images from their antialiased reduction (not degraded), with its own sampler.
 
     python benchmarks/upsampler_quality.py 256          that of the package, 64 held-out drawings
     python benchmarks/upsampler_quality.py 1024 --count 12 --picture upsampler.png
@@ -11,12 +12,11 @@ from that of its low-resolution condition, the largest of red, green and blue in
 and worst image).
 """
 
-from _common import results_option  # sets what must be set before torch
-
-# isort: split
 import argparse
 import itertools
 import time
+
+from _common import results_option
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,10 @@ def drift(images: Tensor, low_res: Tensor) -> Tensor:
 
 
 def closest(rows: dict[str, Tensor], side: int = 128) -> Image.Image:
-    """A labelled picture: of each image the `side` x `side` pixels where the last row has the most
-    edges, twice as large for 128."""
+    """A labelled picture of the part of each image where the last row has the most edges.
+
+    The part has `side` x `side` pixels and is enlarged to at most 256.
+    """
     target = list(rows.values())[-1]
     corners = []
     for image in target:
@@ -78,56 +80,58 @@ def draw_examples(rows: list[tuple[Tensor, ...]], size: int, path: str) -> None:
     save_png(closest(shown, 128 if size < 512 else 216), path)
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    made = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("size", type=int, choices=list(KINDS))
-    made.add_argument("--weights", help="a release or checkpoint; default: that of the package")
-    made.add_argument("--val", default=["openmoji"], nargs="+")
-    made.add_argument("--count", type=int, default=64)
-    made.add_argument("--start", type=int, default=0, help="pass over so many images first")
-    made.add_argument(
+    parser.add_argument("size", type=int, choices=list(KINDS))
+    parser.add_argument("--weights", help="a release or checkpoint; default: that of the package")
+    parser.add_argument("--val", default=["openmoji"], nargs="+")
+    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--start", type=int, default=0, help="skip this many images")
+    parser.add_argument(
         "--degradation", choices=["none", "blur", "bsr"], default="none",
-        help="spoil the conditions",
+        help="degrade the conditions",
     )  # fmt: skip
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--picture", help="write a picture of the first ones here")
-    results_option(made)
-    return made.parse_args()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--picture", help="write a picture of the first ones here")
+    results_option(parser)
+    return parser.parse_args()
 
 
 @torch.no_grad()
 def main() -> None:
-    given = arguments()
-    weights = given.weights or ASSETS / f"upsampler-{given.size}-openmoji"
-    stage = load_stage(weights, KINDS[given.size]).to(given.device)
-    val = given.val[0] if len(given.val) == 1 else given.val
+    arguments = parse_arguments()
+    weights = arguments.weights or ASSETS / f"upsampler-{arguments.size}-openmoji"
+    stage = load_stage(weights, KINDS[arguments.size]).to(arguments.device)
+    val = arguments.val[0] if len(arguments.val) == 1 else arguments.val
     data = UpsamplerData(
         val,
         val,
-        given.size,
-        val_crop=given.size,
-        degradation=DegradationConfig(given.degradation),
+        arguments.size,
+        val_crop=arguments.size,
+        degradation=DegradationConfig(arguments.degradation),
         loader=LoaderConfig(batch_size=1, num_workers=0),
     )
     data.prepare_data()
     data.setup("validate")
     columns: dict[str, list[float]] = {}
     images, rows, start = 0, [], time.perf_counter()
-    chosen = itertools.islice(data.val_dataloader(), given.start, given.start + given.count)
-    bar = tqdm(chosen, unit="image", total=given.count)
+    chosen = itertools.islice(
+        data.val_dataloader(), arguments.start, arguments.start + arguments.count
+    )
+    bar = tqdm(chosen, unit="image", total=arguments.count)
     for loaded in bar:
         batch = data.on_before_batch_transfer(loaded, 0)
-        low_res, image = batch["low_res"].to(given.device), batch["image"].to(given.device)
+        low_res, image = batch["low_res"].to(arguments.device), batch["image"].to(arguments.device)
         bicubic = stage.enlarged(low_res).clamp(-1, 1)
-        drawn = stage.sample({"low_res": low_res}, Noise([given.start + images]))
-        for name, made in {"bicubic": bicubic, "drawn": drawn}.items():
+        drawn = stage.sample({"low_res": low_res}, Noise([arguments.start + images]))
+        for name, output in {"bicubic": bicubic, "drawn": drawn}.items():
             values = {
-                "psnr": psnr(made, image),
-                "sharpness": steepness(made) / steepness(image),
-                "drift": drift(made, low_res),
+                "psnr": psnr(output, image),
+                "sharpness": steepness(output) / steepness(image),
+                "drift": drift(output, low_res),
             }
             for column, value in values.items():
                 columns.setdefault(f"{name} {column}", []).append(value.item())
@@ -136,17 +140,17 @@ def main() -> None:
         bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()})
         if images <= SHOWN:
             rows.append((bicubic, drawn, image))
-        if given.picture and images == min(SHOWN, given.count):
-            draw_examples(rows, given.size, given.picture)
+        if arguments.picture and images == min(SHOWN, arguments.count):
+            draw_examples(rows, arguments.size, arguments.picture)
     seconds, sampling = (time.perf_counter() - start) / images, stage.sampling
-    how = f"{sampling.sampler} with {sampling.steps} steps, {seconds:.1f} s an image"
-    print(f"{images} held-out images at {given.size}, {how}\n")
+    how = f"{sampling.sampler} with {sampling.steps} steps, {seconds:.1f} s per image"
+    print(f"{images} held-out images at {arguments.size}, {how}\n")
     print("| | PSNR | sharpness | drift, mean | drift, worst |\n|---|---|---|---|---|")
     for name in ("bicubic", "drawn"):
         mean = [means[f"{name} {column}"] for column in ("psnr", "sharpness", "drift")]
         worst = max(columns[f"{name} drift"])
         print(f"| {name} | {mean[0]:.2f} | {mean[1]:.3f} | {mean[2]:.2f} | {worst:.2f} |")
-    save_rows(f"upsampler_quality_{given.size}", given.results, means, given.device)
+    save_rows(f"upsampler_quality_{arguments.size}", arguments.results, means, arguments.device)
 
 
 if __name__ == "__main__":

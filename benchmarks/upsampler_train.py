@@ -1,17 +1,16 @@
-"""One training step of the upsampler 64 -> 256 on 64-pixel crops: the real stage, AdamW, clipping,
-EMA and logger, under our Lightning trainer.
+"""One training step of the upsampler 64 -> 256 on 64-pixel crops.
 
-The network has the shape that the other systems are timed with: 64 channels x 1, 2, 3, 4, two
-blocks per level, no attention.
+It has the real stage, AdamW, clipping, EMA and logger, under our Lightning trainer. The network has
+the shape that the other systems are timed with: 64 channels x 1, 2, 3, 4, two blocks per level, no
+attention.
 """
 
 from typing import Any
 
-from _training import arguments_of, measure  # sets what must be set before torch
+from _common import make_parser
 
-# isort: split
 import torch
-from _common import parser
+from _training import measure, parse_arguments
 
 from unclip_pl.networks.checkpointing import Checkpointing
 from unclip_pl.networks.unet import UNetConfig
@@ -43,9 +42,9 @@ def batch_of(size: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    given, before = arguments_of(parser(__doc__, repeats=7, warmup=2, batch=4))
-    stage = upsampler(checkpointing=given.checkpointing)
-    measure("upsampler_train", stage, batch_of(given.batch), given, before)
+    arguments, before = parse_arguments(make_parser(__doc__, repeats=7, warmup=2, batch=4))
+    stage = upsampler(checkpointing=arguments.checkpointing)
+    measure("upsampler_train", stage, batch_of(arguments.batch), arguments, before)
 
 
 if __name__ == "__main__":

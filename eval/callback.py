@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from eval.features import Features, load_features
 from eval.metrics import CLIPScore, FrechetDistance, KernelDistance, PrecisionRecall
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.training.protocols import Draws
+from unclip_pl.training.protocols import SupportsSampling
 from unclip_pl.utils.images import to_uint8
 
 
@@ -82,7 +82,7 @@ class Evaluate(Callback):
         batch = {key: value[: self.count - self._seen] for key, value in batch.items()}
         first = self.seed + trainer.global_rank * self.count + self._seen
         size = len(batch["key"])
-        drawn = cast(Draws, pl_module).sample(batch, Noise(range(first, first + size)))
+        drawn = cast(SupportsSampling, pl_module).sample(batch, Noise(range(first, first + size)))
         self._seen += size
         if drawn.ndim == 2:
             real, fake = batch["image_embed"], drawn

@@ -1,4 +1,4 @@
-"""Shared by all tests: the device, no network, one thread, a cache folder of their own."""
+"""Shared by all tests: the device, no network, one thread, a separate cache folder."""
 
 import os
 import sys
@@ -61,9 +61,9 @@ def exact_float32():
 
 @pytest.fixture
 def assert_same_picture(device):
-    """Asserts that two drawings of one seed are equal; on a GPU to two levels of 255.
+    """Asserts that two pictures of one seed are equal; on a GPU to two levels of 255.
 
-    There, cuDNN may choose other kernels for the second drawing.
+    On a GPU cuDNN may choose other kernels for the second picture.
     """
 
     def check(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -76,14 +76,14 @@ def assert_same_picture(device):
 
 @pytest.fixture(autouse=True)
 def _threads_and_argv(monkeypatch):
-    torch.set_num_threads(1)  # the tests' networks are too small to share out
-    # LightningCLI warns where it sees pytest's own arguments
+    torch.set_num_threads(1)  # the tests' networks are too small for more
+    # LightningCLI warns if it sees pytest's own arguments.
     monkeypatch.setattr(sys, "argv", ["lightning"])
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory, request):
-    """A cache folder for the whole session: tests never touch the user's own."""
+    """A cache folder for the whole session: tests never touch the user's."""
     folder = tmp_path_factory.getbasetemp()
     if hasattr(request.config, "workerinput"):  # one for all workers of pytest-xdist
         folder = folder.parent
@@ -103,5 +103,5 @@ def noto():
     """Folder of real img2dataset shards (400 Noto drawings)."""
     folder = SHARED / "data" / "noto-img2dataset"
     if not folder.is_dir():
-        pytest.skip("the Noto shards are not beside this checkout")
+        pytest.skip("the Noto shards are not next to this checkout")
     return folder

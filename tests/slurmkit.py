@@ -1,39 +1,45 @@
-"""Jobs on a local Slurm, submitted with `unclip submit` and watched through the files that they write, never by a time."""
+"""Jobs on a local Slurm, submitted with `unclip submit` and watched through their files."""
 
 import json
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from unclip_pl.cli.unclip import main
 
 QUIET = ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+TOY_STAGE = """\
+model: {class_path: tests.training.toy.Toy}
+data: {class_path: tests.training.toy.ToyRows}
+"""
 
 
 class Slurm:
-    """The two nodes that the script `local-slurm` runs on this machine; see its own help. `with` starts and ends them.
+    """The two nodes that the script `local-slurm` runs on this machine, started by `with`.
 
     Raises:
-        RuntimeError: it refuses to start here.
+        RuntimeError: it does not start here.
     """
 
     def __init__(self, script: Path, folder: str, port: int) -> None:
-        self.script, self.own = script, {"LOCAL_SLURM_DIR": folder, "LOCAL_SLURM_PORT": str(port)}
+        self.script = script
+        self.environment = {"LOCAL_SLURM_DIR": folder, "LOCAL_SLURM_PORT": str(port)}
 
     def __call__(self, *command: str) -> str:
+        """The output of a command of `local-slurm`."""
         if command == ("hurry",):
             time.sleep(3)  # a node that revoked a job's credential takes none of the same second
         done = subprocess.run(
             ["bash", self.script, *command],
-            env=os.environ | self.own,
+            env=os.environ | self.environment,
             capture_output=True,
             text=True,
             timeout=300,
         )
-        if done.returncode and command != (
-            "hurry",
-        ):  # a job that starts at this very moment is none to hurry
+        # "hurry" fails for a job that starts at this very moment.
+        if done.returncode and command != ("hurry",):
             raise RuntimeError(f"local-slurm {' '.join(command)}: {done.stderr.strip()[-300:]}")
         return done.stdout
 
@@ -44,13 +50,22 @@ class Slurm:
 
     def __exit__(self, *_: object) -> None:
         self("down")
-        os.environ.pop("SLURM_CONF") if self.before is None else os.environ.update(
-            SLURM_CONF=self.before
-        )
+        if self.before is None:
+            os.environ.pop("SLURM_CONF")
+        else:
+            os.environ["SLURM_CONF"] = self.before
 
 
 class Job:
-    """A job in a folder of its own."""
+    """A job on two nodes without GPUs, in its own folder.
+
+    Args:
+        folder: of the run and the logs.
+        options: of `lightning` or `unclip submit`.
+        stage: the YAML; "": the toy stage.
+        diary: arguments of the callback `Diary`, apart from its path.
+        slow: seconds that each step takes at least.
+    """
 
     def __init__(
         self,
@@ -62,72 +77,54 @@ class Job:
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.folder, self.diary = folder, folder / "diary.jsonl"
-        callbacks = [
-            ("tests.training.diary.Diary", {"path": str(self.diary)} | (diary or {})),
-            ("tests.training.toy.Slow", {"seconds": slow}),
-        ]
-        flags = [
-            flag
-            for name, given in callbacks
-            for flag in (
-                "--trainer.callbacks+",
-                json.dumps({"class_path": name, "init_args": given}),
-            )
-        ]
+        callbacks = {
+            "tests.training.diary.Diary": {"path": str(self.diary)} | (diary or {}),
+            "tests.training.toy.Slow": {"seconds": slow},
+        }
+        flags = []
+        for name, init_args in callbacks.items():
+            callback = json.dumps({"class_path": name, "init_args": init_args})
+            flags += ["--trainer.callbacks+", callback]
         if not stage:
-            (folder / "toy.yaml").write_text(
-                "model: {class_path: tests.training.toy.Toy}\ndata: {class_path: tests.training.toy.ToyRows}\n"
-            )
-        submit = [
-            "submit",
-            stage or str(folder / "toy.yaml"),
-            "--nodes",
-            "2",
-            "--gpus",
-            "0",
-            "--cpus",
-            "1",
-            "--time",
-            "30",
-            "--logs",
-            str(folder),
-        ]
-        assert (
-            main([*submit, *QUIET, *flags, "--trainer.default_root_dir", str(folder), *options])
-            == 0
-        )
+            stage = str(folder / "toy.yaml")
+            Path(stage).write_text(TOY_STAGE)
+        submit = ["submit", stage, "--nodes", "2", "--gpus", "0", "--cpus", "1", "--time", "30"]
+        run = [*QUIET, *flags, "--trainer.default_root_dir", str(folder)]
+        assert main([*submit, "--logs", str(folder), *run, *options]) == 0
         self.id = max(map(int, shell("squeue -h -t all -o %A").split()))
 
     def state(self) -> str:
-        """PENDING, RUNNING ...; "" once it is over."""
+        """PENDING, RUNNING ...; "" when it is over."""
         return shell(f"squeue -h -j {self.id} -o %T", check=False).strip()
 
-    def said(self) -> str:
+    def output(self) -> str:
+        """What the job has printed."""
         return "".join(path.read_text() for path in self.folder.glob("*.out"))
 
     def lines(self) -> list[dict]:
-        return (
-            [json.loads(line) for line in self.diary.read_text().splitlines()]
-            if self.diary.exists()
-            else []
-        )
+        """The lines of the diary, in the order in which they were written."""
+        if not self.diary.exists():
+            return []
+        return [json.loads(line) for line in self.diary.read_text().splitlines()]
 
     def step(self) -> int:
+        """The highest step so far."""
         return max((line["step"] for line in self.lines()), default=0)
 
-    def until(self, condition, seconds: float = 800) -> None:
+    def until(self, condition: Callable[[], object], seconds: float = 800) -> None:
+        """Wait for a condition while the job runs."""
         end = time.monotonic() + seconds
         while not condition():
             over = self.state() == ""
-            assert time.monotonic() < end and (not over or condition()), self.said()[-3000:]
+            assert time.monotonic() < end and (not over or condition()), self.output()[-3000:]
             time.sleep(0.2)
 
     def ended(self) -> str:
-        """How Slurm says that it ended."""
+        """Wait for the end of the job; returns the state that Slurm reports."""
         self.until(lambda: self.state() in ("", "COMPLETED", "FAILED", "CANCELLED"), 1800)
         return shell(f"scontrol show job -o {self.id}").partition("JobState=")[2].split()[0]
 
 
 def shell(command: str, check: bool = True) -> str:
-    """What a command without quotes prints."""
+    """The output of a command that has no quotes."""
     return subprocess.run(command.split(), capture_output=True, text=True, check=check).stdout

@@ -1,4 +1,4 @@
-"""What each stage must do on any device: learn, with the gradients of a plain CPU, and draw.
+"""What each stage must do on any device: learn with the gradients of a CPU, and sample.
 
 The device is that of the `device` fixture, so on a machine with a GPU these are tests of the GPU.
 What only a GPU can do is in test_gpu.py.
@@ -20,12 +20,12 @@ STEPS = 50
 
 
 def gradients(stage: torch.nn.Module, name: str, device: str) -> dict[str, torch.Tensor]:
-    """Of the mean loss of one batch, with one draw of noise, as seen from the CPU."""
+    """Gradients of the loss of one batch, the same noise each time; on the CPU."""
     stage = stage.to(device).train()
     loss = stage.loss(on(tiny_batch(name), device), torch.Generator().manual_seed(3))["loss"]
     loss.backward()
-    found = {key: p.grad.cpu() for key, p in stage.named_parameters() if p.grad is not None}
-    return found | {"loss": loss.detach().cpu()}
+    grads = {key: p.grad.cpu() for key, p in stage.named_parameters() if p.grad is not None}
+    return grads | {"loss": loss.detach().cpu()}
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
@@ -37,16 +37,16 @@ def test_gradients_are_those_of_the_cpu_without_checkpointing(
     randomise(plain)
     stage = tiny_stage(name, checkpointing)
     stage.load_state_dict(plain.state_dict())
-    expected, found = gradients(plain, name, "cpu"), gradients(stage, name, device)
-    assert found.keys() == expected.keys() and len(found) > 10
+    expected, actual = gradients(plain, name, "cpu"), gradients(stage, name, device)
+    assert actual.keys() == expected.keys() and len(actual) > 10
     for key, value in expected.items():
-        assert (value - found[key]).norm() < 2e-4 * value.norm() + 1e-6, key
+        assert (value - actual[key]).norm() < 2e-4 * value.norm() + 1e-6, key
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_learns_a_batch_by_heart(name, precision, device, tmp_path):
-    """Noise and timesteps are other ones at each step: means of many are compared."""
+    """Noise and timesteps differ at each step, so means of many losses are compared."""
     stage, losses = tiny_stage(name, dropout=0.1, parametrization="eps"), []
     batch = tiny_batch(name)
 
@@ -68,9 +68,9 @@ def test_a_stage_learns_a_batch_by_heart(name, precision, device, tmp_path):
         default_root_dir=tmp_path,
     )
     trainer.fit(stage, DataLoader([batch] * STEPS, batch_size=None))
-    found = torch.stack(losses).float()
-    assert found.isfinite().all() and not stage.skipped_steps.item()
-    assert found[-15:].mean() < 0.75 * found[:3].mean()
+    curve = torch.stack(losses).float()
+    assert curve.isfinite().all() and not stage.skipped_steps.item()
+    assert curve[-15:].mean() < 0.75 * curve[:3].mean()
     assert all(parameter.dtype == torch.float32 for parameter in stage.parameters())
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU does: whole stages compiled, CUDA graphs, memory that checkpointing saves.
+"""What only a GPU can do: compiled stages, CUDA graphs, memory that checkpointing saves.
 
 `pytest tests/test_gpu.py tests/test_device.py` is the test of a GPU; it takes some minutes.
 """
@@ -21,7 +21,8 @@ pytestmark = [
 DIFFUSION = tuple(name for name in STAGES if name != "ar_prior")
 
 
-def speaking(name: str, **options) -> torch.nn.Module:
+def random_stage(name: str, **options) -> torch.nn.Module:
+    """A tiny stage on the GPU with random weights, those of zero included."""
     stage = tiny_stage(name, **options)
     randomise(stage)
     return stage.eval().cuda()
@@ -33,8 +34,8 @@ def draw(stage: torch.nn.Module, name: str, seed: int = 4) -> torch.Tensor:
     return stage.sample(batch, Noise([seed, 9]))
 
 
-def near(one: torch.Tensor, other: torch.Tensor, half: bool = False) -> None:
-    """Equal but for rounding, in which libraries may choose other kernels."""
+def assert_near(one: torch.Tensor, other: torch.Tensor, half: bool = False) -> None:
+    """Equal up to rounding: libraries may choose other kernels."""
     difference = (one.float() - other.float()).abs().mean()
     assert difference < (2e-2 if half else 1e-3) * other.float().abs().mean() + 1e-5
 
@@ -42,20 +43,20 @@ def near(one: torch.Tensor, other: torch.Tensor, half: bool = False) -> None:
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", DIFFUSION)
 def test_a_cuda_graph_draws_the_same_for_every_seed(name, half):
-    stage = speaking(name)
+    stage = random_stage(name)
     assert not stage.cuda_graphs
     with torch.autocast("cuda", torch.bfloat16, enabled=half):
         expected = [draw(stage, name, seed) for seed in (4, 5, 4)]
         stage.cuda_graphs = True
-        found = [draw(stage, name, seed) for seed in (4, 5, 4)]
-    for one, other in zip(found, expected):
-        near(one, other, half)
-    near(found[0], found[2], half)
-    assert (found[0] - found[1]).abs().mean() > 0.05 * found[0].abs().mean()
+        drawn = [draw(stage, name, seed) for seed in (4, 5, 4)]
+    for one, other in zip(drawn, expected):
+        assert_near(one, other, half)
+    assert_near(drawn[0], drawn[2], half)
+    assert (drawn[0] - drawn[1]).abs().mean() > 0.05 * drawn[0].abs().mean()
 
 
 def test_a_cuda_graph_sees_weights_that_changed_in_place():
-    stage = speaking("decoder")
+    stage = random_stage("decoder")
     stage.cuda_graphs = True
     before = draw(stage, "decoder")
     with torch.no_grad():
@@ -64,7 +65,7 @@ def test_a_cuda_graph_sees_weights_that_changed_in_place():
     after = draw(stage, "decoder")
     assert (before - after).abs().mean() > 0.02
     stage.cuda_graphs = False
-    near(after, draw(stage, "decoder"))
+    assert_near(after, draw(stage, "decoder"))
 
 
 def test_checkpointing_saves_memory_in_its_order():
@@ -104,18 +105,18 @@ def test_compiled_training_with_checkpointing_equals_eager(name, checkpointing):
     randomise(plain)
     stage.load_state_dict(plain.state_dict())
     assert compile_blocks(stage, "cuda") > 0
-    expected, found = gradients(plain, name, "cuda"), gradients(stage, name, "cuda")
-    assert found.keys() == expected.keys()
+    expected, actual = gradients(plain, name, "cuda"), gradients(stage, name, "cuda")
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
-        assert (value - found[key]).norm() < 1e-3 * value.norm() + 1e-6, key
+        assert (value - actual[key]).norm() < 1e-3 * value.norm() + 1e-6, key
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "cuda graph"])
 @pytest.mark.parametrize("name", STAGES)
 def test_compiled_sampling_equals_eager(name, graphs):
-    stage = speaking(name)
+    stage = random_stage(name)
     expected = draw(stage, name)
     compile_blocks(stage, "cuda")
     stage.cuda_graphs = graphs
-    near(draw(stage, name), expected)
+    assert_near(draw(stage, name), expected)

@@ -1,10 +1,12 @@
-"""What a training run needs: memory of each GPU and time, counted on the meta device, so that a
-3.5B stage is planned on a laptop in seconds.
+"""Estimate the memory per GPU and the time of a training run.
 
-Operations are those of matrix products, convolutions and attention (half of it where it is causal),
-a multiply-add being two; training is three times the forward pass, and what checkpointing computes
-again is not counted, as MFU is defined. Memory is what must be held; allocators and kernels need
-more.
+Everything is counted on the meta device, so that a stage of 3.5 billion parameters is planned on a
+laptop in seconds.
+
+Operations are those of matrix products, convolutions and attention (half of it if it is causal); a
+multiply-add counts as two. Training takes three times the forward pass. As MFU is defined, what
+checkpointing computes again does not count. Memory is what must be held; allocators and kernels
+need more.
 """
 
 import math
@@ -30,8 +32,8 @@ Strategy = Literal["ddp", "fsdp"]
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What one stage needs, counted by `count`; bytes for training in "bf16-mixed"."""
+class ResourceEstimate:
+    """What one stage needs for training in "bf16-mixed", see `estimate_resources`."""
 
     parameters: int
     largest_block: int
@@ -39,18 +41,20 @@ class Needs:
     outside: int
     """Parameters outside of all blocks, which FSDP gathers once per step and holds."""
     flops: float
-    """Of a training step, per sample, those of a CLIP in the loop included."""
+    """Operations per sample of a training step, with those of a CLIP that runs at each step."""
     activations: dict[Checkpointing, float]
-    """Bytes per sample of what the backward pass needs, for each kind of checkpointing. "none": all
-    that autograd saves; "full": what lies between blocks, and all of the block that needs most;
-    "selective": as "full", and the results of products, convolutions and attention."""
+    """Bytes per sample that the backward pass needs, for each kind of checkpointing.
+
+    "none": all that autograd saves. "full": what passes between blocks, and all that the largest
+    block saves. "selective": as "full", with the results of products, convolutions and attention.
+    """
     clip: float = 0.0
-    """Bytes of the CLIP that gives the data's token states at each step, whole on every GPU."""
+    """Bytes of the CLIP that computes token states at each step, whole on every GPU."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A run of `gpus` GPUs: bytes a GPU by what they hold, and its time."""
+class RunEstimate:
+    """The memory of each GPU in bytes, by what it holds, and the time of a run."""
 
     gpus: int
     strategy: Strategy
@@ -60,41 +64,36 @@ class Row:
     ema: float
     clip: float
     gathered: float
-    """Copies in the precision of the computation, and unsharded gradients, of the blocks under
-    way."""
+    """Weights in the precision of the computation, and unsharded gradients, of current blocks."""
     activations: float
     micro_batch: int
-    """Samples a GPU and pass; 0: not even one fits."""
+    """Samples per GPU and pass; 0: not even one fits."""
     accumulate: int
-    """Passes a step."""
-    steps_an_hour: float
+    """Passes per step."""
+    steps_per_hour: float
     hours: float
 
     @property
     def total(self) -> float:
-        return (
-            self.weights
-            + self.gradients
-            + self.optimizer
-            + self.ema
-            + self.clip
-            + self.gathered
-            + self.activations
-        )
+        """Bytes per GPU."""
+        state = self.weights + self.gradients + self.optimizer + self.ema
+        return state + self.clip + self.gathered + self.activations
 
 
 class _Autocast(TorchFunctionMode):
-    """bfloat16 autocast on the meta device, which has none, with attention as a fused kernel.
+    """Autocast to bfloat16 for the meta device, which has none; attention is a fused kernel.
 
-    `copies` are the weights in bfloat16 by their storage; `flops` those of attention; `results` is
-    called with what products, convolutions and attention return.
+    Args:
+        on_result: called with each result of a product, a convolution or attention.
     """
 
-    def __init__(self, results: Callable[[Tensor], None]) -> None:
+    def __init__(self, on_result: Callable[[Tensor], None]) -> None:
         super().__init__()
         self.copies: dict[int, Tensor] = {}
+        """Weights in bfloat16, by their storage."""
         self.flops = 0.0
-        self.results = results
+        """Operations of attention."""
+        self.on_result = on_result
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence = (), kwargs: dict | None = None
@@ -115,7 +114,7 @@ class _Autocast(TorchFunctionMode):
             result = func(*args, **kwargs)
         else:
             return func(*args, **kwargs)
-        self.results(result)
+        self.on_result(result)
         return result
 
     def _half(self, x: Tensor, weight: bool = False) -> Tensor:
@@ -126,8 +125,7 @@ class _Autocast(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """The shapes of attention that keeps its inputs, its output and one number a query and head
-    (FlashAttention)."""
+    """The shapes of FlashAttention, which saves inputs, output and a number per query and head."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -140,9 +138,13 @@ class _Attention(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-def example(stage: Any, crop: int | None = None) -> dict[str, Any]:
-    """A batch of one sample on the meta device, with all that a stage may ask for; `crop` is the
-    side of an upsampler's images."""
+def example_batch(stage: Any, crop: int | None = None) -> dict[str, Any]:
+    """A batch of one sample on the meta device, with all inputs that the stage may use.
+
+    Args:
+        stage: of this package.
+        crop: side of an upsampler's images in pixels; None: the side that its network draws.
+    """
     net, text = stage.net_config, getattr(stage, "text_config", None)
     batch: dict[str, Any] = {"key": ["0"]}
     with torch.device("meta"):
@@ -164,13 +166,15 @@ def example(stage: Any, crop: int | None = None) -> dict[str, Any]:
     return batch
 
 
-def count(stage: LightningModule, crop: int | None = None, clip: CLIPConfig | None = None) -> Needs:
-    """Parameters, operations and activations of a stage, which is moved to the meta device.
+def estimate_resources(
+    stage: LightningModule, crop: int | None = None, clip: CLIPConfig | None = None
+) -> ResourceEstimate:
+    """Count parameters, operations and activations of a stage.
 
     Args:
-        stage: of this package.
-        crop: side of an upsampler's images.
-        clip: the CLIP whose text tower runs at each step; None: none does.
+        stage: of this package. It is moved to the meta device.
+        crop: side of an upsampler's images in pixels; None: the side that its network draws.
+        clip: the CLIP whose text tower runs at each step, if one does.
     """
     stage = stage.to("meta").train()
     apply_checkpointing(stage, "none")
@@ -185,20 +189,26 @@ def count(stage: LightningModule, crop: int | None = None, clip: CLIPConfig | No
     everything = dict(between)
     for tensors in saved.tensors.values():
         everything |= tensors
-    kept = between | saved.results
-    own = [_bytes(tensors, but=between) for tensors in saved.tensors.values()]
-    recomputed = [_bytes(tensors, but=kept) for tensors in saved.tensors.values()]
+    between_and_results = between | saved.results
+    within = [_bytes(tensors, but=between) for tensors in saved.tensors.values()]
+    recomputed = [_bytes(tensors, but=between_and_results) for tensors in saved.tensors.values()]
     activations: dict[Checkpointing, float] = {
         "none": _bytes(everything),
-        "selective": _bytes(kept) + max(recomputed),
-        "full": _bytes(between) + max(own),
+        "selective": _bytes(between_and_results) + max(recomputed),
+        "full": _bytes(between) + max(within),
     }
-    held, text_flops = (0.0, 0.0) if clip is None else clip_needs(clip)
-    flops = 3 * flops + text_flops
-    return Needs(parameters, max(sizes), parameters - sum(sizes), flops, activations, held)
+    clip_bytes, text_flops = (0.0, 0.0) if clip is None else _estimate_clip(clip)
+    return ResourceEstimate(
+        parameters=parameters,
+        largest_block=max(sizes),
+        outside=parameters - sum(sizes),
+        flops=3 * flops + text_flops,
+        activations=activations,
+        clip=clip_bytes,
+    )
 
 
-def clip_needs(config: CLIPConfig) -> tuple[float, float]:
+def _estimate_clip(config: CLIPConfig) -> tuple[float, float]:
     """Bytes of a frozen CLIP, both towers, and operations of its text tower for one caption."""
     model: Any = clip_architecture(config)
     size = DTYPES[config.precision].itemsize
@@ -206,11 +216,12 @@ def clip_needs(config: CLIPConfig) -> tuple[float, float]:
     tokens = torch.zeros(1, length, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.encode_text(tokens)
-    held = float(size * sum(p.numel() for p in model.parameters()))
-    return held, float(counter.get_total_flops())
+    total = float(size * sum(p.numel() for p in model.parameters()))
+    return total, float(counter.get_total_flops())
 
 
 def _bytes(tensors: dict[int, int], but: Container[int] = ()) -> int:
+    """The size of all storages but those in `but`."""
     return sum(size for storage, size in tensors.items() if storage not in but)
 
 
@@ -219,9 +230,9 @@ class _Saved:
 
     def __init__(self, blocks: Iterable[str]) -> None:
         self.tensors: dict[str, dict[int, int]] = {name: {} for name in ("", *blocks)}
-        """Saved within each block ("": outside)."""
+        """What is saved within each block; "": outside of all blocks."""
         self.inputs: dict[int, int] = {}
-        """The inputs of blocks."""
+        """Inputs of blocks."""
         self.results: dict[int, int] = {}
         """Results of products, convolutions and attention within blocks."""
 
@@ -229,10 +240,10 @@ class _Saved:
 def _count_saved(
     stage: LightningModule, blocks: dict[str, Block], crop: int | None
 ) -> tuple[_Saved, float]:
-    """What the loss of one sample saves, and its operations."""
+    """What autograd saves for the loss of one sample, and the operations of the loss."""
     weights = {_storage(parameter) for parameter in stage.parameters()}
-    alive: list[Tensor] = []  # so that no storage gets another's number
-    inside: list[str] = []
+    alive: list[Tensor] = []  # keeps tensors, so that no number of a storage is used again
+    inside: list[str] = []  # names of the blocks that are running
     saved = _Saved(blocks)
 
     def record_result(result: Tensor) -> None:
@@ -268,18 +279,19 @@ def _count_saved(
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         autocast,
     ):
-        cast(Any, stage).loss(example(stage, crop))
+        cast(Any, stage).loss(example_batch(stage, crop))
     for hook in hooks:
         hook.remove()
     return saved, counter.get_total_flops() + autocast.flops
 
 
 def _storage(tensor: Tensor) -> int:
+    """The number of a tensor's storage."""
     return tensor.untyped_storage()._cdata
 
 
-def row(
-    needs: Needs,
+def estimate_run(
+    estimate: ResourceEstimate,
     gpus: int,
     strategy: Strategy,
     batch: int,
@@ -289,45 +301,49 @@ def row(
     peak: float,
     memory: float,
     checkpointing: Checkpointing = "full",
-) -> Row:
-    """A run of `steps` steps of `batch` samples on `gpus` GPUs.
+) -> RunEstimate:
+    """Estimate the memory and the time of a run.
 
-    Weights, gradients and average are float32, AdamW has two numbers per weight; FSDP shares them.
+    Weights, gradients and the average are float32, and AdamW has two numbers per weight.
 
     Args:
-        needs: what the stage needs.
-        batch: samples per step, of all GPUs together.
+        estimate: what the stage needs.
+        gpus: how many.
+        strategy: "fsdp" shards weights, gradients, optimiser and average over the GPUs.
+        batch: samples per step, over all GPUs.
+        steps: of the optimiser.
         mfu: share of `peak` that is reached.
-        peak: operations per second of a GPU.
-        memory: bytes of a GPU that may be used; as many samples are computed at a time as fit.
+        peak: operations per second of one GPU.
+        memory: usable bytes of one GPU. It decides how many samples are computed at a time.
         checkpointing: which activations are computed again in the backward pass.
     """
-    each = 4 * needs.parameters / (gpus if strategy == "fsdp" else 1)
-    largest = needs.largest_block
+    weights = 4 * estimate.parameters / (gpus if strategy == "fsdp" else 1)
+    largest = estimate.largest_block
     if strategy == "fsdp":
-        # the rest in float32; two blocks, one of them being fetched, in bfloat16; and gradients
-        # that are not yet shared out
-        gathered = 8.0 * needs.outside + 2 * (2 + 2) * largest + 4 * largest
+        # What is outside of blocks in float32; two blocks, one of them being gathered, in bfloat16;
+        # and gradients that are not sharded yet.
+        gathered = 8.0 * estimate.outside + 2 * (2 + 2) * largest + 4 * largest
     else:  # autocast's copies of the weights in use
-        gathered = 2.0 * (needs.parameters if checkpointing == "none" else largest)
-    sample = needs.activations[checkpointing]
-    mine = math.ceil(batch / gpus)
-    fits = int(max(0.0, memory - 5 * each - needs.clip - gathered) // sample)
-    accumulate = math.ceil(mine / fits) if fits else 0
-    micro = math.ceil(mine / accumulate) if fits else 0
-    seconds = needs.flops * batch / (gpus * peak * mfu)
-    return Row(
+        gathered = 2.0 * (estimate.parameters if checkpointing == "none" else largest)
+    sample = estimate.activations[checkpointing]
+    samples = math.ceil(batch / gpus)
+    free = memory - 5 * weights - estimate.clip - gathered
+    fitting = int(max(0.0, free) // sample)
+    accumulate = math.ceil(samples / fitting) if fitting else 0
+    micro_batch = math.ceil(samples / accumulate) if fitting else 0
+    seconds_per_step = estimate.flops * batch / (gpus * peak * mfu)
+    return RunEstimate(
         gpus,
         strategy,
-        weights=each,
-        gradients=each,
-        optimizer=2 * each,
-        ema=each,
-        clip=needs.clip,
+        weights=weights,
+        gradients=weights,
+        optimizer=2 * weights,
+        ema=weights,
+        clip=estimate.clip,
         gathered=gathered,
-        activations=micro * sample,
-        micro_batch=micro,
+        activations=micro_batch * sample,
+        micro_batch=micro_batch,
         accumulate=accumulate,
-        steps_an_hour=3600 / seconds,
-        hours=seconds * steps / 3600,
+        steps_per_hour=3600 / seconds_per_step,
+        hours=seconds_per_step * steps / 3600,
     )

@@ -26,7 +26,7 @@ from unclip_pl.cli.messages import to_sentence
 from unclip_pl.cluster.sharded import ShardedStrategy
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.stages.decoder import Decoder
-from unclip_pl.training.arguments import with_model
+from unclip_pl.training.arguments import add_model_flags
 from unclip_pl.utils.errors import UserError
 
 
@@ -145,7 +145,7 @@ def test_two_ranks_on_cpus_train_under_the_overlays_for_many_gpus(overlay, tmp_p
         *("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.logger", "false"),
     ]
     ranks = Ranks(tmp_path, arguments, 2, strategy=None)
-    assert ranks.wait() == [0, 0], ranks.said()[-3000:]
+    assert ranks.wait() == [0, 0], ranks.output()[-3000:]
     saved = tmp_path / "checkpoints" / "newest-step=3.ckpt"
     assert saved.is_dir() if overlay == "fsdp" else saved.is_file()
 
@@ -187,7 +187,7 @@ def test_decoder_on_text_embeddings_differs_from_the_decoder_only_in_its_conditi
 def test_a_checkpoints_own_model_stands_over_the_files_and_under_the_flags():
     settings = Decoder(UNetConfig(width=32, mults=(1,), attention=(), head_width=32)).hparams
     given = ["-c", "stages/decoder.yaml", "--model.net.dropout", "0.3", "--ema.decay", "0.5"]
-    net = build(*with_model(given, dict(settings))).model.hparams["net"]
+    net = build(*add_model_flags(given, dict(settings))).model.hparams["net"]
     assert net == settings["net"] | {"dropout": 0.3}
 
 

@@ -19,7 +19,9 @@ from unclip_pl.cli.lightning import main
 
 
 class Ranks:
-    """`count` forks that run `lightning`, or a function; `pids`, and `said(rank)`, what it printed.
+    """`count` forks that run `lightning` or a function.
+
+    `pids` are their process ids, and `output(rank)` is what a rank has printed.
 
     Args:
         folder: for the outputs, `rank-K.txt`.
@@ -80,7 +82,7 @@ class Ranks:
             sys.stderr.flush()
             os._exit(code)
 
-    def said(self, rank: int = 0) -> str:
+    def output(self, rank: int = 0) -> str:
         return (self.folder / f"rank-{rank}.txt").read_text()
 
     def until(self, condition: Callable[[], object], seconds: float = 120) -> None:
@@ -88,11 +90,11 @@ class Ranks:
         end = time.monotonic() + seconds
         while not condition():
             ended = any(os.waitpid(pid, os.WNOHANG)[0] for pid in self.pids)
-            assert time.monotonic() < end and not ended, self.said()[-3000:]
+            assert time.monotonic() < end and not ended, self.output()[-3000:]
             time.sleep(0.05)
 
     def wait(self, seconds: float = 120) -> list[int]:
-        """The exit codes, minus the signal where one killed a rank."""
+        """The exit codes; for a rank that was killed, minus the number of the signal."""
         end, codes = time.monotonic() + seconds, {}
         while len(codes) < len(self.pids):
             for pid in self.pids:
@@ -102,7 +104,7 @@ class Ranks:
                 for pid in self.pids:
                     if pid not in codes:
                         os.kill(pid, signal.SIGKILL)
-                said = self.said()[-3000:]
-                raise AssertionError(f"still running after {seconds} s: {said}")
+                output = self.output()[-3000:]
+                raise AssertionError(f"still running after {seconds} s: {output}")
             time.sleep(0.05)
         return [codes[pid] for pid in self.pids]

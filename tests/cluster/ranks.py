@@ -1,4 +1,7 @@
-"""What several ranks do in `test_sharded.py`: `python -m tests.cluster.ranks FOLDER JOB`, once for each rank, with its place in the environment."""
+"""What several ranks do in `test_sharded.py`: `python -m tests.cluster.ranks FOLDER JOB`.
+
+The program is started once per rank, with the rank in the environment.
+"""
 
 import os
 import shutil
@@ -12,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.tensor import DTensor
 
 from unclip_pl.cluster.checkpoint_io import AtomicCheckpointIO
 from unclip_pl.cluster.sharded import ShardedStrategy
@@ -36,7 +40,8 @@ from unclip_pl.training.variance import AnalyticVariance
 from unclip_pl.utils.errors import UserError
 
 STEPS, HALF, DIM, LENGTH = 4, 2, 16, 8
-# With a smaller eps AdamW makes whole steps of the rounding noise in gradients that are zero (a convolution's bias before GroupNorm).
+# With a smaller eps AdamW makes full steps of the rounding noise in gradients that are zero, such
+# as that of a convolution's bias before GroupNorm.
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-3, warmup_steps=2, weight_decay=0.01, clip_norm=0.5)
 TEXT = TextConfig(
     kind="transformer",
@@ -62,43 +67,29 @@ def decoder() -> Decoder:
         context_width=20,
         checkpointing="selective",
     )
-    return Decoder(
-        net,
-        TEXT,
-        dropout=DropoutConfig(),
-        sampling=DecoderSampling("ddim", steps=2, guidance_scale=2.0),
-        optimizer=OPTIMIZER,
-    )
+    sampling = DecoderSampling("ddim", steps=2, guidance_scale=2.0)
+    return Decoder(net, TEXT, dropout=DropoutConfig(), sampling=sampling, optimizer=OPTIMIZER)
 
 
 def prior() -> DiffusionPrior:
     net = PriorTransformerConfig(embed_dim=DIM, width=32, depth=2, heads=2, checkpointing="full")
     text = PriorTextConfig(kind="tokens", vocab_size=64, context_length=LENGTH)
     process = DiffusionConfig(timesteps=8, parametrization="x0", variance="fixed_small")
-    return DiffusionPrior(
-        net,
-        text,
-        process,
-        sampling=PriorSamplingConfig("ddpm", steps=2, guidance_scale=2.0),
-        optimizer=OPTIMIZER,
-    )
+    sampling = PriorSamplingConfig("ddpm", steps=2, guidance_scale=2.0)
+    return DiffusionPrior(net, text, process, sampling=sampling, optimizer=OPTIMIZER)
 
 
 def ar_prior() -> ARPrior:
-    stage = ARPrior(
-        ARPriorConfig(
-            embed_dim=DIM,
-            width=32,
-            depth=2,
-            heads=2,
-            max_codes=4,
-            buckets=8,
-            checkpointing="selective",
-        ),
-        TEXT,
-        0.0,
-        optimizer=OPTIMIZER,
+    net = ARPriorConfig(
+        embed_dim=DIM,
+        width=32,
+        depth=2,
+        heads=2,
+        max_codes=4,
+        buckets=8,
+        checkpointing="selective",
     )
+    stage = ARPrior(net, TEXT, 0.0, optimizer=OPTIMIZER)
     rows = torch.randn(512, DIM, generator=torch.Generator().manual_seed(0))
     stage.quantizer.fit(rows.mean(0), rows.T.cov(), rows, rows.roll(1, 1))
     return stage
@@ -108,7 +99,7 @@ STAGES = {"decoder": decoder, "prior": prior, "ar_prior": ar_prior}
 
 
 def sample(i: int) -> dict:
-    """It depends on i alone."""
+    """Sample `i`, the same at each call."""
     draw = torch.Generator().manual_seed(i)
     tokens = torch.randint(1, 60, (LENGTH,), generator=draw)
     tokens[LENGTH // 2 + i % 3] = 63
@@ -123,7 +114,7 @@ def sample(i: int) -> dict:
 
 
 class Batches:
-    """Four samples each; its place is saved. The loss of rank 1 is not finite at batch `bad`."""
+    """Batches of four samples. The loss of rank 1 is not finite at batch `bad`."""
 
     def __init__(self, rank: int, count: int, bad: int | None = None) -> None:
         self.rank, self.count, self.bad, self.done = rank, count, bad, 0
@@ -156,7 +147,7 @@ class Data(LightningDataModule):
 
 
 class Record(Callback):
-    """The loss of each step, averaged over ranks, what validation logs, and a checkpoint half-way."""
+    """Records the loss of each step, averaged over ranks, and what validation logs."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -168,9 +159,8 @@ class Record(Callback):
         self.loaded = whole(pl_module.state_dict().items())
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(
-            trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean").item()
-        )
+        loss = trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean")
+        self.losses.append(loss.item())
         self.norms.append(trainer.callback_metrics["train/grad_norm"].item())
 
     def on_validation_end(self, trainer, pl_module):
@@ -182,7 +172,7 @@ class Record(Callback):
 
 
 class Halfway(Callback):
-    """The last of the callbacks, so that its checkpoint has what the others do at this step."""
+    """Saves a checkpoint; the last callback, so that the others have finished the step."""
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == HALF:
@@ -190,9 +180,10 @@ class Halfway(Callback):
 
 
 def whole(tensors) -> dict:
+    """Named tensors, gathered if they are sharded and copied if they are not."""
     return {
-        name: t.full_tensor() if hasattr(t, "full_tensor") else t.detach().clone()
-        for name, t in tensors
+        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+        for name, tensor in tensors
     }
 
 
@@ -205,7 +196,7 @@ def fit(
     callbacks=(),
     **options,
 ) -> dict:
-    """Train, and say what came of it; every weight and average whole."""
+    """Train and return what the tests compare, with whole weights and averages."""
     record, ema = Record(), EMA(0.9)
     trainer = Trainer(
         default_root_dir=folder,
@@ -246,7 +237,7 @@ def seeded(name: str) -> Stage:
 
 
 def compiled(folder: Path, name: str) -> dict:
-    """A sharded run of compiled blocks, traced by torch.compile as always but run without generated code."""
+    """A sharded run of compiled blocks, traced as usual but run without generated code."""
     stage, inductor = seeded(name), base.compile_blocks
     stage.compile_networks = True
     base.compile_blocks = partial(compile_blocks, backend="aot_eager")
@@ -290,7 +281,7 @@ def two(folder: Path) -> dict:
 
 
 def full_disk(folder: Path, half: Path) -> str:
-    """What this rank says when the other cannot write its shard."""
+    """The error on this rank when the other cannot write its shard."""
     write = FileSystemWriter.write_data
 
     def fail(self, plan, planner):
@@ -298,9 +289,8 @@ def full_disk(folder: Path, half: Path) -> str:
             raise OSError(28, "No space left on device")
         return write(self, plan, planner)
 
-    shutil.copytree(half, folder / "checkpoints" / f"newest-step={HALF}.ckpt") if os.environ[
-        "LOCAL_RANK"
-    ] == "0" else None
+    if os.environ["LOCAL_RANK"] == "0":
+        shutil.copytree(half, folder / "checkpoints" / f"newest-step={HALF}.ckpt")
     FileSystemWriter.write_data = fail
     try:
         fit(folder, seeded("prior"), True, HALF + 1, resume=half)
@@ -313,15 +303,8 @@ def full_disk(folder: Path, half: Path) -> str:
 
 def four(folder: Path) -> dict:
     """The weights as four ranks read them from what two wrote, and a step with them."""
-    return {
-        "four": fit(
-            folder / "four",
-            seeded("prior"),
-            True,
-            HALF + 1,
-            resume=folder / "prior" / "fsdp" / "half.ckpt",
-        )
-    }
+    half = folder / "prior" / "fsdp" / "half.ckpt"
+    return {"four": fit(folder / "four", seeded("prior"), True, HALF + 1, resume=half)}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""A run that is told to end does so at one step on all ranks, with a checkpoint and a word for the job script."""
+"""A run that is asked to stop does so at one step on all ranks, with a checkpoint.
+
+The job script learns from a file how the run ended.
+"""
 
 import json
 import os
@@ -20,7 +23,7 @@ from unclip_pl.training.checkpoints import NewestCheckpoint
 from unclip_pl.utils import signals
 from unclip_pl.utils.signals import StopRequest, stop_state
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Signal(Callback):
@@ -35,8 +38,13 @@ class Signal(Callback):
                 signal.raise_signal(signum)
 
 
+def handlers():
+    """The current handlers of the signals that stop a run."""
+    return [signal.getsignal(signum) for signum in signals.REQUEST_OF_SIGNAL]
+
+
 @pytest.fixture(autouse=True)
-def _no_notes(monkeypatch, tmp_path):
+def _no_stop_request(monkeypatch, tmp_path):
     monkeypatch.setenv("UNCLIP_ENDED", str(tmp_path / "ended"))
     stop_state.requested = stop_state.agreed = StopRequest.NOTHING
     yield
@@ -44,16 +52,19 @@ def _no_notes(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sent", "agreed", "word", "code"),
+    ("sent", "agreed", "reason", "code"),
     [
-        ([signal.SIGINT], StopRequest.INTERRUPT, None, 0), ([signal.SIGUSR1], StopRequest.REQUEUE, "requeue", 75), ([signal.SIGTERM], StopRequest.STOP, "stop", 143),
-        ([signal.SIGTERM, signal.SIGUSR1], StopRequest.STOP, "stop", 143),  # a cancelled job stays cancelled
+        ([signal.SIGINT], StopRequest.INTERRUPT, None, 0),
+        ([signal.SIGUSR1], StopRequest.REQUEUE, "requeue", 75),
+        ([signal.SIGTERM], StopRequest.STOP, "stop", 143),
+        # A cancelled job stays cancelled.
+        ([signal.SIGTERM, signal.SIGUSR1], StopRequest.STOP, "stop", 143),
     ],
-)  # fmt: skip
+)
 def test_a_signal_ends_training_after_the_step_with_a_checkpoint(
-    tmp_path, sent, agreed, word, code
+    tmp_path, sent, agreed, reason, code
 ):
-    before = [signal.getsignal(signum) for signum in signals.REQUEST_OF_SIGNAL]
+    before = handlers()
 
     class NeverValidated(Toy):
         def validation_step(self, *_):
@@ -70,37 +81,26 @@ def test_a_signal_ends_training_after_the_step_with_a_checkpoint(
     run.fit(NeverValidated(), loader(), loader())
     assert newest_checkpoint(tmp_path).name == "newest-step=3.ckpt"
     assert stop_state.agreed == agreed and signals.EXIT_CODES[stop_state.agreed] == code
-    assert (
-        (tmp_path / "ended").read_text().strip() == word
-        if word
-        else not (tmp_path / "ended").exists()
-    )
-    assert [
-        signal.getsignal(signum) for signum in signals.REQUEST_OF_SIGNAL
-    ] == before and stop_state.requested == StopRequest.NOTHING
+    ended = tmp_path / "ended"
+    assert (ended.read_text().strip() if ended.exists() else None) == reason
+    assert handlers() == before and stop_state.requested == StopRequest.NOTHING
 
 
 def test_a_signal_at_the_last_step_asks_for_nothing_more(tmp_path):
-    trainer(tmp_path, Preemption(), NewestCheckpoint(50), Signal(7, signal.SIGUSR1), steps=8).fit(
-        Toy(), loader()
-    )
-    assert (
-        newest_checkpoint(tmp_path).name == "newest-step=8.ckpt"
-        and stop_state.agreed == StopRequest.NOTHING
-        and not (tmp_path / "ended").exists()
-    )
+    callbacks = Preemption(), NewestCheckpoint(50), Signal(7, signal.SIGUSR1)
+    trainer(tmp_path, *callbacks, steps=8).fit(Toy(), loader())
+    assert newest_checkpoint(tmp_path).name == "newest-step=8.ckpt"
+    assert stop_state.agreed == StopRequest.NOTHING and not (tmp_path / "ended").exists()
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
-    before = [signal.getsignal(signum) for signum in signals.REQUEST_OF_SIGNAL]
-    with pytest.raises(SystemExit, match="1"):  # Lightning turns the KeyboardInterrupt into it
-        trainer(
-            tmp_path, Preemption(), NewestCheckpoint(50), Signal(2, signal.SIGINT, signal.SIGINT)
-        ).fit(Toy(), loader())
-    assert (
-        newest_checkpoint(tmp_path) is None
-        and [signal.getsignal(signum) for signum in signals.REQUEST_OF_SIGNAL] == before
+    before = handlers()
+    run = trainer(
+        tmp_path, Preemption(), NewestCheckpoint(50), Signal(2, signal.SIGINT, signal.SIGINT)
     )
+    with pytest.raises(SystemExit, match="1"):  # Lightning turns the KeyboardInterrupt into it
+        run.fit(Toy(), loader())
+    assert newest_checkpoint(tmp_path) is None and handlers() == before
 
 
 def test_a_job_that_only_validates_ends_at_once(tmp_path):
@@ -117,43 +117,40 @@ def test_a_job_that_only_validates_ends_at_once(tmp_path):
 def test_a_run_stopped_and_resumed_equals_one_that_was_not(tmp_path):
     callbacks = Preemption(), NewestCheckpoint(50)
     trainer(tmp_path / "straight", *callbacks, steps=12).fit(Toy(), loader(size=64))
-    trainer(tmp_path / "cut", *callbacks, Signal(6, signal.SIGUSR1), steps=12).fit(
-        Toy(), loader(size=64)
-    )
+    stopped = trainer(tmp_path / "cut", *callbacks, Signal(6, signal.SIGUSR1), steps=12)
+    stopped.fit(Toy(), loader(size=64))
     path = newest_checkpoint(tmp_path / "cut")
-    assert (
-        read_checkpoint(path)["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] == 0
-    )  # as saved in mid-epoch, not after its end
+    progress = read_checkpoint(path)["loops"]["fit_loop"]["epoch_progress"]
+    assert progress["current"]["completed"] == 0  # saved within the epoch, not after its end
     trainer(tmp_path / "cut", *callbacks, steps=12).fit(Toy(), loader(size=64), ckpt_path=path)
-    ours, theirs = (
+    cut, straight = (
         read_checkpoint(newest_checkpoint(tmp_path / name)) for name in ("cut", "straight")
     )
-    assert (
-        ours["global_step"] == theirs["global_step"] == 12
-        and ours["state_dict"].keys() == theirs["state_dict"].keys()
-    )
+    assert cut["global_step"] == straight["global_step"] == 12
+    assert cut["state_dict"].keys() == straight["state_dict"].keys()
 
 
 class Rank:
-    """A trainer of one rank of two: what each rank said last is shared when both have come to the same step. A step lasts `pace` seconds."""
+    """A trainer of one rank of two, which runs after the other one.
+
+    Args:
+        polls: what the ranks sent at each step; shared by both.
+        pace: seconds per step.
+        clock: a list with the time, which `run` advances.
+    """
 
     world_size, is_global_zero, max_steps, device = 2, False, 10_000, "cpu"
 
-    def __init__(self, said, pace, clock):
-        self.global_step, self.should_stop, self.strategy, self.said, self.pace, self.clock = (
-            0,
-            False,
-            self,
-            said,
-            pace,
-            clock,
-        )
+    def __init__(self, polls, pace, clock):
+        self.polls, self.pace, self.clock = polls, pace, clock
+        self.global_step, self.should_stop = 0, False
+        self.strategy = self
         self.preemption = Preemption(ask_every=2.0)
 
     def reduce(self, mine, reduce_op):
         assert reduce_op == "max"
-        self.said.setdefault(self.global_step, []).append(mine)
-        return torch.stack(self.said[self.global_step]).amax(0)
+        self.polls.setdefault(self.global_step, []).append(mine)
+        return torch.stack(self.polls[self.global_step]).amax(0)
 
     def run(self, until, interrupted_at=None):
         stop_state.requested = StopRequest.NOTHING
@@ -175,24 +172,35 @@ class Rank:
 def test_ranks_ask_each_other_every_two_seconds_and_stop_together(monkeypatch, pace, every):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    said = {}
-    first = Rank(said, pace, clock).run(4 * every, interrupted_at=every + 1)
-    assert first - (every + 1) <= every and sorted(said) == list(range(1, first + 1, every))
-    other = Rank(said, pace, clock)
+    polls = {}
+    first = Rank(polls, pace, clock).run(4 * every, interrupted_at=every + 1)
+    assert first - (every + 1) <= every and sorted(polls) == list(range(1, first + 1, every))
+    other = Rank(polls, pace, clock)
     assert other.run(4 * every) == first and other.should_stop  # nobody signalled this one
 
 
 def arguments(folder, *flags):
-    """Of a toy run that keeps a diary."""
+    """The command line of a toy run that keeps a diary."""
     callbacks = {
         "tests.training.diary.Diary": {"path": str(folder / "diary.jsonl")},
         "tests.training.toy.Slow": {"seconds": 0.05},
     }
-    return [
-        "fit", "--model", "tests.training.toy.Toy", "--data", "tests.training.toy.ToyRows", "--trainer.default_root_dir", str(folder),
-        "--trainer.max_steps", "60", "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",
-        *(flag for name, given in callbacks.items() for flag in ("--trainer.callbacks+", json.dumps({"class_path": name, "init_args": given}))), *flags,
-    ]  # fmt: skip
+    options = {
+        "model": "tests.training.toy.Toy",
+        "data": "tests.training.toy.ToyRows",
+        "trainer.default_root_dir": str(folder),
+        "trainer.max_steps": "60",
+        "trainer.accelerator": "cpu",
+        "trainer.logger": "false",
+        "trainer.enable_progress_bar": "false",
+    }
+    words = ["fit"]
+    for name, value in options.items():
+        words += [f"--{name}", value]
+    for name, init_args in callbacks.items():
+        callback = json.dumps({"class_path": name, "init_args": init_args})
+        words += ["--trainer.callbacks+", callback]
+    return [*words, *flags]
 
 
 def lines(folder):
@@ -207,7 +215,7 @@ class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
             sys.meta_path.remove(self)
-            signal.raise_signal(signal.SIGUSR1)  # it ends a process that does not listen
+            signal.raise_signal(signal.SIGUSR1)  # kills a process without a handler
 
 sys.meta_path.insert(0, Finder())
 runpy.run_module("unclip_pl", run_name="__main__", alter_sys=True)
@@ -228,24 +236,18 @@ def test_two_ranks_of_which_one_is_signalled_stop_together_and_go_on_exactly(tmp
     run = Ranks(tmp_path, arguments(tmp_path), 2)
     run.until(lambda: len(lines(tmp_path)) > 5)
     os.kill(run.pids[1], signal.SIGUSR1)
-    assert run.wait() == [75, 75], run.said()[-3000:]
+    assert run.wait() == [75, 75], run.output()[-3000:]
     step = int(newest_checkpoint(tmp_path).stem.partition("=")[2])
     assert 3 <= step < 60 and (tmp_path / "ended").read_text() == "requeue\n"
     (tmp_path / "ended").unlink()
-    assert Ranks(tmp_path, arguments(tmp_path, "--resume", "auto"), 2).wait() == [0, 0], run.said()[
-        -3000:
-    ]
-    given = lines(tmp_path)
-    assert sorted((line["step"], line["rank"]) for line in given) == [
-        (step, rank) for step in range(1, 61) for rank in range(2)
-    ]  # none twice
+    resumed = Ranks(tmp_path, arguments(tmp_path, "--resume", "auto"), 2)
+    assert resumed.wait() == [0, 0], run.output()[-3000:]
+    diary = lines(tmp_path)
+    every_step_once = [(step, rank) for step in range(1, 61) for rank in range(2)]
+    assert sorted((line["step"], line["rank"]) for line in diary) == every_step_once
     for epoch in range(2):  # of 25 steps
-        keys = [
-            key
-            for line in given
-            if 25 * epoch < line["step"] <= 25 * epoch + 25
-            for key in line["keys"]
-        ]
+        steps = range(25 * epoch + 1, 25 * epoch + 26)
+        keys = [key for line in diary if line["step"] in steps for key in line["keys"]]
         assert len(keys) == len(set(keys)) == 200
     assert not (tmp_path / "ended").exists()
 
@@ -254,5 +256,6 @@ def test_a_rank_that_is_terminated_ends_all_with_a_checkpoint_and_no_requeue(tmp
     run = Ranks(tmp_path, arguments(tmp_path), 2)
     run.until(lambda: len(lines(tmp_path)) > 5)
     os.kill(run.pids[0], signal.SIGTERM)
-    assert run.wait() == [143, 143], run.said()[-3000:]
-    assert newest_checkpoint(tmp_path) is not None and (tmp_path / "ended").read_text() == "stop\n"
+    assert run.wait() == [143, 143], run.output()[-3000:]
+    assert newest_checkpoint(tmp_path) is not None
+    assert (tmp_path / "ended").read_text() == "stop\n"

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 
 from tests.data.fitkit import SaveAt, data_of, fit
 from tests.data.shardkit import FakeCLIP, write_shards
-from tests.training.forks import Ranks
+from tests.cluster.forks import Ranks
 from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.clip.folder import save_clip
 from unclip_pl.data.loader_config import LoaderConfig
@@ -271,7 +271,7 @@ def test_two_ranks_resume_each_at_its_own_sample(tmp_path):
             (tmp_path / f"{name}-{module.global_rank}.json").write_text(found)
 
         ranks = Ranks(tmp_path / name, work, 2)
-        assert ranks.wait() == [0, 0], ranks.said()[-3000:]
+        assert ranks.wait() == [0, 0], ranks.output()[-3000:]
         return [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2)]
 
     straight, resumed = keys("straight", SaveAt(saved, 5)), keys("resumed", ckpt=saved)
@@ -292,5 +292,5 @@ def test_more_ranks_than_shards_end_the_job_together(tmp_path, tiny_clip):
         trainer.predict(Embed(), datamodule=job)
 
     ranks = Ranks(tmp_path / "ranks", work, 2)
-    assert ranks.wait() == [0, 0], ranks.said()[-3000:]
+    assert ranks.wait() == [0, 0], ranks.output()[-3000:]
     assert verify(tmp_path / "store", shards) == []

@@ -31,7 +31,7 @@ def test_a_store_of_four_ranks_of_which_one_was_killed_is_that_of_one_process(tm
         == [0] * 4
     )
     alone = Ranks(tmp_path / "alone", arguments(tmp_path / "shards", tmp_path / "one"))
-    assert alone.wait(400) == [0], alone.said()[-3000:]
+    assert alone.wait(400) == [0], alone.output()[-3000:]
     ours, theirs = (
         sorted(path.name for path in (tmp_path / name).iterdir() if not path.name.startswith("."))
         for name in ("four", "one")

@@ -47,9 +47,8 @@ def test_a_compiled_run_is_checkpointed_and_resumed_as_a_plain_one(tmp_path, mon
         assert list(compiled[part]) == list(plain[part])
         for name, value in compiled[part].items():
             torch.testing.assert_close(value, plain[part][name], rtol=1e-3, atol=1e-4, msg=name)
-    _, resumed = fit(
-        tmp_path / "resumed", False, 3, resume=newest_checkpoint(tmp_path / "compiled")
-    )
+    checkpoint = newest_checkpoint(tmp_path / "compiled")
+    _, resumed = fit(tmp_path / "resumed", False, 3, resume=checkpoint)
     assert resumed["global_step"] == 3
 
 
@@ -57,7 +56,6 @@ def test_the_option_reaches_the_stage():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for words, expected in (([], False), (["--compile", "true"], True)):
-            cli = build_cli(
-                ["-c", "stages/decoder.yaml", "--trainer.accelerator", "cpu", *words], run=False
-            )
+            arguments = ["-c", "stages/decoder.yaml", "--trainer.accelerator", "cpu", *words]
+            cli = build_cli(arguments, run=False)
             assert cli.model.compile_networks is expected

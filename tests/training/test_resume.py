@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint uses its own settings, says so, and leaves other runs alone."""
+"""A resumed run uses its own settings, says so, and leaves other runs as they are."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ VALIDATED = ("--data", "tests.training.toy.ToyRowsAndMore", "--trainer.limit_val
 
 
 class Groups(Callback):
-    """What the optimizer works with at each step."""
+    """The optimizer's parameter groups at each step."""
 
     def __init__(self):
         self.seen = []
@@ -88,8 +88,8 @@ def test_another_model_than_the_checkpoints_is_one_sentence(tmp_path):
     path = first_part(tmp_path)
     config = OptimizerConfig(lr=0.1)
     for module, words in [
-        (Toy(width=5, optimizer=config), r"model\.width 4, and this run has 5: make them equal"),
-        (Toy(noise=0.5, optimizer=config), r"model\.noise 0\.01, and this run has 0\.5"),
+        (Toy(width=5, optimizer=config), r"model\.width 4"),
+        (Toy(noise=0.5, optimizer=config), r"model\.noise 0\.01"),
     ]:
         with pytest.raises(UserError, match=words) as raised:
             trainer(tmp_path, steps=8).fit(module, loader(), ckpt_path=path)
@@ -98,21 +98,21 @@ def test_another_model_than_the_checkpoints_is_one_sentence(tmp_path):
             trainer(tmp_path).validate(module, loader(), ckpt_path=path)
 
 
-def test_meaning_of_a_stages_output_must_be_the_checkpoints():
+def test_the_parametrization_must_be_that_of_the_checkpoint():
     """Nothing in the shapes of the weights shows it."""
     saved: dict = {}
     tiny_stage("decoder", parametrization="x0").on_save_checkpoint(saved)
     saved["hyper_parameters"] = dict(tiny_stage("decoder", parametrization="x0").hparams)
-    with pytest.raises(UserError, match=r"diffusion\.parametrization x0, and this run has v"):
+    with pytest.raises(UserError, match=r"diffusion\.parametrization"):
         tiny_stage("decoder", parametrization="v").on_load_checkpoint(saved)
     tiny_stage("decoder", "full", parametrization="x0", dropout=0.3).on_load_checkpoint(saved)
 
 
 def test_settings_of_an_older_version_are_at_their_defaults():
-    found = settings_of(Toy, {"width": 5, "optimizer": {"lr": 0.3}})
-    assert found["noise"] == 0.01 and found["optimizer"]["betas"] == [0.9, 0.999]
+    settings = settings_of(Toy, {"width": 5, "optimizer": {"lr": 0.3}})
+    assert settings["noise"] == 0.01 and settings["optimizer"]["betas"] == [0.9, 0.999]
     assert settings_of(Upsampler256, {})["clamp_condition"] is True
-    with pytest.raises(UserError, match=r"model\.optimizer that this version does not know"):
+    with pytest.raises(UserError, match=r"model\.optimizer"):
         settings_of(Toy, {"optimizer": {"speed": 1}})
 
 
@@ -121,4 +121,4 @@ def test_validate_takes_the_checkpoints_own_model_unless_told_otherwise(tmp_path
     look = ["validate", *command(tmp_path, *VALIDATED)[1:], "--ckpt_path", "last"]
     assert build_cli(look).model.noise == 0.5
     assert main([*look, "--model.noise", "0.2"]) == 1
-    assert "model.noise 0.5, and this run has 0.2" in capsys.readouterr().err
+    assert "model.noise 0.5" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from tests.training.toy import command
 from unclip_pl.cli.lightning import expand_resume, main
 from unclip_pl.cli.lightning_cli import build_cli
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
-from unclip_pl.training.run_folder import claimed, find_checkpoint, refuse_another, set_aside
+from unclip_pl.training.run_folder import check_same_run, claim_folder, find_checkpoint, set_aside
 from unclip_pl.utils.errors import SharedError, UserError
 
 
@@ -27,15 +27,15 @@ def first(tmp_path_factory):
     return folder
 
 
-def said(capsys) -> str:
+def last_error(capsys) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_second_fit_in_a_folder_that_holds_a_run_is_refused(first, capsys):
     before = contents(first)
     assert main(command(first, "--model.optimizer.lr", "0.5", steps=2)) == 1
-    sentence = said(capsys)
-    assert f"{first} holds a run already (newest-step=4.ckpt)" in sentence
+    sentence = last_error(capsys)
+    assert str(first) in sentence and "newest-step=4.ckpt" in sentence
     assert "--resume auto" in sentence and "--trainer.default_root_dir" in sentence
     assert contents(first) == before
 
@@ -55,7 +55,7 @@ def test_configuration_of_a_resumed_run_can_be_used_again(first, tmp_path, capsy
     elsewhere = ["--trainer.default_root_dir", str(tmp_path / "again"), "--trainer.max_steps", "1"]
     assert main([*config, *elsewhere]) == 0
     assert newest_checkpoint(tmp_path / "again").name == "newest-step=1.ckpt"
-    assert main(config) == 1 and "holds a run already" in said(capsys)
+    assert main(config) == 1 and "newest-step=6.ckpt" in last_error(capsys)
     assert main([*config, "--resume", "auto", "--trainer.max_steps", "7"]) == 0
     assert newest_checkpoint(folder).name == "newest-step=7.ckpt"
 
@@ -73,26 +73,26 @@ def test_going_back_in_a_run_is_refused_where_it_would_lose_its_end(first, tmp_p
     old = shutil.copy(folder / "checkpoints" / "newest-step=4.ckpt", folder / "best-step=2.ckpt")
     other = shutil.copy(old, tmp_path / "newest-step=9.ckpt")
     for checkpoint in (old, other):
-        with pytest.raises(SharedError, match="goes on to newest-step=4.ckpt"):
-            refuse_another(folder, checkpoint)
-    refuse_another(folder, folder / "checkpoints" / "newest-step=4.ckpt")
-    refuse_another(tmp_path / "new", old)
+        with pytest.raises(SharedError, match="newest-step=4.ckpt"):
+            check_same_run(folder, checkpoint)
+    check_same_run(folder, folder / "checkpoints" / "newest-step=4.ckpt")
+    check_same_run(tmp_path / "new", old)
 
 
 def test_two_runs_at_one_time_in_one_folder_are_refused(tmp_path):
     def second(queue):
         try:
-            with claimed(tmp_path, None, leader=True):
+            with claim_folder(tmp_path, None, is_writer=True):
                 queue.put("began")
         except SharedError as error:
             queue.put(str(error))
 
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    with claimed(tmp_path, None, leader=True):
+    with claim_folder(tmp_path, None, is_writer=True):
         process = context.Process(target=second, args=(queue,))
         process.start()
-        assert "Another run is at work in" in queue.get(timeout=60)
+        assert "Another run" in queue.get(timeout=60)
         process.join()
     process = context.Process(target=second, args=(queue,))
     process.start()
@@ -121,24 +121,17 @@ def test_a_run_that_cannot_start_leaves_no_configuration(tmp_path):
 def test_names_of_checkpoints(first, tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
-    newest, best = (
-        folder / "checkpoints" / f"{name}.ckpt" for name in ("newest-step=8", "best-step=4")
-    )
+    newest = folder / "checkpoints" / "newest-step=8.ckpt"
+    best = folder / "checkpoints" / "best-step=4.ckpt"
     for path in (newest, best):
         torch.save({}, path)
     assert find_checkpoint(None, folder) is None
     assert find_checkpoint("last", folder) == find_checkpoint("resume:auto", folder) == newest
     assert find_checkpoint("best", folder) == best and find_checkpoint(str(best), folder) == best
     assert find_checkpoint("resume:auto", tmp_path) is None
-    for given, words in [
-        ("last", "no whole checkpoint"),
-        ("best", "no best checkpoint"),
-        ("hpc", "takes no hpc"),
-        ("auto", "--resume auto"),
-        ("gone.ckpt", "There is no checkpoint gone.ckpt"),
-    ]:
-        with pytest.raises(UserError, match=words):
-            find_checkpoint(given, tmp_path)
+    for option in ("last", "best", "hpc", "auto", "gone.ckpt"):
+        with pytest.raises(UserError, match=option):
+            find_checkpoint(option, tmp_path)
 
 
 def test_last_is_where_a_run_goes_on(first, tmp_path):

@@ -1,4 +1,4 @@
-"""Options of the trainer mean what they say, or are refused in one sentence."""
+"""Options of the trainer do what they say, or are refused in one sentence."""
 
 import inspect
 import json
@@ -42,8 +42,10 @@ def count(cli) -> Count:
 
 @pytest.fixture
 def fractions_first(monkeypatch):
-    """The types of Lightning's trainer as they are where `Optional[Union[float, int]]` was named
-    before by another package: `typing` gives the first one for both."""
+    """The types of Lightning's trainer after another package used `Optional[Union[float, int]]`.
+
+    `typing` caches the first spelling and returns it for both.
+    """
     annotations = inspect.unwrap(pl.Trainer.__init__).__annotations__
     for name in [name for name in annotations if name.startswith("limit_")]:
         monkeypatch.setitem(annotations, name, Union[float, int, None])  # noqa: UP007  # not what `|` makes
@@ -73,63 +75,56 @@ def test_overfitting_holds_the_first_batches(tmp_path):
 
 
 def callback(name: str, **options) -> list[str]:
-    given = {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": options}
-    return ["--trainer.callbacks+", json.dumps(given)]
+    config = {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": options}
+    return ["--trainer.callbacks+", json.dumps(config)]
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "keyword"),
     [
         (["--trainer.gradient_clip_val", "0.5"], "model.optimizer.clip_norm"),
         (["--trainer.gradient_clip_algorithm", "value"], "model.optimizer.clip_norm"),
-        (["--trainer.overfit_batches", "0.5"], "trainer.overfit_batches is 0.5"),
-        (["--trainer.overfit_batches", "90"], "there are 50 batches"),
-        (["--trainer.accelerator", "gpu"], "trainer.accelerator is gpu, and there is no GPU"),
-        (["--trainer.devices", "0"], "trainer.devices is 0: on a CPU give"),
-        (["--trainer.devices", "-1"], "trainer.devices is -1: on a CPU give"),
+        (["--trainer.overfit_batches", "0.5"], "trainer.overfit_batches"),
+        (["--trainer.overfit_batches", "90"], "50 batches"),
+        (["--trainer.accelerator", "gpu"], "trainer.accelerator"),
+        (["--trainer.devices", "0"], "trainer.devices is 0"),
+        (["--trainer.devices", "-1"], "trainer.devices is -1"),
         (["--trainer.enable_checkpointing", "false"], "--trainer.fast_dev_run 2"),
-        ([*DATA, "--trainer.val_check_interval", "900"], "`val_check_interval` (900) must be"),
-        ([*DATA, "--trainer.val_check_interval", "banana"], "`val_check_interval`: 'banana'"),
-        (["--trainer.limit_val_batches", "1.5"], "invalid value 1.5 for limit_val_batches"),
-        (["--trainer.max_time", "banana"], "max_time='banana'"),
-        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches is 0: give 1 or"),
-        (["--trainer.strategy", "ddp_spawn"], "trainer.strategy is ddp_spawn"),
-        (["--seed_everything", "-5"], "seed_everything is -5: give a number from 0"),
-        (["--seed_everything", "4294967296"], "seed_everything is 4294967296"),
-        (["--best.mode", "least"], "can be min, max but got least"),
-        (["--model.optimizer.lr", "-1"], "optimizer.lr is -1.0: give 0 or more"),
-        (["--model.optimizer.betas", "[0.9, 1.5]"], "optimizer.betas is [0.9, 1.5]"),
-        (["--model.optimizer.clip_norm", "0"], "optimizer.clip_norm is 0.0: give more than 0"),
-        (callback("StochasticWeightAveraging", swa_lrs=0.1), "see ema.decay"),
+        ([*DATA, "--trainer.val_check_interval", "900"], "`val_check_interval`"),
+        ([*DATA, "--trainer.val_check_interval", "banana"], "banana"),
+        (["--trainer.limit_val_batches", "1.5"], "limit_val_batches"),
+        (["--trainer.max_time", "banana"], "max_time"),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches"),
+        (["--trainer.strategy", "ddp_spawn"], "ddp_spawn"),
+        (["--seed_everything", "-5"], "seed_everything"),
+        (["--seed_everything", "4294967296"], "seed_everything"),
+        (["--best.mode", "least"], "least"),
+        (["--model.optimizer.lr", "-1"], "optimizer.lr"),
+        (["--model.optimizer.betas", "[0.9, 1.5]"], "optimizer.betas"),
+        (["--model.optimizer.clip_norm", "0"], "optimizer.clip_norm"),
+        (callback("StochasticWeightAveraging", swa_lrs=0.1), "ema.decay"),
         (callback("BatchSizeFinder"), "data.loader.batch_size"),
-        (
-            [*callback("EarlyStopping", monitor="val_loss"), *DATA, *OFTEN],
-            "metric `val_loss` which is not available",
-        ),
-        ([*DATA, *OFTEN, "--best.monitor", "val/lss"], "monitor='val/lss'"),
+        ([*callback("EarlyStopping", monitor="val_loss"), *DATA, *OFTEN], "val_loss"),
+        ([*DATA, *OFTEN, "--best.monitor", "val/lss"], "val/lss"),
     ],
 )
 def test_what_has_no_effect_or_does_not_fit_is_one_sentence(
-    flags, words, tmp_path, capsys, monkeypatch
+    flags, keyword, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert main(command(tmp_path, *flags)) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("lightning: ") and words in last
+    assert last.startswith("lightning: ") and keyword in last
 
 
 @pytest.mark.parametrize(
-    ("subcommand", "words"),
-    [
-        ("test", "`lightning validate` measures its loss"),
-        ("predict", "draw with `unclip generate`"),
-        ("validate", "Without weights there is nothing to validate"),
-    ],
+    ("subcommand", "keyword"),
+    [("test", "lightning validate"), ("predict", "unclip generate"), ("validate", "weights")],
 )
-def test_what_a_stage_cannot_be_asked_is_one_sentence(subcommand, words, tmp_path, capsys):
+def test_a_subcommand_that_a_stage_lacks_is_one_sentence(subcommand, keyword, tmp_path, capsys):
     assert main([subcommand, *command(tmp_path, *DATA)[1:]]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("lightning: ") and words in last
+    assert last.startswith("lightning: ") and keyword in last
 
 
 def test_the_learning_rate_finder_sets_the_rate_of_the_optimizer(tmp_path):
@@ -143,9 +138,9 @@ def test_the_learning_rate_finder_sets_the_rate_of_the_optimizer(tmp_path):
     assert cli.trainer.global_step == 4 and not list(tmp_path.glob(".lr_find*"))
 
 
-@pytest.mark.parametrize("given", [["--trainer.callbacks", "null"], callback("TQDMProgressBar")])
-def test_callbacks_of_ones_own_take_the_place_of_ours(given, tmp_path):
-    flags = [*given, "--trainer.enable_progress_bar", "true"]
+@pytest.mark.parametrize("flags", [["--trainer.callbacks", "null"], callback("TQDMProgressBar")])
+def test_the_users_callbacks_replace_the_default_ones(flags, tmp_path):
+    flags = [*flags, "--trainer.enable_progress_bar", "true"]
     cli = build_cli(command(tmp_path, *flags, steps=1))
     bars = [each for each in cli.trainer.callbacks if isinstance(each, ProgressBar)]
     assert len(bars) == 1 and not isinstance(bars[0], Progress)

@@ -1,4 +1,4 @@
-"""The smallest stage there is: a line fitted to noise-free data; for tests of the machinery around stages."""
+"""The smallest possible stage, a linear fit, for tests of what surrounds a stage."""
 
 import time
 from importlib.metadata import version
@@ -30,9 +30,8 @@ class Toy(Stage):
 
     def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         self.counter += 1
-        error = (
-            self.net(batch["x"]).squeeze(1) - batch["y"] + self.noise * torch.randn(len(batch["x"]))
-        )
+        prediction = self.net(batch["x"]).squeeze(1)
+        error = prediction - batch["y"] + self.noise * torch.randn(len(prediction))
         return {"loss": error.square().mean() * batch["scale"].mean()}
 
     def sample(self, batch: dict, noise: object) -> Tensor:
@@ -40,7 +39,7 @@ class Toy(Stage):
 
 
 class ToyData(torch.utils.data.Dataset):
-    """Sample i depends on i alone; `bad` is the index at which the loss is not finite."""
+    """Sample `i` is the same at each call; the loss of sample `bad` is not finite."""
 
     def __init__(self, size: int = 64, bad: int | None = None) -> None:
         self.x = torch.randn(size, 4, generator=torch.Generator().manual_seed(0))
@@ -79,7 +78,7 @@ def trainer(folder, *callbacks, steps: int = 8, **kwargs) -> Trainer:
 
 
 def command(folder, *flags: str, steps: int = 8) -> list[str]:
-    """Arguments of `lightning` that train the toy."""
+    """Arguments with which `lightning` trains the toy."""
     return [
         *("fit", "--model", "tests.training.toy.Toy", "--data", "tests.training.toy.ToyRows"),
         *("--trainer.default_root_dir", str(folder), "--trainer.max_steps", str(steps)),
@@ -92,7 +91,7 @@ def loader(bad: int | None = None, batch: int = 4, size: int = 64) -> torch.util
 
 
 class ToyRows(LightningDataModule):
-    """The same samples through the priors' loader, which is shared out among ranks and resumable."""
+    """The same samples through the loader of the priors, for several ranks and resumable."""
 
     def __init__(self, size: int = 200, batch_size: int = 4) -> None:
         super().__init__()
@@ -110,23 +109,19 @@ class ToyRows(LightningDataModule):
         }
 
     def train_dataloader(self) -> EmbeddingLoader:
-        return EmbeddingLoader(
-            self,
-            EmbeddingLoaderConfig(self.batch_size),
-            rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
-        )
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        return EmbeddingLoader(self, EmbeddingLoaderConfig(self.batch_size), rank=rank, world=world)
 
 
 class ToyRowsAndMore(ToyRows):
-    """With 16 batches to validate on."""
+    """`ToyRows` with 16 batches for validation."""
 
     def val_dataloader(self) -> torch.utils.data.DataLoader:
         return loader()
 
 
 class Slow(Callback):
-    """Makes each step last, so that a test can meet a run at its work."""
+    """Makes each step slow, so that a test can interrupt the run."""
 
     def __init__(self, seconds: float = 0.1) -> None:
         self.seconds = seconds
@@ -152,7 +147,7 @@ def hang_here() -> None:
 
 
 class OtherVersion(Callback):
-    """One rank has another torch, as far as it says."""
+    """One rank reports another version of torch."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank

@@ -74,9 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
             report(str(error).strip().rpartition("UserError: ")[2])
         return 1
     except Exception as error:
-        from unclip_pl.training.trainer import of_others
+        from unclip_pl.training.trainer import explain_error
 
-        if (message := of_others(error)) is None:
+        if (message := explain_error(error)) is None:
             raise
         report(message)
         return 1

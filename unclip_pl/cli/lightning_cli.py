@@ -33,12 +33,12 @@ from unclip_pl.pipeline.weights import load_pretrained
 from unclip_pl.stages import load_all
 from unclip_pl.stages.base import Stage
 from unclip_pl.stages.settings import settings_of
-from unclip_pl.training.arguments import with_model
+from unclip_pl.training.arguments import add_model_flags
 from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
 from unclip_pl.training.ema import EMA
 from unclip_pl.training.pictures import Pictures
-from unclip_pl.training.run_folder import RunConfig, claimed, find_checkpoint
-from unclip_pl.training.trainer import Trainer, hold_first
+from unclip_pl.training.run_folder import RunConfig, claim_folder, find_checkpoint
+from unclip_pl.training.trainer import Trainer, fix_train_batches
 from unclip_pl.utils.errors import UserError
 
 CALLBACKS = {
@@ -100,7 +100,7 @@ class UnclipCLI(LightningCLI):
             module, _, name = config.model.class_path.rpartition(".")
             if name == stage:
                 settings = settings_of(getattr(import_module(module), name), settings)
-                super().parse_arguments(parser, with_model(args, settings))
+                super().parse_arguments(parser, add_model_flags(args, settings))
         self.config[subcommand]["ckpt_path"] = str(checkpoint) if checkpoint else None
         if wanted and wanted.startswith("resume:"):
             fresh = f"No checkpoint in {folder}: starting from scratch."
@@ -173,15 +173,15 @@ class UnclipCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train in a folder that no other run uses."""
         trainer: Any = self.trainer
-        if trainer.held_batches:
-            hold_first(self.datamodule, trainer.held_batches)
+        if trainer.fixed_batches:
+            fix_train_batches(self.datamodule, trainer.fixed_batches)
         if trainer.fast_dev_run:  # writes nothing
             self.trainer.fit(**kwargs)
             return
         checkpoint = kwargs.get("ckpt_path")
         source = Path(checkpoint) if checkpoint else None
         folder = Path(self.trainer.default_root_dir)
-        with claimed(folder, source, self.trainer.is_global_zero):
+        with claim_folder(folder, source, self.trainer.is_global_zero):
             self.trainer.fit(**kwargs)
 
 

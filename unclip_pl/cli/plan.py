@@ -13,7 +13,7 @@ from unclip_pl.cli.options import AddCommand
 from unclip_pl.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from unclip_pl.planner import Row
+    from unclip_pl.planner import RunEstimate
 
 COLUMNS = (
     "GPUs",
@@ -123,12 +123,12 @@ def report(stage: str, arguments: argparse.Namespace) -> str:
             "with -c."
         )
     clip = data.clip.config if getattr(data, "text_states", False) else None
-    needs = planner.count(model, getattr(data, "crop", None), clip)
+    estimate = planner.estimate_resources(model, getattr(data, "crop", None), clip)
     batch = arguments.batch or data.config.batch_size
-    megabytes = {kind: f"{size / 1e6:,.0f} MB" for kind, size in needs.activations.items()}
+    megabytes = {kind: f"{size / 1e6:,.0f} MB" for kind, size in estimate.activations.items()}
     lines = [
-        f"**{Path(stage).stem}**: {needs.parameters / 1e6:,.0f} M parameters; "
-        f"{needs.flops / 1e9:,.0f} GFLOP per sample in training; activations per sample "
+        f"**{Path(stage).stem}**: {estimate.parameters / 1e6:,.0f} M parameters; "
+        f"{estimate.flops / 1e9:,.0f} GFLOP per sample in training; activations per sample "
         f"{megabytes['none']}, {megabytes['selective']} with selective and {megabytes['full']} "
         f"with full checkpointing; {steps:,} steps of {batch:,}.\n",
         table_line(COLUMNS),
@@ -136,8 +136,8 @@ def report(stage: str, arguments: argparse.Namespace) -> str:
     ]
     for gpus in arguments.gpus:
         for strategy in ("ddp", "fsdp") if gpus > 1 else ("ddp",):
-            row = planner.row(
-                needs,
+            row = planner.estimate_run(
+                estimate,
                 gpus,
                 strategy,
                 batch,
@@ -156,7 +156,7 @@ def table_line(cells: tuple[str, ...] | list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def cells(row: "Row") -> list[str]:
+def cells(row: "RunEstimate") -> list[str]:
     """A row of the table, in the order of COLUMNS."""
     sizes = [
         row.weights,
@@ -173,7 +173,7 @@ def cells(row: "Row") -> list[str]:
         row.strategy,
         *(f"{size / 1e9:.2f}" for size in sizes),
         f"{row.micro_batch} x {row.accumulate}" if row.micro_batch else "does not fit",
-        f"{row.steps_an_hour:,.0f}",
+        f"{row.steps_per_hour:,.0f}",
         f"{row.hours / 24:,.1f}",
         f"{row.hours * row.gpus:,.0f}",
     ]

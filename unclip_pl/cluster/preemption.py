@@ -1,4 +1,8 @@
-"""A run that is asked to end does so after a step that all ranks agree on, with a checkpoint; what the signals mean stands in `signals.py`."""
+"""Stop training after a step that all ranks agree on, with a checkpoint.
+
+What each signal means is in `utils/signals.py`. Lightning's own requeueing is not used: its
+handlers call collectives, so a rank that is signalled at another moment than the others hangs.
+"""
 
 import signal
 import threading
@@ -18,16 +22,18 @@ from unclip_pl.utils.signals import (
     write_exit_reason,
 )
 
-MOST_STEPS = 1000  # between two questions
+MAX_STEPS_BETWEEN_POLLS = 1000
 
 
 class Preemption(Callback):
-    """Ctrl-C, SIGUSR1 and SIGTERM end training after the step under way; several ranks ask each other every so often and stop at one step.
+    """Ctrl-C, SIGUSR1 and SIGTERM end training after the current step, on all ranks at once.
 
-    `NewestCheckpoint` saves at that step. A rank never acts alone: it would leave the others waiting in a collective for ever.
+    `NewestCheckpoint` then saves at that step. No rank stops by itself, for the others would wait
+    for it in a collective. So the ranks exchange their stop requests every so often.
 
     Args:
-        ask_every: seconds between two questions to all ranks. How many steps that is follows from the slowest rank, which all learn with the answer.
+        ask_every: seconds between two exchanges; 0: after every step. The number of steps follows
+            from the pace of the slowest rank, which is exchanged as well.
     """
 
     def __init__(self, ask_every: float = 2.0) -> None:
@@ -37,23 +43,22 @@ class Preemption(Callback):
             )
         self.ask_every = ask_every
         self._handlers: dict[int, Any] = {}
-        self._step = self._asked_step = self._next_step = 0
-        self._asked_at = 0.0
+        self._step = 0
+        self._last_poll_step = 0
+        self._last_poll_time = 0.0
+        self._next_poll_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._handlers = {
-            signum: signal.getsignal(signum) for signum in REQUEST_OF_SIGNAL
-        }  # those of before Lightning's
+        # Lightning installs its own handlers after this hook.
+        self._handlers = {signum: signal.getsignal(signum) for signum in REQUEST_OF_SIGNAL}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        stop_state.agreed = (
-            StopRequest.NOTHING
-        )  # `asked` stays: a signal may have come while torch was loading
-        self._step = self._asked_step = trainer.global_step
-        self._next_step, self._asked_at = trainer.global_step + 1, time.monotonic()
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # over Lightning's own, which do collectives inside the handler
+        # `requested` is not reset: a signal may have come while torch was being imported.
+        stop_state.agreed = StopRequest.NOTHING
+        self._step = self._last_poll_step = trainer.global_step
+        self._last_poll_time = time.monotonic()
+        self._next_poll_step = trainer.global_step + 1
+        if _in_main_thread():  # replaces Lightning's handlers
             for signum in REQUEST_OF_SIGNAL:
                 signal.signal(signum, request_stop)
 
@@ -63,29 +68,28 @@ class Preemption(Callback):
         if trainer.global_step == self._step:  # gradients are still being accumulated
             return
         self._step = trainer.global_step
-        asked = self._ask(trainer, pl_module) if trainer.world_size > 1 else stop_state.requested
-        if (
-            asked and self._step != trainer.max_steps
-        ):  # at the last step there is nothing to go on with
-            stop_state.agreed = asked
+        if trainer.world_size > 1:
+            request = self._poll_ranks(trainer, pl_module)
+        else:
+            request = stop_state.requested
+        if request and self._step != trainer.max_steps:  # after the last step nothing is left to do
+            stop_state.agreed = request
             trainer.should_stop = True
-            trainer.limit_val_batches = (
-                0  # else Lightning validates first, for which there may be no time
-            )
+            # Otherwise Lightning validates first, for which there may be no time.
+            trainer.limit_val_batches = 0
 
-    def _ask(self, trainer: Trainer, pl_module: LightningModule) -> StopRequest:
-        """The highest that any rank was asked; NOTHING at the steps at which nobody is asked."""
-        if self._step < self._next_step:
+    def _poll_ranks(self, trainer: Trainer, pl_module: LightningModule) -> StopRequest:
+        """The highest request of all ranks; NOTHING at steps without an exchange."""
+        if self._step < self._next_poll_step:
             return StopRequest.NOTHING
         now = time.monotonic()
-        pace = (now - self._asked_at) / (self._step - self._asked_step)
-        mine = torch.tensor([float(stop_state.requested), pace], device=pl_module.device)
-        asked, pace = trainer.strategy.reduce(mine, reduce_op="max").tolist()
-        self._asked_step, self._asked_at = self._step, now
-        self._next_step = self._step + max(
-            1, min(MOST_STEPS, int(self.ask_every / max(pace, 1e-9)))
-        )
-        return StopRequest(int(asked))
+        seconds_per_step = (now - self._last_poll_time) / (self._step - self._last_poll_step)
+        own = torch.tensor([float(stop_state.requested), seconds_per_step], device=pl_module.device)
+        request, slowest = trainer.strategy.reduce(own, reduce_op="max").tolist()
+        self._last_poll_step, self._last_poll_time = self._step, now
+        steps = int(self.ask_every / max(slowest, 1e-9))
+        self._next_poll_step = self._step + max(1, min(MAX_STEPS_BETWEEN_POLLS, steps))
+        return StopRequest(int(request))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not stop_state.agreed:
@@ -93,20 +97,19 @@ class Preemption(Callback):
         if trainer.is_global_zero:
             write_exit_reason(stop_state.agreed)
         rank_zero_info(
-            f"Stopped at step {trainer.global_step} ({stop_state.agreed.name.lower()}), exit code {EXIT_CODES[stop_state.agreed]}: go on with --resume auto."
+            f"Stopped at step {trainer.global_step} ({stop_state.agreed.name.lower()}), exit code "
+            f"{EXIT_CODES[stop_state.agreed]}: go on with --resume auto."
         )
-        trainer.strategy.barrier(
-            "preemption"
-        )  # srun may end all ranks with the first: not before the word is left
+        # srun may end all ranks as soon as the first has ended: not before the reason is written.
+        trainer.strategy.barrier("preemption")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
             self.on_predict_start(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # Lightning's would wait in a collective, and nothing needs saving
+        # Nothing needs saving, and Lightning's handler would wait in a collective.
+        if _in_main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -118,7 +121,13 @@ class Preemption(Callback):
         self._restore()
 
     def _restore(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if _in_main_thread():
             for signum, handler in self._handlers.items():
                 signal.signal(signum, handler)
-        self._handlers, stop_state.requested = {}, StopRequest.NOTHING
+        self._handlers = {}
+        stop_state.requested = StopRequest.NOTHING
+
+
+def _in_main_thread() -> bool:
+    """Whether this thread may set signal handlers."""
+    return threading.current_thread() is threading.main_thread()

@@ -1,9 +1,13 @@
-"""A checkpoint whose sharded tensors stay in shards: a folder that any number of ranks writes and reads together, or one process alone.
+"""Checkpoints whose sharded tensors stay in shards.
 
-    meta.pt               the checkpoint as one rank would write it, with a name in the place of each sharded tensor
-    .metadata, *.distcp   those tensors by name, as torch.distributed.checkpoint keeps them
+A checkpoint is a folder, which any number of ranks writes and reads together, or one process:
 
-Nothing in it is executed on reading: meta.pt holds plain values, and of .metadata, a pickle, only the classes that describe tensors are accepted.
+    meta.pt               the checkpoint as one rank would write it, with a placeholder for each
+                          sharded tensor
+    .metadata, *.distcp   these tensors by name, in the format of torch.distributed.checkpoint
+
+Reading executes no code: meta.pt holds plain values, and from .metadata, a pickle, only the classes
+that describe tensors are accepted.
 """
 
 import pickle
@@ -23,141 +27,149 @@ from torch.distributed.tensor import DTensor
 
 from unclip_pl.utils.files import atomic_folder
 
-META = "meta.pt"
-MARK = "sharded tensor: "
+META_FILE = "meta.pt"
+PLACEHOLDER = "sharded tensor: "  # followed by the tensor's place
 Target = Callable[[str, TensorStorageMetadata], Tensor | None]
-"""Place of a sharded tensor -> where to read it to, a DTensor for this rank's part; None: it is not needed."""
+"""From the place of a sharded tensor to the tensor it is read into.
+
+A DTensor receives this rank's part. None: the tensor is not needed.
+"""
 Result = TypeVar("Result")
 
 
-def mapped(tree: Any, change: Callable[[str, Any], Any], place: str = "") -> Any:
-    """Nested dicts, lists and tuples with `change(place, leaf)` for each leaf; the place of `tree["a"][0]` is "a/0"."""
+def map_leaves(tree: Any, change: Callable[[str, Any], Any], place: str = "") -> Any:
+    """Replace each leaf of nested dicts, lists and tuples by `change(place, leaf)`.
+
+    The place of `tree["a"][0]` is "a/0".
+    """
+    prefix = f"{place}/" if place else ""
     if isinstance(tree, dict):
-        return {
-            key: mapped(value, change, f"{place}/{key}" if place else str(key))
-            for key, value in tree.items()
-        }
+        return {key: map_leaves(value, change, f"{prefix}{key}") for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(
-            mapped(value, change, f"{place}/{i}" if place else str(i))
-            for i, value in enumerate(tree)
-        )
+        values = [map_leaves(value, change, f"{prefix}{i}") for i, value in enumerate(tree)]
+        return type(tree)(values)
     return change(place, tree)
 
 
 def write_folder(
-    path: Path, checkpoint: dict[str, Any], describe: Callable[[BaseException], BaseException]
+    path: Path, checkpoint: dict[str, Any], explain: Callable[[BaseException], BaseException]
 ) -> None:
-    """All ranks together: write `checkpoint`, the same on each but for its DTensors, so that the folder is there whole or not at all.
+    """Write a checkpoint atomically; all ranks call this together.
 
     Args:
-        path: the same on all ranks; a checkpoint of that name is replaced.
-        checkpoint: nested dicts and lists; what is no DTensor is taken from rank 0.
-        describe: an error in the words for the user; every rank raises what it gives.
+        path: the same on all ranks. An existing checkpoint of that name is replaced.
+        checkpoint: nested dicts and lists. What is no DTensor is taken from rank 0.
+        explain: from an error to the one that every rank raises.
     """
     shards: dict[str, Any] = {}
 
-    def leave_out(place: str, value: Any) -> Any:
+    def replace_sharded(place: str, value: Any) -> Any:
         if isinstance(value, DTensor):
             shards[place] = value
-            return MARK + place
+            return PLACEHOLDER + place
         return value
 
-    rest = mapped(checkpoint, leave_out)
+    unsharded = map_leaves(checkpoint, replace_sharded)
     with ExitStack() as stack:
-        temporary = Path(
-            _from_rank_zero(
-                lambda: str(stack.enter_context(atomic_folder(path, replace=True))), describe
-            )
-        )
+
+        def create() -> str:
+            return str(stack.enter_context(atomic_folder(path, replace=True)))
+
+        temporary = Path(_run_on_rank_zero(create, explain))
         try:
             dcp.save(shards, storage_writer=dcp.FileSystemWriter(temporary))
         except dcp.api.CheckpointException as error:
-            raise describe(next(iter(error.failures.values()))[0]) from error
+            raise explain(next(iter(error.failures.values()))[0]) from error
 
         def finish() -> None:
-            torch.save(rest, temporary / META)
+            torch.save(unsharded, temporary / META_FILE)
             stack.close()
 
-        _from_rank_zero(finish, describe)
+        _run_on_rank_zero(finish, explain)
 
 
-def _from_rank_zero(
-    step: Callable[[], Result], describe: Callable[[BaseException], BaseException]
+def _run_on_rank_zero(
+    function: Callable[[], Result], explain: Callable[[BaseException], BaseException]
 ) -> Result:
-    """What `step` gives on rank 0, which alone runs it, on every rank; so too an error."""
-    result: list[Any] = [None, None]
+    """Call `function` on rank 0 only; every rank returns its result or raises its error."""
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            result[0] = step()
+            outcome[0] = function()
         except Exception as error:
-            result[1] = describe(error)
-    dist.broadcast_object_list(result, src=0)
-    if result[1] is not None:
-        raise result[1]
-    return result[0]
+            outcome[1] = explain(error)
+    dist.broadcast_object_list(outcome, src=0)
+    result, raised = outcome
+    if raised is not None:
+        raise raised
+    return result
 
 
-def whole(*parts: str) -> Target:
-    """Reads tensors whole, to this process: all, or those of some entries of the checkpoint alone ("state_dict")."""
+def whole_tensors(*parts: str) -> Target:
+    """A target that reads tensors whole, to this process.
+
+    Args:
+        parts: entries of the checkpoint to read, such as "state_dict"; none: all.
+    """
 
     def target(place: str, stored: TensorStorageMetadata) -> Tensor | None:
-        return (
-            torch.empty(stored.size, dtype=stored.properties.dtype)
-            if not parts or place.partition("/")[0] in parts
-            else None
-        )
+        if parts and place.partition("/")[0] not in parts:
+            return None
+        return torch.empty(stored.size, dtype=stored.properties.dtype)
 
     return target
 
 
-def read_folder(path: Path, target: Target, together: bool = False) -> dict[str, Any]:
-    """The checkpoint in a folder; a sharded tensor for which `target` gives None stays a name.
+def read_folder(path: Path, target: Target, all_ranks: bool = False) -> dict[str, Any]:
+    """Read a checkpoint.
 
     Args:
         path: the folder.
-        target: where each sharded tensor is read to.
-        together: all ranks of the process group call this, and an error of one is an error of all.
+        target: where to read each sharded tensor. A tensor without a target stays a placeholder.
+        all_ranks: whether all ranks of the process group call this; then an error of one is raised
+            on all.
+
+    Raises:
+        pickle.UnpicklingError: reading it would execute code.
     """
-    rest = torch.load(path / META, map_location="cpu", weights_only=True)
-    known = read_metadata(path).state_dict_metadata
+    unsharded = torch.load(path / META_FILE, map_location="cpu", weights_only=True)
+    stored_tensors = read_metadata(path).state_dict_metadata
     shards = {}
 
     def collect(place: str, value: Any) -> Any:
-        if isinstance(value, str) and value.startswith(MARK):
-            stored = known[value.removeprefix(MARK)]
-            if not isinstance(
-                stored, TensorStorageMetadata
-            ):  # we never write bytes, which torch's reader would unpickle
+        if isinstance(value, str) and value.startswith(PLACEHOLDER):
+            stored = stored_tensors[value.removeprefix(PLACEHOLDER)]
+            # We never write bytes, which torch's reader would unpickle.
+            if not isinstance(stored, TensorStorageMetadata):
                 raise pickle.UnpicklingError(f"{place} is no tensor")
-            if (found := target(place, stored)) is not None:
-                shards[place] = found
+            tensor = target(place, stored)
+            if tensor is not None:
+                shards[place] = tensor
         return value
 
-    mapped(rest, collect)
+    map_leaves(unsharded, collect)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*single process.*")  # it is meant
-        dcp.load(shards, storage_reader=Reader(path), no_dist=not together)
-    return mapped(rest, shards.get)
+        warnings.filterwarnings("ignore", message=".*single process.*")  # as intended
+        dcp.load(shards, storage_reader=SafeReader(path), no_dist=not all_ranks)
+    return map_leaves(unsharded, shards.get)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a folder has everything that its metadata name, in full length."""
+def is_complete(path: Path) -> bool:
+    """Whether a folder has all files that its metadata name, each in full length."""
     try:
-        ends: dict[str, int] = {}
+        lengths: dict[str, int] = {}
         for part in read_metadata(path).storage_data.values():
-            ends[part.relative_path] = max(
-                ends.get(part.relative_path, 0), part.offset + part.length
-            )
-        return zipfile.is_zipfile(path / META) and all(
-            (path / name).stat().st_size >= end for name, end in ends.items()
-        )
+            end = part.offset + part.length
+            lengths[part.relative_path] = max(lengths.get(part.relative_path, 0), end)
+        if not zipfile.is_zipfile(path / META_FILE):
+            return False
+        return all((path / name).stat().st_size >= length for name, length in lengths.items())
     except (OSError, EOFError, ValueError, AttributeError, pickle.UnpicklingError):
         return False
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What tensors a folder has and where they lie.
+    """Which tensors a folder has, and where in its files.
 
     Raises:
         pickle.UnpicklingError: the file names anything but descriptions of tensors.
@@ -169,8 +181,8 @@ def read_metadata(path: Path) -> Metadata:
     return metadata
 
 
-class Reader(dcp.FileSystemReader):
-    """torch's reader with `read_metadata` in the place of its own, which executes what the file says."""
+class SafeReader(dcp.FileSystemReader):
+    """torch's reader with `read_metadata` in place of its own, which executes pickled code."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = read_metadata(Path(self.path))
@@ -179,18 +191,28 @@ class Reader(dcp.FileSystemReader):
         return metadata
 
 
+DTYPES = [value for value in vars(torch).values() if isinstance(value, torch.dtype)]
+
+
 class _Unpickler(pickle.Unpickler):
-    """Of what a pickle may name, only what describes tensors and files."""
+    """Unpickle nothing but descriptions of tensors and files."""
 
     ALLOWED = {
         "torch.distributed.checkpoint.metadata": (
-            "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
         ),
         "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-        "torch": ("Size", *(str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype))),
+        "torch": ("Size", *(str(dtype).removeprefix("torch.") for dtype in DTYPES)),
         "torch.serialization": ("_get_layout",),
-        "pathlib": ("PosixPath",), "pathlib._local": ("PosixPath",),
-    }  # fmt: skip
+        "pathlib": ("PosixPath",),
+        "pathlib._local": ("PosixPath",),
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in self.ALLOWED.get(module, ()):

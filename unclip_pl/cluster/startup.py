@@ -1,4 +1,8 @@
-"""Before the first step every rank tells all others what it has, in one small message; what does not fit ends the run with rank and host named."""
+"""Compare all ranks before the first step, and check that checkpoints can be written.
+
+Each rank sends the others one small message about its data, versions, clock and CLIP. If they do
+not fit together, the run ends with one sentence that names rank and host.
+"""
 
 import os
 import platform
@@ -21,21 +25,20 @@ from unclip_pl.utils.errors import SharedError, UserError
 from unclip_pl.utils.files import DISK_ERRORS
 
 PACKAGES = ("torch", "lightning", "torchdata", "numpy", "open_clip_torch")
-FILES = 3  # checkpoints that lie there at once: the newest, the one being written, the best
-PLACE = {
-    "rank",
-    "world",
-    "ranks",
-    "missing",
-}  # in `rank_summary()` of a loader: what is this rank's own
+CHECKPOINTS_ON_DISK = 3  # at the same time: the newest, the one being written, the best
+OWN_KEYS = {"rank", "world", "ranks", "missing"}
+"""What may differ between ranks in the `rank_summary()` of a loader."""
 Report = dict[str, Any]
 
 
 class StartupCheck(Callback):
-    """All ranks read the same data and no two the same part; CLIPs, versions, clocks and steps agree; checkpoints can be written and have room.
+    """End a run before its first step if its ranks do not fit together.
+
+    All ranks must read the same data, no two of them the same part, with equal CLIPs, versions,
+    seeds and steps, and with clocks that agree. The first rank must have room for checkpoints.
 
     Args:
-        clock_seconds: how far the clocks of two machines may be apart.
+        clock_seconds: how far the clocks of two machines may differ.
     """
 
     def __init__(self, clock_seconds: float = 30.0) -> None:
@@ -44,147 +47,196 @@ class StartupCheck(Callback):
         self.clock_seconds = clock_seconds
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.strategy.barrier("startup")  # so that all read their clocks at one time
-        mine = report(trainer, pl_module)
-        reports: list[Report] = [mine] * trainer.world_size
+        trainer.strategy.barrier("startup")  # so that all ranks read their clocks at one moment
+        own = make_report(trainer, pl_module)
+        reports: list[Report] = [own] * trainer.world_size
         if trainer.world_size > 1:
-            torch.distributed.all_gather_object(reports, mine)
-        if wrong := faults(reports, self.clock_seconds):
-            raise SharedError("The run cannot start: " + " ".join(wrong))
+            torch.distributed.all_gather_object(reports, own)
+        if problems := find_problems(reports, self.clock_seconds):
+            raise SharedError("The run cannot start: " + " ".join(problems))
 
 
-def report(trainer: Trainer, pl_module: LightningModule) -> Report:
-    """What this rank has, in plain values; never raises, for the others wait for it."""
-    mine: Report = {
+def make_report(trainer: Trainer, pl_module: LightningModule) -> Report:
+    """What this rank has, as plain values.
+
+    It raises nothing, because the other ranks wait for it; the key `failed` holds an error.
+    """
+    report: Report = {
         "rank": trainer.global_rank,
         "host": socket.gethostname(),
         "clock": time.time(),
         "step": trainer.global_step,
     }
     try:
-        mine["versions"] = {"python": platform.python_version(), "unclip_pl": __version__} | {
-            name: version(name) for name in PACKAGES
-        }
-        mine["seed"] = os.environ.get("PL_GLOBAL_SEED")
-        mine["clip"] = getattr(pl_module, "clip_fingerprint", None)
+        versions = {"python": platform.python_version(), "unclip_pl": __version__}
+        report["versions"] = versions | {name: version(name) for name in PACKAGES}
+        report["seed"] = os.environ.get("PL_GLOBAL_SEED")
+        report["clip"] = getattr(pl_module, "clip_fingerprint", None)
         share = getattr(trainer.train_dataloader, "rank_summary", None)
-        mine["data"] = share() if share else None
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it outside of the class
-            mine["disk"] = disk(checkpoint_folder(trainer), FILES * checkpoint_bytes(pl_module))
+        report["data"] = share() if share else None
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning outside of the class
+            needed = CHECKPOINTS_ON_DISK * checkpoint_bytes(pl_module)
+            report["disk"] = find_disk_problem(checkpoint_folder(trainer), needed)
     except Exception as error:
-        mine["failed"] = f"{type(error).__name__}: {error}"
-    return mine
+        report["failed"] = f"{type(error).__name__}: {error}"
+    return report
 
 
 def checkpoint_bytes(module: torch.nn.Module) -> int:
-    """About the size of one checkpoint: weights, their average and AdamW's two moments; buffers."""
-    trained = sum(
-        4 * p.numel() * p.element_size() if p.requires_grad else p.numel() * p.element_size()
-        for p in module.parameters()
-    )
-    return trained + sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+    """About the size of one checkpoint in bytes.
+
+    It has the weights and the buffers and, for each weight that is trained, its average and AdamW's
+    two moments.
+    """
+    total = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+    for parameter in module.parameters():
+        copies = 4 if parameter.requires_grad else 1
+        total += copies * parameter.numel() * parameter.element_size()
+    return total
 
 
-def disk(folder: Path, need: int) -> str | None:
-    """Why `need` bytes of checkpoints cannot be written into `folder`, which is made if missing; None where they can."""
+def find_disk_problem(folder: Path, needed: int) -> str | None:
+    """Why checkpoints cannot be written into a folder, as a sentence; None: they can.
+
+    Args:
+        folder: created if missing.
+        needed: bytes. Files that are in the folder already count as room.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".startup."):
             pass
-        free = shutil.disk_usage(folder).free + sum(
-            file.stat().st_size for file in folder.rglob("*") if file.is_file()
-        )  # they make room
+        room = shutil.disk_usage(folder).free
+        room += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
-        return f"checkpoints cannot be written to {folder} ({DISK_ERRORS.get(error.errno or 0) or error.strerror}): choose another --trainer.default_root_dir."
-    if free < need:
+        reason = DISK_ERRORS.get(error.errno or 0) or error.strerror
         return (
-            f"{folder} has room for {free / 1e9:.3g} GB of checkpoints and they take up to {need / 1e9:.3g} GB: free space or choose another "
+            f"checkpoints cannot be written to {folder} ({reason}): choose another "
             "--trainer.default_root_dir."
+        )
+    if room < needed:
+        return (
+            f"{folder} has room for {room / 1e9:.3g} GB of checkpoints and they take up to "
+            f"{needed / 1e9:.3g} GB: free space or choose another --trainer.default_root_dir."
         )
     return None
 
 
-def faults(reports: list[Report], clock_seconds: float) -> list[str]:
-    """One sentence for each thing that is wrong or differs from the first rank; [] where all is well."""
-
-    def name(one: Report) -> str:
-        return f"rank {one['rank']} on {one['host']}"
-
-    first, found = (
-        reports[0],
-        [
-            f"{name(one)} failed to look at what it has ({one['failed']})."
-            for one in reports
-            if "failed" in one
-        ],
-    )
-    if found:
-        return found
-    if first.get("disk"):
-        found.append(f"{name(first)}: {first['disk']}")
-    for one in reports[1:]:
-        differs = [
-            f"{key} {value} and not {first['versions'][key]}"
-            for key, value in one["versions"].items()
-            if value != first["versions"][key]
-        ]
-        if differs:
-            found.append(
-                f"{name(one)} has {', '.join(differs)} as {name(first)}: install the same versions on all nodes."
-            )
-        if abs(off := one["clock"] - first["clock"]) > clock_seconds:
-            found.append(
-                f"The clock of {name(one)} is {abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} that of {name(first)}: set it right."
-            )
-        if one["seed"] != first["seed"]:
-            found.append(
-                f"{name(one)} has the seed {one['seed']} and {name(first)} {first['seed']}: give the same --seed_everything to all."
-            )
-        if one["step"] != first["step"]:
-            found.append(
-                f"{name(one)} starts at step {one['step']} and {name(first)} at step {first['step']}: --trainer.default_root_dir must be one "
-                "folder that all nodes share."
-            )
-        if (one["clip"] is None) != (first["clip"] is None):
-            found.append(
-                f"Only one of {name(one)} and {name(first)} knows its CLIP: start all ranks with the same configuration."
-            )
-        elif one["clip"] is not None:
-            try:
-                require_same(first["clip"], one["clip"], f"On {name(first)} the run")
-            except UserError as error:
-                found.append(f"{name(one)}: {error}")
-    return found + data_faults([(name(one), one["data"]) for one in reports])
+def _name(report: Report) -> str:
+    return f"rank {report['rank']} on {report['host']}"
 
 
-def data_faults(shares: list[tuple[str, dict[str, Any] | None]]) -> list[str]:
-    """The same of what each rank reads; `rank_summary()` of a loader gives `rank`, `world`, `missing` and what the order of its samples follows from."""
-    (leader, first), found = shares[0], []
+def find_problems(reports: list[Report], clock_seconds: float) -> list[str]:
+    """One sentence for each problem; empty if all ranks fit together.
+
+    Args:
+        reports: of all ranks, see `make_report`. Each is compared with the first.
+        clock_seconds: how far the clocks may differ.
+    """
+    failed = [
+        f"{_name(report)} failed to look at what it has ({report['failed']})."
+        for report in reports
+        if "failed" in report
+    ]
+    if failed:
+        return failed
+    first = reports[0]
+    problems = [f"{_name(first)}: {first['disk']}"] if first.get("disk") else []
+    for report in reports[1:]:
+        problems += _compare(first, report, clock_seconds)
+    return problems + find_data_problems([(_name(report), report["data"]) for report in reports])
+
+
+def _compare(first: Report, other: Report, clock_seconds: float) -> list[str]:
+    """What differs between the first rank and another one, apart from the data."""
+    name, first_name = _name(other), _name(first)
+    problems = []
+    differing = [
+        f"{key} {value} and not {first['versions'][key]}"
+        for key, value in other["versions"].items()
+        if value != first["versions"][key]
+    ]
+    if differing:
+        problems.append(
+            f"{name} has {', '.join(differing)} as {first_name}: install the same versions on all "
+            "nodes."
+        )
+    offset = other["clock"] - first["clock"]
+    if abs(offset) > clock_seconds:
+        direction = "ahead of" if offset > 0 else "behind"
+        problems.append(
+            f"The clock of {name} is {abs(offset):.0f} s {direction} that of {first_name}: set it "
+            "right."
+        )
+    if other["seed"] != first["seed"]:
+        problems.append(
+            f"{name} has the seed {other['seed']} and {first_name} {first['seed']}: give the same "
+            "--seed_everything to all."
+        )
+    if other["step"] != first["step"]:
+        problems.append(
+            f"{name} starts at step {other['step']} and {first_name} at step {first['step']}: "
+            "--trainer.default_root_dir must be one folder that all nodes share."
+        )
+    if (other["clip"] is None) != (first["clip"] is None):
+        problems.append(
+            f"Only one of {name} and {first_name} knows its CLIP: start all ranks with the same "
+            "configuration."
+        )
+    elif other["clip"] is not None:
+        try:
+            require_same(first["clip"], other["clip"], f"On {first_name} the run")
+        except UserError as error:
+            problems.append(f"{name}: {error}")
+    return problems
+
+
+def find_data_problems(shares: list[tuple[str, dict[str, Any] | None]]) -> list[str]:
+    """One sentence for each problem with the data that the ranks read.
+
+    Args:
+        shares: for each rank its name and the `rank_summary()` of its loader; None: its data cannot be
+            compared.
+    """
+    first_name, first = shares[0]
+    problems = []
     for name, share in shares:
         if (share is None) != (first is None):
-            found.append(
-                f"Only one of {name} and {leader} has training data that can be compared: start all ranks with the same configuration."
+            problems.append(
+                f"Only one of {name} and {first_name} has training data that can be compared: "
+                "start all ranks with the same configuration."
             )
         elif share is not None and first is not None:
-            if share["missing"]:
-                found.append(
-                    f"{name} cannot see {len(share['missing'])} of the shards to train on, the first being {share['missing'][0]}."
-                )
-            elif other := [
-                f"{key} {share[key]} and not {first[key]}"
-                for key in share.keys() - PLACE
-                if share[key] != first[key]
-            ]:
-                found.append(
-                    f"{name} would read other data than {leader} ({', '.join(other)}): all nodes must see the same files."
-                )
-    places = Counter(share["rank"] for _, share in shares if share is not None)
-    found += [
-        f"{count} ranks would read the same part {place} of the data."
-        for place, count in places.items()
-        if count > 1
-    ]
-    worlds = {share["world"] for _, share in shares if share is not None}
+            problems += _compare_shares(name, share, first_name, first)
+    known = [share for _, share in shares if share is not None]
+    for place, count in Counter(share["rank"] for share in known).items():
+        if count > 1:
+            problems.append(f"{count} ranks would read the same part {place} of the data.")
+    worlds = {share["world"] for share in known}
     if worlds and worlds != {len(shares)}:
-        found.append(f"The data are shared out among {sorted(worlds)} ranks and {len(shares)} run.")
-    return found
+        problems.append(
+            f"The data are shared out among {sorted(worlds)} ranks and {len(shares)} run."
+        )
+    return problems
+
+
+def _compare_shares(
+    name: str, share: dict[str, Any], first_name: str, first: dict[str, Any]
+) -> list[str]:
+    """What is wrong with the data of one rank, next to those of the first."""
+    if share["missing"]:
+        return [
+            f"{name} cannot see {len(share['missing'])} of the shards to train on, the first being "
+            f"{share['missing'][0]}."
+        ]
+    differing = [
+        f"{key} {share[key]} and not {first[key]}"
+        for key in share.keys() - OWN_KEYS
+        if share[key] != first[key]
+    ]
+    if differing:
+        return [
+            f"{name} would read other data than {first_name} ({', '.join(differing)}): all nodes "
+            "must see the same files."
+        ]
+    return []

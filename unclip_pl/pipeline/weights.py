@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from unclip_pl.cluster.checkpoint_io import read_checkpoint
-from unclip_pl.cluster.sharded_checkpoint import META, whole
+from unclip_pl.cluster.sharded_checkpoint import META_FILE, whole_tensors
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.renamed import rename
 from unclip_pl.pipeline import release
@@ -44,11 +44,11 @@ def read_weights(path: str | os.PathLike) -> Release:
     Raises:
         UserError: there is nothing there, or it is neither of the two.
     """
-    if Path(path).is_dir() and not (Path(path) / META).exists():
+    if Path(path).is_dir() and not (Path(path) / META_FILE).exists():
         weights = release.read(path)
         hyper_parameters = complete_hyper_parameters(weights.stage, weights.hyper_parameters)
         return replace(weights, hyper_parameters=hyper_parameters)
-    checkpoint = read_checkpoint(path, target=whole("state_dict"))
+    checkpoint = read_checkpoint(path, target=whole_tensors("state_dict"))
     missing = [key for key in ("stage", "hyper_parameters", "state_dict") if key not in checkpoint]
     if missing:
         raise UserError(

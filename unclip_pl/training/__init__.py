@@ -1,3 +1,6 @@
-"""Callbacks and plugins of a training run. They know of a stage only that it has `loss(batch)` and `sample(batch, noise)`, and what `needs` lists."""
+"""Callbacks and the trainer of a training run.
+
+Of a stage they use `loss(batch)`, `sample(batch, noise)` and what `protocols.py` lists.
+"""
 
 import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lightning

@@ -1,4 +1,4 @@
-"""The checkpoints that a run writes: the newest, to go on from, and the best, to draw from."""
+"""The checkpoints that a run writes: the newest, to resume from, and the best, to sample from."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from unclip_pl.utils.files import remove, remove_leftovers
 
 
 class NewestCheckpoint(Checkpoint):
-    """Every so many steps, and when training ends: the file to resume from, `newest-step=N.ckpt`.
+    """Saves the checkpoint to resume from, `newest-step=N.ckpt`, every so often and at the end.
 
-    Those that the run wrote before, or went on from in its own folder, are then removed, and no
-    others. A run that is told to stop saves at that very step, where the place in the data is exact.
+    Earlier ones that this run wrote, or resumed from in its own folder, are then removed, and no
+    others. A run that is asked to stop saves at that step, where its position in the data is exact.
 
     Args:
-        every_n_train_steps: steps between two files.
+        every_n_train_steps: steps between two checkpoints.
     """
 
     def __init__(self, every_n_train_steps: int = 500) -> None:
@@ -27,18 +27,16 @@ class NewestCheckpoint(Checkpoint):
             )
         self.every_n_train_steps = every_n_train_steps
         self._saved_step = -1
-        self._own: list[
-            str
-        ] = []  # names in this run's folder that the next file takes the place of
+        self._replaceable: list[str] = []  # checkpoints that the next one replaces
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
         folder = checkpoint_folder(trainer)
         source = Path(trainer.ckpt_path or "")
         if source.resolve().parent != folder.resolve():
-            self._own = []  # those that it remembers lie in another folder
+            self._replaceable = []  # the names that were loaded belong to another folder
         elif source.name.startswith("newest-"):
-            self._own.append(source.name)
+            self._replaceable.append(source.name)
         if trainer.is_global_zero:
             remove_leftovers(folder, "*.ckpt")  # of a run that was killed while it wrote
 
@@ -50,30 +48,29 @@ class NewestCheckpoint(Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.global_step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it outside of the class
+        if trainer.global_step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning outside of the class
             return
         self._saved_step = trainer.global_step
         folder = checkpoint_folder(trainer)
         path = folder / f"newest-step={trainer.global_step}.ckpt"
-        self._own = [
-            *dict.fromkeys(self._own),
-            path.name,
-        ]  # a kill may come before they are removed
+        # All names are saved: the process may be killed before the old ones are removed.
+        old = list(dict.fromkeys(self._replaceable))
+        self._replaceable = [*old, path.name]
         trainer.save_checkpoint(path)
-        for name in self._own[:-1]:
+        for name in old:
             if trainer.is_global_zero and name != path.name:
                 remove(folder / name)
-        self._own = [path.name]
+        self._replaceable = [path.name]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"own": self._own}
+        return {"own": self._replaceable}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._own = list(state_dict["own"])
+        self._replaceable = list(state_dict["own"])
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """After each validation that is better than all before it, by `monitor`: the file to draw from, `best-step=N.ckpt`.
+    """Saves the checkpoint to sample from, `best-step=N.ckpt`, after each best validation so far.
 
     Args:
         monitor: the logged value to compare.

@@ -1,7 +1,12 @@
-"""Exponential moving average of the weights: theta_ema <- d theta_ema + (1-d) theta after each optimiser step (Table 3: d = 0.9999).
+"""Exponential moving average of the weights (Table 3: d = 0.9999).
 
-d rises as (1+n)/(10+n) up to `decay`, so that a short run is not held to its initial weights. Buffers are not averaged. The update is one
-foreach without a host read. In a checkpoint `state_dict` is the average, `current_model_state` what the optimiser works on.
+After each optimiser step theta_ema <- d theta_ema + (1 - d) theta. After n steps d is at most
+(1 + n) / (10 + n), so that the average of a short run is not dominated by its initial weights.
+Buffers are not averaged. The update is one foreach operation and does not wait for the device.
+
+In a checkpoint `state_dict` is the average and `current_model_state` the raw weights that the
+optimiser works on. Lightning's WeightAveraging is not used: it cannot average FSDP2's shards, and
+after an error during validation it leaves the average in place of the weights.
 """
 
 from collections.abc import Iterator
@@ -13,16 +18,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, or the whole of another: an average of parts is the part of the average."""
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; other tensors as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class EMA(Callback):
-    """Validation, pictures, checkpoints and releases use the average; training goes on with the raw weights.
+    """Averages the weights during training.
+
+    Validation, pictures, checkpoints and releases use the average; training goes on with the raw
+    weights.
 
     Args:
-        decay: d in [0, 1), the share of the old average that is kept at each optimiser step.
+        decay: d in [0, 1), the weight of the old average at each optimiser step.
     """
 
     def __init__(self, decay: float = 0.9999) -> None:
@@ -46,10 +54,9 @@ class EMA(Callback):
             return
         self.updates = trainer.global_step
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = [_own(parameter.detach()) for _, parameter in pl_module.named_parameters()]
-        torch._foreach_lerp_(
-            [_own(average) for average in self._averages.values()], current, 1 - decay
-        )
+        current = [_local(parameter.detach()) for _, parameter in pl_module.named_parameters()]
+        averages = [_local(average) for average in self._averages.values()]
+        torch._foreach_lerp_(averages, current, 1 - decay)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.updates and self._averages:
@@ -61,7 +68,10 @@ class EMA(Callback):
 
     @contextmanager
     def applied(self, pl_module: LightningModule) -> Iterator[None]:
-        """Inside `with` the average stands in for the weights; before the first update there is none, and nothing changes."""
+        """A context in which the module has the average as its weights.
+
+        Before the first update there is no average, and the weights stay as they are.
+        """
         swap = bool(self.updates and self._averages) and not self._swapped
         if swap:
             self._swap(pl_module)
@@ -74,9 +84,7 @@ class EMA(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        if (
-            self._swapped
-        ):  # an error inside validation must not leave the average in the place of the weights
+        if self._swapped:  # an error during validation
             self._swap(pl_module)
 
     @torch.no_grad()
@@ -104,7 +112,6 @@ class EMA(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict
     ) -> None:
         if trainer.training and "current_model_state" in checkpoint:
-            self._averages = {
-                name: checkpoint["state_dict"][name] for name, _ in pl_module.named_parameters()
-            }
+            averages = checkpoint["state_dict"]
+            self._averages = {name: averages[name] for name, _ in pl_module.named_parameters()}
             pl_module.load_state_dict(checkpoint["current_model_state"])

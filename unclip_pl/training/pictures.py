@@ -1,7 +1,4 @@
-"""At every validation: what the stage draws for held-out samples, below the originals, as a PNG and in TensorBoard.
-
-Of an upsampler also what it was given, as its network sees it, with the PSNR of both: `val/psnr` and `val/psnr_bicubic`.
-"""
+"""Sample the stage at every validation: pictures of held-out samples next to the originals."""
 
 from pathlib import Path
 from typing import cast
@@ -9,18 +6,23 @@ from typing import cast
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
 from torch import Tensor
 
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.training.protocols import Draws, Upsamples
+from unclip_pl.training.protocols import SupportsSampling, SupportsUpsampling
 from unclip_pl.utils.images import grid, psnr, save_png
 
 
 class Pictures(Callback):
-    """Draws with the weights that validation uses (the EMA), always the same samples from the same noise; not for data without images.
+    """Draws held-out samples at every validation, as a PNG file and in TensorBoard.
+
+    The weights are those of validation (the EMA), and samples and noise are always the same. For an
+    upsampler the picture also has the bicubic enlargement, and the PSNR of both is logged as
+    `val/psnr` and `val/psnr_bicubic`. Without images in the data nothing is drawn.
 
     Args:
-        count: how many held-out samples; 0 draws none.
+        count: how many held-out samples; 0: none.
         seed: the noise of sample k comes from `seed + k`.
     """
 
@@ -42,46 +44,42 @@ class Pictures(Callback):
             return
         batch = {key: value[: self.count] for key, value in batch.items()}
         noise = Noise(range(self.seed, self.seed + len(batch["key"])))
-        drawn = cast(Draws, pl_module).sample(
-            batch, noise
-        )  # on all ranks: where weights are sharded, each is needed
+        # Every rank samples, for each is needed where the weights are sharded.
+        drawn = cast(SupportsSampling, pl_module).sample(batch, noise)
         if not trainer.is_global_zero:
             return
         if "low_res" in batch:
-            rows = self._upsampled(pl_module, drawn, batch)
+            rows = self._upsampler_rows(pl_module, drawn, batch)
         else:
             rows = {"held out": batch["image"], "drawn": drawn}
         picture = grid(list(rows.values()), list(rows))
-        save_png(
-            picture,
-            Path(trainer.default_root_dir) / "pictures" / f"step-{trainer.global_step:07d}.png",
-        )
+        folder = Path(trainer.default_root_dir) / "pictures"
+        save_png(picture, folder / f"step-{trainer.global_step:07d}.png")
+        title = " / ".join(label.split(",")[0] for label in rows)
+        self._log_picture(trainer, title, picture)
+
+    def _log_picture(self, trainer: Trainer, title: str, picture: Image.Image) -> None:
+        """Send a picture to all loggers that take pictures."""
         for logger in trainer.loggers:
             experiment = logger.experiment  # type: ignore[attr-defined]  # all of Lightning's loggers have it, their base class does not say so
             if hasattr(experiment, "add_image"):
-                experiment.add_image(
-                    " / ".join(name.split(",")[0] for name in rows),
-                    np.asarray(picture),
-                    trainer.global_step,
-                    dataformats="HWC",
-                )
+                pixels = np.asarray(picture)
+                experiment.add_image(title, pixels, trainer.global_step, dataformats="HWC")
 
-    def _upsampled(
+    def _upsampler_rows(
         self, pl_module: LightningModule, drawn: Tensor, batch: dict
     ) -> dict[str, Tensor]:
-        """The rows for an upsampler; logs the mean PSNR of its bicubic condition and of what it has drawn."""
-        bicubic = cast(Upsamples, pl_module).enlarged(batch["low_res"]).clamp(-1, 1)
-        values = {
-            "psnr_bicubic": psnr(bicubic, batch["image"]).mean(),
-            "psnr": psnr(drawn, batch["image"]).mean(),
-        }
+        """The labelled rows of an upsampler's picture; logs the mean PSNR."""
+        bicubic = cast(SupportsUpsampling, pl_module).enlarged(batch["low_res"]).clamp(-1, 1)
+        psnr_bicubic = psnr(bicubic, batch["image"]).mean()
+        psnr_drawn = psnr(drawn, batch["image"]).mean()
         pl_module.log_dict(
-            {f"val/{name}": value for name, value in values.items()},
+            {"val/psnr_bicubic": psnr_bicubic, "val/psnr": psnr_drawn},
             batch_size=len(drawn),
             rank_zero_only=True,
         )
-        bicubic_label, drawn_label = (
-            f"{name}, {value:.2f} dB"
-            for name, value in zip(("bicubic", "drawn"), values.values(), strict=True)
-        )
-        return {bicubic_label: bicubic, drawn_label: drawn, "held out": batch["image"]}
+        return {
+            f"bicubic, {psnr_bicubic:.2f} dB": bicubic,
+            f"drawn, {psnr_drawn:.2f} dB": drawn,
+            "held out": batch["image"],
+        }

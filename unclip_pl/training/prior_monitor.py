@@ -1,4 +1,4 @@
-"""At every validation of a prior: how its embeddings for held-out captions stand to the true ones, to the captions, and to each other."""
+"""Compare a prior's image embeddings with held-out data at every validation."""
 
 from typing import cast
 
@@ -8,9 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.training.protocols import Draws
+from unclip_pl.training.protocols import SupportsSampling
 
-MEASURED = (
+METRICS = (
     "cosine_image",
     "cosine_text",
     "cosine_text_data",
@@ -18,39 +18,60 @@ MEASURED = (
     "rank",
     "r1",
     "r5",
+    "spread",
+    "spread_data",
+    "spread_all",
 )
 
 
 def ranks(similarity: Tensor) -> Tensor:
-    """(N, M) with the right answer to row i in column i -> (N,) rank of it in its row, 1 the best; ties count against it."""
+    """The rank (N,) of the right answer in each row, 1 the best; ties count against it.
+
+    Args:
+        similarity: (N, M), with the right answer to row i in column i.
+    """
     return (similarity >= similarity.diagonal()[:, None]).sum(1)
 
 
 def mean_pairwise(z: Tensor, group: Tensor) -> Tensor | None:
-    """Mean cosine over all pairs of rows of z (N, D) that are in the same group (N,), each group with the same weight; None: there is no pair."""
-    sums = torch.zeros(int(group.max()) + 1, z.shape[1], dtype=torch.float64).index_add_(
-        0, group, F.normalize(z.double(), dim=1)
-    )
+    """The mean cosine over all pairs of rows in the same group, with equal weight for each group.
+
+    Args:
+        z: (N, D).
+        group: (N,), the number of each row's group, from 0.
+
+    Returns:
+        None: no group has a pair.
+    """
+    sums = torch.zeros(int(group.max()) + 1, z.shape[1], dtype=torch.float64)
+    sums.index_add_(0, group, F.normalize(z.double(), dim=1))
     counts = torch.bincount(group).double()
-    several = counts > 1
-    if not several.any():
+    has_pair = counts > 1
+    if not has_pair.any():
         return None
-    return ((sums.square().sum(1) - counts) / (counts * (counts - 1)))[several].mean().float()
+    # |sum of unit vectors|^2 has each pair twice, and each vector with itself.
+    means = (sums.square().sum(1) - counts) / (counts * (counts - 1))
+    return means[has_pair].mean().float()
 
 
 def measure(drawn: Tensor, image_embed: Tensor, text_embed: Tensor) -> dict[str, Tensor]:
-    """Drawn embeddings against the data, as scalars by name.
+    """Compare sampled embeddings with the data.
 
     Args:
-        drawn: (N, D), for the first N captions.
-        image_embed, text_embed: (M, D), M >= N; the others are distractors.
+        drawn: (N, D), sampled for the first N captions.
+        image_embed: (M, D), M >= N, the images of the captions; those after the first N are
+            distractors.
+        text_embed: (M, D), the captions.
 
     Returns:
-        `cosine_image`: to the true image embedding; `cosine_text`: to the caption's, beside `cosine_text_data`, the true image's own; `cosine_text_other`:
-        to all other captions'; `rank`: median place of the true image among all M, `r1`, `r5`: share within the first 1 and 5.
+        Scalars by name. `cosine_image`, `cosine_text`, `cosine_text_other`: the mean cosine of the
+        samples to the true image, to their caption and to all other captions. `cosine_text_data`:
+        that of the true images to their captions. `rank`: the median rank of the true image among
+        all M. `r1`, `r5`: how often it is among the first 1 and 5.
     """
     drawn, image, text = (F.normalize(z.float(), dim=1) for z in (drawn, image_embed, text_embed))
-    n, to_image, to_text = len(drawn), drawn @ image.T, drawn @ text.T
+    n = len(drawn)
+    to_image, to_text = drawn @ image.T, drawn @ text.T
     rank = ranks(to_image)
     values = {
         "cosine_image": to_image.diagonal().mean(),
@@ -61,42 +82,44 @@ def measure(drawn: Tensor, image_embed: Tensor, text_embed: Tensor) -> dict[str,
         "r5": (rank <= 5).float().mean(),
     }
     if len(text) > 1:
-        values["cosine_text_other"] = (to_text.sum() - to_text.diagonal().sum()) / (
-            n * (len(text) - 1)
-        )
+        others = to_text.sum() - to_text.diagonal().sum()
+        values["cosine_text_other"] = others / (n * (len(text) - 1))
     return values
 
 
 class PriorMonitor(Callback):
-    """Logs `val/prior/...`: see `measure`; and the spread, a mean pairwise cosine: `spread` of several draws of one caption, beside `spread_data` of
-    real images of one caption (where the validation data have several) and `spread_all` of all real images: draws that are as alike as one picture
-    have collapsed, draws as different as all images do not listen.
+    """Logs the values of `measure` and the spread of the samples as `val/prior/...`.
 
-    It draws with the weights that validation uses (the EMA), always for the same captions from the same noise. On several ranks each measures its own
-    part, and the values are averaged.
+    The spread is a mean pairwise cosine: `spread` of several samples for one caption, `spread_data`
+    of the real images of one caption (if the validation data have several), and `spread_all` of all
+    real images. A prior whose `spread` is near 1 has collapsed; one whose `spread` is as low as
+    `spread_all` ignores its captions.
+
+    The weights are those of validation (the EMA), and captions and noise are always the same. Each
+    rank measures its own part of the data, and the values are averaged.
 
     Args:
-        captions: how many held-out captions to draw for; 0 draws none.
-        draws: how many embeddings of one caption the spread is measured on, for the first eighth of the captions.
+        captions: how many held-out captions to sample for; 0: none.
+        draws: samples per caption for `spread`, which is measured on the first eighth of the
+            captions.
         seed: the noise of caption k comes from `seed + k`.
     """
 
     def __init__(self, captions: int = 64, draws: int = 4, seed: int = 0) -> None:
         if captions < 0 or draws < 2:
             raise ValueError(
-                f"PriorMonitor was given captions {captions} and draws {draws}: give at least 0 and at least 2."
+                f"PriorMonitor has captions {captions} and draws {draws}: give at least 0 and at "
+                "least 2."
             )
         self.captions, self.draws, self.seed = captions, draws, seed
         self._real: dict[str, list[Tensor]] = {}
         self._drawn: list[Tensor] = []
-        self._several: Tensor | None = None
+        self._repeated: Tensor | None = None  # `draws` samples per caption
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._real, self._drawn, self._several = (
-            {"image_embed": [], "text_embed": [], "tokens": []},
-            [],
-            None,
-        )
+        self._real = {"image_embed": [], "text_embed": [], "tokens": []}
+        self._drawn = []
+        self._repeated = None
 
     @torch.no_grad()
     def on_validation_batch_end(
@@ -110,68 +133,54 @@ class PriorMonitor(Callback):
     ) -> None:
         if not self.captions or trainer.sanity_checking:
             return
-        for name, kept in self._real.items():
-            kept.append(batch[name].cpu())
+        for name, values in self._real.items():
+            values.append(batch[name].cpu())
         start = sum(map(len, self._drawn))
         count = min(self.captions - start, len(batch["key"]))
         if count <= 0:
             return
-        stage, noise = (
-            cast(Draws, pl_module),
-            Noise(range(self.seed + start, self.seed + start + count)),
-        )
-        self._drawn.append(
-            stage.sample({key: value[:count] for key, value in batch.items()}, noise).cpu()
-        )
+        stage = cast(SupportsSampling, pl_module)
+        noise = Noise(range(self.seed + start, self.seed + start + count))
+        part = {key: value[:count] for key, value in batch.items()}
+        self._drawn.append(stage.sample(part, noise).cpu())
         if start == 0:
-            few = torch.arange(max(1, count // 8)).repeat_interleave(self.draws)
-            same = {
-                key: value[few.to(value.device)]
-                for key, value in batch.items()
-                if torch.is_tensor(value)
-            }
-            first = self.seed + self.captions
-            self._several = stage.sample(
-                same | {"key": [batch["key"][i] for i in few.tolist()]},
-                Noise(range(first, first + len(few))),
-            ).cpu()
+            self._repeated = self._sample_repeatedly(stage, batch, max(1, count // 8))
+
+    def _sample_repeatedly(self, stage: SupportsSampling, batch: dict, count: int) -> Tensor:
+        """`draws` samples for each of the first `count` captions of a batch."""
+        rows = torch.arange(count).repeat_interleave(self.draws)
+        repeated: dict = {"key": [batch["key"][i] for i in rows.tolist()]}
+        for key, value in batch.items():
+            if torch.is_tensor(value):
+                repeated[key] = value[rows.to(value.device)]
+        first = self.seed + self.captions
+        return stage.sample(repeated, Noise(range(first, first + len(rows)))).cpu()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.captions or trainer.sanity_checking:
             return
-        values = self._values() if self._several is not None else {}
-        names = (
-            *MEASURED,
-            "spread",
-            "spread_data",
-            "spread_all",
-        )  # the same on every rank, whatever its part of the data has
-        sums = torch.stack(
-            [
-                torch.stack([values[name].float().cpu(), torch.ones(())])
-                if name in values
-                else torch.zeros(2)
-                for name in names
-            ]
-        )
+        values = self._values() if self._repeated is not None else {}
+        # (sum, count) of each metric. Its shape is the same on every rank, whatever values its part
+        # of the data gives.
+        sums = torch.zeros(len(METRICS), 2)
+        for i, name in enumerate(METRICS):
+            if name in values:
+                sums[i] = torch.tensor([float(values[name]), 1.0])
         sums = trainer.strategy.reduce(sums.to(pl_module.device), reduce_op="sum")
-        known = {
-            name: total / count
-            for name, (total, count) in zip(names, sums, strict=True)
-            if count > 0
-        }
-        pl_module.log_dict({f"val/prior/{name}": value for name, value in known.items()})
+        for name, (total, count) in zip(METRICS, sums, strict=True):
+            if count > 0:
+                pl_module.log(f"val/prior/{name}", total / count)
 
     def _values(self) -> dict[str, Tensor]:
-        """What this rank's part of the data says."""
-        assert self._several is not None
-        real = {name: torch.cat(kept) for name, kept in self._real.items()}
-        values = measure(torch.cat(self._drawn), real["image_embed"], real["text_embed"])
-        group = torch.arange(len(self._several)) // self.draws
+        """The metrics of this rank's part of the data."""
+        assert self._repeated is not None
+        real = {name: torch.cat(values) for name, values in self._real.items()}
+        metrics = measure(torch.cat(self._drawn), real["image_embed"], real["text_embed"])
+        group = torch.arange(len(self._repeated)) // self.draws
         caption = real["tokens"].unique(dim=0, return_inverse=True)[1]
-        alike = {
-            "spread": mean_pairwise(self._several, group),
+        spreads = {
+            "spread": mean_pairwise(self._repeated, group),
             "spread_data": mean_pairwise(real["image_embed"], caption),
             "spread_all": mean_pairwise(real["image_embed"], torch.zeros_like(caption)),
         }
-        return values | {name: value for name, value in alike.items() if value is not None}
+        return metrics | {name: value for name, value in spreads.items() if value is not None}

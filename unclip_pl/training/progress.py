@@ -1,4 +1,4 @@
-"""What a run tells while it goes: images per second, time left and bad samples in the progress bar, and the loss by quarter of the schedule."""
+"""Progress of a run: images per second, time left, bad samples, loss by noise level."""
 
 import time
 from typing import Any, cast
@@ -8,24 +8,36 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
-from unclip_pl.training.protocols import Diffuses
+from unclip_pl.training.protocols import SupportsDiffusion
+
+SECONDS_BETWEEN_RATES = 5.0
+SECONDS_PER_DAY = 86400
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's bar with `images/s` over all ranks, `left`, the time to the last step, and `bad`, the samples that this rank passed over so far.
+    """Lightning's progress bar with three more columns.
 
-    The rate and the count are logged as well. The count is a number that the loader keeps, so that showing it waits for nothing.
+    `images/s` is the rate over all ranks, `left` the time to the last step, and `bad` the number of
+    samples that this rank skipped so far. The rate and the number are logged as well. All three
+    are read on the host, so that the device is not waited for.
+
+    Args:
+        refresh_rate: steps between two updates of the bar.
     """
 
     def __init__(self, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
-        self._mark = (0.0, 0)
-        self._images = 0
-        self._shown: dict[str, Any] = {}
+        self._columns: dict[str, Any] = {}
+        self._images = self._start_step = 0
+        self._start_time = 0.0
+
+    def _restart(self, trainer: Trainer) -> None:
+        """Begin the measurement of the next rate."""
+        self._start_time, self._start_step, self._images = time.monotonic(), trainer.global_step, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._mark, self._images = (time.monotonic(), trainer.global_step), 0
+        self._restart(trainer)
 
     def on_train_batch_end(
         self,
@@ -36,50 +48,48 @@ class Progress(TQDMProgressBar):
         batch_idx: int,
     ) -> None:
         self._images += len(batch["key"]) * trainer.world_size
-        now, (then, step) = time.monotonic(), self._mark
-        if now - then > 5 and trainer.global_step > step:
-            rate = self._images / (now - then)
-            self._shown = {"images/s": round(rate, 1)}
+        seconds = time.monotonic() - self._start_time
+        steps = trainer.global_step - self._start_step
+        if seconds > SECONDS_BETWEEN_RATES and steps > 0:
+            rate = self._images / seconds
+            self._columns = {"images/s": round(rate, 1)}
             if trainer.max_steps > 0:
-                left = (
-                    (trainer.max_steps - trainer.global_step)
-                    * (now - then)
-                    / (trainer.global_step - step)
-                )
-                self._shown["left"] = (
-                    time.strftime("%H:%M:%S", time.gmtime(left))
-                    if left < 86400
-                    else f"{left / 86400:.1f} days"
-                )
-            pl_module.log_dict(
-                {"train/images_per_second": rate, "train/bad_samples": float(_bad(trainer))}
-            )
-            self._mark, self._images = (now, trainer.global_step), 0
+                left = (trainer.max_steps - trainer.global_step) * seconds / steps
+                self._columns["left"] = _format_seconds(left)
+            bad = float(_bad_samples(trainer))
+            pl_module.log_dict({"train/images_per_second": rate, "train/bad_samples": bad})
+            self._restart(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        self._mark, self._images = (
-            (time.monotonic(), trainer.global_step),
-            0,
-        )  # validation is not counted as training time
+        self._restart(trainer)  # validation does not count as training time
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        bad = _bad(trainer)
-        return self._shown | ({"bad": bad} if bad else {}) | metrics
+        bad = _bad_samples(trainer)
+        return self._columns | ({"bad": bad} if bad else {}) | metrics
 
 
-def _bad(trainer: Trainer) -> int:
+def _format_seconds(seconds: float) -> str:
+    if seconds < SECONDS_PER_DAY:
+        return time.strftime("%H:%M:%S", time.gmtime(seconds))
+    return f"{seconds / SECONDS_PER_DAY:.1f} days"
+
+
+def _bad_samples(trainer: Trainer) -> int:
     return getattr(trainer.train_dataloader, "bad", 0)
 
 
 class LossByTimestep(Callback):
-    """Logs the mean loss in each quarter of the schedule (`train/loss_q0` is the least noise), of the steps since it last did."""
+    """Logs the mean loss in each quarter of the noise schedule since the last logging.
+
+    `train/loss_q0` is the quarter with the least noise, `train/loss_q3` that with the most.
+    """
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None
+        self._sums: Tensor | None = None  # (2, 4): of the losses, and how many they are
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -95,7 +105,7 @@ class LossByTimestep(Callback):
         t, loss = outputs["t"], outputs["per_sample"].detach()
         if self._sums is None:
             self._sums = torch.zeros(2, 4, device=loss.device)
-        quarter = t * 4 // cast(Diffuses, pl_module).process.config.timesteps
+        quarter = t * 4 // cast(SupportsDiffusion, pl_module).process.config.timesteps
         self._sums.index_add_(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
         if trainer._logger_connector.should_update_logs:
             means = self._sums[0] / self._sums[1].clamp(min=1)

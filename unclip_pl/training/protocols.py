@@ -1,4 +1,7 @@
-"""What callbacks need of the stage that they watch, for the type checker: this room lies below the stages and cannot import them."""
+"""What callbacks need of a stage, for the type checker.
+
+Callbacks do not import the stages, so that a stage of one's own can use them.
+"""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,32 +12,32 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Process
 
 
-class Draws(Protocol):
-    """Every stage that can be sampled."""
+class SupportsSampling(Protocol):
+    """A stage that can be sampled."""
 
     def sample(self, batch: dict, noise: Noise) -> Tensor: ...
 
 
-class Upsamples(Protocol):
-    """A stage that draws from an image at a lower resolution."""
+class SupportsUpsampling(Protocol):
+    """A stage that is conditioned on an image of lower resolution."""
 
     def enlarged(self, low_res: Tensor) -> Tensor: ...
 
 
-class Embeds(Protocol):
-    """A CLIP."""
+class SupportsEmbedding(Protocol):
+    """A CLIP: images (N, 3, H, W) and tokens (N, T) to unit embeddings, (N, D) each."""
 
     def embed(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-class Diffuses(Protocol):
+class SupportsDiffusion(Protocol):
     """A stage with a diffusion process."""
 
     process: Process
 
 
-class Estimates(Protocol):
-    """A stage whose sampler has a use for the analytic variance."""
+class SupportsAnalyticVariance(Protocol):
+    """A stage whose sampler can use the analytic variance of Analytic-DPM."""
 
     x0_error: Tensor
 

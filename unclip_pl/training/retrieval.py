@@ -1,4 +1,4 @@
-"""How well a CLIP finds the caption of a held-out image among all of them, and the image of a caption (R@k, CLIP section 3.1)."""
+"""Image-text retrieval of a CLIP on the validation set (R@k, CLIP section 3.1)."""
 
 from typing import cast
 
@@ -6,18 +6,26 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from unclip_pl.training.protocols import Embeds
+from unclip_pl.training.protocols import SupportsEmbedding
 
 
 def recall_at(similarity: Tensor, k: int) -> Tensor:
-    """(N, N) with the right answers on the diagonal -> share of rows whose right answer is among the k best; ties count against it."""
+    """The share of rows whose right answer is among the k best; ties count against it.
+
+    Args:
+        similarity: (N, N), with the right answers on the diagonal.
+        k: how many answers count.
+    """
     right = similarity.diagonal()[:, None]
     better = (similarity >= right).sum(1) - 1
     return (better < k).float().mean()
 
 
 class Retrieval(Callback):
-    """Logs `val/image_to_text_r1`, `_r5`, `val/text_to_image_r1`, `_r5` over the whole validation set (of each rank, averaged)."""
+    """Logs R@1 and R@5 over the validation set of each rank, averaged over ranks.
+
+    The names are `val/image_to_text_r1`, `val/text_to_image_r1` and the same with `_r5`.
+    """
 
     def __init__(self) -> None:
         self._pairs: list[tuple[Tensor, Tensor]] = []
@@ -35,15 +43,13 @@ class Retrieval(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._pairs.append(cast(Embeds, pl_module).embed(batch["image"], batch["tokens"]))
+        clip = cast(SupportsEmbedding, pl_module)
+        self._pairs.append(clip.embed(batch["image"], batch["tokens"]))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         image, text = (torch.cat(side).float() for side in zip(*self._pairs, strict=True))
-        for name, similarity in {
-            "image_to_text": image @ text.T,
-            "text_to_image": text @ image.T,
-        }.items():
+        similarities = {"image_to_text": image @ text.T, "text_to_image": text @ image.T}
+        for name, similarity in similarities.items():
             for k in (1, 5):
-                pl_module.log(
-                    f"val/{name}_r{k}", recall_at(similarity, k), sync_dist=True, prog_bar=k == 1
-                )
+                recall = recall_at(similarity, k)
+                pl_module.log(f"val/{name}_r{k}", recall, sync_dist=True, prog_bar=k == 1)

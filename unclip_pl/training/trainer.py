@@ -1,4 +1,4 @@
-"""Lightning's trainer, with options that mean what they say."""
+"""Lightning's trainer with checks of its options."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -16,19 +16,22 @@ from unclip_pl.utils.precision import training_precision
 
 
 class Trainer(pl.Trainer):
-    """The trainer of `lightning fit`; all other options are those of `lightning.pytorch.Trainer`.
+    """The trainer of `lightning fit`.
 
-    Whole numbers of batches come first in the types: Lightning's own are read as fractions where
-    another package names the two the other way round, so that 1 would mean all batches.
+    The limits are declared here because `int` must come first in their types. Python caches unions,
+    and another package may have declared `float | int` first; then 1 would be read as 1.0, which
+    means all batches.
 
     Args:
-        limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches: a number
-            of batches, or a fraction (1.0: all).
-        overfit_batches: train on the first so many batches again and again, the same at each pass;
-            0: on all.
+        limit_train_batches: a number of batches, or a fraction of them (1.0: all).
+        limit_val_batches: the same for validation.
+        limit_test_batches: the same for testing.
+        limit_predict_batches: the same for prediction.
+        overfit_batches: train on this many batches only, the same at each pass; 0: on all.
+        options: those of `lightning.pytorch.Trainer`.
 
     Raises:
-        UserError: an option has no effect here, or does not fit.
+        UserError: an option has no effect here, or a value is not possible.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class Trainer(pl.Trainer):
             raise UserError(
                 f"trainer.overfit_batches is {overfit_batches}: give a whole number of batches."
             )
-        refuse(options)
+        check_options(options)
         devices = options.get("devices", "auto")
         on_cpu = options.get("accelerator") == "cpu" or not torch.accelerator.is_available()
         sharded = isinstance(options.get("strategy"), ModelParallelStrategy)
@@ -55,16 +58,16 @@ class Trainer(pl.Trainer):
                 "can use here: leave lightning_config/gpu.yaml out, or give "
                 "--trainer.accelerator cpu."
             )
-        if on_cpu and str(devices) != "auto" and not _counts(devices):
+        if on_cpu and str(devices) != "auto" and not _is_positive_integer(devices):
             raise UserError(
                 f"trainer.devices is {devices}: on a CPU give a number of processes, 1 or more."
             )
         options["precision"] = training_precision(options.get("precision"), on_cpu, sharded)
-        self.held_batches = int(overfit_batches)
-        if self.held_batches:
-            limit_train_batches = self.held_batches
+        self.fixed_batches = int(overfit_batches)
+        if self.fixed_batches:
+            limit_train_batches = self.fixed_batches
             if limit_val_batches is None:
-                limit_val_batches = self.held_batches
+                limit_val_batches = self.fixed_batches
         super().__init__(
             limit_train_batches=limit_train_batches,
             limit_val_batches=limit_val_batches,
@@ -74,8 +77,12 @@ class Trainer(pl.Trainer):
         )
 
 
-def refuse(options: dict[str, Any]) -> None:
-    """UserError for the first option of the trainer that has no effect here, or does not work."""
+def check_options(options: dict[str, Any]) -> None:
+    """Check options of Lightning's trainer.
+
+    Raises:
+        UserError: an option has no effect here, or does not work.
+    """
     for name in ("gradient_clip_val", "gradient_clip_algorithm"):
         if options.get(name) is not None:
             raise UserError(
@@ -87,9 +94,9 @@ def refuse(options: dict[str, Any]) -> None:
             "trainer.enable_checkpointing is false, and a run here always writes checkpoints: for "
             "one that writes nothing give --trainer.fast_dev_run 2."
         )
-    if not _counts(options.get("accumulate_grad_batches", 1)):
-        given = options["accumulate_grad_batches"]
-        raise UserError(f"trainer.accumulate_grad_batches is {given}: give 1 or more.")
+    if not _is_positive_integer(options.get("accumulate_grad_batches", 1)):
+        value = options["accumulate_grad_batches"]
+        raise UserError(f"trainer.accumulate_grad_batches is {value}: give 1 or more.")
     if str(options.get("strategy")).endswith(("_spawn", "_fork", "_notebook")):
         raise UserError(
             f"trainer.strategy is {options['strategy']}, which cannot start this program: give ddp."
@@ -108,56 +115,62 @@ def refuse(options: dict[str, Any]) -> None:
             )
 
 
-def _counts(value: Any) -> bool:
-    """Whether an option is a whole number from 1."""
+def _is_positive_integer(value: Any) -> bool:
+    """Whether an option is a whole number from 1 on, as a number or as text."""
     return str(value).isdecimal() and int(value) >= 1
 
 
-def of_others(error: Exception) -> str | None:
-    """One sentence for what Lightning says of the trainer's options, and the system of the files
-    that others write (logs, the saved configuration); None: it is none of these."""
+def explain_error(error: Exception) -> str | None:
+    """A sentence for an error that did not arise in this package but that the user can fix.
+
+    Such are Lightning's errors about the trainer's options, and the operating system's about files
+    that Lightning writes, such as logs. None: it is neither.
+    """
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return (
             f"{error.filename or 'A file of this run'} cannot be opened or written "
-            f"({DISK_ERRORS[error.errno]}): free space or choose another --trainer.default_root_dir."
+            f"({DISK_ERRORS[error.errno]}): free space or choose another "
+            "--trainer.default_root_dir."
         )
-    said = " ".join(str(error).replace("Timer(duration=", "Trainer(max_time=").split())
-    own = said.startswith(("`val_check_interval`", "Early stopping conditioned on metric"))
-    if own or isinstance(error, MisconfigurationException):
-        return f"The run's settings do not fit: {said}"
+    message = " ".join(str(error).replace("Timer(duration=", "Trainer(max_time=").split())
+    is_about_options = message.startswith(
+        ("`val_check_interval`", "Early stopping conditioned on metric")
+    )
+    if is_about_options or isinstance(error, MisconfigurationException):
+        return f"The run's settings do not fit: {message}"
     return None
 
 
 class FirstBatches:
-    """The first batches of a loader, kept in memory: the same ones at each pass.
+    """The first batches of a loader, the same at each pass; they are kept in memory.
 
     Args:
-        loader: of batches; resumed runs need one that begins with the same ones each time.
-        count: how many of them.
+        loader: of batches. For a run to be resumed it must begin with the same ones each time.
+        count: how many batches.
     """
 
     def __init__(self, loader: Any, count: int) -> None:
         self.loader, self.count = loader, count
-        self._held: list[Any] = []
+        self._batches: list[Any] = []
         self._next = 0
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[Any]:
-        self._held = self._held or list(islice(iter(self.loader), self.count))
-        if len(self._held) < self.count:
+        self._batches = self._batches or list(islice(iter(self.loader), self.count))
+        if len(self._batches) < self.count:
             raise UserError(
-                f"trainer.overfit_batches is {self.count}, and there are {len(self._held)} batches "
-                "to train on: give a smaller number."
+                f"trainer.overfit_batches is {self.count}, and there are {len(self._batches)} "
+                "batches to train on: give a smaller number."
             )
         self._next %= self.count  # a whole pass may end without asking for more
         while self._next < self.count:
             self._next += 1
-            yield self._held[self._next - 1]
+            yield self._batches[self._next - 1]
 
     def rank_summary(self) -> dict[str, Any]:
-        """As the loader's own: what the ranks compare before the first step."""
+        """What the ranks compare before the first step; see the loader's own."""
         return self.loader.rank_summary()
 
     def state_dict(self) -> dict[str, int]:
@@ -167,11 +180,11 @@ class FirstBatches:
         self._next = state["next"]
 
 
-def hold_first(data: Any, count: int) -> None:
-    """Make a DataModule train on its first `count` batches alone."""
-    own = data.train_dataloader
+def fix_train_batches(data: Any, count: int) -> None:
+    """Make a DataModule train on its first `count` batches only."""
+    make_loader = data.train_dataloader
 
     def train_dataloader() -> FirstBatches:
-        return FirstBatches(own(), count)
+        return FirstBatches(make_loader(), count)
 
     data.train_dataloader = train_dataloader

@@ -41,7 +41,7 @@ def test_the_gradient_on_a_quadratic_is_the_closed_form():
     torch.testing.assert_close(torch.cat([p.grad for p in parts]), expected)
 
 
-def test_a_flat_place_and_a_broken_gradient_are_left_as_they_were():
+def test_at_a_flat_point_or_a_broken_gradient_the_weights_come_back():
     w = nn.Parameter(torch.zeros(3))
     before = climb(lambda: w.square().sum(), [w], RHO)
     assert torch.equal(w, torch.zeros(3))  # nothing is uphill
@@ -53,7 +53,7 @@ def test_a_flat_place_and_a_broken_gradient_are_left_as_they_were():
 
 
 class Pairs(LightningDataModule):
-    """The same pairs in every batch, or one batch of each."""
+    """Batches of pairs, in this order."""
 
     image_size = 64
 
@@ -72,7 +72,7 @@ def stage(sam_rho: float, clip_norm: float = 1e9) -> CLIP:
 
 
 def gradients(model: CLIP, batches: list[dict], tmp_path) -> torch.Tensor:
-    """What the optimiser of a run sees in its first step, batches accumulated."""
+    """The gradient of the first step of a run that accumulates all batches."""
     seen: list[torch.Tensor] = []
     step = torch.optim.AdamW.step
 
@@ -91,16 +91,16 @@ def gradients(model: CLIP, batches: list[dict], tmp_path) -> torch.Tensor:
 def by_hand(batches: list[dict], rho: float = RHO) -> torch.Tensor:
     """The mean over batches of the gradient at each batch's own w + rho g / |g|."""
     total = 0
-    for given in batches:
+    for pairs in batches:
         model = stage(0.0)
         parameters = list(model.net.parameters())
-        uphill = torch.autograd.grad(model.contrast(given), parameters)
+        uphill = torch.autograd.grad(model.contrast(pairs), parameters)
         norm = torch.cat([g.flatten() for g in uphill]).norm()
         with torch.no_grad():
             for parameter, gradient in zip(parameters, uphill):
                 parameter += rho * gradient / norm
-        found = torch.autograd.grad(model.contrast(given), parameters)
-        total = total + torch.cat([g.flatten() for g in found]) / len(batches)
+        sharp = torch.autograd.grad(model.contrast(pairs), parameters)
+        total = total + torch.cat([g.flatten() for g in sharp]) / len(batches)
     return total
 
 
@@ -112,32 +112,32 @@ def batches(count: int) -> list[dict]:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_run_steps_by_the_gradient_uphill_whatever_it_accumulates(count, tmp_path):
-    given, model = batches(count), stage(RHO)
+    pairs, model = batches(count), stage(RHO)
     before = [p.detach().clone() for p in model.net.parameters()]
-    found, expected = gradients(model, given, tmp_path), by_hand(given)
-    assert (found - expected).norm() < 1e-3 * expected.norm()
-    assert (found - by_hand(given, 0.0)).norm() > 0.01 * found.norm()  # it is another gradient
+    actual, expected = gradients(model, pairs, tmp_path), by_hand(pairs)
+    assert (actual - expected).norm() < 1e-3 * expected.norm()
+    assert (actual - by_hand(pairs, 0.0)).norm() > 0.01 * actual.norm()  # it is another gradient
     after = list(model.net.parameters())  # nobody stepped
     assert all(torch.equal(*pair) for pair in zip(before, after))
 
 
 def test_the_gradient_uphill_is_clipped(tmp_path):
-    given, limit = batches(1), 0.01
-    found, whole = gradients(stage(RHO, limit), given, tmp_path), by_hand(given)
+    pairs, limit = batches(1), 0.01
+    clipped, whole = gradients(stage(RHO, limit), pairs, tmp_path), by_hand(pairs)
     assert whole.norm() > 2 * limit
-    assert (found - whole * limit / whole.norm()).norm() < 1e-3 * limit
+    assert (clipped - whole * limit / whole.norm()).norm() < 1e-3 * limit
 
 
 def test_a_batch_that_is_not_finite_is_skipped_and_leaves_the_weights(tmp_path):
-    model, given = stage(RHO), batches(1)
-    given[0]["image"][0, 0, 0, 0] = torch.nan
+    model, pairs = stage(RHO), batches(1)
+    pairs[0]["image"][0, 0, 0, 0] = torch.nan
     before = [p.detach().clone() for p in model.net.parameters()]
-    trainer(tmp_path, steps=1).fit(model, datamodule=Pairs(given))
+    trainer(tmp_path, steps=1).fit(model, datamodule=Pairs(pairs))
     assert model.skipped_steps == 1
     assert all(torch.equal(*pair) for pair in zip(before, model.net.parameters()))
 
 
 @pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])
 def test_an_impossible_rho_is_a_sentence(rho):
-    with pytest.raises(ValueError, match=r"sam_rho is .*: give 0"):
+    with pytest.raises(ValueError, match="sam_rho"):
         CLIP(sam_rho=rho)

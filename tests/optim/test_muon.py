@@ -1,4 +1,4 @@
-"""Muon against torch's own for matrices, an exact SVD for kernels, and torch's AdamW for the rest."""
+"""Muon next to torch's own for matrices, an exact SVD for kernels, torch's AdamW for the rest."""
 
 import pytest
 import torch
@@ -12,11 +12,11 @@ from unclip_pl.stages.base import OptimizerConfig
 @pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 6, 6)])
 def test_the_update_is_near_the_orthogonal_factor_of_the_svd(shape: tuple[int, int, int]) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = orthogonalized(matrices)
+    update = orthogonalized(matrices)
     u, _, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
     exact = u @ vh
-    assert torch.linalg.svdvals(found.float()).sub(1).abs().max() < 0.4
-    cosine = (found * exact).sum((1, 2)) / found.norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
+    assert torch.linalg.svdvals(update.float()).sub(1).abs().max() < 0.4
+    cosine = (update * exact).sum((1, 2)) / update.norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
     assert cosine.min() > 0.97
 
 
@@ -65,7 +65,7 @@ def test_a_kernel_moves_as_its_matrix_and_a_step_that_is_not_finite_changes_noth
     assert torch.equal(kernel, before)
 
 
-def test_hidden_weights_are_those_of_blocks_alone() -> None:
+def test_hidden_weights_are_only_those_of_blocks() -> None:
     decoder = tiny_stage("decoder")
     hidden = {id(p) for p in hidden_weights(decoder)}
     named = {name for name, p in decoder.named_parameters() if id(p) in hidden}
