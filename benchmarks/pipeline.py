@@ -32,7 +32,7 @@ from upsampler_train import upsampler
 from unclip_pl.clip.frozen import CLIPConfig, FrozenCLIP, save_clip
 from unclip_pl.clip.loading import import_open_clip
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.stages.diffusion_prior import PriorSamplingConfig
 from unclip_pl.stages.upsampler import UpsamplingConfig
 
@@ -69,7 +69,7 @@ def measure(given: argparse.Namespace, before: float) -> None:
         "prior_sampling": PriorSamplingConfig(
             "ddpm", given.prior_steps, guidance_scale=4.0, num_candidates=1
         ),
-        "sampling": SamplingConfig("ddpm", given.decoder_steps, guidance_scale=8.0),
+        "sampling": DecoderSamplingConfig("ddpm", given.decoder_steps, guidance_scale=8.0),
         "upsampling": {256: UpsamplingConfig(steps=given.upsampler_steps)},
     }
     captions, seeds = [CAPTION] * given.batch, range(given.batch)

@@ -20,7 +20,7 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.networks.text import StatesText
 from unclip_pl.pipeline.devices import on_device
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 
 Embed = Callable[[Sequence[int], Sequence[int]], Tensor | None]
 """Indices of captions and as many seeds -> what stands for the image embedding (B, D), or None."""
@@ -116,7 +116,7 @@ class Arm:
     def drawn(
         self,
         folder: Path,
-        sampling: SamplingConfig,
+        sampling: DecoderSamplingConfig,
         first: int | None = None,
         repeat: int = 0,
         place: tuple[int, int] = (0, 1),
@@ -146,7 +146,7 @@ class Arm:
             world_size=place[1],
         )
 
-    def draw(self, sampling: SamplingConfig, repeat: int = 0) -> Draw:
+    def draw(self, sampling: DecoderSamplingConfig, repeat: int = 0) -> Draw:
         """Draws the pictures of captions, by their indices."""
 
         def draw(indices: Sequence[int]) -> Tensor:

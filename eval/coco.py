@@ -39,7 +39,7 @@ from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS, load_stage
 from unclip_pl.stages.ar_prior import ARPrior
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
@@ -173,7 +173,7 @@ class Way:
     settings: dict[str, Any]
 
     def draw(
-        self, captions: Sequence[Caption], seed: int, samplings: Sequence[SamplingConfig]
+        self, captions: Sequence[Caption], seed: int, samplings: Sequence[DecoderSamplingConfig]
     ) -> list[Draw]:
         """What draws captions by their indices, for each setting of the decoder.
 
@@ -190,7 +190,7 @@ class Way:
             )
         )
 
-        def at(sampling: SamplingConfig) -> Draw:
+        def at(sampling: DecoderSamplingConfig) -> Draw:
             def draw(indices: Sequence[int]) -> Tensor:
                 texts, seeds = given(indices)
                 images = self.unclip.decode(embed(indices, seeds), seeds, texts, sampling)

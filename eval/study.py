@@ -18,7 +18,7 @@ from eval.floor import Floor, floor_of, other_real, real_seen
 from eval.judge import Judge, Seen, gathered
 from eval.paired import Difference, paired_differences, score_of, spread
 from unclip_pl.data.shards import decode
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.images import grid
 
@@ -35,7 +35,7 @@ class Study:
         ways: Sequence[Arm],
         captions: Sequence[Caption],
         judge: Judge,
-        fixed: SamplingConfig,
+        fixed: DecoderSamplingConfig,
     ) -> None:
         self.given, self.arms, self.captions = given, ways, captions
         self.judge, self.fixed, self.key = judge, fixed, judge.network.frechet

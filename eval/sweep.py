@@ -35,7 +35,7 @@ from eval.source import Model, add_drawing, weights_of
 from eval.tables import Section, floor_row, notes
 from unclip_pl.pipeline.unclip import CONDITIONS
 from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS
-from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file
@@ -73,14 +73,14 @@ def arguments() -> argparse.ArgumentParser:
     return made
 
 
-def points(given: argparse.Namespace, decoder: Decoder) -> dict[str, list[SamplingConfig]]:
+def points(given: argparse.Namespace, decoder: Decoder) -> dict[str, list[DecoderSamplingConfig]]:
     """Curves by name: "guidance", and one for each sampler over steps.
 
     Raises:
         UserError: a setting is impossible; said before anything is drawn.
     """
 
-    def point(**options: Any) -> SamplingConfig:
+    def point(**options: Any) -> DecoderSamplingConfig:
         return override_sampling(decoder, vars(given) | options)
 
     own = point()
@@ -191,18 +191,18 @@ def run(given: argparse.Namespace) -> Figures:
     }
 
 
-def count_steps(decoder: Decoder, sampling: SamplingConfig) -> int:
+def count_steps(decoder: Decoder, sampling: DecoderSamplingConfig) -> int:
     """How many steps the settings take: where their point stands on the axis."""
     return len(decoder.process.schedule.respaced(sampling.steps))
 
 
-def place(sampling: SamplingConfig) -> str:
+def place(sampling: DecoderSamplingConfig) -> str:
     """The name of a point's folder."""
     steps = str(sampling.steps).replace(" ", "")
     return f"{sampling.sampler}-{steps}-{sampling.guidance_scale:g}"
 
 
-def row(sampling: SamplingConfig, figures: Figures, key: str) -> list[str]:
+def row(sampling: DecoderSamplingConfig, figures: Figures, key: str) -> list[str]:
     """One point's line of the table."""
     cells = []
     for name in shown(key):

@@ -7,7 +7,7 @@ import pytest
 from tests.data.shardkit import write_shards
 from tests.data.test_prior_data import module
 from tests.data.test_shards import loader, take
-from tests.stages.test_diffusion_prior import batch, prior
+from tests.stages.tiny_diffusion_prior import batch, prior
 from unclip_pl.data.loader import LoaderConfig, steps_of_epoch
 from unclip_pl.data.rows import RowLoader, RowsConfig
 from unclip_pl.datamodules.modules import PriorData

@@ -11,7 +11,7 @@ from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.shards import decode
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
-from unclip_pl.stages.ar_prior import ARPrior, SamplingConfig
+from unclip_pl.stages.ar_prior import ARPrior, ARPriorSamplingConfig
 
 SEED = 5
 
@@ -36,7 +36,7 @@ def all_arms(request, tmp_path_factory, shard):
     found.append(arms.of_text(text, captions, SEED, "text-decoder"))
     prior = load_stage(DEFAULT_PRIORS["ar"], ARPrior)
     unclip = UnCLIP(image.unclip.decoder, prior, image.unclip.clip)
-    found.append(arms.of_prior("ar", image, unclip, {}, SamplingConfig(), captions, SEED))
+    found.append(arms.of_prior("ar", image, unclip, {}, ARPriorSamplingConfig(), captions, SEED))
     found.append(arms.of_image(image, captions, SEED))
     return request.param, {arm.name: arm for arm in found}
 

@@ -16,7 +16,7 @@ from tests.eval import tiny
 from tests.eval.test_reference import photograph
 from unclip_pl.data.shards import decode
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.stages.diffusion_prior import PriorSamplingConfig
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import to_uint8
@@ -125,7 +125,7 @@ def test_figures_are_those_of_the_pictures_that_the_stages_draw(ran, stages):
     some = one_each(captions, COUNT, "x")
     unclip = UnCLIP.load(stages["decoder"], "diffusion", upsamplers=[stages["upsampler"]])
     prior = unclip.prior.sampling
-    sampling = SamplingConfig(sampler="ddim", steps=2, guidance_scale=1.25)
+    sampling = DecoderSamplingConfig(sampler="ddim", steps=2, guidance_scale=1.25)
     prior = PriorSamplingConfig("ddim", 2, prior.guidance_scale)
     texts = [caption.text for caption in some]
     pairs = [

@@ -15,7 +15,7 @@ from eval.judge import pictures_of
 from eval.metrics import FrechetDistance
 from tests.eval import tiny
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.utils.images import to_uint8
 
 
@@ -86,7 +86,7 @@ def test_a_points_figures_are_those_of_its_pictures(ran, stages):
             [caption.text for caption in captions],
             range(8),
             "text",
-            sampling=SamplingConfig("dpm_solver_pp", 3),
+            sampling=DecoderSamplingConfig("dpm_solver_pp", 3),
         )
     )
     drawn = torch.cat(

@@ -13,7 +13,7 @@ from unclip_pl.networks.text import TextConfig
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.pipeline import release
 from unclip_pl.pipeline.release import Release
-from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 from unclip_pl.stages.upsampler import NET as UPSAMPLER_NET
 from unclip_pl.stages.upsampler import Upsampler256, UpsamplingConfig
 
@@ -34,7 +34,7 @@ def decoder(folder: Path, condition: str = "image", seed: int = 0, pooled: bool 
     """A release of a decoder with random weights that heeds embedding and caption."""
     torch.manual_seed(seed)
     sampling, diffusion = (
-        SamplingConfig(sampler="ddim", steps=2),
+        DecoderSamplingConfig(sampler="ddim", steps=2),
         DiffusionConfig(parametrization="v"),
     )
     stage = Decoder(
