@@ -16,7 +16,7 @@ from unclip_pl.networks.checkpointing import Checkpointing
 from unclip_pl.networks.text import TextConfig
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.stages.base import OptimizerConfig
-from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 
 EMBED, STATES, LENGTH = 512, 512, 77
 
@@ -36,7 +36,7 @@ def decoder(checkpointing: Checkpointing = "none") -> Decoder:
     return Decoder(
         net,
         TextConfig(kind="states", states_width=STATES),
-        sampling=SamplingConfig(sampler="ddpm", steps=5, guidance_scale=2.0),
+        sampling=DecoderSamplingConfig(sampler="ddpm", steps=5, guidance_scale=2.0),
         optimizer=OptimizerConfig(lr=1e-4, warmup_steps=0),
     )
 

@@ -33,7 +33,7 @@ from unclip_pl.clip.folder import save_clip
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.clip.loading import import_open_clip
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.stages.diffusion_prior import PriorSamplingConfig
 from unclip_pl.stages.upsampler import UpsamplingConfig
 
@@ -70,7 +70,7 @@ def measure(arguments: argparse.Namespace, before: float) -> None:
         "prior_sampling": PriorSamplingConfig(
             "ddpm", arguments.prior_steps, guidance_scale=4.0, num_candidates=1
         ),
-        "sampling": SamplingConfig("ddpm", arguments.decoder_steps, guidance_scale=8.0),
+        "sampling": DecoderSamplingConfig("ddpm", arguments.decoder_steps, guidance_scale=8.0),
         "upsampling": {256: UpsamplingConfig(steps=arguments.upsampler_steps)},
     }
     captions, seeds = [CAPTION] * arguments.batch, range(arguments.batch)

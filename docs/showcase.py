@@ -1,7 +1,7 @@
 """The picture on top of the README, from the weights in the package: `python docs/showcase.py`.
 
-Captions, variations, an interpolation and a text diff, each drawn at 64 pixels and enlarged to 256 by
-the first upsampler. Minutes on a CPU.
+Captions, variations, an interpolation and a text diff, each drawn at 64 pixels and enlarged to 256
+by the first upsampler. Minutes on a CPU.
 """
 
 import argparse

@@ -15,7 +15,7 @@ from eval.source import Model, describe_weights
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
 from unclip_pl.stages.ar_prior import ARPrior
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
@@ -40,7 +40,7 @@ class PriorModel:
     settings: dict[str, Any]
 
     def samplers(
-        self, captions: Sequence[Caption], seed: int, samplings: Sequence[SamplingConfig]
+        self, captions: Sequence[Caption], seed: int, samplings: Sequence[DecoderSamplingConfig]
     ) -> list[Draw]:
         """What draws captions by their indices, for each of several settings of the decoder.
 
@@ -55,7 +55,7 @@ class PriorModel:
 
         embed = cache_embeddings(sample_prior)
 
-        def sampler(sampling: SamplingConfig) -> Draw:
+        def sampler(sampling: DecoderSamplingConfig) -> Draw:
             def draw(indices: Sequence[int]) -> Tensor:
                 texts = [captions[k].text for k in indices]
                 seeds = [seed + k for k in indices]

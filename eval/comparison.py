@@ -17,7 +17,7 @@ from eval.floor import Floor, RealImages, compute_floor
 from eval.generated import GeneratedImages
 from eval.paired import Difference, frechet_interval, mean_clip_score, paired_differences
 from unclip_pl.data.decoding import decode
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.utils.images import grid
 
 Results = dict[str, dict[str, Any]]
@@ -83,7 +83,7 @@ class Comparison:
         conditions: Sequence[Conditioning],
         captions: Sequence[Caption],
         evaluator: Evaluator,
-        fixed: SamplingConfig,
+        fixed: DecoderSamplingConfig,
         real: RealImages,
     ) -> None:
         self.settings, self.conditions, self.captions = settings, conditions, captions

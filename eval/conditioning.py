@@ -20,7 +20,7 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.networks.text import StatesText
 from unclip_pl.pipeline.devices import on_device
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 from unclip_pl.utils.distributed import rank, world_size
 
 Embed = Callable[[Sequence[int], Sequence[int]], Tensor | None]
@@ -121,7 +121,11 @@ class Conditioning:
         return None if sampling is None else sampling["guidance_scale"]
 
     def generate(
-        self, folder: Path, sampling: SamplingConfig, first: int | None = None, repeat: int = 0
+        self,
+        folder: Path,
+        sampling: DecoderSamplingConfig,
+        first: int | None = None,
+        repeat: int = 0,
     ) -> GeneratedImages:
         """This rank's images with these settings of the decoder; they are drawn when they are read.
 
@@ -145,7 +149,7 @@ class Conditioning:
             world_size=world_size(),
         )
 
-    def sampler(self, sampling: SamplingConfig, repeat: int = 0) -> Draw:
+    def sampler(self, sampling: DecoderSamplingConfig, repeat: int = 0) -> Draw:
         """What draws the images of captions, by their indices."""
 
         def draw(indices: Sequence[int]) -> Tensor:

@@ -29,7 +29,6 @@ from unclip_pl.utils.files import cache_dir
 from unclip_pl.utils.options import (
     add_prior_option,
     add_prior_sampling_options,
-    add_renamed,
     add_sampling_options,
     override_sampling,
     positive_int,
@@ -75,10 +74,10 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--decoder",
+        "--ckpt",
         help="evaluate what this decoder draws: a checkpoint or release; "
         '"openmoji" is the one in the package',
     )
-    add_renamed(parser, "--ckpt", "--decoder")
     parser.add_argument(
         "--samples",
         type=Path,

@@ -35,7 +35,7 @@ from eval.source import (
 from eval.tables import Section, body, floor_row
 from unclip_pl.pipeline.unclip import CONDITIONS
 from unclip_pl.pipeline.weights import DEFAULT_PRIORS
-from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 from unclip_pl.utils.distributed import rank
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import grid, save_png
@@ -43,7 +43,6 @@ from unclip_pl.utils.options import (
     SAMPLERS,
     SPACING_HELP,
     add_prior_option,
-    add_renamed,
     override_sampling,
     spacing,
 )
@@ -53,7 +52,7 @@ SETTINGS_HEADERS = ("sampler", "steps", "guidance")
 """The first columns of the table."""
 PICTURES = 8
 """Columns of the picture with all points side by side."""
-Curves = dict[str, list[SamplingConfig]]
+Curves = dict[str, list[DecoderSamplingConfig]]
 """The points of each curve: "guidance", and one per sampler over steps."""
 
 
@@ -61,8 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__, "eval.sweep", batch_size=32)
     parser.set_defaults(out=Path("out/sweep"))
     add = parser.add_argument
-    add("--decoder", default="openmoji", help='a checkpoint or release; "openmoji": the package\'s')
-    add_renamed(parser, "--ckpt", "--decoder")
+    add(
+        "--decoder",
+        "--ckpt",
+        default="openmoji",
+        help='a checkpoint or release; "openmoji": the package\'s',
+    )
     add_prior_option(parser)
     add(
         "--condition",
@@ -93,7 +96,7 @@ def build_curves(arguments: argparse.Namespace, decoder: Decoder) -> Curves:
         UserError: a setting is impossible; found before anything is drawn.
     """
 
-    def point(**settings: Any) -> SamplingConfig:
+    def point(**settings: Any) -> DecoderSamplingConfig:
         return override_sampling(decoder, vars(arguments) | settings)
 
     own = point()
@@ -200,18 +203,18 @@ def run(arguments: argparse.Namespace) -> Figures:
     }
 
 
-def count_steps(decoder: Decoder, sampling: SamplingConfig) -> int:
+def count_steps(decoder: Decoder, sampling: DecoderSamplingConfig) -> int:
     """How many steps the settings take: the place of their point on the axis."""
     return len(decoder.process.schedule.respaced(sampling.steps))
 
 
-def folder_name(sampling: SamplingConfig) -> str:
+def folder_name(sampling: DecoderSamplingConfig) -> str:
     """The name of a point's folder."""
     steps = str(sampling.steps).replace(" ", "")
     return f"{sampling.sampler}-{steps}-{sampling.guidance_scale:g}"
 
 
-def table_row(sampling: SamplingConfig, figures: Figures, key: str) -> list[str]:
+def table_row(sampling: DecoderSamplingConfig, figures: Figures, key: str) -> list[str]:
     """One point's line of the table; `key` is that of the Frechet distance."""
     cells = []
     for name in metric_titles(key):

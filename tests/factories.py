@@ -18,11 +18,12 @@ from unclip_pl.stages import ar_prior, decoder, diffusion_prior, upsampler
 from unclip_pl.stages.base import OptimizerConfig, Stage
 
 STAGES = ("decoder", "diffusion_prior", "ar_prior", "upsampler")
-EMBED, STATES, TOKENS = 16, 24, 7  # widths of a CLIP's embeddings and token states; a caption
+EMBED, STATES, TOKENS = 16, 24, 7
+"""Width of a CLIP's embeddings, width of its token states, tokens of a caption."""
 
 
 def randomise(module: nn.Module, std: float = 0.05) -> None:
-    """Noise on all parameters: what starts at zero would hide what it is given."""
+    """Add noise to all parameters: what starts at zero would hide its inputs."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(std * torch.randn_like(parameter))
@@ -54,11 +55,9 @@ def tiny_stage(
     if name == "decoder":
         net = UNetConfig(image_size=16, attention=(8,), embed_dim=EMBED, context_width=32, **unet)
         text = TextConfig("states", states_width=STATES)
-        sampling = decoder.SamplingConfig("ddim", steps=6, guidance_scale=2.0)
+        sampling = decoder.DecoderSamplingConfig("ddim", steps=6, guidance_scale=2.0)
         diffusion = DiffusionConfig(parametrization=parametrization)
-        return decoder.Decoder(
-            net, text, diffusion=diffusion, sampling=sampling, optimizer=optimizer
-        )
+        return decoder.Decoder(net, text, diffusion, sampling=sampling, optimizer=optimizer)
     if name == "upsampler":
         net = UNetConfig(image_size=16, **unet, **upsampler.NET)
         sampling = upsampler.UpsamplingConfig(steps=6)
@@ -75,16 +74,42 @@ def tiny_stage(
     net = ARPriorConfig(max_codes=8, buckets=16, **transformer)
     text = TextConfig("states", **states)
     stage = ar_prior.ARPrior(net, text, max_error=0.9, optimizer=optimizer)
-    data = tiny_batch("ar_prior", 200)
-    exact = data["image_embed"].double()
-    stage.quantizer.fit(
-        exact.mean(0), exact.T.cov(correction=0), data["image_embed"], data["text_embed"]
-    )
+    fit_quantizer(stage, tiny_batch("ar_prior", 200))
     return stage
 
 
+def fit_quantizer(stage: ar_prior.ARPrior, batch: dict) -> None:
+    """Fit an AR prior's codes to the embeddings of a batch."""
+    exact = batch["image_embed"].double()
+    covariance = exact.T.cov(correction=0)
+    stage.quantizer.fit(exact.mean(0), covariance, batch["image_embed"], batch["text_embed"])
+
+
+def tiny_captions(
+    size: int,
+    generator: torch.Generator,
+    embed: int = EMBED,
+    states: int = STATES,
+    length: int = TOKENS,
+    eot: int = 49407,
+) -> dict:
+    """Captions as CLIP encodes them, with images' embeddings: EOT is the last token but one.
+
+    `embed` and `states` are the widths of the CLIP; `eot` must be the largest id.
+    """
+    tokens = torch.randint(1, 100, (size, length), generator=generator)
+    tokens[:, -2] = eot
+    return {
+        "image_embed": torch.randn(size, embed, generator=generator),
+        "text_embed": torch.randn(size, embed, generator=generator),
+        "text_states": torch.randn(size, length, states, generator=generator),
+        "tokens": tokens,
+        "text_mask": torch.arange(length).repeat(size, 1) <= length - 2,
+    }
+
+
 def tiny_batch(name: str, size: int = 4, seed: int = 1) -> dict:
-    """What a stage trains on and draws for."""
+    """A batch for a stage by its name in `STAGES`, to train on and to sample for."""
     generator = torch.Generator().manual_seed(seed)
     batch: dict = {"key": [str(i) for i in range(size)]}
     if name in ("decoder", "upsampler"):
@@ -92,15 +117,7 @@ def tiny_batch(name: str, size: int = 4, seed: int = 1) -> dict:
     if name == "upsampler":
         batch["low_res"] = torch.nn.functional.avg_pool2d(batch["image"], 4)
         return batch
-    tokens = torch.randint(1, 100, (size, TOKENS), generator=generator)
-    tokens[:, 5] = 49407  # EOT: the largest
-    return batch | {
-        "image_embed": torch.randn(size, EMBED, generator=generator),
-        "text_embed": torch.randn(size, EMBED, generator=generator),
-        "text_states": torch.randn(size, TOKENS, STATES, generator=generator),
-        "tokens": tokens,
-        "text_mask": torch.arange(TOKENS).repeat(size, 1) <= 5,
-    }
+    return batch | tiny_captions(size, generator)
 
 
 def on(batch: dict, device: str) -> dict:
@@ -121,7 +138,7 @@ def package_decoder(seed: int = 0, **arguments) -> decoder.Decoder:
         head_width=32,
         embed_dim=256,
     )
-    sampling = decoder.SamplingConfig(sampler="ddim", steps=2)
+    sampling = decoder.DecoderSamplingConfig(sampler="ddim", steps=2)
     diffusion = DiffusionConfig(parametrization="v")
     defaults = {"net": net, "sampling": sampling, "diffusion": diffusion}
     stage = decoder.Decoder(**defaults | arguments)

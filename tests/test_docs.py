@@ -1,5 +1,6 @@
-"""The documentation: links lead somewhere, what pages name exists, every page can be reached, and the
-tutorial's Python gives shards that the loader reads. Building the site is a test of its own."""
+"""The documentation: links lead somewhere, what pages name exists, every page can be reached.
+
+The tutorial's Python gives shards that the loader reads. Building the site is `make docs`."""
 
 import re
 import runpy

@@ -61,7 +61,7 @@ TABLE_3 = {
         f"{NET}.max_codes": 319,  # section 2.2, as are the next four
         f"{NET}.buckets": 1024,
         "model.max_error": 0.01,
-        "model.drop_text": 0.1,
+        "model.cond_dropout": 0.1,
         "model.sampling.dot_percentile": 50,
         **rates(1.6e-4, 0.91, 1e-10, 4.0e-2),
         **run(4096, 1_000_000, 0.999),
@@ -74,7 +74,7 @@ TABLE_3 = {
         f"{NET}.heads": 32,
         **diffusion("cosine", 64, "analytic", "fixed_small", "x0"),
         "model.sampling.num_candidates": 2,  # section 2.2
-        "model.text_dropout": 0.1,
+        "model.cond_dropout": 0.1,
         "model.normalizer": "unit",  # 17.2, appendix C
         **rates(1.1e-4, 0.96, 1e-6, 6.0e-2),
         **run(4096, 600_000, 0.9999),
@@ -91,8 +91,8 @@ TABLE_3 = {
         f"{NET}.embed_tokens": 4,  # section 2.1, as is what is dropped
         f"{TEXT}.pooled": True,  # of the last token, as in GLIDE
         "model.diffusion.max_snr": None,  # each step of the loss counts alike
-        "model.dropout.embed": 0.1,
-        "model.dropout.text": 0.5,
+        "model.cond_dropout.embed": 0.1,
+        "model.cond_dropout.text": 0.5,
         **diffusion("cosine", 250, "ddpm", "learned_range"),
         "model.sampling.guidance_scale": 1.25,  # Table 2
         **rates(1.2e-4, 0.999, 1e-8),

@@ -34,8 +34,8 @@ def types_of(annotation: object) -> set[object]:
 @pytest.mark.parametrize(
     ("prefix", "settings"),
     [
-        ("", [decoder.SamplingConfig]),
-        ("prior-", [diffusion_prior.PriorSamplingConfig, ar_prior.SamplingConfig]),
+        ("", [decoder.DecoderSamplingConfig]),
+        ("prior-", [diffusion_prior.PriorSamplingConfig, ar_prior.ARPriorSamplingConfig]),
         ("upsampler-", [upsampler.UpsamplingConfig]),
     ],
 )

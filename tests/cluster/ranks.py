@@ -29,8 +29,8 @@ from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.stages import base
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.base import OptimizerConfig, Stage
-from unclip_pl.stages.decoder import Decoder, DropoutConfig
-from unclip_pl.stages.decoder import SamplingConfig as DecoderSampling
+from unclip_pl.stages.decoder import CondDropoutConfig, Decoder
+from unclip_pl.stages.decoder import DecoderSamplingConfig as DecoderSampling
 from unclip_pl.stages.diffusion_prior import DiffusionPrior, PriorSamplingConfig
 from unclip_pl.training.checkpoints import NewestCheckpoint
 from unclip_pl.training.ema import EMA
@@ -67,8 +67,13 @@ def decoder() -> Decoder:
         context_width=20,
         checkpointing="selective",
     )
-    sampling = DecoderSampling("ddim", steps=2, guidance_scale=2.0)
-    return Decoder(net, TEXT, dropout=DropoutConfig(), sampling=sampling, optimizer=OPTIMIZER)
+    return Decoder(
+        net,
+        TEXT,
+        cond_dropout=CondDropoutConfig(),
+        sampling=DecoderSampling("ddim", steps=2, guidance_scale=2.0),
+        optimizer=OPTIMIZER,
+    )
 
 
 def prior() -> DiffusionPrior:

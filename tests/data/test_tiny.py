@@ -7,7 +7,7 @@ import pytest
 from tests.data.loaderkit import loader, take
 from tests.data.shardkit import write_shards
 from tests.datamodules.test_prior import module
-from tests.stages.test_diffusion_prior import batch, prior
+from tests.stages.tiny_diffusion_prior import batch, prior
 from unclip_pl.data.embedding_loader import EmbeddingLoader
 from unclip_pl.data.loader import count_steps_per_epoch
 from unclip_pl.data.loader_config import EmbeddingLoaderConfig, LoaderConfig

@@ -9,9 +9,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from tests.cluster.forks import Ranks
 from tests.data.fitkit import SaveAt, data_of, fit
 from tests.data.shardkit import FakeCLIP, write_shards
-from tests.cluster.forks import Ranks
 from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.clip.folder import save_clip
 from unclip_pl.data.loader_config import LoaderConfig

@@ -1,4 +1,6 @@
-"""The analytic variance against the closed form of Gaussian data: exact reverse steps, so that a handful of them keep the covariance."""
+"""The analytic variance against the closed form of Gaussian data: its reverse steps are exact, so
+that a few of them keep the covariance.
+"""
 
 import pytest
 import torch
@@ -31,7 +33,10 @@ def test_variance_is_that_of_the_true_reverse_step(steps):
 
 
 def test_it_is_the_form_of_analytic_dpm():
-    """lambda^2 + (sqrt((1-abar_r)/a) - sqrt(1-abar_s-lambda^2))^2 (1 - E|eps|^2/d), Bao et al. 2022 theorem 1, with eps of the optimal prediction."""
+    """lambda^2 + (sqrt((1-abar_r)/a) - sqrt(1-abar_s-lambda^2))^2 (1 - E|eps|^2/d).
+
+    Bao et al. 2022, theorem 1, with eps of the optimal prediction.
+    """
     schedule = PROCESS.schedule.respaced(20)
     r, s = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
     lam2, ratio = schedule.posterior_variance, r / s

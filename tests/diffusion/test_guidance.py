@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from unclip_pl.diffusion.guidance import dynamic_threshold, guided, static_threshold, thresholded
+from unclip_pl.diffusion.guidance import (
+    classifier_free_guidance,
+    dynamic_threshold,
+    static_threshold,
+    thresholded,
+)
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Prediction, Process
 from unclip_pl.diffusion.samplers import SAMPLERS
@@ -27,7 +32,7 @@ def x_of(size=3):
 def test_scale_one_draws_exactly_what_the_conditional_draws(sampler):
     conditional, null = two_models()
     schedule = PROCESS.schedule.respaced(10)
-    predict = guided(lambda x, t: (conditional(x, t), null(x, t)), 1.0)
+    predict = classifier_free_guidance(lambda x, t: (conditional(x, t), null(x, t)), 1.0)
     draw = SAMPLERS[sampler]
     assert torch.equal(
         draw(predict, x_of(), schedule, noise=Noise([1, 2, 3])),
@@ -38,15 +43,13 @@ def test_scale_one_draws_exactly_what_the_conditional_draws(sampler):
 def test_guidance_extrapolates_x0_and_eps_alike():
     conditional, null = two_models()
     x = x_of()
-    cond, none, ours = (
-        conditional(x, T),
-        null(x, T),
-        guided(lambda x, t: (conditional(x, t), null(x, t)), 3.0)(x, T),
-    )
-    torch.testing.assert_close(ours.eps, none.eps + 3 * (cond.eps - none.eps))
+    cond, uncond = conditional(x, T), null(x, T)
+    both = lambda x, t: (conditional(x, t), null(x, t))
+    ours = classifier_free_guidance(both, 3.0)(x, T)
+    torch.testing.assert_close(ours.eps, uncond.eps + 3 * (cond.eps - uncond.eps))
     torch.testing.assert_close(ours.x0, PROCESS.to_x0(ours.eps, x, T), rtol=1e-4, atol=1e-3)
     assert torch.equal(ours.log_var, cond.log_var)
-    assert torch.equal(guided(lambda x, t: (cond, none), 0.0)(x, T).eps, none.eps)
+    assert torch.equal(classifier_free_guidance(both, 0.0)(x, T).eps, uncond.eps)
 
 
 def test_the_null_branch_sees_the_noised_sample():
@@ -58,7 +61,7 @@ def test_the_null_branch_sees_the_noised_sample():
         return conditional(x, t), null(x, t)
 
     x = x_of().requires_grad_()
-    (gradient,) = torch.autograd.grad(guided(both, 0.0)(x, T).eps.sum(), x)
+    (gradient,) = torch.autograd.grad(classifier_free_guidance(both, 0.0)(x, T).eps.sum(), x)
     assert seen[0] is x and gradient.abs().min() > 0
     torch.testing.assert_close(gradient, 2 * torch.cos(2 * x))
 

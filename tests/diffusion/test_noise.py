@@ -14,11 +14,9 @@ def test_a_sample_has_the_same_noise_in_any_batch():
         assert torch.equal(alone((3, 5, 5))[0], first[k]) and torch.equal(
             alone((3, 5, 5))[0], second[k]
         )
-    assert (
-        torch.equal(first[1], first[3])
-        and not torch.equal(first[0], first[1])
-        and not torch.equal(first, second)
-    )
+    assert torch.equal(first[1], first[3])
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, second)
 
 
 def test_slices_share_the_streams():
@@ -29,7 +27,7 @@ def test_slices_share_the_streams():
 
 def test_like_has_the_shape_and_refuses_another_batch():
     assert Noise([0, 1]).like(torch.zeros(2, 3, 4, dtype=torch.bfloat16)).dtype == torch.float32
-    with pytest.raises(ValueError, match="one seed a sample"):
+    with pytest.raises(ValueError, match="one seed per sample"):
         Noise([0, 1]).like(torch.zeros(3, 4))
 
 

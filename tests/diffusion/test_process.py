@@ -122,7 +122,7 @@ def test_variance_is_bounded_and_can_come_back(bound):
 
 
 def test_without_a_bound_the_variance_of_any_v_is_that_of_the_formula():
-    """Weights that were trained without one, such as Karlo's, give |v| > 2 too, and draw with it."""
+    """Weights that were trained without one, such as Karlo's, give |v| > 2 and sample with it."""
     process = Process(DiffusionConfig(variance_bound=None))
     low, high = process.schedule.posterior_log_variance[300], process.schedule.betas[300].log()
     v = torch.tensor([[-7.0], [-2.5], [0.3], [2.5], [7.0]], requires_grad=True)

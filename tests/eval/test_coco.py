@@ -20,7 +20,7 @@ from tests.eval import tiny
 from tests.eval.test_reference import photograph
 from unclip_pl.data.decoding import decode
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.stages.diffusion_prior import PriorSamplingConfig
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import to_uint8
@@ -133,7 +133,7 @@ def test_figures_are_those_of_the_pictures_that_the_stages_draw(ran, stages):
     chosen = one_per_picture(captions, COUNT, "x")
     unclip = UnCLIP.load(stages["decoder"], "diffusion", upsamplers=[stages["upsampler"]])
     prior = unclip.prior.sampling
-    sampling = SamplingConfig(sampler="ddim", steps=2, guidance_scale=1.25)
+    sampling = DecoderSamplingConfig(sampler="ddim", steps=2, guidance_scale=1.25)
     prior = PriorSamplingConfig("ddim", 2, prior.guidance_scale)
     texts = [caption.text for caption in chosen]
     pairs = [
@@ -182,7 +182,7 @@ def test_a_run_that_was_stopped_goes_on_and_has_the_figures_of_a_whole_one(
 def test_two_ranks_share_the_images_and_have_the_figures_of_one(ran, stages, tmp_path):
     """Rank 0 has two of the three shards of each point, rank 1 the other."""
     ranks = Ranks(tmp_path / "output", lambda: coco.main(words(stages, tmp_path / "two")), 2)
-    assert ranks.wait() == [0, 0], ranks.said()[-3000:]
+    assert ranks.wait() == [0, 0], ranks.output()[-3000:]
 
     def samples(folder):
         return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.tar")}

@@ -183,11 +183,9 @@ def test_options_have_the_names_and_kinds_of_those_of_generate(command):
 @pytest.mark.parametrize(
     ("command", "old", "new"),
     [
-        (fid, "--ckpt", "--decoder"),
         (fid, "--bootstrap", "--resamples"),
         (clip_score, "--clip", "--score-clip"),
         (compare, "--seeds", "--num-images"),
-        (sweep, "--ckpt", "--decoder"),
         (coco, "--count", "--num-captions"),
     ],
 )
@@ -212,3 +210,9 @@ def test_commands_of_the_documentation_parse(line):
     name, *words = shlex.split(line)
     commands = {f"eval.{command.__name__.rpartition('.')[2]}": command for command in COMMANDS}
     assert commands[name].build_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("command", [fid, clip_score, sweep])
+def test_a_decoder_may_also_be_named_as_a_checkpoint(command):
+    arguments = command.build_parser().parse_args(["--ckpt", "newest.ckpt"])
+    assert arguments.decoder == "newest.ckpt"

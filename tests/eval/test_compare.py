@@ -187,7 +187,7 @@ def test_a_second_run_draws_nothing_and_has_the_same_figures(ran, stages, monkey
 def test_two_ranks_give_the_same_pictures_and_figures(ran, stages, tmp_path):
     """Forks with the environment of `torchrun --nproc-per-node 2`."""
     ranks = Ranks(tmp_path / "output", lambda: compare.main(words(stages, tmp_path / "two")), 2)
-    assert ranks.wait() == [0, 0], ranks.said()[-3000:]
+    assert ranks.wait() == [0, 0], ranks.output()[-3000:]
     two = json.loads((tmp_path / "two" / "compare.json").read_text())
 
     def samples(folder: Path) -> dict[Path, bytes]:

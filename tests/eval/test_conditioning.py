@@ -11,7 +11,7 @@ from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.decoding import decode
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
-from unclip_pl.stages.ar_prior import ARPrior, SamplingConfig
+from unclip_pl.stages.ar_prior import ARPrior, ARPriorSamplingConfig
 
 SEED = 5
 
@@ -35,7 +35,7 @@ def all_conditions(request, tmp_path_factory, shard):
         conditioning.from_caption(image, captions, SEED),
         conditioning.from_text(image, captions, SEED),
         conditioning.from_text(text, captions, SEED, "text-decoder"),
-        conditioning.from_prior("ar", image, unclip, {}, SamplingConfig(), captions, SEED),
+        conditioning.from_prior("ar", image, unclip, {}, ARPriorSamplingConfig(), captions, SEED),
         conditioning.from_image(image, captions, SEED),
     ]
     return request.param, {condition.name: condition for condition in conditions}

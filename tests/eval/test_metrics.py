@@ -153,7 +153,7 @@ def test_two_ranks_give_the_figures_of_one_also_where_one_has_no_images(tmp_path
         distributed.destroy_process_group()
 
     ranks = Ranks(tmp_path / "output", work, 2)
-    assert ranks.wait() == [0, 0], ranks.said()[-3000:]
+    assert ranks.wait() == [0, 0], ranks.output()[-3000:]
     shared, of_one = json.loads((tmp_path / "0.json").read_text())
     expected = figures(lambda x: x)
     assert of_one == pytest.approx(expected, rel=1e-9)

@@ -15,7 +15,7 @@ from eval.metrics import FrechetDistance
 from eval.stored import StoredImages
 from tests.eval import tiny
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.utils.images import to_uint8
 
 
@@ -78,7 +78,7 @@ def test_a_points_figures_are_those_of_its_pictures(ran, stages):
     captions = read_captions(str(stages["shard"]))
     network, metric = load_features("clip"), FrechetDistance(256)
     texts = [caption.text for caption in captions]
-    sampling = SamplingConfig("dpm_solver_pp", 3)
+    sampling = DecoderSamplingConfig("dpm_solver_pp", 3)
     images = UnCLIP.load(stages["decoder"]).generate(texts, range(8), "text", sampling=sampling)
     shard = out / "samples" / "dpm_solver_pp-3-1" / "00000.tar"
     (batch,) = StoredImages(str(shard)).batches(8)

@@ -14,7 +14,7 @@ from unclip_pl.networks.text import TextConfig
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.pipeline import release
 from unclip_pl.pipeline.release import Release
-from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 from unclip_pl.stages.upsampler import NET as UPSAMPLER_NET
 from unclip_pl.stages.upsampler import Upsampler256, UpsamplingConfig
 
@@ -37,7 +37,7 @@ def decoder(folder: Path, condition: str = "image", seed: int = 0, pooled: bool 
     stage = Decoder(
         net=NET,
         text=TextConfig("states", states_width=80, pooled=pooled),
-        sampling=SamplingConfig(sampler="ddim", steps=2),
+        sampling=DecoderSamplingConfig(sampler="ddim", steps=2),
         diffusion=DiffusionConfig(parametrization="v"),
         condition=condition,
     )

@@ -10,7 +10,7 @@ from unclip_pl.manipulate import (
     image_to_image,
     inpaint,
 )
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.utils.errors import UserError
 
 every_sampler = pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_inpainting_keeps_what_is_known_and_draws_the_rest(unclip, sampler, eta)
     images = pictures().clamp(-1, 1)
     mask = torch.zeros(2, 1, 16, 16, dtype=torch.bool)
     mask[:, :, 4:12, 4:12] = True
-    settings = SamplingConfig(sampler=sampler, steps=5, eta=eta)
+    settings = DecoderSamplingConfig(sampler=sampler, steps=5, eta=eta)
     drawn = inpaint(unclip, None, [0, 1], sampling=settings, images=images, mask=mask)
     inside = mask.expand_as(images)
     assert torch.equal(drawn[~inside], images[~inside])
@@ -55,7 +55,7 @@ def test_inpainting_follows_what_is_known_the_more_the_more_rounds(
     monkeypatch.setattr(unclip.decoder, "predictor", lambda *_: predict)
     known = torch.full((4, 3, 16, 16), 0.6)
     mask = torch.arange(16).ge(8).expand(4, 1, 16, 16)
-    settings = SamplingConfig(sampler=sampler, steps=40, eta=eta)
+    settings = DecoderSamplingConfig(sampler=sampler, steps=40, eta=eta)
     means = []
     for rounds in (0, 3):
         start = {"images": known, "mask": mask, "rounds": rounds}
@@ -81,7 +81,7 @@ def test_impossible_masks_are_sentences(unclip, make, word):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_strength_0_gives_the_picture_and_1_forgets_it(unclip, sampler):
-    images, settings = pictures(), SamplingConfig(sampler=sampler, steps=6)
+    images, settings = pictures(), DecoderSamplingConfig(sampler=sampler, steps=6)
 
     def draw(strength):
         start = {"images": images, "strength": strength}
@@ -94,7 +94,7 @@ def test_strength_0_gives_the_picture_and_1_forgets_it(unclip, sampler):
 
 def test_distance_grows_with_strength(gaussian):
     images = pictures(8).clamp(-1, 1)
-    settings = SamplingConfig(sampler="ddim", steps=20)
+    settings = DecoderSamplingConfig(sampler="ddim", steps=20)
 
     def distance(strength):
         start = {"images": images, "strength": strength}

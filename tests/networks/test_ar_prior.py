@@ -1,4 +1,6 @@
-"""The AR prior's network: nothing flows back, the null knows no text, one token at a time equals all at once, nucleus and temperature."""
+"""The AR prior's network: it is causal, the null knows no text, one token at a time equals all at
+once, and nucleus and temperature do what they say.
+"""
 
 from dataclasses import replace
 
@@ -191,9 +193,8 @@ def test_draws_have_the_distribution_and_zero_temperature_has_the_mode():
     )
     assert (drawn.bincount(minlength=5) / 40000 - logits.softmax(0)).abs().max() < 0.01
     assert (sample_top_p(logits.expand(9, -1), torch.rand(9), temperature=0) == 1).all()
-    assert (
-        sample_top_p(logits[None], torch.tensor([1 - 2**-24])).item() == 3
-    )  # never one of no probability
+    # Never one of no probability.
+    assert sample_top_p(logits[None], torch.tensor([1 - 2**-24])).item() == 3
     before = logits.clone()
     sample_top_p(logits[None], torch.tensor([0.5]), 0.5, 0.5)
     assert torch.equal(logits, before)

@@ -1,4 +1,4 @@
-"""Activation checkpointing changes memory only: gradients are equal to the bit, also with dropout."""
+"""Activation checkpointing changes only memory: gradients stay equal, with dropout too."""
 
 import copy
 import pickle

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
 
+from tests.factories import fill_zeros
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.ar_prior import ARPriorConfig
@@ -13,7 +13,7 @@ from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
 from unclip_pl.networks.text import TextConfig
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.stages.ar_prior import ARPrior
-from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior, PriorSamplingConfig
 from unclip_pl.stages.upsampler import NET, Upsampler256, UpsamplingConfig
 from unclip_pl.utils.errors import UserError
@@ -27,7 +27,7 @@ def decoder() -> Decoder:
         dropout=0.0, embed_dim=DIM, context_width=16, checkpointing="selective",
     )  # fmt: skip
     text = TextConfig(kind="states", states_width=10)
-    return Decoder(net, text, sampling=SamplingConfig("ddim", steps=2, guidance_scale=2.0))
+    return Decoder(net, text, sampling=DecoderSamplingConfig("ddim", steps=2, guidance_scale=2.0))
 
 
 def upsampler() -> Upsampler256:
@@ -92,9 +92,7 @@ def test_compiled_equals_eager(name, backend, device):
         pytest.skip("a GPU compiles every stage")
     torch.manual_seed(0)
     stage = STAGES[name]()
-    for parameter in stage.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
+    fill_zeros(stage, 0.1)
     stage = stage.to(device)
     given = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch().items()}
     eager, names = results(stage, given), list(stage.state_dict())

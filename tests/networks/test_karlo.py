@@ -1,4 +1,6 @@
-"""A second opinion: diffusers' modules, shaped as Karlo's decoder but small, give the same output on the same random weights."""
+"""A second opinion: small modules of diffusers in the shape of Karlo's decoder give the same output
+for the same random weights.
+"""
 
 import pytest
 import torch
@@ -210,16 +212,23 @@ def test_karlo_is_the_size_of_karlo():
     big = UNetConfig(width=320, embed_dim=768, context_width=1536)
     with torch.device("meta"):
         net = UNet(big)
-    own = sum(p.numel() for name, p in net.named_parameters() if not name.startswith("clip_to_"))
-    projections = sum(
-        p.numel() for name, p in net.named_parameters() if name.startswith("clip_to_")
-    )
+    sizes = {name: parameter.numel() for name, parameter in net.named_parameters()}
+    projections = sum(size for name, size in sizes.items() if name.startswith("clip_to_"))
+    own = sum(sizes.values()) - projections
     assert projections == 769 * (1280 + 6144)
     with torch.device("meta"):
         reference = diffusers.UNet2DConditionModel(
-            sample_size=64, in_channels=3, out_channels=6, layers_per_block=3, block_out_channels=(320, 640, 960, 1280),
-            down_block_types=("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3), mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-            up_block_types=(*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"), cross_attention_dim=1536, attention_head_dim=64,
-            class_embed_type="identity", resnet_time_scale_shift="scale_shift",
-        )  # fmt: skip
+            sample_size=64,
+            in_channels=3,
+            out_channels=6,
+            layers_per_block=3,
+            block_out_channels=(320, 640, 960, 1280),
+            down_block_types=("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=(*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"),
+            cross_attention_dim=1536,
+            attention_head_dim=64,
+            class_embed_type="identity",
+            resnet_time_scale_shift="scale_shift",
+        )
     assert own == sum(p.numel() for p in reference.parameters())

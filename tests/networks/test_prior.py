@@ -1,4 +1,6 @@
-"""The diffusion prior's network: diffusers' PriorTransformer on the same weights, causality, what a dropped caption hides, and the cached prefix."""
+"""The diffusion prior's network: diffusers' PriorTransformer on the same weights, causality, what a
+dropped caption hides, and the cached prefix.
+"""
 
 import pytest
 import torch
@@ -44,7 +46,7 @@ def noised(size: int = 3) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_karlos_prior_is_one_configuration_of_it(padded):
-    """diffusers' PriorTransformer, with Karlo's options and small widths, through the key map of its checkpoints."""
+    """A small PriorTransformer of diffusers with Karlo's options, by the key map of checkpoints."""
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.PriorTransformer(
         num_attention_heads=4,
@@ -92,10 +94,8 @@ def test_karlos_prior_is_one_configuration_of_it(padded):
             )
     assert set(source) <= {"clip_mean", "clip_std", "causal_attention_mask"}
     missing = ours.load_state_dict(state, strict=False)
-    assert (
-        set(missing.missing_keys) == {"null_text", "null_text_embed"}
-        and not missing.unexpected_keys
-    )
+    assert set(missing.missing_keys) == {"null_text", "null_text_embed"}
+    assert not missing.unexpected_keys
 
     given = inputs(length=7)
     given |= {"states": torch.randn(3, 7, 12), "text_embed": given["text_embed"].float()}
@@ -140,9 +140,8 @@ def test_masked_padding_is_left_out_of_the_sequence():
             **{key: value.to("meta") for key, value in given.items()},
         )
     assert widths == [7 + 4]
-    assert (
-        net.encode_text(torch.ones(3, dtype=torch.bool), **given).past[0].shape[1] == 5 + 1
-    )  # the longest caption and z_t, of 7 + 1
+    # The longest caption and z_t, of 7 + 1.
+    assert net.encode_text(torch.ones(3, dtype=torch.bool), **given).past[0].shape[1] == 5 + 1
 
 
 @pytest.mark.parametrize("padding", ["learned", "masked"])

@@ -11,8 +11,8 @@ from unclip_pl.networks.renamed import rename
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.pipeline import release
 from unclip_pl.pipeline.weights import load_stage
-from unclip_pl.stages.base import as_config
 from unclip_pl.stages.decoder import Decoder
+from unclip_pl.stages.settings import as_config
 
 # a few of each stage, as version 0.1.0's first releases had them
 OLD = {

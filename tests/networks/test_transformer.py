@@ -1,4 +1,4 @@
-"""The causal Transformer: nothing flows back, padding, earlier keys and values, and only the outputs that are wanted."""
+"""The causal Transformer: no token sees later ones, padding, cached keys and values, `last`."""
 
 import math
 
@@ -23,11 +23,8 @@ def naive(q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor | None) -> torch
         for i in range(queries):
             seen = [j for j in range(keys - queries + i + 1) if mask is None or mask[b, j]]
             for h in range(heads):
-                weights = (
-                    torch.stack([q[b, i, h] @ kv[b, j, 0, h] for j in seen])
-                    .div(math.sqrt(width))
-                    .softmax(0)
-                )
+                scores = torch.stack([q[b, i, h] @ kv[b, j, 0, h] for j in seen])
+                weights = (scores / math.sqrt(width)).softmax(0)
                 out[b, i, h] = sum(w * kv[b, j, 1, h] for w, j in zip(weights, seen, strict=True))
     return out.flatten(2)
 
@@ -36,15 +33,9 @@ def naive(q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor | None) -> torch
 @pytest.mark.parametrize("padded", [False, True])
 def test_causal_attention_against_token_by_token(queries, padded):
     torch.manual_seed(1)
-    q, kv = (
-        torch.randn(2, queries, 2, 4, dtype=torch.float64),
-        torch.randn(2, 5, 2, 2, 4, dtype=torch.float64),
-    )
-    mask = (
-        torch.tensor([[True, True, False, False, True], [True, False, True, True, True]])
-        if padded
-        else None
-    )
+    q = torch.randn(2, queries, 2, 4, dtype=torch.float64)
+    kv = torch.randn(2, 5, 2, 2, 4, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0, 0, 1], [1, 0, 1, 1, 1]]).bool() if padded else None
     torch.testing.assert_close(attention(q, *kv.unbind(2), mask, causal=True), naive(q, kv, mask))
 
 
@@ -57,18 +48,15 @@ def test_no_token_sees_what_follows(model):
 @pytest.mark.parametrize("padded", [False, True])
 def test_going_on_equals_all_at_once(model, padded):
     x = torch.randn(2, 7, 32, dtype=torch.float64)
-    mask = (
-        torch.tensor([[True] * 7, [True, True, False, False, True, True, True]]) if padded else None
-    )
+    mask = torch.tensor([[1] * 7, [1, 1, 0, 0, 1, 1, 1]]).bool() if padded else None
     whole = model(x, mask)
     first, past = model.extend(x[:, :4], None, None if mask is None else mask[:, :4])
-    kept = [kv.clone() for kv in past]
+    before = [kv.clone() for kv in past]
     second, longer = model.extend(x[:, 4:6], past, None if mask is None else mask[:, :6])
     third, _ = model.extend(x[:, 6:], longer, mask)
     torch.testing.assert_close(torch.cat([first, second, third], dim=1), whole)
-    assert all(torch.equal(a, b) for a, b in zip(past, kept, strict=True)), (
-        "the past was changed in place"
-    )
+    unchanged = [torch.equal(a, b) for a, b in zip(past, before, strict=True)]
+    assert all(unchanged)  # not in place
 
 
 def test_last_outputs_alone_are_the_same(model):

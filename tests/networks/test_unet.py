@@ -1,4 +1,6 @@
-"""The U-Net: sizes of the published shapes, gradients, masks, checkpointing, cached context, patches, memory format, types."""
+"""The U-Net: parameter counts of published shapes, gradients, masks, cached context, patches,
+memory format and types.
+"""
 
 from dataclasses import replace
 
@@ -290,7 +292,7 @@ def test_missing_and_surplus_conditions_are_refused():
         UNet(PLAIN)(x, t, embed=torch.randn(2, 12))
     with pytest.raises(ValueError, match="context_width 0"):
         UNet(PLAIN)(x, t, context=torch.randn(2, 5, 24))
-    with pytest.raises(ValueError, match="given no `context`"):
+    with pytest.raises(ValueError, match="no `context`"):
         UNet(replace(SMALL, embed_dim=0))(x, t)
     with pytest.raises(ValueError, match="low_res_channels"):
         UNet(PLAIN)(x, t, low_res=x)

@@ -1,4 +1,7 @@
-"""Float64 references for spoiled conditions: one pixel and one tap at a time. Pictures are numpy arrays (H, W) or (3, H, W)."""
+"""Float64 references for degraded conditions, one pixel and one tap at a time.
+
+Images are numpy arrays (H, W) or (3, H, W).
+"""
 
 import math
 
@@ -6,7 +9,7 @@ import numpy as np
 
 
 def mirror(index, size):
-    """Walk inwards from the border that was crossed, turning round at the first and last pixel, until inside."""
+    """Reflect an index at the first and last pixel until it is inside."""
     while not 0 <= index < size:
         index = -index if index < 0 else 2 * (size - 1) - index
         if size == 1:
@@ -31,7 +34,7 @@ def convolve(picture, kernel):
 
 
 def gaussian_kernel(size, covariance):
-    """Density of a two-dimensional normal with this covariance of (x, y) on a grid around the middle, of sum 1."""
+    """Density of a normal with this covariance of (x, y) on a grid around 0, scaled to sum 1."""
     precision = np.linalg.inv(covariance)
     kernel = np.zeros((size, size))
     for i in range(size):
@@ -72,7 +75,8 @@ def bicubic(picture, height, width):
 
 
 def blur_and_subsample(picture, sigma, factor):
-    """Each small pixel is a Gaussian mean, in a window of 12 pixels each way, around the centre of its factor x factor pixels."""
+    """Each small pixel is a Gaussian mean, in a window of 12 pixels each way, around the centre of
+    its factor x factor pixels."""
     height, width = picture.shape
     result = np.zeros((height // factor, width // factor))
     for i in range(height // factor):
@@ -89,7 +93,8 @@ def blur_and_subsample(picture, sigma, factor):
 
 
 def correlated_covariance(matrix, shares):
-    """(2 / 255)^2 |U^T D U| with U the left singular vectors of `matrix`, found as eigenvectors of M M^T, and D of `shares`."""
+    """(2 / 255)^2 |U^T D U|, with U the left singular vectors of `matrix` (eigenvectors of M M^T)
+    and D of `shares`."""
     values, vectors = np.linalg.eigh(matrix @ matrix.T)
     U = vectors[:, np.argsort(-values)]
     product = np.zeros((3, 3))
@@ -102,7 +107,7 @@ def correlated_covariance(matrix, shares):
 
 
 def centroid(picture):
-    """(y, x) centre of mass in units of the picture's side, so that pictures of any size compare."""
+    """(y, x) centre of mass in units of the image's side, so that images of any size compare."""
     height, width = picture.shape
     y = sum((i + 0.5) / height * picture[i].sum() for i in range(height)) / picture.sum()
     x = sum((j + 0.5) / width * picture[:, j].sum() for j in range(width)) / picture.sum()

@@ -1,4 +1,4 @@
-"""Float64 references for diffusion: scalar formulas of DDPM, IDDPM and DDIM written out with loops, for agreement and not for speed."""
+"""Float64 references for diffusion: the formulas of DDPM, IDDPM and DDIM in plain loops."""
 
 import math
 
@@ -35,7 +35,7 @@ def strided(T, K):
 
 
 def posterior(abar_t, abar_s, x0, x_t):
-    """Mean and variance of q(x_s | x_t, x_0) by Bayes' rule for a product of two Gaussians in x_s."""
+    """Mean and variance of q(x_s | x_t, x_0), by Bayes' rule for a product of two Gaussians."""
     ratio = abar_t / abar_s  # x_t = sqrt(ratio) x_s + sqrt(1 - ratio) n
     if abar_s == 1:
         return x0, 0.0
@@ -77,7 +77,7 @@ def kl_by_integration(mean1, var1, mean2, var2, points=200_001):
 
 
 def discretised_nll(x, mean, log_var):
-    """-log of the normal mass in x's bin of 256 levels, open at both ends, with the exact cdf of `math.erf`; nats."""
+    """-log of the normal mass in x's bin of 256 levels, open at both ends, in nats."""
     std = math.exp(0.5 * log_var)
     cdf = lambda u: 0.5 * (1 + math.erf(u / math.sqrt(2)))
     low = 0.0 if x < -0.999 else cdf((x - mean - 1 / 255) / std)

@@ -11,7 +11,7 @@ from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.clip.folder import save_clip
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.stages.base import OptimizerConfig
-from unclip_pl.stages.clip import CLIP, shaken
+from unclip_pl.stages.clip import CLIP, random_affine
 from unclip_pl.training.retrieval import recall_at
 
 
@@ -36,9 +36,8 @@ def test_loss_is_symmetric_cross_entropy_over_scaled_cosines(stage):
     given = batch()
     image, text = stage.eval().embed(given["image"], given["tokens"])
     torch.testing.assert_close(image.norm(dim=1), torch.ones(6))
-    logits = (
-        1 / 0.07 * image.double() @ text.double().T
-    )  # temperature at the start: CLIP, section 2.5
+    # Temperature at the start: CLIP, section 2.5.
+    logits = 1 / 0.07 * image.double() @ text.double().T
     right = torch.arange(6)
     expected = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
     torch.testing.assert_close(stage.loss(given)["loss"].double(), expected, rtol=1e-4, atol=1e-5)
@@ -68,21 +67,20 @@ def test_exported_folder_embeds_as_the_stage_does(stage, tmp_path):
     clip, given = FrozenCLIP(CLIPConfig(model=f"local-dir:{tmp_path / 'clip'}")), batch()
     with torch.no_grad():
         image, text = stage.eval().embed(given["image"], given["tokens"])
-    assert (
-        F.cosine_similarity(clip.embed_images(given["image"]), image).min() > 0.999
-    )  # weights in float16
+    # Weights in float16.
+    assert F.cosine_similarity(clip.embed_images(given["image"]), image).min() > 0.999
     assert F.cosine_similarity(clip.embed_text(given["tokens"]).embed, text).min() > 0.999
 
 
 def test_shaking_moves_drawings_and_keeps_white():
     white = torch.ones(4, 3, 32, 32)
-    torch.testing.assert_close(shaken(white, 1.0), white)
+    torch.testing.assert_close(random_affine(white, 1.0), white)
     dot = white.clone()
     dot[:, :, 12:20, 12:20] = -1
-    moved = shaken(dot, 1.0)
+    moved = random_affine(dot, 1.0)
     assert not torch.allclose(moved, dot) and (moved.min() < -0.9) and moved.max() <= 1 + 1e-5
     assert not torch.allclose(moved[0], moved[1])
-    assert shaken(dot, 0.0) is dot
+    assert random_affine(dot, 0.0) is dot
 
 
 def test_recall_counts_ties_against_the_model():

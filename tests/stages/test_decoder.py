@@ -1,14 +1,19 @@
-"""The decoder: drops as the paper says, conditions that matter, guidance that is applied, samples that do not depend on their batch."""
+"""The decoder: it drops as in the paper, conditions and guidance matter, and a sample does not
+depend on its batch.
+"""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.factories import fill_zeros, randomise, tiny_captions
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.text import TextConfig
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.stages.base import OptimizerConfig
-from unclip_pl.stages.decoder import Decoder, DropoutConfig, SamplingConfig
+from unclip_pl.stages.decoder import CondDropoutConfig, Decoder, DecoderSamplingConfig
 
 NET = UNetConfig(
     image_size=16,
@@ -24,32 +29,17 @@ NET = UNetConfig(
 TEXT = TextConfig(kind="states", states_width=10)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def decoder(**changes) -> Decoder:
     stage = Decoder(net=NET, text=TEXT, **changes)
-    for parameter in stage.net.parameters():  # outputs start at zero: make them speak
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
+    fill_zeros(stage.net)
     return stage
 
 
 def batch(size: int = 4) -> dict:
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(1, 100, (size, 6), generator=generator)
-    tokens[:, 4] = 49407
-    return {
-        "key": [str(i) for i in range(size)],
-        "image": torch.rand(size, 3, 16, 16, generator=generator) * 2 - 1,
-        "image_embed": torch.randn(size, 12, generator=generator),
-        "text_embed": torch.randn(size, 12, generator=generator),
-        "text_states": torch.randn(size, 6, 10, generator=generator),
-        "tokens": tokens,
-        "text_mask": torch.arange(6).repeat(size, 1) <= 4,
-    }
+    image = torch.rand(size, 3, 16, 16, generator=generator) * 2 - 1
+    captions = tiny_captions(size, generator, embed=12, states=10, length=6)
+    return captions | {"key": [str(i) for i in range(size)], "image": image}
 
 
 def test_loss_is_a_mean_over_samples_and_every_parameter_gets_a_gradient():
@@ -62,7 +52,7 @@ def test_loss_is_a_mean_over_samples_and_every_parameter_gets_a_gradient():
 
 
 def test_embedding_and_caption_are_dropped_independently_at_their_rates():
-    stage = decoder(dropout=DropoutConfig(embed=0.1, text=0.5))
+    stage = decoder(cond_dropout=CondDropoutConfig(embed=0.1, text=0.5))
     kept = []
     conditions = stage.conditions
     stage.conditions = lambda b, size, embed, text: (
@@ -78,27 +68,27 @@ def test_embedding_and_caption_are_dropped_independently_at_their_rates():
 
 
 def test_dropped_embedding_has_no_influence_and_a_kept_one_has():
-    stage = decoder(dropout=DropoutConfig(embed=1.0, text=1.0)).eval()
+    stage = decoder(cond_dropout=CondDropoutConfig(embed=1.0, text=1.0)).eval()
     one, two = batch(), batch() | {"image_embed": torch.randn(4, 12)}
     loss = lambda b: stage.loss(b, torch.Generator().manual_seed(3))["loss"]
     assert torch.equal(loss(one), loss(two))
-    stage.dropout = DropoutConfig(embed=0.0, text=1.0)
+    stage.cond_dropout = CondDropoutConfig(embed=0.0, text=1.0)
     assert not torch.equal(loss(one), loss(two))
 
 
 @pytest.mark.parametrize("null", ["learned", "zeros"])
 def test_null_embedding_is_learned_or_zero(null):
-    stage = decoder(dropout=DropoutConfig(null_embed=null))
+    stage = decoder(cond_dropout=CondDropoutConfig(null_embed=null))
     assert (dict(stage.named_parameters()).get("null_embed") is not None) == (null == "learned")
     assert stage.null_embed.any() == (null == "learned")
     assert "null_embed" in stage.state_dict()
 
 
 def test_embedding_is_seen_at_one_scale():
-    """A CLIP whose embeddings are ten times as long must not make another picture (unit norm at the network's door)."""
+    """Embeddings ten times as long must not change the image: the network sees unit norm."""
     stage = decoder().eval()
     given = batch()
-    settings = SamplingConfig(sampler="ddim", steps=3)
+    settings = DecoderSamplingConfig(sampler="ddim", steps=3)
     same = stage.sample(
         given | {"image_embed": given["image_embed"] * 10}, Noise(range(4)), settings
     )
@@ -110,7 +100,8 @@ def test_embedding_is_seen_at_one_scale():
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm_solver_pp"])
 def test_image_k_is_the_same_in_any_batch(sampler):
     stage = decoder().eval()
-    given, settings = batch(), SamplingConfig(sampler=sampler, steps=4, guidance_scale=2.0, eta=0.5)
+    given = batch()
+    settings = DecoderSamplingConfig(sampler=sampler, steps=4, guidance_scale=2.0, eta=0.5)
     whole = stage.sample(given, Noise([5, 6, 7, 8]), settings)
     part = stage.sample({key: value[1:3] for key, value in given.items()}, Noise([6, 7]), settings)
     torch.testing.assert_close(whole[1:3], part, rtol=1e-4, atol=1e-4)
@@ -123,7 +114,7 @@ def test_guidance_is_applied_and_one_is_none():
     draw = lambda scale, b=given: stage.sample(
         b,
         Noise(range(4)),
-        SamplingConfig(sampler="ddim", steps=3, guidance_scale=scale, threshold=None),
+        DecoderSamplingConfig(sampler="ddim", steps=3, guidance_scale=scale, threshold=None),
     )
     assert (draw(1.0) - draw(3.0)).abs().max() > 1e-3
     null = draw(1.0, {})  # nothing given: the null branch alone
@@ -132,7 +123,7 @@ def test_guidance_is_applied_and_one_is_none():
 
 def test_every_condition_changes_the_picture():
     stage = decoder().eval()
-    given, settings = batch(), SamplingConfig(sampler="ddim", steps=3)
+    given, settings = batch(), DecoderSamplingConfig(sampler="ddim", steps=3)
     draw = lambda b: stage.sample(b, Noise(range(4)), settings)
     for change in (
         {"image_embed": torch.randn(4, 12)},
@@ -153,11 +144,11 @@ def test_wrong_number_of_output_channels_is_a_sentence():
 
 def test_hyperparameters_rebuild_the_stage():
     stage = decoder(
-        diffusion=DiffusionConfig(parametrization="v"), sampling=SamplingConfig(steps=7)
+        diffusion=DiffusionConfig(parametrization="v"), sampling=DecoderSamplingConfig(steps=7)
     )
     again = Decoder(**stage.hparams)
     again.load_state_dict(stage.state_dict())
-    settings = SamplingConfig(sampler="ddim", steps=2)
+    settings = DecoderSamplingConfig(sampler="ddim", steps=2)
     assert torch.equal(
         again.eval().sample(batch(), Noise(range(4)), settings),
         stage.eval().sample(batch(), Noise(range(4)), settings),
@@ -167,7 +158,8 @@ def test_hyperparameters_rebuild_the_stage():
 
 @pytest.mark.slow
 def test_it_overfits_eight_pictures():
-    """Eight flat pictures of different colours, told apart by their embeddings alone: each must come back in its own colour."""
+    """Eight flat images of different colours, which only their embeddings tell apart: each must
+    come back in its own colour."""
     stage = Decoder(
         net=UNetConfig(
             image_size=8,
@@ -201,7 +193,7 @@ def test_it_overfits_eight_pictures():
         stage.loss(many)["loss"].backward()
         optimizer.step()
     drawn = stage.eval().sample(
-        data, Noise(range(8)), SamplingConfig(sampler="ddim", steps=20, guidance_scale=1.0)
+        data, Noise(range(8)), DecoderSamplingConfig(sampler="ddim", steps=20, guidance_scale=1.0)
     )
     assert (drawn.mean((2, 3)) - colours).abs().max() < 0.25
 
@@ -222,7 +214,7 @@ def test_decoder_on_text_embeddings_trains_and_draws_as_one_on_image_embeddings_
         for parameter in stage.net.parameters():
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(4))
     draw = lambda stage, entries: stage.eval().sample(
-        entries, Noise(range(4)), SamplingConfig(sampler="ddim", steps=2)
+        entries, Noise(range(4)), DecoderSamplingConfig(sampler="ddim", steps=2)
     )
     assert torch.equal(draw(text, given), draw(image, swapped)) and not torch.equal(
         draw(text, given), draw(image, given)
@@ -235,26 +227,22 @@ def test_condition_that_is_none_of_the_two_is_refused_and_older_releases_have_th
     with pytest.raises(ValueError, match='knows no condition "caption"'):
         decoder(condition="caption")
     older = {name: value for name, value in decoder().hparams.items() if name != "condition"}
-    assert (
-        Decoder(**older).condition == "image"
-        and Decoder(**decoder(condition="text").hparams).condition == "text"
-    )
+    assert Decoder(**older).condition == "image"
+    assert Decoder(**decoder(condition="text").hparams).condition == "text"
 
 
 def test_validation_tells_the_loss_with_captions_from_that_with_dropped_ones():
     stage, given, logged = decoder(), batch(16), {}
-    with torch.no_grad():
-        for parameter in stage.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))  # what starts at zero hides captions
+    randomise(stage)
     stage.eval()
     stage.log_dict = lambda values, **_: logged.update(values)
     stage.log = lambda name, value, **_: logged.update({name: value})
     with torch.no_grad():
         stage.validation_step(given, 3)
-        one, kept = (
-            stage.loss(given, torch.Generator().manual_seed(3), text_dropout)["per_sample"]
-            for text_dropout in (None, 0.0)
-        )
+        generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+        one = stage.loss(given, generators[0])["per_sample"]
+        captioned = replace(stage.cond_dropout, text=0.0)
+        kept = stage.loss(given, generators[1], captioned)["per_sample"]
     same = torch.isclose(one, kept, rtol=1e-4)
     assert 2 < same.sum() < 14  # the same noise, and half of the captions dropped
     assert logged["val/loss_captioned"].isfinite()

@@ -1,4 +1,6 @@
-"""The embedding job over several ranks: one that is killed loses the others nothing, and the store ends up as one process makes it."""
+"""The embedding job on several ranks: a killed rank costs the others nothing, and the store becomes
+the same as with one process.
+"""
 
 import os
 import signal
@@ -12,8 +14,17 @@ from tests.data.shardkit import write_shards
 
 
 def arguments(folder, store):
-    return ["predict", "-c", "stages/embed.yaml", "--data.train", str(folder / "{00000..00007}.tar"), "--data.val", "null", "--data.store", str(store),
-            "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]  # fmt: skip
+    shards = str(folder / "{00000..00007}.tar")
+    return [
+        *("predict", "-c", "stages/embed.yaml", "--data.train", shards, "--data.val", "null"),
+        *("--data.store", str(store), "--trainer.accelerator", "cpu"),
+        *("--trainer.enable_progress_bar", "false"),
+    ]
+
+
+def visible(folder):
+    """The names of a store's files, without its locks."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 @pytest.mark.slow
@@ -21,26 +32,21 @@ def arguments(folder, store):
 def test_a_store_of_four_ranks_of_which_one_was_killed_is_that_of_one_process(tmp_path):
     (tmp_path / "shards").mkdir()
     write_shards(tmp_path / "shards", [6] * 8)
-    killed = Ranks(tmp_path / "killed", arguments(tmp_path / "shards", tmp_path / "four"), 4)
-    killed.until(lambda: len(list((tmp_path / "four").glob("*.safetensors"))) >= 1, 400)
+    four, one = tmp_path / "four", tmp_path / "one"
+    killed = Ranks(tmp_path / "killed", arguments(tmp_path / "shards", four), 4)
+    killed.until(lambda: len(list(four.glob("*.safetensors"))) >= 1, 400)
     os.kill(killed.pids[3], signal.SIGKILL)
     codes = killed.wait(400)
-    assert codes[3] == -signal.SIGKILL and not (tmp_path / "four" / "manifest.json").exists()
-    assert (
-        Ranks(tmp_path / "again", arguments(tmp_path / "shards", tmp_path / "four"), 4).wait(400)
-        == [0] * 4
-    )
-    alone = Ranks(tmp_path / "alone", arguments(tmp_path / "shards", tmp_path / "one"))
-    assert alone.wait(400) == [0], alone.output()[-3000:]
-    ours, theirs = (
-        sorted(path.name for path in (tmp_path / name).iterdir() if not path.name.startswith("."))
-        for name in ("four", "one")
-    )
-    assert ours == theirs and len([name for name in ours if name.endswith(".safetensors")]) == 8
-    for name in ours:
-        if name.endswith(".safetensors"):
-            a, b = load_file(tmp_path / "four" / name), load_file(tmp_path / "one" / name)
-            assert all(torch.equal(a[key], b[key]) for key in b)
-    assert (tmp_path / "four" / "manifest.json").read_text() == (
-        tmp_path / "one" / "manifest.json"
-    ).read_text()
+    assert codes[3] == -signal.SIGKILL and not (four / "manifest.json").exists()
+    again = Ranks(tmp_path / "again", arguments(tmp_path / "shards", four), 4)
+    assert again.wait(400) == [0] * 4
+    single = Ranks(tmp_path / "single", arguments(tmp_path / "shards", one))
+    assert single.wait(400) == [0], single.output()[-3000:]
+
+    assert visible(four) == visible(one)
+    shards = [name for name in visible(one) if name.endswith(".safetensors")]
+    assert len(shards) == 8
+    for name in shards:
+        ours, theirs = load_file(four / name), load_file(one / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert (four / "manifest.json").read_text() == (one / "manifest.json").read_text()

@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import Callback
 
 from tests.training.toy import Toy, loader, trainer
-from unclip_pl.stages.base import OptimizerConfig, as_config, plain
+from unclip_pl.stages.base import OptimizerConfig
+from unclip_pl.stages.settings import as_config, plain
 from unclip_pl.utils.errors import UserError
 
 

@@ -22,8 +22,7 @@ class Toy(Stage):
         optimizer: OptimizerConfig = OptimizerConfig(lr=0.1, warmup_steps=2),
         noise: float = 0.01,
     ) -> None:
-        super().__init__()
-        self.remember(optimizer, width=width, noise=noise)
+        super().__init__(width=width, optimizer=optimizer, noise=noise)
         self.noise = noise
         self.net = nn.Linear(width, 1)
         self.register_buffer("counter", torch.zeros((), dtype=torch.int64))

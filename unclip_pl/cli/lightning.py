@@ -9,6 +9,7 @@ import sys
 import warnings
 
 from unclip_pl import __version__
+from unclip_pl.cli.config_checks import check_configs
 from unclip_pl.cli.configs import config_folder, find_configs
 from unclip_pl.data.names import refuse_loose_shards
 from unclip_pl.utils import signals
@@ -65,9 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
     silence_lightning()
     try:
         refuse_loose_shards(arguments)
+        arguments = find_configs(arguments)
+        check_configs(arguments)
         from unclip_pl.cli.lightning_cli import build_cli
 
-        build_cli(expand_resume(find_configs(arguments)))
+        build_cli(expand_resume(arguments))
     except UserError as error:
         if not isinstance(error, SharedError) or rank() == 0:
             # an error of a loader's worker has that process's traceback before the sentence

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from unclip_pl.manipulate import Latent
-    from unclip_pl.stages.decoder import SamplingConfig
+    from unclip_pl.stages.decoder import DecoderSamplingConfig
 
 UNSAFE = r"[^-\w.,+ ]"
 """Characters of a label that have no place in a file's name."""
@@ -95,14 +95,16 @@ class Session:
             "eta": eta,
         }
 
-    def sampling(self, eta: float | None = None) -> "SamplingConfig":
+    def sampling(self, eta: float | None = None) -> "DecoderSamplingConfig":
         """The decoder's own settings, changed by the options. With `eta` the default is DDIM."""
         options = self._options(eta)
         if eta is not None:
             options["sampler"] = options["sampler"] or "ddim"
         return override_sampling(self.unclip.decoder, options)
 
-    def inversion_sampling(self, latent: "Latent", eta: float | None = None) -> "SamplingConfig":
+    def inversion_sampling(
+        self, latent: "Latent", eta: float | None = None
+    ) -> "DecoderSamplingConfig":
         """The settings that draw a latent again, changed by the options."""
         from unclip_pl.manipulate import inversion_sampling
 

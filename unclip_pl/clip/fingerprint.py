@@ -6,7 +6,7 @@ one fixed caption. Whatever was made with a CLIP keeps its fingerprint, and is r
 
 import base64
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from torch import Tensor
 from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.clip.loading import import_open_clip
 from unclip_pl.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from unclip_pl.clip.frozen import FrozenCLIP
 
 FIXED_CAPTION = "a red apple on a blue table"
 TOLERANCE = 0.04
@@ -33,8 +30,8 @@ class ClipMismatch(UserError):
     """Something was made with another CLIP than the one at hand."""
 
 
-def compute_fingerprint(clip: "FrozenCLIP") -> Fingerprint:
-    """Names and sizes of a CLIP, and its embeddings of the fixed picture and caption."""
+def compute_fingerprint(clip: Any) -> Fingerprint:
+    """Names and sizes of a `FrozenCLIP`, and its embeddings of the fixed picture and caption."""
     quick_gelu = import_open_clip().transformer.QuickGELU
     cfg = clip.model.visual.preprocess_cfg
     has_quick_gelu = any(isinstance(module, quick_gelu) for module in clip.model.modules())

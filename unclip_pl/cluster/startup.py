@@ -195,8 +195,8 @@ def find_data_problems(shares: list[tuple[str, dict[str, Any] | None]]) -> list[
     """One sentence for each problem with the data that the ranks read.
 
     Args:
-        shares: for each rank its name and the `rank_summary()` of its loader; None: its data cannot be
-            compared.
+        shares: for each rank its name and the `rank_summary()` of its loader; None: its data
+            cannot be compared.
     """
     first_name, first = shares[0]
     problems = []

@@ -1,1 +1,4 @@
-"""Gaussian diffusion in discrete time (DDPM, IDDPM, DDIM): tensors in, tensors out; no network, no Lightning."""
+"""Gaussian diffusion in discrete time (DDPM, IDDPM, DDIM): tensors in, tensors out.
+
+No networks and no Lightning.
+"""

@@ -1,6 +1,6 @@
-"""Functions from Predict to Predict: classifier-free guidance (Ho and Salimans 2022), thresholds of x0, and known pixels (as RePaint keeps them).
+"""Functions from Predict to Predict: guidance, thresholds of x0, and known pixels.
 
-Order: adapt, guide, threshold, repaint.
+Apply them in this order: adapt (`Process.adapt`), guide, threshold, repaint.
 """
 
 from collections.abc import Callable
@@ -10,35 +10,44 @@ from torch import Tensor
 
 from unclip_pl.diffusion.process import Predict, Prediction, Process
 
-Both = Callable[[Tensor, Tensor], tuple[Prediction, Prediction]]
+CondAndUncond = Callable[[Tensor, Tensor], tuple[Prediction, Prediction]]
+"""(x, t) -> (conditional, unconditional) predictions."""
 
 
-def guided(both: Both, scale: float) -> Predict:
-    """null + scale (conditional - null), for x0 and eps alike; scale 1 is the conditional, 0 the null. Variance: the conditional's.
+def classifier_free_guidance(cond_and_uncond: CondAndUncond, scale: float) -> Predict:
+    """Classifier-free guidance (Ho and Salimans 2022): uncond + scale (cond - uncond).
 
-    `both(x, t) -> (conditional, null)`: one doubled batch or two passes over the same x_t, as the stage likes.
+    Args:
+        cond_and_uncond: both predictions for the same x_t, from one doubled batch (see
+            `batched_cfg`) or from two passes.
+        scale: 1 is the conditional prediction, 0 the unconditional one.
+
+    Returns:
+        `predict` with x0 and eps guided; the variance is that of the conditional prediction.
     """
 
     def predict(x: Tensor, t: Tensor) -> Prediction:
-        cond, null = both(x, t)
-        return cond._replace(
-            x0=torch.lerp(null.x0, cond.x0, scale), eps=torch.lerp(null.eps, cond.eps, scale)
-        )
+        cond, uncond = cond_and_uncond(x, t)
+        x0 = torch.lerp(uncond.x0, cond.x0, scale)
+        eps = torch.lerp(uncond.eps, cond.eps, scale)
+        return cond._replace(x0=x0, eps=eps)
 
     return predict
 
 
-def halves(predict: Predict) -> Both:
-    """`predict` whose conditions are a doubled batch, (conditional, null), as a pair for the x_t of a single one."""
+def batched_cfg(predict: Predict) -> CondAndUncond:
+    """Both predictions in one pass of `predict`.
 
-    def both(x: Tensor, t: Tensor) -> tuple[Prediction, Prediction]:
-        conditional, null = zip(
-            *(value.chunk(2) for value in predict(torch.cat([x, x]), torch.cat([t, t]))),
-            strict=True,
-        )
-        return Prediction(*conditional), Prediction(*null)
+    The conditions inside `predict` are a doubled batch: the conditional rows first, then the
+    unconditional ones. The result takes a single batch x_t and doubles it.
+    """
 
-    return both
+    def cond_and_uncond(x: Tensor, t: Tensor) -> tuple[Prediction, Prediction]:
+        prediction = predict(torch.cat([x, x]), torch.cat([t, t]))
+        cond, uncond = zip(*(value.chunk(2) for value in prediction), strict=True)
+        return Prediction(*cond), Prediction(*uncond)
+
+    return cond_and_uncond
 
 
 def static_threshold(x0: Tensor, limit: float = 1.0) -> Tensor:
@@ -49,15 +58,17 @@ def static_threshold(x0: Tensor, limit: float = 1.0) -> Tensor:
 def dynamic_threshold(
     x0: Tensor, limit: float = 1.0, quantile: float = 0.995, ceiling: float | None = None
 ) -> Tensor:
-    """x0 of each sample clamped to its `quantile` s of |x0| and divided back into [-limit, limit] where s > limit (Imagen, section 2.3).
+    """Dynamic thresholding (Imagen, section 2.3).
 
-    `ceiling`: s is at most this; None: no bound. x0 (B, ...).
+    Each sample of x0 (B, ...) is clamped to the `quantile` s of its |x0|. Where s > limit, the
+    sample is then scaled back into [-limit, limit].
+
+    Args:
+        ceiling: s is at most this; None: no bound.
     """
-    # one sample at a time: torch.quantile refuses more than 2^24 elements
-    s = torch.stack([torch.quantile(row, quantile) for row in x0.abs().flatten(1)]).clamp(
-        limit, ceiling
-    )
-    s = s.view((-1,) + (1,) * (x0.ndim - 1))
+    # One sample at a time: torch.quantile refuses more than 2^24 elements.
+    s = torch.stack([torch.quantile(row, quantile) for row in x0.abs().flatten(1)])
+    s = s.clamp(limit, ceiling).view((-1,) + (1,) * (x0.ndim - 1))
     return torch.minimum(torch.maximum(x0, -s), s) * (limit / s)
 
 
@@ -70,9 +81,14 @@ THRESHOLDS: dict[str, Callable[..., Tensor]] = {
 def thresholded(
     predict: Predict, process: Process, mode: str | None = "static", **options: float | None
 ) -> Predict:
-    """`predict` with x0 held in range and eps derived again from it, so that both still describe x_t.
+    """`predict` with x0 kept in range, and eps computed again so that both still describe x_t.
 
-    mode: "static", "dynamic" or None (unchanged); options: those of the threshold (limit; quantile, ceiling). ValueError for another mode.
+    Args:
+        mode: "static", "dynamic", or None for `predict` itself.
+        options: of the threshold (limit; quantile, ceiling).
+
+    Raises:
+        ValueError: there is no such mode.
     """
     if mode is None:
         return predict
@@ -91,17 +107,22 @@ def thresholded(
 
 
 def repainted(predict: Predict, process: Process, known: Tensor, mask: Tensor) -> Predict:
-    """`predict` for a sample of which a part is known: where `mask` is False, x0 is `known` and eps what x_t then holds; `predict` sees all of x_t.
+    """`predict` for a sample of which a part is known (after RePaint, Lugmayr et al. 2022).
 
-    The posterior of DDPM and the step of DDIM, given x0, are those of the forward process: so the known part passes through its own noisy versions, drawn
-    jointly over the steps, where RePaint (Lugmayr et al. 2022, eq. 8) draws each anew, and ends as `known` exactly. known (B, ...), mask broadcastable.
+    Where `mask` is False, x0 is `known` and eps is what x_t then contains; `predict` sees all of
+    x_t. The posterior of DDPM and the step of DDIM, given x0, are those of the forward process, so
+    the known part passes through noisy versions of itself that belong together, and ends as
+    `known` exactly. RePaint (eq. 8) draws each of them independently instead.
+
+    Args:
+        known: (B, ...), the clean sample.
+        mask: bool, broadcastable to x_t; True where `predict` decides.
     """
 
     def predict_rest(x: Tensor, t: Tensor) -> Prediction:
         prediction = predict(x, t)
         x0 = torch.where(mask, prediction.x0, known)
-        return prediction._replace(
-            x0=x0, eps=torch.where(mask, prediction.eps, process.x0_to_eps(x0, x, t))
-        )
+        eps = torch.where(mask, prediction.eps, process.x0_to_eps(x0, x, t))
+        return prediction._replace(x0=x0, eps=eps)
 
     return predict_rest

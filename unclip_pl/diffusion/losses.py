@@ -1,4 +1,7 @@
-"""L_simple and L_hybrid = L_simple + lambda L_vlb (IDDPM, Nichol and Dhariwal 2021, section 3.1). Per sample, float32, L_vlb in bits per dimension."""
+"""L_simple, and L_hybrid = L_simple + lambda L_vlb (IDDPM, Nichol and Dhariwal 2021, section 3.1).
+
+Per sample, in float32; L_vlb is in bits per dimension.
+"""
 
 import math
 from typing import NamedTuple
@@ -8,29 +11,37 @@ from torch import Tensor
 
 from unclip_pl.diffusion.process import Process
 
-HALF_BIN = 1 / 255  # half of one of 256 levels in [-1, 1]
-GAP_BOUND = 1e3  # means further apart than this count as this far: keeps the KL finite
+HALF_BIN = 1 / 255
+"""Half of one of the 256 grey levels in [-1, 1]."""
+GAP_BOUND = 1e3
+"""Means further apart than this count as this far apart, which keeps the KL divergence finite."""
 
 
 class Losses(NamedTuple):
-    """What a loss gives for each sample, (B,) each.
-
-    `loss`: what to minimise; `mse`: the squared error of the output, not weighted; `vb`: the term
-    of L_vlb at t in bits per dimension, or None.
-    """
+    """The parts of a loss, (B,) each."""
 
     loss: Tensor
+    """What to minimise."""
     mse: Tensor
+    """The squared error of the output, not weighted."""
     vb: Tensor | None
+    """The term of L_vlb at t in bits per dimension; None where the variance is fixed."""
 
 
 def simple(
     output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor, process: Process
 ) -> Losses:
-    """Squared error of the network's raw output (B, C or 2C, ...) against `process.target`, weighted
-    by `process.loss_weights`; variance channels are left out.
+    """Squared error of the network's output against `process.target`.
 
-    x0, x_t, noise (B, C, ...), t int64 (B,). ValueError where the output has other channels than the process needs.
+    It is weighted by `process.loss_weights`. Variance channels are left out.
+
+    Args:
+        output: the raw output (B, C or 2C, ...).
+        x0, x_t, noise: (B, C, ...).
+        t: (B,) int64.
+
+    Raises:
+        ValueError: the output has other channels than the process needs.
     """
     predicted, _ = process.split(output, x_t)
     mse = _mean(_error(predicted, x0, t, noise, process).square())
@@ -46,11 +57,13 @@ def hybrid(
     process: Process,
     vlb_weight: float = 0.001,
 ) -> Losses:
-    """weighted mse + vlb_weight * T * vb: the one t that was drawn stands for the T terms of L_vlb; `simple` where the variance is fixed.
+    """Weighted mse + vlb_weight * T * vb; `simple` where the variance is fixed.
 
-    Only the variance learns from vb (the mean is detached). x0 (B, C, ...) in [-1, 1]: the term of t = 0 counts 256 grey levels.
-    Never NaN for a finite or infinite output where the process has a `variance_bound`, for v is held
-    within it, and the distance of the means within GAP_BOUND.
+    The one t that was drawn stands for the T terms of L_vlb. Only the variance learns from vb,
+    because the mean is detached. For a finite or infinite output the loss is never NaN if the
+    process has a `variance_bound`, which limits v, as GAP_BOUND limits the distance of the means.
+
+    Arguments as in `simple`, with x0 in [-1, 1]: the term of t = 0 counts 256 grey levels.
     """
     if process.config.variance != "learned_range":
         return simple(output, x0, x_t, t, noise, process)
@@ -68,15 +81,14 @@ def _error(predicted: Tensor, x0: Tensor, t: Tensor, noise: Tensor, process: Pro
 def _vlb_term(
     predicted: Tensor, v: Tensor | None, x0: Tensor, x_t: Tensor, t: Tensor, process: Process
 ) -> Tensor:
-    """(B,) bits per dimension: KL(q(x_{t-1} | x_t, x_0) || p) for t > 0, -log p(x_0 | x_1) for t = 0.
+    """One term of L_vlb, (B,) in bits per dimension.
 
-    Both means have the same share of x_t, so they differ by weight_x0 (x0_hat - x0).
+    KL(q(x_{t-1} | x_t, x_0) || p) for t > 0, -log p(x_0 | x_1) for t = 0. Both means have the same
+    share of x_t, so they differ by weight_x0 (x0_hat - x0).
     """
     column = (-1,) + (1,) * (x_t.ndim - 1)
-    weight_x0, true_log_var = (
-        process.posterior_weights[t, 0].view(column),
-        process.log_variances[t, 0].view(column),
-    )
+    weight_x0 = process.posterior_weights[t, 0].view(column)
+    true_log_var = process.log_variances[t, 0].view(column)
     gap = (weight_x0 * (process.to_x0(predicted, x_t, t) - x0)).clamp(-GAP_BOUND, GAP_BOUND)
     log_var = process.log_variance(v, t, x_t.ndim)
     nats = torch.where(
@@ -95,14 +107,17 @@ def gaussian_kl(gap: Tensor, log_var1: Tensor, log_var2: Tensor) -> Tensor:
 
 
 def discretised_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """-log of the mass that N(mean, e^log_var) has in the bin of x, in nats, elementwise (DDPM section 3.3).
+    """-log of the mass that N(mean, e^log_var) has in the bin of x (DDPM section 3.3).
 
-    x in [-1, 1] on 256 levels; the outermost bins are open. The normal cdf is the tanh approximation; probabilities at least 1e-12.
+    In nats, elementwise. x is in [-1, 1] on 256 levels; the outermost bins are open. The normal
+    distribution function is the tanh approximation, and probabilities are at least 1e-12.
     """
     inverse_std = (-0.5 * log_var).exp()
     above = _normal_cdf((x - mean + HALF_BIN) * inverse_std)
     below = _normal_cdf((x - mean - HALF_BIN) * inverse_std)
-    mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    mass = above - below
+    mass = torch.where(x > 0.999, 1 - below, mass)
+    mass = torch.where(x < -0.999, above, mass)
     return -mass.clamp(min=1e-12).log()
 
 

@@ -78,7 +78,7 @@ class Schedule:
 
     @cached_property
     def posterior_log_variance(self) -> Tensor:
-        """(K,) log btilde with entry 1 in the place of entry 0 (whose logarithm is -inf); log beta
+        """(K,) log btilde with entry 1 in place of entry 0 (whose logarithm is -inf); log beta
         where there is one step."""
         first = self.posterior_variance[1:2] if len(self) > 1 else self.betas
         return torch.cat([first, self.posterior_variance[1:]]).log()
@@ -101,7 +101,7 @@ class Schedule:
             spec: int K, evenly round(i (T-1)/(K-1)), for K = 1 the noisiest; a list or tuple of
                 counts, one for each equal section; "ddimK", the smallest stride r with K positions
                 0, r, 2r, ...; "fast27", GLIDE's 27 steps for DDIM: the sections 10, 10, 3, 2, 2,
-                with T-3 in the place of the noisiest position T-1.
+                with T-3 in place of the noisiest position T-1.
         """
         return self.at(_positions(spec, len(self)))
 
@@ -117,7 +117,7 @@ class Schedule:
 
 
 def check_spacing(spec: object, who: str) -> None:
-    """ValueError unless `spec` is a spacing of some schedule; `who` draws: "The decoder"."""
+    """ValueError unless `spec` is a spacing of a schedule; `who` begins the sentence."""
     if isinstance(spec, str):
         known = re.fullmatch(r"fast27|(ddim)?0*[1-9]\d*", spec) is not None
     else:
@@ -125,7 +125,7 @@ def check_spacing(spec: object, who: str) -> None:
         known = bool(counts) and all(type(count) is int and count > 0 for count in counts)
     if not known:
         raise ValueError(
-            f"{who} cannot draw in {spec} steps: give a number of 1 or more, numbers for equal "
+            f"{who} cannot sample in {spec} steps: give a number of 1 or more, numbers for equal "
             'sections of the timesteps ([10, 10, 3, 2, 2]), "fast27", or "ddim" and a number '
             '("ddim25").'
         )

@@ -13,7 +13,7 @@ from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.diffusion.schedule import Schedule
 from unclip_pl.manipulate.latent import check_image_size
 from unclip_pl.pipeline.unclip import Callback, UnCLIP
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.utils.errors import UserError
 
 RESAMPLE_FRACTION = 0.3
@@ -25,7 +25,7 @@ def inpaint(
     image_embed: Tensor | None,
     seeds: Sequence[int],
     captions: Sequence[str] | None = None,
-    sampling: SamplingConfig | None = None,
+    sampling: DecoderSamplingConfig | None = None,
     callback: Callback | None = None,
     *,
     images: Tensor,
@@ -96,7 +96,7 @@ def image_to_image(
     image_embed: Tensor | None,
     seeds: Sequence[int],
     captions: Sequence[str] | None = None,
-    sampling: SamplingConfig | None = None,
+    sampling: DecoderSamplingConfig | None = None,
     callback: Callback | None = None,
     *,
     images: Tensor,

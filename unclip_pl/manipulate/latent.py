@@ -17,7 +17,7 @@ from unclip_pl.diffusion import samplers
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.schedule import Schedule, Spacing, check_spacing
 from unclip_pl.pipeline.unclip import Callback, UnCLIP
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file
 
@@ -115,7 +115,7 @@ def decoder_identity(unclip: UnCLIP) -> dict[str, Any]:
     return {"schedule": schedule, "weights": digest.hexdigest()}
 
 
-def inversion_sampling(unclip: UnCLIP, steps: Spacing, **changes: Any) -> SamplingConfig:
+def inversion_sampling(unclip: UnCLIP, steps: Spacing, **changes: Any) -> DecoderSamplingConfig:
     """The settings of an inversion and of the way back: DDIM with eta 0.
 
     There is no guidance and no threshold, because both would leave the inverted path. `changes`
@@ -175,7 +175,7 @@ def decode(
     latent: Latent,
     seeds: Sequence[int],
     captions: Sequence[str] | None = None,
-    sampling: SamplingConfig | None = None,
+    sampling: DecoderSamplingConfig | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Draw from z_i and x_T with any sampler, by default as `inversion_sampling` says.

@@ -10,7 +10,7 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.manipulate.latent import Latent, decode, inversion_sampling
 from unclip_pl.manipulate.spherical import check_theta, slerp
 from unclip_pl.pipeline.unclip import Callback, UnCLIP
-from unclip_pl.stages.decoder import SamplingConfig
+from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.utils.errors import UserError
 
 
@@ -52,7 +52,7 @@ def interpolate(
     b: Latent,
     theta: Tensor,
     seed: int | None = None,
-    sampling: SamplingConfig | None = None,
+    sampling: DecoderSamplingConfig | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Draw images between a and b (unCLIP 3.2).
@@ -94,7 +94,7 @@ def text_diff(
     source: Sequence[str] | None,
     target: Sequence[str],
     theta: Tensor,
-    sampling: SamplingConfig | None = None,
+    sampling: DecoderSamplingConfig | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Change images as captions say (unCLIP 3.3).

@@ -1,1 +1,1 @@
-"""Networks: nn.Modules of torch alone, tensors in and tensors out, each with one frozen config."""
+"""Networks: nn.Modules that need only torch, from tensors to tensors, each with a frozen config."""

@@ -5,10 +5,10 @@ A causal Transformer over caption, z_t, dot-product token and the codes of z_i:
     reads     encoded caption (L) | z_t | z_i . z_t | code 1 | ... | code K-1
     predicts                                code 1  | code 2 | ... | code K
 
-The prediction is K logits over the buckets. The paper's latent decoder has 384 positions, too few
-for 256 text tokens and 319 codes; its text says prefix, and so it is one here. Learned embeddings,
-not a mask, fill what a prefix lacks. Where the dot product stands and whether a dropped text drops
-it too are settings: the paper can be read both ways.
+The prediction is K times logits over the buckets. The paper's latent decoder has 384 positions, too
+few for 256 text tokens and 319 codes, and its text calls the caption a prefix, so it is one here.
+Learned embeddings, not a mask, fill the empty positions of a prefix. The paper can be read both
+ways on where the dot product goes and on whether a dropped text drops it too: both are settings.
 """
 
 from collections.abc import Callable
@@ -34,14 +34,14 @@ class ARPriorConfig:
     depth: int = 6
     heads: int = 4
     max_codes: int = 64
-    """The most codes an embedding may have; the data decides (see `EmbeddingQuantizer`)."""
+    """The most codes an embedding may have; the data decide (see `EmbeddingQuantizer`)."""
     buckets: int = 1024
     dot_first: bool = False
-    """The dot-product token stands before the caption ("prepended" to all of the sequence), not
+    """The dot-product token comes before the caption ("prepended" to the whole sequence), not
     between z_t and the codes."""
     drop_dot: bool = True
-    """A dropped text drops the dot product too, which reveals z_t. The paper names the text only as
-    dropped: false keeps it, in the null branch of guidance as well."""
+    """A dropped text drops the dot product too, which reveals z_t. The paper mentions only the text
+    as dropped: false keeps the dot product, in the unconditional branch of guidance as well."""
     checkpointing: Checkpointing = "none"
     """Activations computed again in the backward pass: "none", "selective" or "full"."""
 
@@ -63,24 +63,21 @@ class ARPriorNet(nn.Module):
         width = config.width
         self.config, self.length = config, 0 if text.kind == "none" else text.context_length
         self.text = TextContext(text, width, 0, config.embed_dim)
-        self.padding_embedding = (
-            nn.Parameter(torch.randn(self.length, width) * 0.01) if text.kind == "states" else None
-        )  # a "transformer" pads by itself
+        self.padding_embedding: nn.Parameter | None = None  # a "transformer" pads by itself
+        if text.kind == "states":
+            self.padding_embedding = nn.Parameter(torch.randn(self.length, width) * 0.01)
         self.normalizer = EmbeddingNormalizer(config.embed_dim, "unit")
         self.text_embed_proj = nn.Linear(config.embed_dim, width)
         if text.null == "learned":
             self.null_text_embed = nn.Parameter(torch.randn(width) * 0.01)
         else:
             self.empty_text_embed = nn.Buffer(torch.ones(config.embed_dim))
-        self.dot_embedding = nn.Embedding(
-            config.buckets + 1, width
-        )  # the last one stands for a dropped text
-        self.code_embedding = nn.Embedding(
-            config.buckets, width
-        )  # of all dimensions: a bucket is the same quantile in each
-        self.position_embedding = nn.Parameter(
-            torch.randn(self.length + 1 + config.max_codes, width) * 0.01
-        )
+        # The last row is for a dropped text.
+        self.dot_embedding = nn.Embedding(config.buckets + 1, width)
+        # The same for all dimensions: a bucket is the same quantile in each.
+        self.code_embedding = nn.Embedding(config.buckets, width)
+        positions = self.length + 1 + config.max_codes
+        self.position_embedding = nn.Parameter(torch.randn(positions, width) * 0.01)
         self.transformer = Transformer(
             width, config.depth, config.heads, causal=True, checkpointing=config.checkpointing
         )
@@ -100,7 +97,7 @@ class ARPriorNet(nn.Module):
         mask: Tensor | None = None,
         states: Tensor | None = None,
     ) -> Tensor:
-        """All that stands before the codes; without `text_embed` every text is dropped.
+        """The sequence in front of the codes. Without `text_embed` every text is dropped.
 
         Args:
             keep: (B,) bool, False where caption and z_t are dropped, and the dot product with them
@@ -117,21 +114,15 @@ class ARPriorNet(nn.Module):
         """
         if text_embed is None:
             keep = torch.zeros_like(keep)
-        null = self._null_text_embed().expand(len(keep), -1)
-        z_t = (
-            null
-            if text_embed is None
-            else torch.where(
-                keep[:, None],
-                self.text_embed_proj(self.normalizer.normalize(text_embed).to(null.dtype)),
-                null,
-            )
-        )
-        none = torch.full_like(keep, self.config.buckets, dtype=torch.int64)
+        z_t = self._null_text_embed().expand(len(keep), -1)
+        if text_embed is not None:
+            projected = self.text_embed_proj(self.normalizer.normalize(text_embed).to(z_t.dtype))
+            z_t = torch.where(keep[:, None], projected, z_t)
+        dropped = torch.full_like(keep, self.config.buckets, dtype=torch.int64)
         if dot is None:
-            bucket = none
+            bucket = dropped
         else:
-            bucket = torch.where(keep, dot, none) if self.config.drop_dot else dot
+            bucket = torch.where(keep, dot, dropped) if self.config.drop_dot else dot
         dot_token = self.dot_embedding(bucket).to(z_t.dtype)[:, None]
         parts = [z_t[:, None]]
         if self.length:
@@ -153,13 +144,13 @@ class ARPriorNet(nn.Module):
         self.empty_text_embed.copy_(text_embed)
 
     def _null_text_embed(self) -> Tensor:
-        """(width,): what stands for the z_t of a dropped caption."""
+        """(width,): what replaces the z_t of a dropped caption."""
         if self.text.config.null == "learned":
             return self.null_text_embed
         return self.text_embed_proj(self.normalizer.normalize(self.empty_text_embed[None]))[0]
 
     def _padded(self, context: Tensor, mask: Tensor | None) -> Tensor:
-        """The caption at full length, learned embeddings where it has no token.
+        """The caption at full length, with learned embeddings where it has no token.
 
         (B, S, width), (B, S) -> (B, L, width).
         """
@@ -195,13 +186,13 @@ class ARPriorNet(nn.Module):
         top_p: float = 1.0,
         callback: Callable[[int, int], object] | None = None,
     ) -> Tensor:
-        """Draw one code after another; keys and values of earlier tokens are kept.
+        """Draw one code after another, caching keys and values of earlier tokens.
 
         Args:
             prefix: (B, P, width), with its text.
             uniform: (B, K) in [0, 1), one number per code.
             null: (B, P, width), without text; None for no guidance.
-            guidance_scale: s of null + s (conditional - null), on the logits; not used without
+            guidance_scale: s of uncond + s (cond - uncond), on the logits; not used without
                 `null`.
             temperature, top_p: see `sample_top_p`.
             callback: called with (step, steps) after each code.
@@ -209,21 +200,19 @@ class ARPriorNet(nn.Module):
         Returns:
             (B, K) int64.
         """
-        x, past, codes = prefix if null is None else torch.cat([prefix, null]), None, []
+        x = prefix if null is None else torch.cat([prefix, null])
+        past, codes = None, []
         steps = uniform.shape[1]
         for k in range(steps):
             hidden, past = self.step(x, past)
             logits = self.head(hidden).float()
             if null is not None:
-                conditional, without = logits.chunk(2)
-                logits = without + guidance_scale * (conditional - without)
+                cond, uncond = logits.chunk(2)
+                logits = uncond + guidance_scale * (cond - uncond)
             codes.append(sample_top_p(logits, uniform[:, k], temperature, top_p))
             if k + 1 < steps:
-                x = (
-                    self.embed_codes(codes[-1][:, None], k)
-                    .to(prefix.dtype)
-                    .repeat(1 if null is None else 2, 1, 1)
-                )
+                x = self.embed_codes(codes[-1][:, None], k).to(prefix.dtype)
+                x = x if null is None else torch.cat([x, x])
             if callback:
                 callback(k + 1, steps)
         return torch.stack(codes, dim=1)
@@ -237,7 +226,7 @@ class ARPriorNet(nn.Module):
 def smooth_table(buckets: int, width: int, waves: int = 16) -> Tensor:
     """Random smooth functions of the bucket, of unit variance, (buckets, width).
 
-    Buckets are ordered, so that neighbours begin alike.
+    Buckets are ordered, and neighbours start with similar embeddings.
     """
     level = (torch.arange(buckets) + 0.5) / buckets
     frequency = torch.arange(1, waves + 1)
@@ -248,30 +237,30 @@ def smooth_table(buckets: int, width: int, waves: int = 16) -> Tensor:
 def sample_top_p(
     logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p: float = 1.0
 ) -> Tensor:
-    """Draw from softmax(logits / temperature), cut to its nucleus.
+    """Sample from softmax(logits / temperature), cut to its nucleus (Holtzman et al. 2020).
 
-    The distribution function is inverted in the buckets' order.
+    The distribution function is inverted, with the buckets in their order.
 
     Args:
         logits: (B, N) float32.
         uniform: (B,) in [0, 1); numbers close to each other give buckets close to each other.
         temperature: 0 takes the most probable.
-        top_p: share of probability kept: the fewest most probable buckets that hold at least so
-            much (Holtzman et al. 2020); 1 keeps all.
+        top_p: the nucleus is the smallest set of most probable buckets that together have at least
+            this probability; 1: all buckets.
 
     Returns:
         (B,) int64.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    share = (logits / temperature).softmax(-1)
+    probability = (logits / temperature).softmax(-1)
     if top_p < 1:
-        ordered, order = share.sort(dim=-1, descending=True, stable=True)
-        kept = ordered.cumsum(-1) - ordered < top_p  # the most probable always is: 0 < top_p
-        share = share * torch.zeros_like(kept).scatter(-1, order, kept)
-    upto = share.cumsum(-1)
+        ordered, order = probability.sort(dim=-1, descending=True, stable=True)
+        # The most probable bucket is always inside, because 0 < top_p.
+        inside = ordered.cumsum(-1) - ordered < top_p
+        probability = probability * torch.zeros_like(inside).scatter(-1, order, inside)
+    upto = probability.cumsum(-1)
     total = upto[:, -1:]
-    target = torch.minimum(
-        uniform.to(upto)[:, None] * total, torch.nextafter(total, torch.zeros_like(total))
-    )
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    target = torch.minimum(uniform.to(upto)[:, None] * total, below_total)
     return torch.searchsorted(upto, target, right=True)[:, 0]

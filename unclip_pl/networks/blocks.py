@@ -64,7 +64,7 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Residual self-attention over pixels; context tokens are further keys and values (GLIDE).
 
-    Context keys stand in front of the image's own, and one softmax goes over both.
+    Context keys come in front of the image's own, and one softmax covers both.
     """
 
     def __init__(self, channels: int, head_width: int, context_width: int = 0) -> None:

@@ -1,8 +1,8 @@
-"""The scale on which a network sees CLIP embeddings: unit norm x 0.5375 sqrt(D) (unCLIP; 17.2 at D
-= 1024) or mean and std (Karlo).
+"""The scale on which a network sees CLIP embeddings: norm 0.5375 sqrt(D) (unCLIP; 17.2 at D = 1024)
+or zero mean and unit variance (Karlo).
 
-Embeddings come and go as CLIP gives them, float32 (B, D), not normalised; the numbers are buffers
-and so are saved with the weights.
+Outside of the network embeddings are as CLIP gives them, float32 (B, D), not normalised. The
+statistics are buffers, and so are saved with the weights.
 """
 
 import math
@@ -18,8 +18,8 @@ class EmbeddingNormalizer(nn.Module):
 
     Args:
         dim: D.
-        mode: "none" leaves them; "unit" gives each the norm 0.5375 sqrt(D), which loses its own, so
-            that `denormalize` returns to the data's root mean square norm (1 before `fit`);
+        mode: "none" changes nothing; "unit" gives each embedding the norm 0.5375 sqrt(D), and
+            `denormalize` gives it the root mean square norm of the data (1 before `fit`);
             "standard" is (z - mean) / std (0 and 1 before `fit`).
 
     Raises:
@@ -47,7 +47,7 @@ class EmbeddingNormalizer(nn.Module):
 
     @property
     def fitted(self) -> bool:
-        """Whether its numbers are those of some data; "none" has no numbers and needs no `fit`."""
+        """Whether the statistics come from data; "none" has none and needs no `fit`."""
         if self.mode == "unit":
             return bool(self.norm != 1)
         return self.mode == "none" or bool((self.mean != 0).any() or (self.std != 1).any())
@@ -69,8 +69,8 @@ class EmbeddingNormalizer(nn.Module):
         elif self.mode == "standard":
             if not bool((std > 0).all()):
                 raise ValueError(
-                    "EmbeddingNormalizer.fit needs positive standard deviations: compute them from "
-                    "more than one embedding."
+                    "EmbeddingNormalizer.fit needs positive standard deviations: compute them "
+                    "from more than one embedding."
                 )
             self.mean.copy_(mean)
             self.std.copy_(std)

@@ -23,11 +23,11 @@ class Block(nn.Module):
     fsdp_methods: tuple[str, ...] = ()
     """Methods other than `forward` that use the block's weights and are called from outside."""
     compile_dynamic: bool | None = None
-    """`dynamic` of torch.compile. False: compiled for each shape, for blocks that differ in size."""
+    """`dynamic` of torch.compile. False: compiled per shape, for blocks that differ in size."""
 
 
 class LayerNorm32(nn.LayerNorm):
-    """LayerNorm computed in float32 whatever the type of its input. (..., width) -> same type."""
+    """LayerNorm computed in float32 for inputs of any type. (..., width) -> the input's type."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.float(), self.bias.float()
@@ -35,7 +35,7 @@ class LayerNorm32(nn.LayerNorm):
 
 
 class GroupNorm32(nn.GroupNorm):
-    """GroupNorm of 32 groups computed in float32 whatever its input. (B, C, ...) -> same type."""
+    """GroupNorm with 32 groups, computed in float32. (B, C, ...) -> the input's type."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(32, channels, eps=1e-5)

@@ -48,7 +48,7 @@ class PriorTransformerConfig:
 
 @dataclass(frozen=True)
 class PriorTextConfig:
-    """How a caption becomes the first part of the sequence. Other kinds' sizes are ignored."""
+    """How a caption becomes the first part of the sequence. Sizes of other kinds are ignored."""
 
     kind: Literal["states", "tokens"] = "states"
     """"states": a linear layer of CLIP's token states; "tokens": a trained embedding of the tokens,
@@ -63,8 +63,8 @@ class PriorTextConfig:
     """After a caption's end: "learned" is an embedding for each position (GLIDE; it needs no mask,
     so that a GPU's fastest kernels serve), "masked" hides the positions (Karlo)."""
     null: Literal["learned", "empty"] = "learned"
-    """What stands for a dropped caption: learned vectors, or CLIP's own of the empty caption (Karlo),
-    for kind "states" with padding "masked"."""
+    """What replaces a dropped caption: learned vectors, or CLIP's states of the empty caption
+    (Karlo; needs kind "states" and padding "masked")."""
 
     def __post_init__(self) -> None:
         if self.null not in ("learned", "empty"):
@@ -189,8 +189,8 @@ class PriorTransformer(nn.Module):
         Args:
             keep: (B,) bool, False where the caption is dropped.
             tokens: (B, L) int64; None: all are dropped (kind "tokens").
-            mask: (B, L) bool, True up to and including EOT; None: found from `tokens`, or all of
-                `states`.
+            mask: (B, L) bool, True up to and including EOT; None: computed from `tokens`, or all
+                of `states`.
             text_embed: (B, D) on the network's scale; None: the null embedding.
             states: (B, L, states_width), CLIP's token states; None: all are dropped (kind
                 "states").
@@ -246,10 +246,8 @@ class PriorTransformer(nn.Module):
                 mask = caption_mask(tokens)
             elif mask is None:
                 mask = torch.ones_like(inputs[..., 0], dtype=torch.bool)
-            text, mask = (
-                F.pad(self.text_proj(inputs), (0, 0, 0, missing)),
-                F.pad(mask, (0, missing)),
-            )
+            text = F.pad(self.text_proj(inputs), (0, 0, 0, missing))
+            mask = F.pad(mask, (0, missing))
             keep_text = keep
         if self.text.padding == "learned":
             text = torch.where((mask & keep_text[:, None])[..., None], text, null_text)

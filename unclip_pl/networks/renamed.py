@@ -1,6 +1,7 @@
-"""Names of parameters before version 0.1.0, so that older weights can be loaded."""
+"""Older names of parameters and settings, so that older weights can be loaded."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 UNET = {
@@ -47,8 +48,26 @@ RENAMED = {
 """Patterns and replacements by the class name of the stage, applied in order."""
 
 
+SETTINGS = {
+    "dropout": "cond_dropout",  # decoder
+    "text_dropout": "cond_dropout",  # diffusion prior
+    "drop_text": "cond_dropout",  # autoregressive prior
+    "residual": "residual_std",  # upsamplers
+}
+"""Settings of a stage, `model.OLD` in a YAML, and their names of today."""
+
+
+def rename_settings(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's hyperparameters with the names of today; new names are left as they are."""
+    return {SETTINGS.get(name, name): value for name, value in hyper_parameters.items()}
+
+
 def rename(stage: str, values: dict[str, Any]) -> dict[str, Any]:
-    """`values` by parameter name, with the names of today; new names are left as they are."""
+    """`values` by parameter name, with the names of today; new names are left as they are.
+
+    Args:
+        stage: class name of the stage.
+    """
     renamed = {}
     for old_name, value in values.items():
         name = old_name

@@ -33,12 +33,12 @@ class TextConfig:
     depth: int = 6
     heads: int = 8
     pooled: bool = True
-    """Also add one vector of the caption to the timestep embedding: of CLIP's text embedding for
-    "states" (Karlo), of the last token for "transformer" (GLIDE). False: the caption comes in by
-    attention only, so that with "states" CLIP's text embedding never reaches the network."""
+    """Also add one vector of the caption to the timestep embedding: from CLIP's text embedding for
+    "states" (Karlo), from the last token for "transformer" (GLIDE). False: the caption enters only
+    through attention, so that with "states" CLIP's text embedding never reaches the network."""
     null: Literal["learned", "empty"] = "learned"
-    """states: what stands for a dropped caption, learned vectors or CLIP's own for the empty
-    caption (Karlo). "transformer" always encodes padding only (GLIDE)."""
+    """states: what replaces a dropped caption, learned vectors or CLIP's states of the empty
+    caption (Karlo). For "transformer" it is always padding (GLIDE)."""
     checkpointing: Checkpointing = "none"
     """transformer: activations computed again in the backward pass ("selective" or "full")."""
 
@@ -71,15 +71,14 @@ class TextConfig:
 
 
 class Context(NamedTuple):
-    """What a caption gives to the U-Net; None where there is none.
-
-    `context` (B, S, context_width), `mask` (B, S) bool, or None if all is visible, `pooled`
-    (B, pooled_width).
-    """
+    """A caption as the U-Net takes it."""
 
     context: Tensor | None
+    """(B, S, context_width); None: no caption."""
     mask: Tensor | None
+    """(B, S) bool, True where the token is visible; None: all."""
     pooled: Tensor | None
+    """(B, pooled_width), added to the timestep embedding; None: nothing."""
 
 
 def trim_padding(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -138,12 +137,9 @@ class StatesText(nn.Module):
         keep: Tensor,
     ) -> Context:
         null: Tensor = self.null_states
-        if states is None:
-            states, mask, keep_states = (
-                null.new_zeros(len(keep), *null.shape),
-                None,
-                torch.zeros_like(keep),
-            )
+        if states is None:  # every caption is dropped
+            states, mask = null.new_zeros(len(keep), *null.shape), None
+            keep_states = torch.zeros_like(keep)
         else:
             keep_states = keep
             mask = caption_mask(tokens) if mask is None and tokens is not None else mask
@@ -157,12 +153,10 @@ class StatesText(nn.Module):
         context = self.norm(self.proj(states))
         if self.pooled_proj is None or self.null_text_embed is None:
             return Context(context, mask, None)
-        null = self.null_text_embed.expand(len(keep), -1)
-        pooled = self.pooled_proj(
-            null
-            if text_embed is None
-            else torch.where(keep[:, None], text_embed.to(null.dtype), null)
-        )
+        embed = self.null_text_embed.expand(len(keep), -1)
+        if text_embed is not None:
+            embed = torch.where(keep[:, None], text_embed.to(embed.dtype), embed)
+        pooled = self.pooled_proj(embed)
         return Context(context, mask, pooled)
 
 
@@ -184,11 +178,8 @@ class TransformerText(nn.Module):
         self.transformer = Transformer(
             config.width, config.depth, config.heads, checkpointing=config.checkpointing
         )
-        self.proj = (
-            nn.Identity()
-            if context_width == config.width
-            else nn.Linear(config.width, context_width)
-        )
+        same = context_width == config.width
+        self.proj = nn.Identity() if same else nn.Linear(config.width, context_width)
         self.pooled_proj = nn.Linear(config.width, pooled_width) if pooled_width else None
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
@@ -209,14 +200,12 @@ class TransformerText(nn.Module):
                 "raise it or tokenize to fewer."
             )
         missing = self.length - tokens.shape[1]
-        mask = F.pad((caption_mask(tokens) if mask is None else mask) & keep[:, None], (0, missing))
-        x = (
-            self.token_embedding(F.pad(tokens, (0, missing))) + self.position_embedding
-        )  # (B, length, width)
+        mask = caption_mask(tokens) if mask is None else mask
+        mask = F.pad(mask & keep[:, None], (0, missing))
+        x = self.token_embedding(F.pad(tokens, (0, missing))) + self.position_embedding
         x = self.transformer(torch.where(mask[..., None], x, self.padding_embedding))
-        return Context(
-            self.proj(x), None, None if self.pooled_proj is None else self.pooled_proj(x[:, -1])
-        )
+        pooled = None if self.pooled_proj is None else self.pooled_proj(x[:, -1])
+        return Context(self.proj(x), None, pooled)
 
 
 class TextContext(nn.Module):
@@ -244,15 +233,15 @@ class TextContext(nn.Module):
             )
         pooled_width = pooled_width if config.pooled else 0
         self.config, self.pooled_width = config, pooled_width
-        kinds = {"states": StatesText, "transformer": TransformerText}
-        self.encoder = (
-            kinds[config.kind](config, context_width, pooled_width, embed_dim)
-            if config.kind != "none"
-            else None
-        )
+        sizes = context_width, pooled_width, embed_dim
+        self.encoder: StatesText | TransformerText | None = None
+        if config.kind == "states":
+            self.encoder = StatesText(config, *sizes)
+        elif config.kind == "transformer":
+            self.encoder = TransformerText(config, *sizes)
 
     def set_null(self, states: Tensor, text_embed: Tensor) -> None:
-        """Store what stands for a dropped caption with `null: empty`; see `StatesText.set_null`."""
+        """Store what replaces a dropped caption with `null: empty`; see `StatesText.set_null`."""
         if not isinstance(self.encoder, StatesText) or self.config.null != "empty":
             raise ValueError("Only text of kind states with null: empty stores the empty caption.")
         self.encoder.set_null(states, text_embed)
@@ -269,7 +258,7 @@ class TextContext(nn.Module):
 
         Args:
             tokens: (B, L) int64.
-            mask: (B, L) bool, True up to and including EOT; None: found from `tokens`.
+            mask: (B, L) bool, True up to and including EOT; None: computed from `tokens`.
             text_embed: (B, D) float, CLIP's text embedding.
             states: (B, L, states_width) float, CLIP's token states.
             keep: (B,) bool, False where the caption is dropped; None: all are kept.
@@ -289,11 +278,11 @@ class TextContext(nn.Module):
                 "batch lacks: let the data give it."
             )
         if keep is None:
-            given = [value for value in (tokens, states, text_embed) if value is not None]
-            if not given:
+            inputs = [value for value in (tokens, states, text_embed) if value is not None]
+            if not inputs:
                 raise ValueError(
                     "TextContext needs a caption, or `keep` to say for how many samples it is "
                     "dropped."
                 )
-            keep = torch.ones(len(given[0]), dtype=torch.bool, device=given[0].device)
+            keep = torch.ones(len(inputs[0]), dtype=torch.bool, device=inputs[0].device)
         return self.encoder(tokens, mask, text_embed, states, keep)

@@ -1,6 +1,6 @@
 """The ADM U-Net (Dhariwal and Nichol 2021) with GLIDE's context attention and unCLIP's conditions.
 
-A CLIP image embedding comes in twice (unCLIP section 2.1): added to the timestep embedding, and as
+A CLIP image embedding enters twice (unCLIP section 2.1): added to the timestep embedding, and as
 extra context tokens. Karlo's decoder, ADM and the upsamplers are configurations of this network.
 """
 
@@ -194,15 +194,14 @@ class UNet(nn.Module):
         """What is added to the time, and the context with the embedding's tokens in front."""
         config = self.config
         if bool(config.embed_dim) != (embed is not None):
-            given = "not " if embed is None else ""
+            got = "got no" if embed is None else "got an"
             raise ValueError(
-                f"UNet has embed_dim {config.embed_dim} and was {given}given `embed`: change one "
-                "of them."
+                f"UNet has embed_dim {config.embed_dim} and {got} `embed`: change one of them."
             )
         if context is not None and not config.context_width:
             raise ValueError(
-                "UNet was given `context` and has context_width 0: set it to the width of the "
-                "context tokens."
+                "UNet got a `context` and has context_width 0: set it to the width of the context "
+                "tokens."
             )
         emb = pooled
         if embed is not None:
@@ -220,8 +219,8 @@ class UNet(nn.Module):
                 context = tokens
         if config.context_width and context is None:
             raise ValueError(
-                f"UNet has context_width {config.context_width} and was given no `context`: give "
-                "it, or set context_width 0."
+                f"UNet has context_width {config.context_width} and got no `context`: give it, or "
+                "set context_width 0."
             )
         return EncodedContext(emb, context, mask)
 
@@ -279,10 +278,10 @@ class UNet(nn.Module):
         """
         config, dtype = self.config, x.dtype
         if bool(config.low_res_channels) != (low_res is not None):
-            given = "not " if low_res is None else ""
+            got = "got no" if low_res is None else "got a"
             raise ValueError(
-                f"UNet has low_res_channels {config.low_res_channels} and was {given}given "
-                "`low_res`."
+                f"UNet has low_res_channels {config.low_res_channels} and {got} `low_res`: change "
+                "one of them."
             )
         if encoded is None:
             encoded = self._conditions(embed, pooled, context, context_mask)

@@ -1,1 +1,1 @@
-"""Optimisers that torch does not have."""
+"""Optimizers that torch does not have."""

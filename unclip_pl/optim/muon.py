@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from unclip_pl.networks.layers import Block
 from unclip_pl.utils.precision import supports_dtype
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic's coefficients, Jordan et al.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic (Jordan et al.)."""
 MOMENTUM = 0.95
 
 
 def hidden_weights(module: nn.Module) -> list[Tensor]:
     """Kernels and matrices of the linear and convolution layers inside the module's blocks.
 
-    First and last layers, embeddings, norms and biases are not among them: those learn by AdamW.
+    First and last layers, embeddings, norms and biases are left to AdamW.
     """
     blocks = [block for block in module.modules() if isinstance(block, Block)]
     layers = {layer: None for block in blocks for layer in block.modules()}
@@ -32,17 +33,14 @@ def hidden_weights(module: nn.Module) -> list[Tensor]:
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Near U V^T of each matrix U S V^T, by Newton-Schulz iterations. (N, rows, columns) -> same.
+    """Approximately U V^T of each matrix U S V^T, by Newton-Schulz iterations.
 
-    Singular values come out between about 0.7 and 1.2.
+    (N, rows, columns) -> the same shape. Singular values come out between about 0.7 and 1.2.
     """
     a, b, c = NEWTON_SCHULZ
     rows, columns = matrices.shape[1:]
-    x = (
-        matrices.to(torch.bfloat16)
-        if supports_dtype(torch.bfloat16, matrices.device)
-        else matrices.float()
-    )
+    fast = supports_dtype(torch.bfloat16, matrices.device)
+    x = matrices.to(torch.bfloat16 if fast else torch.float32)
     x = x.mT if rows > columns else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
@@ -60,8 +58,8 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: groups, each with "params" and, where Muon is meant, "muon": True and its own "lr".
-        lr, betas, eps, weight_decay: of AdamW, as in torch.optim.AdamW; Muon's groups take lr and
-            weight_decay alone.
+        lr, betas, eps, weight_decay: of AdamW, as in torch.optim.AdamW; Muon's groups use only lr
+            and weight_decay.
     """
 
     found_inf: Tensor | None = None

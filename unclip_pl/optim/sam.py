@@ -17,11 +17,11 @@ def climb(
 ) -> list[Tensor]:
     """Move `parameters` by `rho` along the gradient of `loss`, all of them as one vector.
 
-    The gradient is this process's own: nothing is averaged over ranks, and `.grad` is left alone.
+    The gradient is this process's own: nothing is averaged over ranks, and `.grad` is not changed.
 
     Args:
-        loss: a scalar at the weights as they are.
-        parameters: those that are moved; one without a gradient stays.
+        loss: returns a scalar for the current weights.
+        parameters: those to move; one without a gradient stays.
         rho: length of the move, > 0.
 
     Returns:
@@ -41,6 +41,6 @@ def climb(
 
 @torch.no_grad()
 def descend(parameters: Sequence[nn.Parameter], before: Sequence[Tensor]) -> None:
-    """Give `parameters` the values that `climb` returned, to the last bit."""
+    """Give `parameters` the values that `climb` returned, exactly."""
     for parameter, value in zip(parameters, before, strict=True):
         parameter.copy_(value)

@@ -32,7 +32,7 @@ from unclip_pl.pipeline.weights import (
 )
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.base import Stage
-from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.stages.upsampler import Upsampler, UpsamplingConfig
 from unclip_pl.utils.errors import UserError
@@ -230,7 +230,7 @@ class UnCLIP:
         image_embed: Tensor | None,
         seeds: Sequence[int],
         captions: Sequence[str] | None = None,
-        sampling: SamplingConfig | None = None,
+        sampling: DecoderSamplingConfig | None = None,
         callback: Callback | None = None,
         x_T: Tensor | None = None,
     ) -> Tensor:
@@ -261,7 +261,7 @@ class UnCLIP:
         size: int,
         image_embed: Tensor | None = None,
         captions: Sequence[str] | None = None,
-        sampling: SamplingConfig | None = None,
+        sampling: DecoderSamplingConfig | None = None,
     ) -> Tensor:
         """Run a sampler of one's own with the decoder, such as an inversion or inpainting.
 
@@ -306,7 +306,7 @@ class UnCLIP:
         *,
         size: int | None = None,
         prior_sampling: Any = None,
-        sampling: SamplingConfig | None = None,
+        sampling: DecoderSamplingConfig | None = None,
         upsampling: Mapping[int, UpsamplingConfig] | None = None,
         callback: Callable[[str, int, int], Any] | None = None,
         decode: Callable[..., Tensor] | None = None,

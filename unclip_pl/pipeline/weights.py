@@ -14,11 +14,11 @@ import torch
 from unclip_pl.cluster.checkpoint_io import read_checkpoint
 from unclip_pl.cluster.sharded_checkpoint import META_FILE, whole_tensors
 from unclip_pl.diffusion.process import DiffusionConfig
-from unclip_pl.networks.renamed import rename
+from unclip_pl.networks.renamed import rename, rename_settings
 from unclip_pl.pipeline import release
 from unclip_pl.pipeline.release import Release
-from unclip_pl.stages.base import Stage, as_config, plain
-from unclip_pl.stages.settings import require_same_model, settings_of
+from unclip_pl.stages.base import Stage
+from unclip_pl.stages.settings import as_config, plain, require_same_model, settings_of
 from unclip_pl.stages.upsampler import Upsampler, Upsampler256, Upsampler1024
 from unclip_pl.utils.errors import UserError
 
@@ -67,7 +67,7 @@ def read_weights(path: str | os.PathLike) -> Release:
 
 def complete_hyper_parameters(stage: str, hyper_parameters: dict) -> dict:
     """Hyperparameters with those added that older weights lack, at the values of their training."""
-    complete = dict(hyper_parameters)
+    complete = rename_settings(hyper_parameters)
     if stage in (Upsampler256.__name__, Upsampler1024.__name__):
         complete.setdefault("clamp_condition", True)
     if "diffusion" in complete:

@@ -2,7 +2,7 @@
 (unCLIP section 2.2).
 
 An image embedding is a sequence of quantised PCA coordinates, fitted to the store before the first
-step; cross-entropy on the codes.
+step. The loss is cross-entropy on the codes.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,14 +16,13 @@ from torch import Tensor
 
 from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.diffusion.noise import Noise
+from unclip_pl.diffusion.training_draws import draw_keep_masks
 from unclip_pl.networks.ar_prior import ARPriorConfig, ARPriorNet
 from unclip_pl.networks.long_text import caption_of
 from unclip_pl.networks.quantizer import EmbeddingQuantizer
 from unclip_pl.networks.text import TextConfig
-from unclip_pl.stages.base import (
-    OptimizerConfig,
-    Stage,
-    as_config,
+from unclip_pl.stages.base import OptimizerConfig, Stage
+from unclip_pl.stages.data_checks import (
     check_clip,
     check_length,
     check_own_tokens,
@@ -31,25 +30,31 @@ from unclip_pl.stages.base import (
 )
 from unclip_pl.utils.errors import UserError
 
-ROWS = 131072
-"""Embeddings that the buckets are cut from: 128 for each of 1,024. Mean and covariance are of
-all."""
+BUCKET_SAMPLE = 131072
+"""Embeddings that the buckets are cut from: 128 for each of 1,024. Mean and covariance come from
+all embeddings."""
+REQUIRED_INPUTS = {
+    "none": ("text_embed",),
+    "states": ("text_embed", "text_states"),
+    "transformer": ("text_embed", "tokens"),
+}
+"""What a batch must have, by the kind of text."""
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How to draw; every value can be changed after training."""
+class ARPriorSamplingConfig:
+    """How the AR prior samples; every value can be changed after training."""
 
     guidance_scale: float = 1.0
-    """s of null + s (conditional - null) on the logits; 1 is no guidance and costs one pass instead
-    of two."""
+    """s of uncond + s (cond - uncond) on the logits; 1 is no guidance and costs one pass instead of
+    two."""
     temperature: float = 1.0
     """Logits are divided by it; 0 takes the most probable code."""
     top_p: float = 1.0
-    """Draw from the most probable codes that hold this share of the probability."""
+    """Sample from the most probable codes that together have this probability."""
     dot_percentile: float = 50.0
-    """z_i . z_t is drawn from the data's distribution above this percentile (the paper tried 50,
-    70, 85, 95; 50 was best)."""
+    """z_i . z_t is drawn from the part of its distribution above this percentile (the paper tried
+    50, 70, 85 and 95; 50 was best)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.guidance_scale < float("inf"):
@@ -80,10 +85,10 @@ class ARPrior(Stage):
     Args:
         net: the causal Transformer; `embed_dim` must be the CLIP's.
         text: how the caption becomes the prefix.
-        max_error: share of the variance that PCA may lose (the paper: below 1 %); data for which
-            `net.max_codes` lose more are refused. 0 keeps `net.max_codes` whatever they lose.
-        drop_text: how often caption and z_t are left out together, with the dot product unless
-            `net.drop_dot` is false, so that guidance has a null branch.
+        max_error: share of the variance that PCA may lose (the paper: below 1 %). Data are refused
+            if `net.max_codes` codes lose more. 0: use `net.max_codes` codes whatever they lose.
+        cond_dropout: share of samples that lose caption and z_t together, and the dot product too
+            unless `net.drop_dot` is false, so that guidance has an unconditional branch.
     """
 
     def __init__(
@@ -91,36 +96,29 @@ class ARPrior(Stage):
         net: ARPriorConfig = ARPriorConfig(),
         text: TextConfig = TextConfig(),
         max_error: float = 0.01,
-        drop_text: float = 0.1,
-        sampling: SamplingConfig = SamplingConfig(),
+        cond_dropout: float = 0.1,
+        sampling: ARPriorSamplingConfig = ARPriorSamplingConfig(),
         optimizer: OptimizerConfig = OptimizerConfig(
             lr=1.6e-4, betas=(0.9, 0.91), eps=1e-10, weight_decay=0.04
         ),
     ) -> None:
-        super().__init__()
-        self.remember(
-            optimizer,
+        super().__init__(
             net=net,
             text=text,
             max_error=max_error,
-            drop_text=drop_text,
+            cond_dropout=cond_dropout,
             sampling=sampling,
+            optimizer=optimizer,
         )
-        self.net_config, self.text_config = (
-            as_config(ARPriorConfig, net),
-            as_config(TextConfig, text),
-        )
-        self.sampling, self.drop_text = as_config(SamplingConfig, sampling), drop_text
+        self.net_config: ARPriorConfig = self.config.net
+        self.text_config: TextConfig = self.config.text
+        self.sampling: ARPriorSamplingConfig = self.config.sampling
+        self.cond_dropout = cond_dropout
         self.quantizer = EmbeddingQuantizer(
             self.net_config.embed_dim, self.net_config.max_codes, self.net_config.buckets, max_error
         )
         self.net = ARPriorNet(self.net_config, self.text_config)
-        self.needs = (
-            "text_embed",
-            *{"states": ("text_states",), "transformer": ("tokens",), "none": ()}[
-                self.text_config.kind
-            ],
-        )
+        self.required_inputs = REQUIRED_INPUTS[self.text_config.kind]
 
     def check_data(self, data: Any) -> None:
         check_clip(data, self.net_config.embed_dim, self.text_config)
@@ -137,70 +135,80 @@ class ARPrior(Stage):
             self.net.set_null(*empty_caption(data.clip))
 
     def fit_quantizer(self, store: EmbeddingStore, shards: Sequence[str]) -> None:
-        """Fit PCA, buckets and the dot product's distribution to the store's embeddings of
-        `shards`, and say what the codes cost.
+        """Fit PCA, buckets and the distribution of z_i . z_t, and report what the codes lose.
+
+        Args:
+            store: embeddings of the training data.
+            shards: those of the store to use.
 
         Raises:
-            UserError: the store has no such embeddings, too few, or none of this width; they need
-                more codes than `net.max_codes`.
+            UserError: the store has no such embeddings, too few, or none of this width; or they
+                need more codes than `net.max_codes`.
         """
-        image_embed, text_embed = spread_rows(store, shards, ROWS)
+        image_embed, text_embed = spread_rows(store, shards, BUCKET_SAMPLE)
         if image_embed.shape[1] != self.net_config.embed_dim:
             raise UserError(
                 f"The store {store.folder} has embeddings of {image_embed.shape[1]} numbers and "
-                "model.net.embed_dim is "
-                f"{self.net_config.embed_dim}: set it to {image_embed.shape[1]}."
+                f"model.net.embed_dim is {self.net_config.embed_dim}: set it to "
+                f"{image_embed.shape[1]}."
             )
         statistics = store.statistics(shards)
         self.quantizer.fit(statistics.mean, statistics.covariance, image_embed, text_embed)
         error = self.quantizer.error(image_embed[:8192])
         rank_zero_info(
             f"AR prior: {self.quantizer.codes} codes from {statistics.count} embeddings of "
-            f"{self.net_config.embed_dim} numbers; PCA alone loses "
-            f"{error.pca_mse:.2%} of the variance (cosine {error.pca_cosine:.4f}), with buckets "
-            f"{error.mse:.2%} (cosine {error.cosine:.4f})."
+            f"{self.net_config.embed_dim} numbers. PCA loses {error.pca_mse:.2%} of the variance "
+            f"(cosine {error.pca_cosine:.4f}), PCA and buckets {error.mse:.2%} (cosine "
+            f"{error.cosine:.4f})."
         )
 
     def prefix(self, batch: dict, keep: Tensor, dot: Tensor | None) -> Tensor:
-        """What stands before the codes of `len(keep)` samples; the null where `keep` (B,) is False,
-        or where the batch has no text at all.
+        """The sequence in front of the codes.
+
+        Args:
+            batch: see `sample`.
+            keep: (B,) bool; False, or a batch without any text: the null replaces the text.
+            dot: (B,) int64, bucket of z_i . z_t.
+
+        Returns:
+            (B, L + 2, width).
 
         Raises:
             ValueError: a part of the text is missing, or in training all of it.
         """
-        missing = [name for name in self.needs if batch.get(name) is None]
-        if missing and (len(missing) < len(self.needs) or self.training):
+        required = self.required_inputs
+        missing = [name for name in required if batch.get(name) is None]
+        if missing and (len(missing) < len(required) or self.training):
             raise ValueError(
-                f"The AR prior needs {' and '.join(missing)} beside what the batch has: let the "
-                "data give it, or leave all text out to sample."
+                f"The AR prior needs {' and '.join(missing)} in addition to what the batch has: "
+                "let the data give it, or leave all text out to sample."
             )
-        given = {} if missing else caption_of(batch, self.text_config)
-        return self.net.prefix(keep, dot, None if missing else batch["text_embed"], **given)
+        if missing:
+            return self.net.prefix(keep, dot)
+        caption = caption_of(batch, self.text_config)
+        return self.net.prefix(keep, dot, batch["text_embed"], **caption)
 
     def loss(
-        self, batch: dict, generator: torch.Generator | None = None, drop_text: float | None = None
+        self,
+        batch: dict,
+        generator: torch.Generator | None = None,
+        cond_dropout: float | None = None,
     ) -> dict[str, Tensor]:
-        """As every stage's; `drop_text` stands in for the stage's own share."""
-        share = self.drop_text if drop_text is None else drop_text
+        """See `Stage.loss`; `cond_dropout` replaces the stage's own."""
+        dropout = self.cond_dropout if cond_dropout is None else cond_dropout
         image_embed, text_embed = batch["image_embed"], batch["text_embed"]
-        codes, dot = (
-            self.quantizer.encode(image_embed),
-            self.quantizer.encode_dot(image_embed, text_embed),
-        )
-        where = generator.device if generator else image_embed.device
-        keep = (
-            torch.rand(len(codes), generator=generator, device=where).to(image_embed.device)
-            >= share
-        )
+        codes = self.quantizer.encode(image_embed)
+        dot = self.quantizer.encode_dot(image_embed, text_embed)
+        (keep,) = draw_keep_masks(len(codes), [dropout], image_embed.device, generator)
         logits = self.net(self.prefix(batch, keep, dot), codes[:, :-1])
         nats = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
         accuracy = (logits.detach().argmax(-1) == codes).float().mean()
         return {"loss": nats, "accuracy": accuracy}
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Also `val/loss_captioned`, with no caption dropped."""
+        """Also logs `val/loss_captioned`: the loss with no caption dropped."""
         super().validation_step(batch, batch_idx)
-        loss = self.loss(batch, torch.Generator().manual_seed(batch_idx), drop_text=0.0)["loss"]
+        loss = self.loss(batch, torch.Generator().manual_seed(batch_idx), cond_dropout=0.0)["loss"]
         self.log("val/loss_captioned", loss, batch_size=len(batch["key"]), sync_dist=True)
 
     @torch.no_grad()
@@ -208,23 +216,23 @@ class ARPrior(Stage):
         self,
         batch: dict,
         noise: Noise,
-        sampling: SamplingConfig | None = None,
+        sampling: ARPriorSamplingConfig | None = None,
         callback: Callable[[int, int], object] | None = None,
     ) -> Tensor:
         """Draw image embeddings for the captions in `batch`.
 
         Args:
             batch: `text_embed` (B, D) and the caption's entries (`tokens`, `text_mask`,
-                `text_states`); nothing for draws without a text.
-            noise: one generator an embedding; their number is B.
-            sampling: settings other than the stage's own.
+                `text_states`); empty to sample without text.
+            noise: one generator per embedding; their number is B.
+            sampling: settings in place of the stage's own.
             callback: called with (step, steps) after each code.
 
         Returns:
             float32 (B, D) on CLIP's own scale.
 
         Raises:
-            ValueError: the quantiser is not fitted; only a part of the text is given.
+            ValueError: the quantiser is not fitted, or the batch has only a part of the text.
         """
         settings, size = sampling or self.sampling, len(noise)
         uniform = noise.uniform((1 + self.quantizer.codes,), self.device)
@@ -245,8 +253,14 @@ class ARPrior(Stage):
 
 
 def spread_rows(store: EmbeddingStore, shards: Sequence[str], count: int) -> tuple[Tensor, Tensor]:
-    """At most `count` image and text embeddings, evenly spread over the rows of `shards`: twice (N,
-    D) float16."""
+    """At most `count` image and text embeddings, evenly spread over the rows of `shards`.
+
+    Returns:
+        image embeddings and text embeddings, both (N, D) float16.
+
+    Raises:
+        UserError: there are no shards.
+    """
     step = max(1, -(-sum(store.row_counts(shards)) // count))
     images, texts, first = [], [], 0
     for rows in map(store.shard, shards):

@@ -1,8 +1,8 @@
 """A small CLIP trained from scratch (Radford et al. 2021, arXiv 2103.00020), so that the other
 stages have one without a download.
 
-open_clip builds the model and gives the loss; `unclip export` makes an open_clip folder of it,
-which `FrozenCLIP` and stock open_clip load.
+open_clip provides the model and the loss. `unclip export` turns a checkpoint into an open_clip
+folder, which `FrozenCLIP` and open_clip itself load.
 """
 
 import math
@@ -26,13 +26,16 @@ class CLIP(Stage):
         architecture: an open_clip folder (`local-dir:/path`) whose `open_clip_config.json`
             describes the model, or "openmoji", the embedded one. Its weights, if there are any, are
             not used.
-        augment: strength of the random shift, scale and turn of the training images; 0 none, 1 up
-            to 12 % and 17 degrees.
-        sam_rho: length of sharpness-aware minimisation's move (`training.sam`; unCLIP, appendix C:
-            0.1), along the gradient of each rank's own part of the batch; 0 is plain training. A
-            step takes twice as long.
-        optimizer: CLIP's: betas 0.9 and 0.98, eps 1e-6, decay 0.2 on the weights that are no gains
-            or biases.
+        augment: strength of the random shift, scale and rotation of the training images; 0: none,
+            1: up to 12 % and 17 degrees.
+        sam_rho: length of the step of sharpness-aware minimisation (`optim.sam`; unCLIP, appendix
+            C: 0.1), along the gradient of each rank's own part of the batch; 0: plain training. A
+            training step takes twice as long with it.
+        optimizer: CLIP's: betas 0.9 and 0.98, eps 1e-6, decay 0.2 on all weights but gains and
+            biases.
+
+    Raises:
+        ValueError: `sam_rho` is negative or infinite.
     """
 
     net: Any  # open_clip's CLIP, which has no types
@@ -48,22 +51,21 @@ class CLIP(Stage):
             lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, decay="cosine"
         ),
     ) -> None:
-        super().__init__()
+        super().__init__(
+            architecture=architecture, augment=augment, sam_rho=sam_rho, optimizer=optimizer
+        )
         if not 0 <= sam_rho < math.inf:
             raise ValueError(f"model.sam_rho is {sam_rho}: give 0 (no SAM) or more, such as 0.1.")
-        self.remember(optimizer, architecture=architecture, augment=augment, sam_rho=sam_rho)
         self.net, self.model_config, self.preprocess_config = build_clip(architecture)
         self.augment, self.sam_rho = augment, sam_rho
         self._before_climb: list[Tensor] = []
         for name in ("mean", "std"):
-            self.register_buffer(
-                name, torch.tensor(self.preprocess_config[name]).view(3, 1, 1), persistent=False
-            )
+            per_channel = torch.tensor(self.preprocess_config[name]).view(3, 1, 1)
+            self.register_buffer(name, per_channel, persistent=False)
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and hasattr(
-            self.trainer, "datamodule"
-        ):  # a CLIP in the making has no other to agree with
+        # A CLIP in training has no other CLIP to agree with.
+        if stage == "fit" and hasattr(self.trainer, "datamodule"):
             self.check_data(self.trainer.datamodule)
 
     def check_data(self, data: Any) -> None:
@@ -77,16 +79,16 @@ class CLIP(Stage):
     def embed(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] and (B, L) -> unit-norm image and text embeddings (B, D)."""
         pixels = (images.add(1).div(2) - self.mean) / self.std
-        return self.net.encode_image(pixels, normalize=True), self.net.encode_text(
-            tokens, normalize=True
-        )
+        image_embed = self.net.encode_image(pixels, normalize=True)
+        return image_embed, self.net.encode_text(tokens, normalize=True)
 
     def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         world = self.trainer.world_size if self.training else 1
         return {"loss": self.contrast(batch, self.global_rank if self.training else 0, world)}
 
     def contrast(self, batch: dict, rank: int = 0, world: int = 1) -> Tensor:
-        """Each caption of the batch against the images of all `world` ranks, and the reverse."""
+        """The contrastive loss: each caption of this rank against the images of all `world` ranks,
+        and the reverse."""
         from open_clip.loss import ClipLoss
 
         image, text = self.embed(batch["image"], batch["tokens"])
@@ -94,18 +96,18 @@ class CLIP(Stage):
         return loss(image.float(), text.float(), self.net.logit_scale.exp())
 
     def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
-        batch = batch | {"image": shaken(batch["image"], self.augment)}
+        batch = batch | {"image": random_affine(batch["image"], self.augment)}
         if self.sam_rho:
-            self._before_climb = climb(lambda: self.contrast(batch), self._moved, self.sam_rho)
+            self._before_climb = climb(lambda: self.contrast(batch), self._trained, self.sam_rho)
         return super().training_step(batch, batch_idx)
 
     def on_after_backward(self) -> None:
         if self._before_climb:
-            descend(self._moved, self._before_climb)
+            descend(self._trained, self._before_climb)
             self._before_climb = []
 
     @property
-    def _moved(self) -> list[nn.Parameter]:
+    def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.net.parameters() if parameter.requires_grad]
 
     def on_train_batch_end(self, outputs: Any, batch: dict, batch_idx: int) -> None:
@@ -114,17 +116,14 @@ class CLIP(Stage):
         self.log("train/logit_scale", self.net.logit_scale.detach().exp())
 
 
-def shaken(images: Tensor, strength: float) -> Tensor:
-    """Each of (B, 3, H, W) shifted, scaled and turned a little at random, on the white that
-    surrounds the drawings."""
+def random_affine(images: Tensor, strength: float) -> Tensor:
+    """Shift, scale and rotate each of (B, 3, H, W) a little at random, on a white background."""
     if not strength:
         return images
-    draw = torch.rand(4, len(images), device=images.device, dtype=images.dtype) * 2 - 1
-    angle, scale, shift = (
-        0.3 * strength * draw[0],
-        1 + 0.12 * strength * draw[1],
-        0.12 * strength * draw[2:],
-    )
+    uniform = torch.rand(4, len(images), device=images.device, dtype=images.dtype) * 2 - 1
+    angle = 0.3 * strength * uniform[0]
+    scale = 1 + 0.12 * strength * uniform[1]
+    shift = 0.12 * strength * uniform[2:]
     cos, sin = angle.cos() * scale, angle.sin() * scale
     matrix = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint: what its own settings say wins over what was saved."""
+"""A run that goes on from a checkpoint: its own settings win over what was saved."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +15,9 @@ def use_own_settings(
     """Give a restored optimizer and its schedule the settings of this run.
 
     Args:
-        optimizer: its groups hold what the checkpoint said.
+        optimizer: its groups hold the settings of the checkpoint.
         scheduler: of the optimizer; stays at its step.
-        own: each group's settings with "lr" at its highest, as this run's configuration has them.
+        own: each group's settings in this run's configuration, with "lr" at its highest.
     """
     for group, settings in zip(optimizer.param_groups, own):
         group.update(settings, initial_lr=settings["lr"])
@@ -32,8 +32,8 @@ def use_own_settings(
 
 
 def keep_patience(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Lightning's EarlyStopping would take its patience from the checkpoint, whatever this run's is."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it outside of the class
+    """Keep this run's patience in EarlyStopping, which would take the checkpoint's."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set outside of the class
         state = checkpoint.get("callbacks", {}).get(callback.state_key)
         if isinstance(callback, EarlyStopping) and state:
             state["patience"] = callback.patience

@@ -3,29 +3,32 @@
 import dataclasses
 import inspect
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
+from unclip_pl.networks.renamed import rename_settings
 from unclip_pl.utils.errors import UserError
 
 Config = TypeVar("Config")
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as dicts and tuples as lists, all the way down: what a checkpoint may hold and
-    `weights_only` will load."""
-    if dataclasses.is_dataclass(value):
-        return {
-            field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    """A dataclass as a dict, with lists in place of tuples; any other value as it is.
+
+    This is what a checkpoint may hold and `weights_only` loads.
+    """
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    return dataclasses.asdict(value, dict_factory=_with_lists)
+
+
+def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in items}
 
 
 def as_config(kind: type[Config], value: Config | dict) -> Config:
-    """The dataclass `kind` from an instance or from the plain dict that `plain` made of one.
+    """The dataclass `kind`, from an instance or from the dict that `plain` made of one.
 
     Lists become tuples, and `checkpointing` may be a bool, as it was before it had three kinds.
     """
@@ -37,66 +40,81 @@ def as_config(kind: type[Config], value: Config | dict) -> Config:
     return kind(**fields)
 
 
-def settings_of(kind: type, hyper_parameters: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a stage of class `kind` as plain values, those that it was saved without (by
-    an older version) as the stage says, or at their defaults.
+def as_configs(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for the constructor of `kind`, as dataclasses where its type hints say so."""
+    hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]  # only its hints are read
+    configs = dict(settings)
+    for name, value in settings.items():
+        if dataclasses.is_dataclass(hint := hints.get(name)):
+            configs[name] = as_config(hint, value)  # type: ignore[arg-type]  # a class, no instance
+    return configs
+
+
+def settings_of(kind: type, hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a stage of class `kind` as plain values, by the names of today.
+
+    Settings that an older version did not save are as the stage's `legacy_defaults` say, or at
+    their defaults.
 
     Raises:
         UserError: there are settings that the class does not know.
     """
+    saved = rename_settings(hyper_parameters)
+    legacy_defaults = getattr(kind, "legacy_defaults", {})
+    settings = {}
     constructor = kind.__init__  # type: ignore[misc]  # only its signature is read
-    older = getattr(kind, "before_it_was_a_setting", {})
-    hints, found = typing.get_type_hints(constructor), {}
-    parameters = list(inspect.signature(constructor).parameters.values())[1:]
-    try:
-        for parameter in parameters:
-            default = older.get(parameter.name, parameter.default)
-            value = hyper_parameters.get(parameter.name, default)
-            hint = hints[parameter.name]
-            found[parameter.name] = plain(
-                as_config(cast(type, hint), value) if dataclasses.is_dataclass(hint) else value
-            )
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"The checkpoint has settings of model.{parameter.name} that this version does not "
-            f"know ({error}): use the version that it was trained with."
-        ) from error
-    return found
+    for parameter in list(inspect.signature(constructor).parameters.values())[1:]:
+        default = legacy_defaults.get(parameter.name, parameter.default)
+        value = saved.get(parameter.name, default)
+        try:
+            config = as_configs(kind, {parameter.name: value})[parameter.name]
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"The checkpoint has settings of model.{parameter.name} that this version does "
+                f"not know ({error}): use the version that it was trained with."
+            ) from error
+        settings[parameter.name] = plain(config)
+    return settings
 
 
 def changes(theirs: Any, ours: Any, place: str = "") -> dict[str, tuple[Any, Any]]:
-    """Where two trees of plain values differ: {"net.width": (theirs, ours), ...}; None where a value
-    is missing."""
+    """Where two trees of plain values differ: {"net.width": (theirs, ours), ...}.
+
+    A value that is missing is None.
+    """
     if not (isinstance(theirs, dict) and isinstance(ours, dict)):
         return {} if theirs == ours else {place: (theirs, ours)}
-    found: dict[str, tuple[Any, Any]] = {}
+    different: dict[str, tuple[Any, Any]] = {}
     for key in theirs | ours:
-        below = f"{place}.{key}" if place else str(key)
-        found |= changes(theirs.get(key), ours.get(key), below)
-    return found
+        path = f"{place}.{key}" if place else str(key)
+        different |= changes(theirs.get(key), ours.get(key), path)
+    return different
 
 
 def require_same_model(
     what: str, theirs: dict[str, Any], ours: dict[str, Any], free: Sequence[str], way_out: str
 ) -> None:
-    """UserError where weights would mean something else in this run's model.
+    """Check that weights mean the same in this run's model as where they were trained.
 
     Args:
-        what: whose weights, to begin the sentence with.
+        what: whose weights they are; begins the sentence.
         theirs: the settings that they were trained with, from `settings_of`.
         ours: this run's.
         free: patterns of the settings that may differ ("net.dropout", "optimizer.*").
-        way_out: what to do if they are not to be made equal, to end the sentence with.
+        way_out: what to do instead of making them equal; ends the sentence.
+
+    Raises:
+        UserError: another setting differs.
     """
-    found = {
+    different = {
         key: values
         for key, values in changes(theirs, ours).items()
         if not any(fnmatch(key, pattern) for pattern in free)
     }
-    if found:
-        named = ", ".join(f"model.{key} {value}" for key, (value, _) in found.items())
-        instead = ", ".join(str(value) for _, value in found.values())
+    if different:
+        trained = ", ".join(f"model.{key} {value}" for key, (value, _) in different.items())
+        instead = ", ".join(str(value) for _, value in different.values())
         raise UserError(
-            f"{what} was trained with {named}, and this run has {instead}: make them equal, or "
+            f"{what} was trained with {trained}, and this run has {instead}: make them equal, or "
             f"{way_out}."
         )

@@ -1,12 +1,12 @@
-"""The upsamplers 64 -> 256 and 256 -> 1024 (unCLIP section 2.1): diffusion on crops, conditioned on
-the image at a quarter of the side and on nothing else.
+"""The upsamplers 64 -> 256 and 256 -> 1024 (unCLIP section 2.1): diffusion on crops, conditioned
+only on the image at a quarter of the side.
 
-An ADM U-Net without any attention, so that what was trained on crops runs on whole images of any
-size; no caption, no embedding, no guidance.
+An ADM U-Net without attention, so that a network trained on crops works on whole images of any
+size. No caption, no embedding, no guidance.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,12 @@ from unclip_pl.diffusion.guidance import thresholded
 from unclip_pl.diffusion.losses import simple
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Process
+from unclip_pl.diffusion.sampler_config import SamplerConfig
 from unclip_pl.diffusion.samplers import SAMPLERS
-from unclip_pl.diffusion.schedule import Spacing, check_spacing
+from unclip_pl.diffusion.schedule import Spacing
+from unclip_pl.diffusion.training_draws import draw_timesteps_and_noise
 from unclip_pl.networks.unet import UNet, UNetConfig
-from unclip_pl.stages.base import OptimizerConfig, Stage, as_config
+from unclip_pl.stages.base import OptimizerConfig, Stage
 from unclip_pl.utils.errors import UserError
 
 NET: dict[str, Any] = {
@@ -34,106 +36,96 @@ NET: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class UpsamplingConfig:
-    """How to draw; every value can be changed after training."""
+class UpsamplingConfig(SamplerConfig):
+    """How an upsampler samples; every value can be changed after training."""
 
-    sampler: str = "ddim"
+    owner: ClassVar[str] = "An upsampler"
+
     steps: Spacing = 27
     """A number, numbers for equal sections, "fast27" or "ddimK"; see `Schedule.respaced`."""
-    eta: float = 0.0
-    """Noise of DDIM: 0 deterministic, 1 as DDPM. Other samplers do not use it."""
     threshold: Literal["static"] | None = "static"
-    """Keep x_0 in [-1, 1] at each step, or not."""
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(
-                f'There is no sampler "{self.sampler}" for an upsampler: choose one of '
-                f"{', '.join(SAMPLERS)}."
-            )
-        check_spacing(self.steps, "An upsampler")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(
-                f"eta of the upsampler's sampler is {self.eta}: give 0 (deterministic) to 1 (as "
-                "much noise as DDPM)."
-            )
+    """Keeps x_0 in [-1, 1] at each step, or not."""
 
 
 class Upsampler(Stage):
-    """Trains on `image` (B, 3, H, W) and `low_res` (B, 3, H/4, W/4), degraded, of a batch; draws
-    from `low_res` alone.
+    """Trains on `image` (B, 3, H, W) and degraded `low_res` (B, 3, H/4, W/4) of a batch.
+
+    It samples from `low_res`.
 
     Args:
-        net: the U-Net, without attention; `image_size` is the side of the images that it is for,
+        net: the U-Net, without attention. `image_size` is the side of the images that it is for;
             its crops may be smaller.
-        diffusion: the process; its variance is fixed.
-        sampling: how to draw.
-        residual: how far images are from their enlarged low_res, root mean square on [-1, 1]. The
-            network then predicts, at unit scale, what a linear estimate from x_t and low_res leaves
-            of v, as EDM (Karras et al. 2022) does with x_t alone: colours are right from the first
-            step.
-            0: it predicts all of its target, as in the paper.
+        diffusion: the process, with a fixed variance.
+        sampling: how to sample.
+        residual_std: root mean square of images minus their enlarged low_res, on [-1, 1]. If it is
+            not 0, the network predicts, at unit scale, what a linear estimate of v from x_t and
+            low_res leaves, as EDM (Karras et al. 2022, sigma_data) does with x_t: colours are right
+            from the first step. 0: it predicts all of its target, as in the paper.
         clamp_condition: keep the enlarged low_res in [-1, 1]. Bicubic enlargement overshoots at
-            edges, and guided-diffusion, GLIDE and Karlo leave it so.
+            edges; guided-diffusion, GLIDE and Karlo do not clamp.
+
+    Raises:
+        ValueError: settings that do not fit each other.
     """
 
     factor = 4
-    """Side of the output by side of `low_res`."""
+    """Side of the output divided by the side of `low_res`."""
 
-    before_it_was_a_setting = {"clamp_condition": True}
+    legacy_defaults = {"clamp_condition": True}
 
     def __init__(
         self,
         net: UNetConfig = UNetConfig(image_size=256, dropout=0.0, **NET),  # type: ignore[arg-type]  # mixed values
         diffusion: DiffusionConfig = DiffusionConfig(parametrization="v", variance="fixed_small"),
         sampling: UpsamplingConfig = UpsamplingConfig(),
-        residual: float = 0.0,
+        residual_std: float = 0.0,
         optimizer: OptimizerConfig = OptimizerConfig(lr=1.2e-4),
         clamp_condition: bool = False,
     ) -> None:
-        super().__init__()
-        self.clamp_condition = clamp_condition
-        self.remember(
-            optimizer,
+        super().__init__(
             net=net,
             diffusion=diffusion,
             sampling=sampling,
-            residual=residual,
+            residual_std=residual_std,
+            optimizer=optimizer,
             clamp_condition=clamp_condition,
         )
-        self.net_config, self.residual = as_config(UNetConfig, net), residual
-        self.sampling = as_config(UpsamplingConfig, sampling)
-        self.process = Process(as_config(DiffusionConfig, diffusion))
-        self.count_steps()  # refuses what cannot be drawn before training rather than after
-        if wrong := [
-            f"{name}: {list(value) if value == () else value}"
-            for name, value in NET.items()
-            if getattr(self.net_config, name) != value
-        ]:
-            raise ValueError(
-                f"The network of an upsampler sees x_t and low_res, gives what it predicts, "
-                f"and has no attention: set model.net {wrong[0]}."
-            )
+        self.net_config: UNetConfig = self.config.net
+        self.sampling: UpsamplingConfig = self.config.sampling
+        self.residual_std, self.clamp_condition = residual_std, clamp_condition
+        self.process = Process(self.config.diffusion)
+        self.count_steps()  # refuses what is impossible at once
+        self._check_settings()
+        self.net = UNet(self.net_config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _check_settings(self) -> None:
+        for name, value in NET.items():
+            if getattr(self.net_config, name) != value:
+                shown = list(value) if isinstance(value, tuple) else value
+                raise ValueError(
+                    "The network of an upsampler sees x_t and low_res, gives what it predicts, and "
+                    f"has no attention: set model.net {name}: {shown}."
+                )
         if self.process.config.variance == "learned_range":
             raise ValueError(
                 "An upsampler learns no variance (DDIM does not use it): set "
                 "model.diffusion.variance to fixed_small or fixed_large."
             )
-        if residual < 0 or (residual and self.process.config.parametrization != "v"):
+        predicts_v = self.process.config.parametrization == "v"
+        if self.residual_std < 0 or (self.residual_std and not predicts_v):
             raise ValueError(
-                f"model.residual is {residual}: give 0, or the root mean square with "
+                f"model.residual_std is {self.residual_std}: give 0, or the root mean square with "
                 "model.diffusion.parametrization v."
             )
-        self.net = UNet(self.net_config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def stride(self) -> int:
-        """What the sides of the network's images must be multiples of."""
+        """The sides of the network's images must be multiples of this."""
         return self.net_config.patch_size * 2 ** (len(self.net_config.mults) - 1)
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None) if stage == "fit" else None
-        if data is not None:  # there is no CLIP to agree with
+        if data is not None:  # and no CLIP that the stage must agree with
             self.check_data(data)
 
     def check_data(self, data: Any) -> None:
@@ -144,7 +136,7 @@ class Upsampler(Stage):
             )
         if data.image_size != self.net_config.image_size:
             raise UserError(
-                f"data.image_size is {data.image_size} and model.net.image_size "
+                f"data.image_size is {data.image_size} and model.net.image_size is "
                 f"{self.net_config.image_size}: make them equal."
             )
         for name in ("crop", "val_crop"):
@@ -165,46 +157,40 @@ class Upsampler(Stage):
         return large.clamp(-1, 1) if self.clamp_condition else large
 
     def count_steps(self, sampling: UpsamplingConfig | None = None) -> int:
-        """How often a draw runs the network, by these settings or the stage's own."""
+        """How often sampling runs the network, with these settings or the stage's own."""
         return len(self.process.schedule.respaced((sampling or self.sampling).steps))
 
     def _linear(self, x_t: Tensor, t: Tensor, enlarged: Tensor) -> tuple[Tensor, Tensor]:
         """An estimate of v (B, 3, H, W), and its root mean square error (B, 1, 1, 1).
 
-        E[v | x_t] for x_0 ~ N(enlarged, s^2), with s a fifth of `residual`: the network will know
-        most of the difference from low_res, and what x_t has of it comes with noise that would have
-        to be taken out again. The error is that for x_0 ~ N(enlarged, residual^2).
+        E[v | x_t] for x_0 ~ N(enlarged, s^2), with s a fifth of `residual_std`: the network can
+        tell most of the difference from low_res, and x_t has it only with noise that would have to
+        be removed again. The error is that for x_0 ~ N(enlarged, residual_std^2).
         """
-        alpha, sigma = (
-            weight.view(-1, 1, 1, 1) for weight in self.process.forward_weights[t].unbind(1)
-        )
-        variance = (self.residual / 5) ** 2
+        alpha, sigma = self.process.forward_weights[t].view(-1, 2, 1, 1, 1).unbind(1)
+        variance = (self.residual_std / 5) ** 2
         total = alpha**2 * variance + sigma**2
         mean = sigma / total * (alpha * (1 - variance) * x_t - enlarged)
-        return mean, ((sigma * self.residual) ** 2 + (alpha * variance) ** 2).sqrt() / total
+        error = ((sigma * self.residual_std) ** 2 + (alpha * variance) ** 2).sqrt() / total
+        return mean, error
 
     def predict(self, x_t: Tensor, t: Tensor, enlarged: Tensor) -> tuple[Tensor, Tensor | float]:
-        """The network's prediction of the process's target, and the scale of what it had to find
-        itself."""
+        """The prediction of the process's target, and the scale of the network's own part in it."""
         output = self.net(x_t, t, low_res=enlarged)
-        if not self.residual:
+        if not self.residual_std:
             return output, 1.0
         mean, scale = self._linear(x_t, t, enlarged)
         return mean + scale * output, scale
 
     def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         image = batch["image"].contiguous(memory_format=torch.channels_last)
-        size, device = len(image), image.device
-        where = generator.device if generator else device
-        timesteps = self.process.config.timesteps
-        t = torch.randint(timesteps, (size,), generator=generator, device=where).to(device)
-        noise = torch.randn(image.shape, generator=generator, device=where).to(device)
+        t, noise = draw_timesteps_and_noise(image, self.process.config.timesteps, generator)
         x_t = self.process.diffuse(image, t, noise)
         output, scale = self.predict(x_t, t, self.enlarged(batch["low_res"]))
         mse = simple(output, image, x_t, t, noise, self.process).mse
-        # plain MSE of what the network gives
-        own = mse if isinstance(scale, float) else mse / scale.flatten().square()
-        return {"loss": own.mean(), "mse": mse.mean(), "t": t, "per_sample": own}
+        # the plain mean squared error of the network's output
+        own_mse = mse if isinstance(scale, float) else mse / scale.flatten().square()
+        return {"loss": own_mse.mean(), "mse": mse.mean(), "t": t, "per_sample": own_mse}
 
     @torch.no_grad()
     def sample(
@@ -218,9 +204,9 @@ class Upsampler(Stage):
 
         Args:
             batch: `low_res` (B, 3, h, w) in [-1, 1], of any h and w: sides that the network cannot
-                take are continued by reflection, and cut back.
-            noise: one generator an image; their number is B.
-            sampling: settings other than the stage's own.
+                take are padded by reflection, and the result is cropped.
+            noise: one generator per image; their number is B.
+            sampling: settings in place of the stage's own.
             callback: called with (step, steps) after each step.
 
         Returns:
@@ -238,10 +224,9 @@ class Upsampler(Stage):
         predict = self.process.adapt(lambda x, t: self.predict(x, t, enlarged)[0], schedule)
         predict = self.with_cuda_graph(thresholded(predict, self.process, settings.threshold))
         x = noise(enlarged.shape[1:], self.device)
-        drawn = SAMPLERS[settings.sampler](
-            predict, x, schedule, noise=noise, eta=settings.eta, callback=callback
-        )
-        return drawn[..., :height, :width].clamp(-1, 1)
+        sampler = SAMPLERS[settings.sampler]
+        images = sampler(predict, x, schedule, noise=noise, eta=settings.eta, callback=callback)
+        return images[..., :height, :width].clamp(-1, 1)
 
 
 class Upsampler256(Upsampler):
@@ -262,8 +247,8 @@ class Upsampler1024(Upsampler):
             schedule="linear", parametrization="v", variance="fixed_small"
         ),
         sampling: UpsamplingConfig = UpsamplingConfig(steps=15),
-        residual: float = 0.0,
+        residual_std: float = 0.0,
         optimizer: OptimizerConfig = OptimizerConfig(lr=1.0e-4),
         clamp_condition: bool = False,
     ) -> None:
-        super().__init__(net, diffusion, sampling, residual, optimizer, clamp_condition)
+        super().__init__(net, diffusion, sampling, residual_std, optimizer, clamp_condition)

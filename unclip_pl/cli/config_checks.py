@@ -1,0 +1,72 @@
+"""What is wrong with the files and flags of `lightning` and can be said better before they are
+parsed."""
+
+from pathlib import Path
+from typing import Any
+
+from unclip_pl.networks.renamed import SETTINGS
+from unclip_pl.utils.errors import UserError
+
+
+def check_configs(arguments: list[str]) -> None:
+    """Check the `-c` files and `--model` flags of a command.
+
+    Args:
+        arguments: the command line, with the paths of its files as `find_config` returns them.
+
+    Raises:
+        UserError: a model setting has an older name, or an overlay has no stage before it.
+    """
+    models = {path: _mapping(_read_yaml(path), "model") for path in _config_files(arguments)}
+    for path, model in models.items():
+        for name in [*model, *_mapping(model, "init_args")]:
+            if name in SETTINGS:
+                raise UserError(
+                    f"{path}: model.{name} is now called model.{SETTINGS[name]}: use that name."
+                )
+    options = [argument.partition("=")[0] for argument in arguments]
+    for option in options:
+        name = option.removeprefix("--model.").removeprefix("init_args.").split(".")[0]
+        if option.startswith("--model.") and name in SETTINGS:
+            raise UserError(
+                f"--model.{name} is now called --model.{SETTINGS[name]}: use that name."
+            )
+    if not {"--model", "--model.class_path"} & set(options):
+        _require_stage(models)
+
+
+def _require_stage(models: dict[str, dict[str, Any]]) -> None:
+    """UserError unless the first file with a model names a stage."""
+    with_model = [path for path, model in models.items() if model]
+    if not models or (with_model and "class_path" in models[with_model[0]]):
+        return
+    overlay = with_model[0] if with_model else ", ".join(models)
+    raise UserError(
+        f"{overlay} is an overlay and names no stage: give the file of a stage before it, such as "
+        "-c stages/decoder.yaml."
+    )
+
+
+def _config_files(arguments: list[str]) -> list[str]:
+    files = []
+    for i, argument in enumerate(arguments):
+        option, equals, path = argument.partition("=")
+        if option in ("-c", "--config"):
+            files += [path] if equals else arguments[i + 1 : i + 2]
+    return files
+
+
+def _read_yaml(path: str) -> Any:
+    """The document in a file; None if it cannot be read, of which the parser will complain."""
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+
+
+def _mapping(content: Any, key: str) -> dict[str, Any]:
+    """The mapping under a key of a YAML document; empty if there is none."""
+    value = content.get(key) if isinstance(content, dict) else None
+    return value if isinstance(value, dict) else {}
