@@ -5,7 +5,9 @@ An ADM U-Net without attention, so that a network trained on crops works on whol
 size. No caption, no embedding, no guidance.
 """
 
+import copy
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from unclip_pl.diffusion.guidance import thresholded
 from unclip_pl.diffusion.losses import simple
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.diffusion.process import DiffusionConfig, Process
+from unclip_pl.diffusion.process import DiffusionConfig, Predict, Prediction, Process
 from unclip_pl.diffusion.sampler_config import SamplerConfig
 from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.diffusion.schedule import Spacing
@@ -63,6 +65,9 @@ class Upsampler(Stage):
             from the first step. 0: it predicts all of its target, as in the paper.
         clamp_condition: keep the enlarged low_res in [-1, 1]. Bicubic enlargement overshoots at
             edges; guided-diffusion, GLIDE and Karlo do not clamp.
+        last_net: a second network of the same shape draws the last step (Karlo, whose second one
+            was tuned for sharp edges). Training leaves it as it is: it comes from weights that have
+            one.
 
     Raises:
         ValueError: settings that do not fit each other.
@@ -81,6 +86,7 @@ class Upsampler(Stage):
         residual_std: float = 0.0,
         optimizer: OptimizerConfig = OptimizerConfig(lr=1.2e-4),
         clamp_condition: bool = False,
+        last_net: bool = False,
     ) -> None:
         super().__init__(
             net=net,
@@ -89,6 +95,7 @@ class Upsampler(Stage):
             residual_std=residual_std,
             optimizer=optimizer,
             clamp_condition=clamp_condition,
+            last_net=last_net,
         )
         self.net_config: UNetConfig = self.config.net
         self.sampling: UpsamplingConfig = self.config.sampling
@@ -97,6 +104,7 @@ class Upsampler(Stage):
         self.count_steps()  # refuses what is impossible at once
         self._check_settings()
         self.net = UNet(self.net_config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.last_net = copy.deepcopy(self.net).requires_grad_(False) if last_net else None
 
     def _check_settings(self) -> None:
         for name, value in NET.items():
@@ -146,6 +154,14 @@ class Upsampler(Stage):
                     f"change data.{name}."
                 )
 
+    def on_fit_start(self) -> None:
+        """Raise a UserError where training begins without weights for `last_net`."""
+        if self.last_net is not None and not bool(self.last_net.conv_out.weight.any()):
+            raise UserError(
+                "model.last_net is true, and that network is not trained here: start from weights "
+                "that have one (--init), or set model.last_net to false."
+            )
+
     def enlarged(self, low_res: Tensor) -> Tensor:
         """The condition as the network sees it: (B, 3, h, w) in [-1, 1] -> (B, 3, 4h, 4w), bicubic.
 
@@ -174,9 +190,12 @@ class Upsampler(Stage):
         error = ((sigma * self.residual_std) ** 2 + (alpha * variance) ** 2).sqrt() / total
         return mean, error
 
-    def predict(self, x_t: Tensor, t: Tensor, enlarged: Tensor) -> tuple[Tensor, Tensor | float]:
-        """The prediction of the process's target, and the scale of the network's own part in it."""
-        output = self.net(x_t, t, low_res=enlarged)
+    def predict(
+        self, x_t: Tensor, t: Tensor, enlarged: Tensor, net: UNet | None = None
+    ) -> tuple[Tensor, Tensor | float]:
+        """The prediction of the process's target by `net` (None: the trained network), and the
+        scale of that network's own part in it."""
+        output = (net or self.net)(x_t, t, low_res=enlarged)
         if not self.residual_std:
             return output, 1.0
         mean, scale = self._linear(x_t, t, enlarged)
@@ -221,12 +240,29 @@ class Upsampler(Stage):
         enlarged = enlarged.contiguous(memory_format=torch.channels_last)
         schedule = self.process.schedule.respaced(settings.steps)
 
-        predict = self.process.adapt(lambda x, t: self.predict(x, t, enlarged)[0], schedule)
-        predict = self.with_cuda_graph(thresholded(predict, self.process, settings.threshold))
+        def predictor(net: UNet) -> Predict:
+            predict = self.process.adapt(
+                lambda x, t: self.predict(x, t, enlarged, net)[0], schedule
+            )
+            return self.with_cuda_graph(thresholded(predict, self.process, settings.threshold))
+
+        predict = predictor(self.net)
+        if self.last_net is not None:
+            predict = in_turn(predict, predictor(self.last_net), len(schedule))
         x = noise(enlarged.shape[1:], self.device)
         sampler = SAMPLERS[settings.sampler]
         images = sampler(predict, x, schedule, noise=noise, eta=settings.eta, callback=callback)
         return images[..., :height, :width].clamp(-1, 1)
+
+
+def in_turn(first: Predict, last: Predict, steps: int) -> Predict:
+    """`last` for the last of so many steps, `first` before it; a sampler calls it once per step."""
+    calls = count(1)
+
+    def predict(x: Tensor, t: Tensor) -> Prediction:
+        return (first if next(calls) < steps else last)(x, t)
+
+    return predict
 
 
 class Upsampler256(Upsampler):
@@ -250,5 +286,8 @@ class Upsampler1024(Upsampler):
         residual_std: float = 0.0,
         optimizer: OptimizerConfig = OptimizerConfig(lr=1.0e-4),
         clamp_condition: bool = False,
+        last_net: bool = False,
     ) -> None:
-        super().__init__(net, diffusion, sampling, residual_std, optimizer, clamp_condition)
+        super().__init__(
+            net, diffusion, sampling, residual_std, optimizer, clamp_condition, last_net
+        )
