@@ -119,7 +119,7 @@ def read(folder: str | os.PathLike) -> Release:
         return Release(
             config["stage"],
             config["hyper_parameters"],
-            config["clip_fingerprint"],
+            found_beside(config["clip_fingerprint"], folder),
             tensors,
             config["steps"],
         )
@@ -132,3 +132,14 @@ def read(folder: str | os.PathLike) -> Release:
         raise UserError(
             f"The release {folder} is damaged ({error}): fetch or export it again."
         ) from error
+
+
+def found_beside(fingerprint: dict | None, folder: Path) -> dict | None:
+    """A CLIP fingerprint whose model is an open_clip folder named from the release's own
+    ("local-dir:../clip"), with the place where that is now, if it is there."""
+    model = (fingerprint or {}).get("config", {}).get("model", "")
+    place = folder.resolve() / model.removeprefix("local-dir:")
+    if not fingerprint or not model.startswith("local-dir:.") or not place.is_dir():
+        return fingerprint
+    config = fingerprint["config"] | {"model": f"local-dir:{place.resolve()}"}
+    return fingerprint | {"config": config}

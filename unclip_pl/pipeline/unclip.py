@@ -23,6 +23,7 @@ from unclip_pl.pipeline.compatibility import (
     warn_without_variance,
 )
 from unclip_pl.pipeline.devices import accelerate_stages, canonical_device, on_device
+from unclip_pl.pipeline.hub import Pretrained
 from unclip_pl.pipeline.seeds import PRIOR_OFFSET
 from unclip_pl.pipeline.weights import (
     DEFAULT_DECODER,
@@ -44,7 +45,7 @@ Callback = Callable[[int, int], Any]
 """Called with (step, steps) after each sampling step."""
 
 
-class UnCLIP:
+class UnCLIP(Pretrained):
     """A CLIP and a decoder that was trained on its embeddings, with a prior and upsamplers.
 
     The prior is needed to draw from captions, the upsamplers to draw larger than the decoder.
