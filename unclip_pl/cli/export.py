@@ -1,9 +1,10 @@
-"""`unclip export`: a release from a checkpoint."""
+"""`unclip export`: a release from a checkpoint, or a folder of diffusers from several."""
 
 import argparse
 from pathlib import Path
 
 from unclip_pl.cli.options import AddCommand
+from unclip_pl.utils.errors import UserError
 
 
 def add(command: AddCommand) -> None:
@@ -11,18 +12,59 @@ def add(command: AddCommand) -> None:
         "export",
         run,
         "Make a release (or, of a CLIP stage, an open_clip folder) from a checkpoint: EMA weights, "
-        "no code in it.",
+        "no code in it. Or a folder of diffusers from several.",
     )
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        nargs="+",
+        help="or a release; with --to diffusers one of each stage: prior, decoder, upsampler",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the new folder")
     parser.add_argument(
         "--card", type=Path, help="a Markdown file that becomes the release's README.md"
     )
+    parser.add_argument(
+        "--to", choices=["diffusers"], help="a folder for diffusers' unCLIP pipelines instead"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["fp16", "fp32"],
+        default="fp16",
+        help="of the weights; with --to diffusers",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.to:
+        to_diffusers(arguments)
+        return
+    if len(arguments.checkpoint) > 1 or arguments.precision != "fp16":
+        raise UserError(
+            "A release is made of one checkpoint, in fp16: give one, without --precision, or add "
+            "--to diffusers."
+        )
+    to_release(arguments.checkpoint[0], arguments.out, arguments.card)
+
+
+def to_diffusers(arguments: argparse.Namespace) -> None:
+    """Several stages as one folder of diffusers."""
+    from unclip_pl.pipeline.interop.exporting import export_diffusers
+
+    if arguments.card:
+        raise UserError("--card is for a release, and --to diffusers writes none: leave it out.")
+    notes = export_diffusers(arguments.checkpoint, arguments.out, precision=arguments.precision)
+    files = [file for file in arguments.out.rglob("*") if file.is_file()]
+    print(f"{arguments.out}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
+    for note in notes:
+        print(note)
+
+
+def to_release(checkpoint: Path, out: Path, card_file: Path | None) -> None:
+    """One checkpoint as a release."""
     from unclip_pl.clip.folder import save_clip
     from unclip_pl.pipeline import release
+    from unclip_pl.pipeline.hub import FRONT_MATTER
     from unclip_pl.pipeline.weights import load_stage, read_weights
     from unclip_pl.stages.ar_prior import ARPrior
     from unclip_pl.stages.clip import CLIP
@@ -30,18 +72,19 @@ def run(arguments: argparse.Namespace) -> None:
     from unclip_pl.stages.diffusion_prior import DiffusionPrior
     from unclip_pl.stages.upsampler import Upsampler256, Upsampler1024
 
-    weights = read_weights(arguments.checkpoint)
-    card = f"# {weights.stage}, {weights.steps} steps\n\nMade by `unclip export`.\n"
-    if arguments.card:
-        card = arguments.card.read_text(encoding="utf-8")
+    weights = read_weights(checkpoint)
+    title = f"# {weights.stage}, {weights.steps} steps"
+    card = f"{FRONT_MATTER}{title}\n\nMade by `unclip export`.\n"
+    if card_file:
+        card = card_file.read_text(encoding="utf-8")
     if weights.stage == "CLIP":
-        clip = load_stage(arguments.checkpoint, CLIP)
-        save_clip(clip.net, arguments.out, clip.model_config, clip.preprocess_config)
-        (arguments.out / "README.md").write_text(card, encoding="utf-8")
+        clip = load_stage(checkpoint, CLIP)
+        save_clip(clip.net, out, clip.model_config, clip.preprocess_config)
+        (out / "README.md").write_text(card, encoding="utf-8")
     else:
         kinds = (Decoder, DiffusionPrior, ARPrior, Upsampler256, Upsampler1024)
-        stage = load_stage(arguments.checkpoint, *kinds)
+        stage = load_stage(checkpoint, *kinds)
         buffers = [name for name, _ in stage.named_buffers()]
-        release.write(arguments.out, weights, card, exact=buffers)
-    size = sum(file.stat().st_size for file in arguments.out.iterdir()) / 1e6
-    print(f"{arguments.out}: {weights.stage} after {weights.steps} steps, {size:.1f} MB")
+        release.write(out, weights, card, exact=buffers)
+    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    print(f"{out}: {weights.stage} after {weights.steps} steps, {size:.1f} MB")

@@ -11,6 +11,7 @@ from unclip_pl.cli import (
     edit,
     export,
     generate,
+    import_weights,
     inpaint,
     interpolate,
     invert,
@@ -27,6 +28,7 @@ COMMANDS = (
     generate, invert, vary, interpolate, edit, inpaint, upsample, export, plan, submit
 )  # fmt: skip
 GROUPS = {
+    "import": (import_weights, "Make releases of other projects' weights."),
     "data": (data, "Draw, check and import data."),
     "probe": (probe, "Look into CLIP's embedding of a picture."),
 }

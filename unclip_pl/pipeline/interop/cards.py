@@ -1,0 +1,45 @@
+"""The README.md of what was imported: what it is, where from, under which licence."""
+
+import re
+from pathlib import Path
+
+KARLO = "Karlo v1 alpha (Kakao Brain, https://github.com/kakaobrain/karlo)"
+DRAWS = {
+    "prior": "Draws a CLIP image embedding for a caption: 25 steps of DDPM, guidance 4.",
+    "decoder": "Draws a picture of 64 x 64 from an embedding and a caption: 25 steps of DDPM, "
+    "guidance 8. Karlo's slower setting is 50 steps.",
+    "upsampler-256": "Draws a picture of 64 x 64 again at 256 x 256: 7 steps of DDPM, of which a "
+    "second network, tuned for sharp edges, draws the last.",
+}
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that the front matter of a folder's README.md names."""
+    file = folder / "README.md"
+    if not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    found = re.search(r"^license: *(\S.*)$", front[1], re.MULTILINE) if front else None
+    return found[1].strip() if found else None
+
+
+def card(folder: Path, part: str) -> str:
+    """README.md of one release, with the front matter that model hubs read."""
+    licence = licence_of(folder)
+    lines = [
+        "---",
+        "library_name: unclip_pl",
+        *([f"license: {licence}"] if licence else []),
+        "tags: [unclip, karlo]",
+        "---",
+        f"# {part} of {folder.name}",
+        "",
+        f"Imported from {folder.name} by `unclip import karlo`. {DRAWS[part]}",
+        "",
+        f"- Model: {KARLO}, or weights of its shape.",
+        f"- Licence of the weights: {licence or 'see where they were published'}. Karlo v1 alpha "
+        "was published under CreativeML Open RAIL-M, which restricts some uses.",
+        "- CLIP: the folder `clip` beside this one.",
+    ]
+    return "\n".join(lines) + "\n"

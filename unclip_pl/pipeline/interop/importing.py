@@ -1,0 +1,162 @@
+"""Releases of ours from Karlo's weights: `import_karlo`."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.fingerprint import Fingerprint
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.pipeline import release
+from unclip_pl.pipeline.hub import CLIP_BESIDE, copy_clip, model_card, write_parts
+from unclip_pl.pipeline.interop import karlo, karlo_original
+from unclip_pl.pipeline.interop.cards import card
+from unclip_pl.pipeline.interop.karlo import Part
+from unclip_pl.pipeline.interop.keys import (
+    Layout,
+    Names,
+    fill,
+    prior_names,
+    text_proj_names,
+    unet_names,
+)
+from unclip_pl.pipeline.interop.towers import convert_towers, require_same_text_tower
+from unclip_pl.pipeline.release import Release
+from unclip_pl.stages.data_checks import empty_caption
+from unclip_pl.stages.decoder import Decoder
+from unclip_pl.stages.diffusion_prior import DiffusionPrior
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import atomic_folder
+
+Precision = Literal["fp16", "fp32"]
+
+
+def import_karlo(
+    folder: Path, out: Path, clip: CLIPConfig | None = None, precision: Precision = "fp16"
+) -> list[Path]:
+    """Write `clip`, `prior`, `decoder` and `upsampler-256` below `out`, all of them or nothing.
+
+    One network is in memory at a time, in the type of its files.
+
+    Args:
+        folder: of diffusers' layout (model_index.json), or with Karlo's own `.ckpt` and `.th`.
+        out: a new folder. Without a prior in `folder` (image variations) it has none either.
+        clip: the CLIP of the weights, of which a copy goes to `out`; None: that of `folder`.
+        precision: of the releases: "fp32" keeps float32 weights to the bit.
+
+    Returns:
+        the folders of the CLIP and the releases.
+
+    Raises:
+        UserError: one sentence says what is missing, damaged, or of another model.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already: choose another folder, or remove it first.")
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}: give the folder with Karlo's files.")
+    original = not (folder / "model_index.json").exists() and karlo_original.is_original(folder)
+    parts = karlo_original.read_files(folder) if original else karlo.read_folder(folder)
+    layout: Layout = "karlo" if original else "diffusers"
+    with atomic_folder(out) as temporary:
+        _write_clip(folder, temporary / "clip", clip)
+        frozen = FrozenCLIP(CLIPConfig(model=f"local-dir:{temporary / 'clip'}"))
+        _check_widths(frozen, parts)
+        fingerprint = frozen.fingerprint()
+        fingerprint["config"]["model"] = CLIP_BESIDE
+        null = empty_caption(frozen)
+        del frozen
+        for part in parts:
+            _write(part, layout, temporary, (fingerprint, null), precision, card(folder, part.name))
+        names = [part.name for part in parts]
+        write_parts(temporary, names, model_card(out.name, names))
+    return [out / name for name in ("clip", *(part.name for part in parts))]
+
+
+def _write_clip(folder: Path, out: Path, clip: CLIPConfig | None) -> None:
+    """The CLIP, as an open_clip folder: that of `folder`, or a copy of `clip`."""
+    text = folder / "text_encoder"
+    if clip is None and (folder / "image_encoder").is_dir():
+        convert_towers(text, folder / "image_encoder", out)
+        return
+    own = folder / karlo_original.CLIP
+    if clip is None and own.is_file():
+        clip = CLIPConfig("ViT-L-14-quickgelu", str(own))
+    if clip is None:
+        raise UserError(
+            f"{folder} has no image_encoder, so its CLIP cannot be made from it: name the CLIP "
+            "(--clip ViT-L-14-quickgelu --clip-weights openai), or put the image_encoder of "
+            "Karlo's image variations there."
+        )
+    frozen = FrozenCLIP(clip)
+    if text.is_dir():
+        require_same_text_tower(text, frozen.model, str(clip))
+    copy_clip(frozen, out)
+
+
+def _check_widths(clip: FrozenCLIP, parts: list[Part]) -> None:
+    """UserError where the CLIP cannot be that of the weights."""
+    for part in parts:
+        stage = part.stage
+        if not isinstance(stage, (DiffusionPrior, Decoder)):
+            continue
+        widths = stage.net_config.embed_dim, stage.text_config.states_width
+        if widths != (clip.embed_dim, clip.states_width):
+            raise UserError(
+                f"The {part.name} takes embeddings of {widths[0]} and token states of {widths[1]} "
+                f"numbers, and the CLIP gives {clip.embed_dim} and {clip.states_width}: give the "
+                "CLIP that the weights were trained with (--clip)."
+            )
+
+
+def names_of(part: Part, layout: Layout) -> list[tuple[str, Names]]:
+    """(source, names of the tensors in it) of a stage."""
+    stage = part.stage
+    if isinstance(stage, DiffusionPrior):
+        found = [("prior", prior_names(stage.net_config.depth, layout))]
+        if layout == "karlo":
+            statistics: Names = {"normalizer.mean": ("mean",), "normalizer.std": ("std",)}
+            found.append(("statistics", statistics))
+        return found
+    net = unet_names(stage.net_config, layout)  # type: ignore[arg-type]  # both others have one
+    if isinstance(stage, Decoder):
+        if layout == "karlo":
+            return [("decoder", net | text_proj_names(layout))]
+        return [("decoder", net), ("text_proj", text_proj_names(layout))]
+    last = unet_names(stage.net_config, layout, "last_net.")  # type: ignore[arg-type]
+    return [("super_res_first", net), ("super_res_last", last)]
+
+
+def _write(
+    part: Part,
+    layout: Layout,
+    out: Path,
+    clip: tuple[Fingerprint, tuple[Tensor, Tensor]],
+    precision: Precision,
+    text: str,
+) -> None:
+    """One release below `out`."""
+    stage, (fingerprint, (states, embed)) = part.stage, clip
+    ours = stage.state_dict()
+    head_width = karlo_original.HEAD_WIDTH if layout == "karlo" else None
+    tensors: dict[str, Tensor] = {}
+    for source, names in names_of(part, layout):
+        tensors |= fill(ours, names, part.sources[source], head_width)
+    computed = {"skipped_steps": torch.zeros((), dtype=torch.int64)}
+    if isinstance(stage, DiffusionPrior):
+        computed |= {"x0_error": torch.full(ours["x0_error"].shape, torch.nan)}
+        computed |= {"net.empty_states": states, "net.empty_text_embed": embed}
+    elif isinstance(stage, Decoder):
+        computed |= {"text.encoder.null_states": states, "text.encoder.null_text_embed": embed}
+    tensors |= computed
+    assert tensors.keys() == ours.keys(), tensors.keys() ^ ours.keys()
+    exact = set(tensors) if precision == "fp32" else {name for name, _ in stage.named_buffers()}
+    for name in exact & tensors.keys():
+        if tensors[name].is_floating_point():
+            tensors[name] = tensors[name].float()
+    sees_clip = isinstance(stage, (DiffusionPrior, Decoder))
+    made = Release(
+        type(stage).__name__, dict(stage.hparams), fingerprint if sees_clip else None, tensors
+    )
+    release.write(out / part.name, made, text, exact=exact)
