@@ -65,9 +65,11 @@ setup(
             "pytest-xdist>=3.5",
             "diffusers>=0.33",
             "transformers",
+            "peft>=0.15",
             "pyarrow>=14",
             "opencv-python-headless>=4.8",
         ],
+        "lora": ["peft>=0.15"],  # fine-tuning by low-rank adapters
         "dev": ["ruff", "mypy", "codespell", "pre-commit"],
         "docs": ["sphinx>=8.1", "myst-parser>=4", "pydata-sphinx-theme>=0.16", "sphinx-copybutton"],
     },

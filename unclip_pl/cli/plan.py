@@ -114,6 +114,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def report(stage: str, arguments: argparse.Namespace) -> str:
     """The stage's paragraph and table, as Markdown."""
+    from unclip_pl.stages import load_all
+
+    load_all()  # first, so that lightning can import torchvision
     from unclip_pl import planner
 
     model, data, steps = build_on_meta(stage, arguments.config)
@@ -196,7 +199,7 @@ def build_on_meta(stage: str, overlays: list[str]) -> tuple[Any, Any, int]:
     find_config(stage)
     path = Path(stage)
     files = [stage, *overlays]
-    if path.parent.name == "paper":
+    if path.parent.name in ("paper", "karlo"):
         files.insert(0, str(path.parent.parent / path.name))
     words = find_configs([word for file in files for word in ("-c", file)])
     for key, value in HERE.items():

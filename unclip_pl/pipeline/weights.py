@@ -14,6 +14,7 @@ import torch
 from unclip_pl.cluster.checkpoint_io import read_checkpoint
 from unclip_pl.cluster.sharded_checkpoint import META_FILE, whole_tensors
 from unclip_pl.diffusion.process import DiffusionConfig
+from unclip_pl.networks.lora import merged
 from unclip_pl.networks.renamed import rename, rename_settings
 from unclip_pl.pipeline import release
 from unclip_pl.pipeline.release import Release
@@ -56,11 +57,14 @@ def read_weights(path: str | os.PathLike) -> Release:
             "of `lightning fit`, or a release."
         )
     stage = checkpoint["stage"]
+    tensors = rename(stage, checkpoint["state_dict"])
+    if "lora_scale" in checkpoint:
+        tensors = merged(tensors, checkpoint["lora_scale"])
     return Release(
         stage,
         complete_hyper_parameters(stage, checkpoint["hyper_parameters"]),
         checkpoint.get("clip_fingerprint"),
-        rename(stage, checkpoint["state_dict"]),
+        tensors,
         checkpoint["global_step"],
     )
 

@@ -216,6 +216,14 @@ class Stage(LightningModule):
                 f"trains a {self.stage_name}: give a checkpoint of the same stage, or leave "
                 "--ckpt_path out to start from scratch."
             )
+        adapted = any(".lora_A." in name for name, _ in self.named_parameters())
+        if ("lora_scale" in checkpoint) != adapted:
+            had = "has no" if adapted else "has"
+            raise UserError(
+                f"The checkpoint {had} adapters (LoRA), and this run is otherwise: give it the "
+                "same lightning_config/lora.yaml, or give the checkpoint to --init, which merges "
+                "them."
+            )
         for part in ("state_dict", "current_model_state"):
             if part in checkpoint:
                 checkpoint[part] = rename(self.stage_name, checkpoint[part])

@@ -1,0 +1,34 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021) among the weights of a network, by peft's names: merged
+into the layers that they adapt.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+BASE = ".base_layer."
+DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
+"""(rank, in, ...) and (out, rank, ...) of an adapter."""
+
+
+def merged(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The tensors of the network without adapters: W + scale B A in the place of W, B and A.
+
+    Args:
+        tensors: of linear layers and convolutions with adapters, and of any other.
+        scale: alpha / rank.
+    """
+    found = {}
+    for name, value in tensors.items():
+        if name.endswith((DOWN, UP)):
+            continue
+        layer, base, kind = name.rpartition(BASE)
+        if not base:
+            found[name] = value
+            continue
+        found[f"{layer}.{kind}"] = value
+        if kind == "weight":
+            down, up = tensors[layer + DOWN].float(), tensors[layer + UP].float()
+            delta = (up.flatten(1) @ down.flatten(1)).view_as(value)
+            found[f"{layer}.weight"] = (value.float() + scale * delta).to(value.dtype)
+    return found
