@@ -1,5 +1,7 @@
 """Inversion: the way up visits the levels of the sampler, and comes back to the data."""
 
+import math
+
 import pytest
 import torch
 
@@ -109,3 +111,36 @@ def test_implicit_inversion_of_very_few_steps_stays_finite(steps):
     predict = process.adapt(lambda x, t: -0.5 * x)
     latent = invert_implicit(predict, 0.5 * start(), process.schedule.respaced(steps))
     assert latent.abs().max() < 10
+
+
+@pytest.mark.parametrize("steps", [25, 50])
+def test_what_a_network_of_x0_misses_stays_small_where_inversion_starts_at_some_noise(steps):
+    """It takes what it misses for noise: at the lowest level 150 times as much."""
+    process = Process(DiffusionConfig(parametrization="x0", variance="fixed_small"))
+    schedule = process.schedule.respaced(steps)
+    exact = best_denoiser(process)
+
+    def shrinking(x, t):
+        x0 = 0.8 * exact(x, t).x0
+        return exact(x, t)._replace(x0=x0, eps=process.x0_to_eps(x0, x, t))
+
+    x = MEAN + whitened(200) @ torch.linalg.cholesky(COVARIANCE).T
+    size = {}
+    for min_sigma in (0.0, 0.1):
+        latent = invert_implicit(shrinking, x, schedule, min_sigma=min_sigma)
+        size[min_sigma] = latent.square().mean().sqrt().item()
+    assert size[0.0] > 2.5 and size[0.1] < 1.5, size
+
+
+def test_without_a_least_noise_inversion_starts_at_the_lowest_level():
+    process = Process(DiffusionConfig(parametrization="v", variance="fixed_small"))
+    schedule = process.schedule.respaced(10)
+    predict = process.adapt(lambda x, t: -0.5 * x)
+    lowest = math.sqrt(1 - schedule.alphas_cumprod[0])
+    steps = {}
+    for min_sigma in (0.0, lowest / 2, 0.1, 1.0):
+        levels = []
+        callback = lambda step, total, levels=levels: levels.append(step)
+        invert_implicit(predict, start(), schedule, callback=callback, min_sigma=min_sigma)
+        steps[min_sigma] = len(levels)
+    assert list(steps.values()) == [10, 10, 8, 0]  # those above the level that x is taken for

@@ -12,6 +12,8 @@ FIRST = (
     "from unclip_pl.training.ema import EMA",
     "from unclip_pl.datamodules.image_text import ImageTextData",
     "from unclip_pl.clip.frozen import FrozenCLIP; FrozenCLIP().tokenize(['fox'])",
+    "from unclip_pl.pipeline.weights import load_stage",
+    "from unclip_pl.planner import estimate_resources",
     "from eval.metrics import FrechetDistance",
     "from eval.callback import Evaluate",
 )

@@ -9,8 +9,6 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lightning
-
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 

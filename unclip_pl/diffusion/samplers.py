@@ -165,6 +165,7 @@ def invert_implicit(
     eta: float = 0.0,
     callback: Callback | None = None,
     rounds: int = 1,
+    min_sigma: float = 0.0,
 ) -> Tensor:
     """As `invert`, but each level solves the step that `ddim` takes down from it: far more exact
     for about as many calls of `predict`.
@@ -179,7 +180,10 @@ def invert_implicit(
     Arguments as in `invert`.
 
     Args:
-        rounds: iterations per level. `predict` is called K rounds + 1 times.
+        rounds: iterations per level. `predict` is called at most K rounds + 1 times.
+        min_sigma: the noise sqrt(1 - abar) of the level at which the way up starts, 0 to 1; x is
+            taken for a sample of the first level that has as much. A network that predicts x0
+            needs it: its eps is the error of x0 divided by sigma, too large where sigma is small.
     """
     times = list(_down(schedule, x))[::-1]
     angles = [math.atan2(math.sqrt(1 - a), math.sqrt(a)) for a in schedule.alphas_cumprod.tolist()]
@@ -188,8 +192,11 @@ def invert_implicit(
         prediction = predict(x, times[i][1])
         return math.cos(angles[i]) * prediction.eps - math.sin(angles[i]) * prediction.x0
 
-    v, below = velocity(x, 0), 0.0
-    for i, angle in enumerate(angles):
+    noisy = (i for i, angle in enumerate(angles) if math.sin(angle) >= min_sigma)
+    start = next(noisy, len(angles) - 1)
+    v, below = velocity(x, start), angles[start] if start else 0.0
+    for i in range(start + 1 if start else 0, len(angles)):
+        angle = angles[i]
         cos, sin = math.cos(angle - below), math.sin(angle - below)
         above = cos * x + sin * v
         for _ in range(rounds):
