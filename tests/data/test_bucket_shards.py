@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from tests.data.loaderkit import keys_of, loader, take
-from tests.data.shardkit import picture, write_shards, write_tar
+from tests.data.shardkit import FakeCLIP, picture, write_shards, write_tar
+from tests.data.storekit import fill
 from tests.remotekit import put
 from unclip_pl.data.bad_samples import BadSampleCounter
 from unclip_pl.data.names import expand
 from unclip_pl.data.shard_rows import describe_shard
 from unclip_pl.data.shards import count_samples
+from unclip_pl.data.verify import verify
 from unclip_pl.utils import remote
 from unclip_pl.utils.errors import UserError
 
@@ -110,6 +112,22 @@ def test_another_object_of_the_same_name_is_seen(shards, tmp_path):
     files = {f"{n:06d}.png": picture(n + 100) for n in range(9)}
     put(write_tar(tmp_path / "new.tar", files), "data/00000.tar")
     assert describe_shard(there[0])["digest"] != before["digest"]
+
+
+def test_a_killed_embedding_job_goes_on_and_loses_no_row(shards, faults, tmp_path):
+    here, there = shards
+    faults.plan, faults.of, faults.methods = ["503", "", "cut", "slow"] * 2, ".tar", ("GET",)
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path / "store", there, FakeCLIP(die_after=15))
+    second = FakeCLIP()
+    store, local = fill(tmp_path / "store", there, second), fill(tmp_path / "local", here)
+    assert second.seen == 12 and "503" in faults.seen and "cut" in faults.seen
+    for url, path in zip(there, here, strict=True):
+        rows, expected = store.shard(url), local.shard(path)
+        assert rows.keys == expected.keys
+        assert (rows.image_embed == expected.image_embed).all()
+        assert (rows.tokens == expected.tokens).all()
+    assert verify(store.folder) == []
 
 
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])

@@ -116,6 +116,14 @@ def list_folder(url: str) -> list[str]:
     return [] if found == [url] else found  # some list an object as the only one in itself
 
 
+def find_below(url: str) -> dict[str, str]:
+    """The URLs of all objects in a folder and the folders in it, by their place in the folder."""
+    files = _file_system(url)
+    found = _try(url, lambda: files.find(url))
+    root = files._strip_protocol(url).rstrip("/") + "/"
+    return {name.removeprefix(root): files.unstrip_protocol(name) for name in sorted(found)}
+
+
 def _visible(url: str, entries: Callable[[Any], Any]) -> list[str]:
     files = _file_system(url)
     found = _try(url, lambda: list(entries(files)))
