@@ -61,7 +61,7 @@ def to_diffusers(arguments: argparse.Namespace) -> None:
         print(note)
 
 
-def to_release(checkpoint: Path, out: Path, card_file: Path | None) -> None:
+def to_release(checkpoint: Path | str, out: Path, card_file: Path | None) -> None:
     """One checkpoint as a release."""
     from unclip_pl.clip.folder import save_clip
     from unclip_pl.pipeline import release
