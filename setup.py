@@ -30,6 +30,7 @@ REQUIREMENTS = [
     "scipy>=1.11",
     "pillow>=10",
     "filelock>=4",
+    "fsspec[http]",
     "matplotlib>=3.8",  # curves in the reports of eval
     "tqdm",
     # OpenMoji, the embedded default data: drawings, names, renderer
@@ -70,6 +71,10 @@ setup(
             "opencv-python-headless>=4.8",
         ],
         "lora": ["peft>=0.15"],  # fine-tuning by low-rank adapters
+        # buckets as `s3://`, `gs://` and `hf://`
+        "remote": ["s3fs", "gcsfs", "huggingface_hub"],
+        # their tests, against an S3 server on this machine
+        "test-remote": ["s3fs", "moto[server]>=5"],
         "dev": ["ruff", "mypy", "codespell", "pre-commit"],
         "docs": ["sphinx>=8.1", "myst-parser>=4", "pydata-sphinx-theme>=0.16", "sphinx-copybutton"],
     },

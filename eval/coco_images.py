@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -69,7 +68,7 @@ class PriorModel:
 
 def load_priors(arguments: argparse.Namespace, model: Model) -> list[PriorModel]:
     """The priors, all loaded and their settings checked before anything is drawn."""
-    paths = [DEFAULT_PRIORS.get(name, Path(name)) for name in arguments.priors]
+    paths = [DEFAULT_PRIORS.get(name, name) for name in arguments.priors]
     stages: list[Any] = [load_stage(path, DiffusionPrior, ARPrior) for path in paths]
     weights = [describe_weights(path) for path in paths]
     if len({described["sha256"] for described in weights}) < len(weights):

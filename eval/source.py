@@ -34,6 +34,7 @@ from unclip_pl.utils.options import (
     positive_int,
 )
 from unclip_pl.utils.precision import Precision, supported_precision
+from unclip_pl.utils.remote_copies import local_path
 
 DEFAULT_CAPTIONS = "openmoji"
 MODEL_OPTIONS = (
@@ -57,7 +58,8 @@ MODEL_OPTIONS = (
 
 def describe_weights(path: str | os.PathLike) -> dict[str, str]:
     """The name of a release or checkpoint and a digest of its content."""
-    path, files = Path(path), [Path(path)]
+    path = local_path(path)
+    files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors"))
     digest = hashlib.sha256()
@@ -272,8 +274,8 @@ class Model:
         """The weights and the precision, as plain values."""
         prior = None
         if self.prior is not None:
-            prior = describe_weights(DEFAULT_PRIORS.get(self.prior, Path(self.prior)))
-        upsamplers = [DEFAULT_UPSAMPLERS.get(name, Path(name)) for name in self.upsamplers or ()]
+            prior = describe_weights(DEFAULT_PRIORS.get(self.prior, self.prior))
+        upsamplers = [DEFAULT_UPSAMPLERS.get(name, name) for name in self.upsamplers or ()]
         return {
             "decoder": describe_weights(self.decoder),
             "prior": prior,

@@ -13,6 +13,8 @@ import unclip_pl.utils.torchvision  # noqa: F401
 import pytest
 import torch
 
+from tests.remotekit import faults, s3_server  # noqa: F401  fixtures
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 

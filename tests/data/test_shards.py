@@ -35,7 +35,7 @@ def test_patterns_lists_folders_and_urls_expand(tmp_path, shards):
 
 @pytest.mark.parametrize(
     "spec",
-    ["nothing", "none-*.tar", "{00000..00007}.tar", "empty", "{0..", "s3://bucket/0.tar", []],
+    ["nothing", "none-*.tar", "{00000..00007}.tar", "empty", "{0..", "rados://bucket/0.tar", []],
 )
 def test_what_matches_nothing_is_one_sentence(tmp_path, shards, spec, monkeypatch):
     (tmp_path / "empty").mkdir()

@@ -6,6 +6,7 @@ from pathlib import Path
 from unclip_pl.cli.options import AddCommand
 from unclip_pl.utils.devices import pick_device
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.remote_copies import local_folder
 
 
 def add(command: AddCommand) -> None:
@@ -26,7 +27,7 @@ def add(command: AddCommand) -> None:
         run_verify,
         "Read an embedding store back and name every missing, doubled, non-finite or stale row.",
     )
-    verify.add_argument("store", type=Path, help="the store's folder")
+    verify.add_argument("store", type=local_folder, help="the store's folder")
     verify.add_argument(
         "--shards",
         nargs="+",
@@ -45,7 +46,10 @@ def add(command: AddCommand) -> None:
         help="clip-retrieval's output folder; without it the embeddings are members of the tars",
     )
     importing.add_argument(
-        "--store", type=Path, required=True, help="the store's folder; goes on where it stopped"
+        "--store",
+        type=local_folder,
+        required=True,
+        help="the store's folder; goes on where it stopped",
     )
     importing.add_argument(
         "--shards",

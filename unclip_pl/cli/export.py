@@ -5,6 +5,7 @@ from pathlib import Path
 
 from unclip_pl.cli.options import AddCommand
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.remote_copies import local_folder, path_or_url
 
 
 def add(command: AddCommand) -> None:
@@ -16,11 +17,11 @@ def add(command: AddCommand) -> None:
     )
     parser.add_argument(
         "checkpoint",
-        type=Path,
+        type=path_or_url,
         nargs="+",
         help="or a release; with --to diffusers one of each stage: prior, decoder, upsampler",
     )
-    parser.add_argument("--out", type=Path, required=True, help="the new folder")
+    parser.add_argument("--out", type=local_folder, required=True, help="the new folder")
     parser.add_argument(
         "--card", type=Path, help="a Markdown file that becomes the release's README.md"
     )
@@ -60,7 +61,7 @@ def to_diffusers(arguments: argparse.Namespace) -> None:
         print(note)
 
 
-def to_release(checkpoint: Path, out: Path, card_file: Path | None) -> None:
+def to_release(checkpoint: Path | str, out: Path, card_file: Path | None) -> None:
     """One checkpoint as a release."""
     from unclip_pl.clip.folder import save_clip
     from unclip_pl.pipeline import release

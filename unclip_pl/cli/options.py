@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from unclip_pl.utils.devices import pick_device
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.options import SPACING_HELP, HelpFormatter, override_sampling, seed, spacing
+from unclip_pl.utils.remote_copies import local_folder, path_or_url
 
 Run = Callable[[argparse.Namespace], None]
 SIZES = (64, 256, 1024)
@@ -33,14 +34,16 @@ def command_adder(group: argparse._SubParsersAction) -> AddCommand:
 def add_decoder_option(parser: argparse.ArgumentParser) -> None:
     """Which decoder draws: --decoder."""
     parser.add_argument(
-        "--decoder", type=Path, help="a checkpoint or release; by default the one in the package"
+        "--decoder",
+        type=path_or_url,
+        help="a checkpoint or release; by default the one in the package",
     )
 
 
 def add_output_options(parser: argparse.ArgumentParser, seed_help: str, out_help: str) -> None:
     """From which seed and where to: --seed, --out."""
     parser.add_argument("--seed", type=seed, default=0, help=seed_help)
-    parser.add_argument("--out", type=Path, default=Path("out"), help=out_help)
+    parser.add_argument("--out", type=local_folder, default=Path("out"), help=out_help)
 
 
 def add_size_option(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +65,7 @@ def add_upsampler_options(parser: argparse.ArgumentParser, steps: str) -> None:
     for source, target in ((64, 256), (256, 1024)):
         parser.add_argument(
             f"--upsampler-{target}",
-            type=Path,
+            type=path_or_url,
             help=f"a checkpoint or release of the upsampler {source} to {target}; by default the "
             "one in the package",
         )

@@ -10,6 +10,7 @@ from typing import IO
 
 import braceexpand
 
+from unclip_pl.utils import remote
 from unclip_pl.utils.errors import UserError
 
 URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
@@ -18,24 +19,32 @@ HINT = "give a folder of shards, a file, or a pattern such as 'data/{00000..0000
 
 
 def is_url(shard: str) -> bool:
-    """Whether a shard is read through webdataset's `gopen`, not from a local file.
+    """Whether a shard is an object in a bucket or on a server, or a command's output, and no local
+    file.
 
     `expand` gives no local file such a name.
     """
     return URL.match(shard) is not None
 
 
+def is_streamed(shard: str) -> bool:
+    """Whether a shard is read through webdataset's `gopen` (`pipe:`), once from its start to its
+    end. It may break off without a word."""
+    return is_url(shard) and not remote.is_remote(shard)
+
+
 def expand(spec: str | Sequence[str]) -> list[str]:
     """The names of shards.
 
     Args:
-        spec: a brace pattern, a glob, a folder, one file, a URL (`http:`, `pipe:`, ... as
-            webdataset writes them), or a list of these. A file or folder of exactly this name is
-            taken as it is, whatever characters the name has; of a pattern, so is its folder. Hidden
-            files are no shards, unless they are named.
+        spec: a brace pattern, a glob, a folder, one file, or a list of these; all of them local, or
+            URLs that fsspec reads (`s3://`, `gs://`, `hf://`; `https://` has neither folders nor
+            globs); or `pipe:COMMAND`, as webdataset writes it. A local file or folder of exactly
+            this name is taken as it is, whatever characters the name has; of a pattern, so is its
+            folder. Hidden files are no shards, unless they are named.
 
     Raises:
-        UserError: nothing is there, or webdataset cannot read the URL.
+        UserError: nothing is there, or nothing can read the URL.
     """
     if not isinstance(spec, str):
         return [shard for pattern in spec for shard in expand(pattern)]
@@ -45,7 +54,8 @@ def expand(spec: str | Sequence[str]) -> list[str]:
     local = _exists(path) or (path.parent != Path() and _exists(path.parent))
     if is_url(spec) and not local:
         plain = spec.startswith("pipe:") and "{" not in spec
-        return [_check_scheme(url) for url in ([spec] if plain else _braces(spec))]
+        urls = [spec] if plain else _braces(spec)
+        return [shard for url in urls for shard in _expand_url(url)]
     folder = path
     while not _exists(folder):
         folder = folder.parent
@@ -110,9 +120,17 @@ def _name(file: Path) -> str:
 def _shards_of(folder: Path) -> list[str]:
     """The .tar files of a folder; its compressed ones where there are none."""
     files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
-    files = [file for file in files if not file.is_dir()]
-    plain = [_name(file) for file in files if file.suffix == ".tar"]
-    packed = [_name(file) for file in files if file.name.endswith(PACKED)]
+    return _tars(folder, [_name(file) for file in files if not file.is_dir() and _is_tar(file)])
+
+
+def _is_tar(name: str | Path) -> bool:
+    return str(name).endswith((".tar", *PACKED))
+
+
+def _tars(folder: str | Path, names: list[str]) -> list[str]:
+    """The .tar files among the names in a folder; its compressed ones where there are none."""
+    plain = [name for name in names if name.endswith(".tar")]
+    packed = [name for name in names if name.endswith(PACKED)]
     if plain and packed:
         raise UserError(
             f"{folder} has {len(plain)} .tar files and {len(packed)} compressed ones, such as "
@@ -123,23 +141,45 @@ def _shards_of(folder: Path) -> list[str]:
     return plain or packed
 
 
+def _expand_url(url: str) -> list[str]:
+    """The shards of a URL without braces: it is a name, a glob or a folder."""
+    scheme = remote.scheme_of(url)
+    if scheme is None:
+        return [_check_scheme(url)]
+    if scheme in ("http", "https"):
+        return [url]
+    if any(sign in url for sign in "*?[") and not remote.exists(url):
+        if found := remote.find(url):
+            return found
+        raise UserError(f"There is no shard {url}: check data.train and data.val ({HINT}).")
+    if _is_tar(url) or remote.exists(url):
+        return [url]
+    return _tars(url, remote.list_folder(url))
+
+
 def _check_scheme(url: str) -> str:
     from webdataset.gopen import gopen_schemes
 
-    scheme = url.partition(":")[0]
-    if scheme not in gopen_schemes and scheme != "file":
-        example = f" (for example 'pipe:aws s3 cp {url} -')" if scheme == "s3" else ""
+    if url.partition(":")[0] not in (*gopen_schemes, "file"):
         raise UserError(
-            f"webdataset cannot read {url}: name a command that writes the tar, as "
-            f"'pipe:COMMAND'{example}."
+            f"Neither fsspec nor webdataset can read {url}: name a command that writes the tar, as "
+            "'pipe:COMMAND'."
         )
     return url
 
 
 def open_shard(shard: str) -> IO[bytes]:
-    """The bytes of a shard: of a local file, or of a URL through webdataset's `gopen`."""
+    """The bytes of a shard: of a local file, of an object, or of a command by webdataset's
+    `gopen`.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        UserError: an object failed at all tries, or may not be read.
+    """
     if not is_url(shard):
         return Path(shard).open("rb")
+    if remote.is_remote(shard):
+        return remote.open_remote(shard)
     from webdataset.gopen import gopen
 
     return gopen(shard)

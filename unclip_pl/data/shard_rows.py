@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from unclip_pl.data.bad_samples import too_many_files
-from unclip_pl.data.names import is_url
+from unclip_pl.data.names import is_streamed
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.remote import is_remote, stat
 
 UNREADABLE = (OSError, ValueError, KeyError)
 """What `map_safetensors` and `ShardRows.open` raise where a file is not whole."""
@@ -96,16 +97,21 @@ class ShardRows:
 
 
 def describe_shard(shard: str) -> dict[str, Any]:
-    """`size` and `digest` (SHA-256 of the size, first and last MiB) of a local tar.
+    """`size` and `digest` of a tar: of a local one SHA-256 of the size, the first and the last MiB;
+    of an object in a bucket or on a server, of the size and the ETag or what it has like it.
 
-    Of a URL both are None, so a change there goes unseen.
+    Of a command (`pipe:`) both are None, so a change there goes unseen.
 
     Raises:
         UserError: there is no such file.
     """
-    if is_url(shard):
+    if is_streamed(shard):
         return {"size": None, "digest": None}
     try:
+        if is_remote(shard):
+            found = stat(shard)
+            content = f"{found.size} {found.version}".encode()
+            return {"size": found.size, "digest": hashlib.sha256(content).hexdigest()}
         with Path(shard).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest = hashlib.sha256(str(size).encode())

@@ -23,7 +23,7 @@ from unclip_pl.data.bad_samples import (
 )
 from unclip_pl.data.captions import caption_of
 from unclip_pl.data.decoding import IMAGE_ENDINGS, decode
-from unclip_pl.data.names import is_url, open_shard
+from unclip_pl.data.names import is_streamed, open_shard
 from unclip_pl.data.tars import SampleFiles, SampleGrouper, SpecialFile, tar_files, tar_names
 from unclip_pl.utils.errors import UserError
 
@@ -37,8 +37,8 @@ def raw_samples(
         url: the shard's name.
         counter: counts the bad ones.
         members: further endings to read, such as "img_emb.npy", in small letters.
-        whole: a URL that breaks off is a UserError. Unlike a damaged file it may well be whole the
-            next time, and nothing here would tell.
+        whole: a command (`pipe:`) that breaks off is a UserError. Unlike a damaged file its output
+            may well be whole the next time, and nothing here would tell.
 
     Yields:
         `key`, `shard`, `image` (bytes), `caption` (str), `endings` (of all files with its key),
@@ -58,7 +58,8 @@ def read_shard(
     it: `counter` only learns how large shards are, and which files in them are not used.
 
     Raises:
-        UserError: the shard is gone, or, with `whole`, a URL breaks off.
+        UserError: the shard is gone, an object cannot be read, or, with `whole`, a command breaks
+            off.
     """
     read, rest = 0, 0
     keys: set[str] = set()
@@ -79,17 +80,16 @@ def read_shard(
                     keys.add(group.key)
                     yield sample
             except Exception:
-                rest = 0 if is_url(url) else _estimate_rest(stream, read)
+                rest = 0 if is_streamed(url) else _estimate_rest(stream, read)
                 raise
     except FileNotFoundError:
-        cure = "put it back, or take it out of data.train and data.val"
-        raise UserError(f"The shard {url} is gone: {cure}.") from None
+        raise _gone(url) from None
     except UserError:
         raise
     except Exception as error:  # tarfile raises nearly anything on damaged files
         if limit := too_many_files(error):
             raise limit from None
-        if whole and is_url(url):
+        if whole and is_streamed(url):
             raise UserError(
                 f"The shard {url} broke off after {read} samples ({_cause(error)}): run again, "
                 "finished shards are kept; if it ends there each time, mend it."
@@ -136,8 +136,13 @@ def _estimate_rest(stream: IO[bytes], read: int) -> int:
     position = stream.tell()
     if not position:
         return 0
-    size = os.fstat(stream.fileno()).st_size
+    size = stream.seek(0, os.SEEK_END)
     return round(read * (size / position - 1))
+
+
+def _gone(shard: str) -> UserError:
+    cure = "put it back, or take it out of data.train and data.val"
+    return UserError(f"The shard {shard} is gone: {cure}.")
 
 
 def _cause(error: Exception) -> str:
@@ -155,7 +160,8 @@ def decode_batches(
     ones first.
 
     Raises:
-        UserError: the shard is gone, a URL breaks off, or there are too many bad samples.
+        UserError: the shard is gone or cannot be read, a command breaks off, or there are too many
+            bad samples.
     """
 
     def decode_sample(sample: dict[str, Any]) -> dict[str, Any] | SkippedSamples:
@@ -193,16 +199,20 @@ def decode_batches(
 def count_samples(shard: str) -> int:
     """Number of samples with an image in a shard.
 
-    Of a file only the tar's headers are read; a URL is read through.
+    Only the tar's headers are read; the output of a command (`pipe:`) is read through.
 
     Raises:
         UserError: it is no whole tar.
     """
     try:
-        if is_url(shard):
-            with open_shard(shard) as stream:
+        with open_shard(shard) as stream:
+            if is_streamed(shard):
                 return _count_with_image(shard, tar_files(stream))
-        return _count_with_image(shard, tar_names(shard))
+            return _count_with_image(shard, tar_names(stream))
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise _gone(shard) from None
     except Exception as error:
         raise UserError(
             f"The shard {shard} is no whole tar ({_cause(error)}): fetch it again, take it out, or "

@@ -36,6 +36,7 @@ from unclip_pl.data.shard_rows import UNREADABLE, ShardRows, describe_shard
 from unclip_pl.data.shards import decode_batches
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file, file_lock, remove_leftovers
+from unclip_pl.utils.remote_copies import local_folder
 
 log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
@@ -65,11 +66,11 @@ class EmbeddingStore:
     It may be sent to another process.
 
     Args:
-        folder: made on demand.
+        folder: on a local disk; made on demand.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        self.folder = Path(folder)
+        self.folder = local_folder(folder)
         self._open: dict[str, ShardRows] = {}
         self._started = 0.0
         self._captions = MissingCaptions()

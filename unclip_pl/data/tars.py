@@ -84,9 +84,9 @@ def tar_files(stream: IO[bytes]) -> Iterator[tuple[str, Content]]:
         pass
 
 
-def tar_names(path: str) -> Iterator[tuple[str, Content]]:
-    """As `tar_files`, of a local file and only from the headers: every content is empty."""
-    with tarfile.open(path, tarinfo=Member, ignore_zeros=True) as tar:
+def tar_names(stream: IO[bytes]) -> Iterator[tuple[str, Content]]:
+    """As `tar_files`, of a stream with `seek` and only from the headers: every content is empty."""
+    with tarfile.open(fileobj=stream, tarinfo=Member, ignore_zeros=True) as tar:
         for member in tar:
             if _of_interest(member):
                 yield repair_text(member.name), b"" if member.isreg() else _special_file(member)

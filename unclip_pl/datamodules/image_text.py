@@ -8,7 +8,7 @@ from typing import Any
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.bad_samples import BadSample
 from unclip_pl.data.captions import augment_caption
-from unclip_pl.data.names import is_url
+from unclip_pl.data.names import is_streamed, is_url
 from unclip_pl.datamodules.base import ShardData, count_missing_captions
 from unclip_pl.utils.errors import UserError
 
@@ -45,7 +45,7 @@ class ImageTextData(ShardData):
 
     def prepare_data(self) -> None:
         super().prepare_data()
-        if self.train_shards and not is_url(self.train_shards[0]):
+        if self.train_shards and not is_streamed(self.train_shards[0]):
             count_missing_captions(self.train_shards[0]).require(self.config.max_bad_rate)
 
     def sample_transform(self, train: bool) -> CaptionTransform:

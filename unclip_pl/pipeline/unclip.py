@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -124,7 +123,7 @@ class UnCLIP(Pretrained):
         unclip_pl.stages.load_all()
         prior_stage: Any = None
         if prior is not None:
-            path = DEFAULT_PRIORS.get(str(prior), Path(prior))
+            path = DEFAULT_PRIORS.get(str(prior), prior)
             prior_stage = load_stage(path, DiffusionPrior, ARPrior)
         unclip = cls(
             load_stage(decoder, Decoder),

@@ -22,6 +22,7 @@ from unclip_pl.stages.base import Stage
 from unclip_pl.stages.settings import as_config, plain, require_same_model, settings_of
 from unclip_pl.stages.upsampler import Upsampler, Upsampler256, Upsampler1024
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.remote_copies import local_path
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DEFAULT_DECODER = ASSETS / "decoder-openmoji"
@@ -37,7 +38,8 @@ StageT = TypeVar("StageT", bound=Stage)
 
 
 def read_weights(path: str | os.PathLike) -> Release:
-    """Read a release folder or a Lightning checkpoint (a file, or a folder of shards).
+    """Read a release folder or a Lightning checkpoint (a file, or a folder of shards), here or at
+    a remote URL.
 
     Of a checkpoint, the weights are the EMA's. Hyperparameters that are younger than the weights
     are filled in.
@@ -45,7 +47,8 @@ def read_weights(path: str | os.PathLike) -> Release:
     Raises:
         UserError: there is nothing there, or it is neither of the two.
     """
-    if Path(path).is_dir() and not (Path(path) / META_FILE).exists():
+    path = local_path(path)
+    if path.is_dir() and not (path / META_FILE).exists():
         weights = release.read(path)
         hyper_parameters = complete_hyper_parameters(weights.stage, weights.hyper_parameters)
         return replace(weights, hyper_parameters=hyper_parameters)

@@ -12,6 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, step_of
 from unclip_pl.utils.errors import SharedError, UserError
 from unclip_pl.utils.files import LockTimeout, atomic_file, file_lock
+from unclip_pl.utils.remote import is_remote
+from unclip_pl.utils.remote_copies import local_path
 
 CONFIG = "config.yaml"
 OUTPUTS = (CONFIG, "hparams.yaml", "events.out.tfevents*", "pictures", "checkpoints")
@@ -23,7 +25,8 @@ def find_checkpoint(option: str | None, folder: Path) -> Path | None:
     """The checkpoint that `--ckpt_path` or `--resume` names; None: the run starts from scratch.
 
     Args:
-        option: a path; "last" or "best" for the newest or the best checkpoint of the run's folder;
+        option: a path, or the URL of a remote checkpoint, of which this is then the copy; "last" or
+            "best" for the newest or the best checkpoint of the run's folder;
             "resume:auto" for the newest, if there is one; "resume:PATH".
         folder: of the run.
 
@@ -48,6 +51,8 @@ def find_checkpoint(option: str | None, folder: Path) -> Path | None:
             f"--ckpt_path takes no {value}: name a file, last or best; to go on where a run "
             "stopped, also on a cluster, give --resume auto."
         )
+    if is_remote(value):
+        return local_path(value)
     if not Path(value).exists():
         raise UserError(
             f"There is no checkpoint {value}: check the path, or leave it out to start from "

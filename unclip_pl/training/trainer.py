@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import DISK_ERRORS
 from unclip_pl.utils.precision import training_precision
+from unclip_pl.utils.remote_copies import local_folder
 
 
 class Trainer(pl.Trainer):
@@ -89,6 +90,7 @@ def check_options(options: dict[str, Any]) -> None:
                 f"trainer.{name} has no effect here: the norm of the gradients is held to "
                 "model.optimizer.clip_norm, set that instead."
             )
+    local_folder(options.get("default_root_dir") or ".")
     if options.get("enable_checkpointing") is False:
         raise UserError(
             "trainer.enable_checkpointing is false, and a run here always writes checkpoints: for "

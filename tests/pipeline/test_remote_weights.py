@@ -1,0 +1,88 @@
+"""Releases and checkpoints in a bucket are read as those on a disk, whatever the server does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.factories import package_decoder, write_checkpoint, write_release
+from tests.remotekit import put
+from unclip_pl.cli.unclip import main
+from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.pipeline.weights import load_pretrained, load_stage, read_weights
+from unclip_pl.stages.decoder import Decoder
+from unclip_pl.training.run_folder import find_checkpoint
+from unclip_pl.training.trainer import check_options
+from unclip_pl.utils import remote
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import cache_dir
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "BLOCK", 1 << 18)
+
+
+@pytest.fixture
+def decoder():
+    return package_decoder()
+
+
+def test_release_and_checkpoint_come_whole_through_faults(tmp_path, decoder, faults):
+    release = write_release(tmp_path / "release", decoder, steps=7)
+    checkpoint = write_checkpoint(tmp_path / "newest-step=7.ckpt", decoder)
+    urls = {release: put(release, "runs/release"), checkpoint: put(checkpoint, "runs/a.ckpt")}
+    for path, url in urls.items():
+        faults.plan, faults.of, faults.methods = ["503", "cut", "slow"], "runs/", ("GET",)
+        there, here = read_weights(url).tensors, read_weights(path).tensors
+        assert not faults.plan and there.keys() == here.keys()
+        assert all(torch.equal(there[name], here[name]) for name in here)
+        load_pretrained(decoder, url)
+
+
+def test_a_copy_is_fetched_once_for_each_version(tmp_path, decoder, faults):
+    path = write_checkpoint(tmp_path / "a.ckpt", decoder)
+    url = put(path, "a.ckpt")
+    read_weights(url)
+    faults.requests.clear()
+    read_weights(url)
+    assert not [line for line in faults.requests if "bytes=" in line]
+    with torch.no_grad():
+        next(decoder.parameters()).zero_()
+    put(write_checkpoint(tmp_path / "b.ckpt", decoder), "a.ckpt")
+    assert next(iter(load_stage(url, Decoder).parameters())).eq(0).all()
+
+
+def test_runs_resume_from_and_export_reads_a_checkpoint_there(tmp_path, decoder, faults, capsys):
+    path = write_checkpoint(tmp_path / "newest-step=7.ckpt", decoder)
+    url = put(path, "run/newest-step=7.ckpt")
+    for option in (url, f"resume:{url}"):
+        copy = find_checkpoint(option, tmp_path)
+        assert copy.read_bytes() == Path(path).read_bytes() and copy.name == "newest-step=7.ckpt"
+    main(["export", url, "--out", str(tmp_path / "release")])
+    assert read_weights(tmp_path / "release").stage == "Decoder"
+
+
+def test_what_is_bad_there_is_named(tmp_path, decoder, faults, monkeypatch):
+    monkeypatch.setattr(remote, "TRIES", 2)
+    with pytest.raises(UserError, match=r"There is no s3://bucket/none\.ckpt"):
+        read_weights("s3://bucket/none.ckpt")
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(Path(write_checkpoint(tmp_path / "a.ckpt", decoder)).read_bytes()[:9999])
+    with pytest.raises(UserError, match=r"s3/bucket/cut\.ckpt is no whole checkpoint"):
+        read_weights(put(cut, "cut.ckpt"))
+    url = put(tmp_path / "a.ckpt", "a.ckpt")
+    faults.always, faults.of, faults.methods = "cut", "a.ckpt", ("GET",)
+    with pytest.raises(UserError, match=r"s3://bucket/a\.ckpt failed 2 times"):
+        read_weights(url)
+    assert not list(cache_dir().rglob("a.ckpt"))
+
+
+def test_what_is_not_written_there_is_refused():
+    for refused in (
+        lambda: EmbeddingStore("s3://bucket/store"),
+        lambda: check_options({"default_root_dir": "gs://bucket/run"}),
+    ):
+        with pytest.raises(UserError, match="is remote, and only shards, releases and checkpoints"):
+            refused()

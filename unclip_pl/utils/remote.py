@@ -1,0 +1,256 @@
+"""Objects in buckets and on servers, by fsspec: `s3://`, `gs://`, `hf://`, `https://` and others.
+
+Credentials come from where fsspec's packages look for them: environment variables, their own files,
+the machine's role. What fails for a moment is tried again: a range of bytes, not the whole object.
+An object that cannot be read in the end is named, and never taken for a shorter one.
+"""
+
+import io
+import logging
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import IO, Any, TypeVar
+
+from unclip_pl.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+    "http": "aiohttp",
+    "https": "aiohttp",
+}
+NOT_REMOTE = ("file", "local")
+TRIES = 6
+FIRST_WAIT = 0.5  # seconds; doubled before each further try
+PATIENCE = 300.0  # seconds after which there is no further try
+BLOCK = 8 << 20  # bytes that are asked for at a time
+VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "oid", "Content-MD5", "Last-Modified", "mtime")
+"""What file systems call a name of an object's contents, the best one first."""
+Result = TypeVar("Result")
+
+
+class RemoteError(UserError):
+    """An object cannot be read or written, after all tries."""
+
+
+@dataclass(frozen=True)
+class RemoteStat:
+    """Size in bytes (None: the server does not say) and what changes with the contents."""
+
+    size: int | None
+    version: str | None
+
+
+def scheme_of(path: object) -> str | None:
+    """The scheme of a URL that fsspec reads, such as "s3"; None: it is none."""
+    match = SCHEME.match(str(path))
+    if match is None or match[1] in NOT_REMOTE:
+        return None
+    from fsspec.registry import known_implementations
+
+    return match[1] if match[1] in known_implementations else None
+
+
+def is_remote(path: object) -> bool:
+    """Whether this is the URL of an object that fsspec reads, not a local path or a command."""
+    return scheme_of(path) is not None
+
+
+def open_remote(url: str) -> IO[bytes]:
+    """An object for reading, by ranges of bytes, with `seek`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it may not be read, a package is missing, or all tries failed.
+    """
+    return io.BufferedReader(_Ranges(url), BLOCK)
+
+
+def stat(url: str) -> RemoteStat:
+    """Size and version of an object.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: see `open_remote`.
+    """
+    info = _try(url, lambda: _file_system(url).info(url))
+    if info.get("type") == "directory":
+        raise FileNotFoundError(url)
+    version = next((str(info[name]) for name in VERSIONS if info.get(name)), None)
+    return RemoteStat(info.get("size"), version)
+
+
+def exists(url: str) -> bool:
+    """Whether there is an object of this name."""
+    try:
+        stat(url)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def find(pattern: str) -> list[str]:
+    """The URLs of the objects that a glob pattern names, sorted; hidden ones are left out."""
+    return _visible(pattern, lambda files: files.glob(pattern, detail=True).values())
+
+
+def list_folder(url: str) -> list[str]:
+    """The URLs of the objects directly in a folder, sorted; none where there is no such folder."""
+
+    def entries(files: Any) -> Any:
+        try:
+            return files.ls(url.rstrip("/"), detail=True)
+        except FileNotFoundError:
+            return []
+
+    found = _visible(url, entries)
+    return [] if found == [url] else found  # some list an object as the only one in itself
+
+
+def find_below(url: str) -> dict[str, str]:
+    """The URLs of all objects in a folder and the folders in it, by their place in the folder."""
+    files = _file_system(url)
+    found = _try(url, lambda: files.find(url))
+    root = files._strip_protocol(url).rstrip("/") + "/"
+    return {name.removeprefix(root): files.unstrip_protocol(name) for name in sorted(found)}
+
+
+def _visible(url: str, entries: Callable[[Any], Any]) -> list[str]:
+    files = _file_system(url)
+    found = _try(url, lambda: list(entries(files)))
+    names = [files.unstrip_protocol(entry["name"]) for entry in found if entry["type"] == "file"]
+    return sorted(name for name in names if not PurePosixPath(name).name.startswith("."))
+
+
+def _file_system(url: str) -> Any:
+    """fsspec's file system of a URL; after a fork it is another one."""
+    import fsspec
+
+    scheme = str(scheme_of(url))
+    try:
+        # Another process may write at any time: what was listed before tells nothing
+        return fsspec.url_to_fs(url, use_listings_cache=False)[0]
+    except ImportError as error:
+        package = PACKAGES.get(scheme)
+        cure = f"pip install {package}" if package else str(error)
+        raise UserError(f"{url} needs a package for {scheme}:// that is missing: {cure}.") from None
+    except ValueError as error:
+        raise UserError(f"{url} cannot be read ({error}): check the name.") from None
+
+
+def _try(url: str, action: Callable[[], Result]) -> Result:
+    """The result of `action`, which is tried again after what may pass."""
+    start = time.monotonic()
+    wait, tries = FIRST_WAIT, 1
+    while True:
+        try:
+            return action()
+        except (UserError, FileExistsError, IsADirectoryError, NotImplementedError):
+            raise
+        except FileNotFoundError as error:
+            if not _may_pass(error.__cause__):
+                raise FileNotFoundError(2, "there is no such object", url) from None
+            cause: Exception = error.__cause__  # type: ignore[assignment]  # not None if it may pass
+        except Exception as error:
+            cause = error
+            if _is_refusal(error):
+                raise UserError(
+                    f"{url} may not be read or written ({_text(error)}): check the name of the "
+                    "bucket and the credentials, which fsspec takes from the usual places."
+                ) from None
+        if tries == TRIES or time.monotonic() - start > PATIENCE:
+            raise RemoteError(
+                f"{url} failed {tries} times, the last time with {_text(cause)}: check the server "
+                "and the connection, then run again."
+            ) from cause
+        log.warning("%s failed (%s) and is tried again in about %.1f s", url, _text(cause), wait)
+        # Not the module's own numbers, which follow from the run's seed
+        time.sleep(wait * random.SystemRandom().uniform(0.5, 1.5))
+        wait, tries = 2 * wait, tries + 1
+
+
+def _may_pass(cause: BaseException | None) -> bool:
+    """Whether an object "is not there" only because the server failed: fsspec says so of HTTP."""
+    status = _status(cause)
+    return cause is not None and (status is None or status >= 500 or status in (408, 429))
+
+
+def _is_refusal(error: Exception) -> bool:
+    if isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
+        return True
+    status = _status(error) or _status(error.__cause__)
+    return status is not None and 400 <= status < 500 and status not in (408, 429)
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The status of a server's answer, which errors of aiohttp and botocore have."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(error, "status", None)
+
+
+def _text(error: BaseException) -> str:
+    """The first line of an error, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+class _Ranges(io.RawIOBase):
+    """An object as a file: each read asks for one range of bytes."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
+        size = stat(url).size
+        # Held as a whole where the server knows no ranges, or does not say how long it is
+        self._content = None if size is not None else _try(url, self._whole)
+        self.size = len(self._content or b"") if size is None else size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        start, end = self._position, min(self._position + len(buffer), self.size)
+        if start >= end:
+            return 0
+        if self._content is None:
+            data = _try(self.url, lambda: self._range(start, end))
+        else:
+            data = self._content[start:end]
+        buffer[: len(data)] = data
+        self._position = end
+        return len(data)
+
+    def _whole(self) -> bytes:
+        return _file_system(self.url).cat_file(self.url)
+
+    def _range(self, start: int, end: int) -> bytes:
+        data = _file_system(self.url).cat_file(self.url, start=start, end=end)
+        if len(data) == self.size:
+            self._content = data
+            return data[start:end]
+        if len(data) != end - start:
+            raise OSError(f"{len(data)} of {end - start} bytes came")
+        return data
