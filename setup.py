@@ -38,6 +38,8 @@ REQUIREMENTS = [
     "resvg-py>=0.2",
 ]
 
+FONTS = ["manimgx-fonts", "manimgx-fonts-cjk"]
+
 setup(
     name="unclip_pl",
     version="0.1.0",
@@ -68,8 +70,11 @@ setup(
             "peft>=0.15",
             "pyarrow>=14",
             "opencv-python-headless>=4.8",
+            *FONTS,
         ],
         "lora": ["peft>=0.15"],  # fine-tuning by low-rank adapters
+        # Noto, for captions of other scripts than Latin, Greek, Cyrillic, Hebrew and Arabic
+        "fonts": FONTS,
         "dev": ["ruff", "mypy", "codespell", "pre-commit"],
         "docs": ["sphinx>=8.1", "myst-parser>=4", "pydata-sphinx-theme>=0.16", "sphinx-copybutton"],
     },
