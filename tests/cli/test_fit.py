@@ -230,6 +230,7 @@ def test_width_that_does_not_fit_the_clip_is_a_sentence(shards, tmp_path, capsys
         (["--init", "gone.ckpt"], "gone.ckpt"),
         (["--data.text_states", "false"], "data.text_states"),
         (["--trainer.max_steps", "-1"], "--trainer.max_steps"),
+        (["--best.monitor", "val/lss"], "did you mean val/loss?"),
     ],
 )
 def test_what_cannot_run_is_one_sentence(flags, named, shards, tmp_path, capsys):

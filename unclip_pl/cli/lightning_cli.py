@@ -36,6 +36,7 @@ from unclip_pl.stages.settings import settings_of
 from unclip_pl.training.arguments import add_model_flags
 from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
 from unclip_pl.training.ema import EMA
+from unclip_pl.training.monitored import require_logged
 from unclip_pl.training.pictures import Pictures
 from unclip_pl.training.run_folder import RunConfig, claim_folder, find_checkpoint
 from unclip_pl.training.trainer import Trainer, fix_train_batches
@@ -175,6 +176,10 @@ class UnclipCLI(LightningCLI):
         trainer: Any = self.trainer
         if trainer.fixed_batches:
             fix_train_batches(self.datamodule, trainer.fixed_batches)
+        validates = (
+            trainer.limit_val_batches != 0 and getattr(self.datamodule, "val", "") is not None
+        )
+        require_logged(trainer, self.model, validates)
         if trainer.fast_dev_run:  # writes nothing
             self.trainer.fit(**kwargs)
             return

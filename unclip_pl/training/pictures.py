@@ -58,6 +58,11 @@ class Pictures(Callback):
         title = " / ".join(label.split(",")[0] for label in rows)
         self._log_picture(trainer, title, picture)
 
+    def logged_names(self, stage: object) -> set[str]:
+        """What this callback logs, for `training.monitored`."""
+        draws = self.count and hasattr(stage, "enlarged")
+        return {"val/psnr_bicubic", "val/psnr"} if draws else set()
+
     def _log_picture(self, trainer: Trainer, title: str, picture: Image.Image) -> None:
         """Send a picture to all loggers that take pictures."""
         for logger in trainer.loggers:
