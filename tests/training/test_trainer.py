@@ -103,7 +103,6 @@ def callback(name: str, **options) -> list[str]:
         (["--model.optimizer.betas", "[0.9, 1.5]"], "optimizer.betas"),
         (["--model.optimizer.clip_norm", "0"], "optimizer.clip_norm"),
         (callback("StochasticWeightAveraging", swa_lrs=0.1), "ema.decay"),
-        (callback("BatchSizeFinder"), "data.loader.batch_size"),
         ([*callback("EarlyStopping", monitor="val_loss"), *DATA, *OFTEN], "val_loss"),
         ([*DATA, *OFTEN, "--best.monitor", "val/lss"], "val/lss"),
     ],
@@ -136,6 +135,15 @@ def test_the_learning_rate_finder_sets_the_rate_of_the_optimizer(tmp_path):
     assert saved["lr_schedulers"][0]["base_lrs"] == [cli.model.lr] * 2
     assert saved["hyper_parameters"]["optimizer"]["lr"] == cli.model.lr
     assert cli.trainer.global_step == 4 and not list(tmp_path.glob(".lr_find*"))
+
+
+def test_the_batch_size_finder_sets_the_batch_size(tmp_path):
+    flags = callback("BatchSizeFinder", steps_per_trial=1, max_trials=3)
+    cli = build_cli(command(tmp_path, *flags, *WATCHED, steps=4))
+    assert cli.datamodule.batch_size == 8 and len(count(cli).keys[-1]) == 8
+    keys = [key for batch in count(cli).keys for key in batch]
+    assert len(set(keys)) == len(keys) and cli.trainer.global_step == 4
+    assert not list(tmp_path.glob(".scale*"))
 
 
 @pytest.mark.parametrize("flags", [["--trainer.callbacks", "null"], callback("TQDMProgressBar")])

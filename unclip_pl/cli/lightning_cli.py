@@ -38,7 +38,7 @@ from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
 from unclip_pl.training.ema import EMA
 from unclip_pl.training.monitored import require_logged
 from unclip_pl.training.pictures import Pictures
-from unclip_pl.training.run_folder import RunConfig, claim_folder, find_checkpoint
+from unclip_pl.training.run_folder import RunConfig, claim_folder, find_checkpoint, refuse_search
 from unclip_pl.training.trainer import Trainer, fix_train_batches
 from unclip_pl.utils.errors import UserError
 
@@ -186,6 +186,8 @@ class UnclipCLI(LightningCLI):
         checkpoint = kwargs.get("ckpt_path")
         source = Path(checkpoint) if checkpoint else None
         folder = Path(self.trainer.default_root_dir)
+        if source:
+            refuse_search(trainer.callbacks, folder)
         with claim_folder(folder, source, self.trainer.is_global_zero):
             self.trainer.fit(**kwargs)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -106,12 +106,6 @@ def check_options(options: dict[str, Any]) -> None:
             raise UserError(
                 "trainer.callbacks has StochasticWeightAveraging, and every run averages its "
                 "weights already: leave it out, and see ema.decay."
-            )
-        if isinstance(callback, BatchSizeFinder):
-            raise UserError(
-                "trainer.callbacks has BatchSizeFinder, and the data are shared out for one batch "
-                "size: leave it out, and try values of data.loader.batch_size with "
-                "lightning_config/debug.yaml."
             )
 
 
