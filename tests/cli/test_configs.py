@@ -348,3 +348,12 @@ def test_help_tells_stages_from_overlays(capsys):
         with pytest.raises(UserError, match="names no stage"):
             check_configs(["fit", "-c", find_config(f"stages/{overlay}.yaml")])
     assert "decoder_text" in listed["Overlays"]
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "model:\n\tnet: 1\n", None], ids=repr)
+def test_a_file_without_settings_is_named(text, tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text) if text is not None else path.mkdir()
+    assert main(["fit", "-c", "stages/decoder.yaml", "-c", str(path)]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"lightning: {path} ") and "overlay" not in error

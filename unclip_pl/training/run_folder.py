@@ -73,8 +73,11 @@ def claim_folder(folder: Path, checkpoint: Path | None, is_writer: bool) -> Iter
         is_writer: whether this rank writes the run's files.
 
     Raises:
-        SharedError: the folder has checkpoints of another run, or another run uses it right now.
+        SharedError: the folder has checkpoints of another run, another run uses it right now,
+            or it is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise SharedError(f"{folder} is a file: {OWN_FOLDER_HINT}.")
     check_same_run(folder, checkpoint)
     if not is_writer:
         yield
