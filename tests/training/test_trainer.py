@@ -97,6 +97,8 @@ def callback(name: str, **options) -> list[str]:
         (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches"),
         (["--trainer.strategy", "ddp_spawn"], "ddp_spawn"),
         (["--trainer.precision", "fp8"], "trainer.precision is fp8: give one of int, 'transf"),
+        (["--trainer.val_check_interval", "0"], "trainer.val_check_interval is 0"),
+        (["--pictures.count", "-1"], "pictures.count is -1"),
         (["--trainer.default_root_dir", __file__], "test_trainer.py is a file"),
         (["--trainer.logger", "CometLogger"], "comet"),
         (["--seed_everything", "-5"], "seed_everything"),

@@ -27,6 +27,8 @@ class Pictures(Callback):
     """
 
     def __init__(self, count: int = 12, seed: int = 0) -> None:
+        if count < 0:
+            raise ValueError(f"pictures.count is {count}: give 0 (none) or more.")
         self.count = count
         self.seed = seed
 

@@ -97,6 +97,8 @@ def check_options(options: dict[str, Any]) -> None:
     if not _is_positive_integer(options.get("accumulate_grad_batches", 1)):
         value = options["accumulate_grad_batches"]
         raise UserError(f"trainer.accumulate_grad_batches is {value}: give 1 or more.")
+    if options.get("val_check_interval") == 0:
+        raise UserError("trainer.val_check_interval is 0: give 1 or more steps.")
     if str(options.get("strategy")).endswith(("_spawn", "_fork", "_notebook")):
         raise UserError(
             f"trainer.strategy is {options['strategy']}, which cannot start this program: give ddp."
