@@ -151,6 +151,15 @@ def test_the_batch_size_finder_sets_the_batch_size(tmp_path):
     assert not list(tmp_path.glob(".scale*"))
 
 
+@pytest.mark.parametrize("length", [0, 5000])
+def test_a_cut_checkpoint_is_one_sentence(length, tmp_path, capsys):
+    build_cli(command(tmp_path / "a", steps=1))
+    whole = newest_checkpoint(tmp_path / "a").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: min(length, len(whole) // 2)])
+    assert main(command(tmp_path / "b", "--ckpt_path", str(tmp_path / "cut.ckpt"))) == 1
+    assert "cut.ckpt is no whole checkpoint (" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("flags", [["--trainer.callbacks", "null"], callback("TQDMProgressBar")])
 def test_the_users_callbacks_replace_the_default_ones(flags, tmp_path):
     flags = [*flags, "--trainer.enable_progress_bar", "true"]
