@@ -28,9 +28,16 @@ class Run:
     rtl: bool
 
     @property
-    def options(self) -> dict[str, str]:
-        """The direction, for Pillow. Its simple layout, without raqm, draws to the right only."""
-        return {"direction": "rtl" if self.rtl else "ltr"} if features.check("raqm") else {}
+    def direction(self) -> str | None:
+        """For Pillow. Its simple layout, without raqm, draws to the right only, and takes none."""
+        if not features.check("raqm"):
+            return None
+        return "rtl" if self.rtl else "ltr"
+
+    @property
+    def width(self) -> float:
+        """In pixels."""
+        return self.font.getlength(self.text, direction=self.direction)
 
 
 def line_height(points: int) -> int:
@@ -40,7 +47,7 @@ def line_height(points: int) -> int:
 
 def text_width(line: str, points: int) -> int:
     """The width of a line in pixels."""
-    return round(sum(run.font.getlength(run.text, **run.options) for run in _runs(line, points)))
+    return round(sum(run.width for run in _runs(line, points)))
 
 
 def wrap_text(text: str, points: int, width: int, max_lines: int = 12) -> list[str]:
@@ -93,9 +100,9 @@ def draw_lines(
                 font=run.font,
                 anchor="ls",
                 embedded_color=True,
-                **run.options,
+                direction=run.direction,
             )
-            x += run.font.getlength(run.text, **run.options)
+            x += run.width
 
 
 def _pieces(text: str, points: int, width: int) -> list[str]:
