@@ -39,6 +39,8 @@ REQUIREMENTS = [
     "resvg-py>=0.2",
 ]
 
+FONTS = ["manimgx-fonts", "manimgx-fonts-cjk"]
+
 setup(
     name="unclip_pl",
     version="0.1.0",
@@ -69,12 +71,15 @@ setup(
             "peft>=0.15",
             "pyarrow>=14",
             "opencv-python-headless>=4.8",
+            *FONTS,
         ],
         "lora": ["peft>=0.15"],  # fine-tuning by low-rank adapters
         # buckets as `s3://`, `gs://` and `hf://`
         "remote": ["s3fs", "gcsfs", "huggingface_hub"],
         # their tests, against an S3 server on this machine
         "test-remote": ["s3fs", "moto[server]>=5"],
+        # Noto, for captions of other scripts than Latin, Greek, Cyrillic, Hebrew and Arabic
+        "fonts": FONTS,
         "dev": ["ruff", "mypy", "codespell", "pre-commit"],
         "docs": ["sphinx>=8.1", "myst-parser>=4", "pydata-sphinx-theme>=0.16", "sphinx-copybutton"],
     },

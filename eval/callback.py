@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from eval.features import Features, load_features
-from eval.metrics import CLIPScore, FrechetDistance, KernelDistance, PrecisionRecall
+from eval.metrics import FRECHET, CLIPScore, FrechetDistance, KernelDistance, PrecisionRecall
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.training.protocols import SupportsSampling
 from unclip_pl.utils.images import to_uint8
@@ -118,6 +118,12 @@ class Evaluate(Callback):
                     figures[f"eval/{name}"] = torch.tensor(value, dtype=torch.float32)
         pl_module.log_dict(figures)
         self._metrics, self._clip_score = [], None
+
+    def logged_names(self, stage: object) -> set[str]:
+        """What this callback logs, for `unclip_pl.training.monitored`."""
+        names = (*FRECHET, "kid", "kid_se", "precision", "recall")
+        of_embeddings = ("clip_score", "clip_score_se", "clip_score_low", "clip_score_high")
+        return {f"eval/{name}" for name in (*names, *of_embeddings)}
 
     def state_dict(self) -> dict:
         return {"last": self._last}

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from tests.cluster.forks import Ranks
 from tests.conftest import ROOT
+from unclip_pl.cli.config_checks import check_configs
 from unclip_pl.cli.configs import find_config, find_configs
 from unclip_pl.cli.lightning import expand_resume, main
 from unclip_pl.cli.lightning_cli import build_cli
@@ -335,3 +336,24 @@ def test_setting_that_a_class_refuses_is_its_sentence(flag, said, capsys):
     assert main(["fit", "-c", "stages/diffusion_prior.yaml", *flags]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("lightning: ") and said in error and "Given value" not in error
+
+
+def test_help_tells_stages_from_overlays(capsys):
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    listed = dict(re.findall(r"^(Stages|Overlays)[^:]*: (.*)\.$", said, re.M))
+    for stage in listed["Stages"].split(", "):
+        assert check_configs(["fit", "-c", find_config(f"stages/{stage}.yaml")]) is None
+    for overlay in listed["Overlays"].split(", "):
+        with pytest.raises(UserError, match="names no stage"):
+            check_configs(["fit", "-c", find_config(f"stages/{overlay}.yaml")])
+    assert "decoder_text" in listed["Overlays"]
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "model:\n\tnet: 1\n", None], ids=repr)
+def test_a_file_without_settings_is_named(text, tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text) if text is not None else path.mkdir()
+    assert main(["fit", "-c", "stages/decoder.yaml", "-c", str(path)]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"lightning: {path} ") and "overlay" not in error

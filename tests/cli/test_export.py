@@ -18,7 +18,11 @@ def test_export_makes_a_release_of_a_checkpoint(three, index, tmp_path):
 
 @pytest.mark.parametrize(
     ("command", "named"),
-    [("export gone.ckpt --out x", "gone.ckpt"), ("data verify gone", "no whole embedding store")],
+    [
+        ("export gone.ckpt --out x", "gone.ckpt"),
+        ("data verify gone", "no whole embedding store"),
+        ("data verify a.tar", "--shards a.tar"),
+    ],
 )
 def test_bad_input_is_one_sentence(command, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

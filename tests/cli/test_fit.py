@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from tests.cluster.forks import Ranks
@@ -222,6 +223,27 @@ def test_width_that_does_not_fit_the_clip_is_a_sentence(shards, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
+    ("finder", "options", "part", "keys"),
+    [
+        ("BatchSizeFinder", {"max_trials": 3}, "data", ("loader", "batch_size")),
+        ("LearningRateFinder", {"num_training_steps": 20}, "model", ("optimizer", "lr")),
+    ],
+)
+def test_what_a_search_found_is_recorded_and_not_searched_again(
+    finder, options, part, keys, shards, tmp_path, capsys
+):
+    callback = json.dumps({"class_path": finder, "init_args": options})
+    words = [*arguments(tmp_path, shards, "--trainer.max_steps", "1"), "--data.val", "null"]
+    words += ["--data.loader.num_workers", "0", "--trainer.callbacks+", callback]
+    cli = build_cli(words)
+    recorded = yaml.safe_load((tmp_path / "config.yaml").read_text())[part]["init_args"]
+    found = {"data": cli.datamodule.batch_size, "model": cli.model.lr}[part]
+    assert recorded[keys[0]][keys[1]] == found not in (4, 1e-3)
+    assert main([*words, "--resume", "auto", "--trainer.max_steps", "2"]) == 1
+    assert f"--{part}.{'.'.join(keys)}" in last_line(capsys)
+
+
+@pytest.mark.parametrize(
     ("flags", "named"),
     [
         (["--data.train", "nowhere/*.tar"], "nowhere"),
@@ -230,6 +252,7 @@ def test_width_that_does_not_fit_the_clip_is_a_sentence(shards, tmp_path, capsys
         (["--init", "gone.ckpt"], "gone.ckpt"),
         (["--data.text_states", "false"], "data.text_states"),
         (["--trainer.max_steps", "-1"], "--trainer.max_steps"),
+        (["--best.monitor", "val/lss"], "did you mean val/loss?"),
     ],
 )
 def test_what_cannot_run_is_one_sentence(flags, named, shards, tmp_path, capsys):

@@ -96,6 +96,11 @@ def callback(name: str, **options) -> list[str]:
         (["--trainer.max_time", "banana"], "max_time"),
         (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches"),
         (["--trainer.strategy", "ddp_spawn"], "ddp_spawn"),
+        (["--trainer.precision", "fp8"], "trainer.precision is fp8: give one of int, 'transf"),
+        (["--trainer.val_check_interval", "0"], "trainer.val_check_interval is 0"),
+        (["--pictures.count", "-1"], "pictures.count is -1"),
+        (["--trainer.default_root_dir", __file__], "test_trainer.py is a file"),
+        (["--trainer.logger", "CometLogger"], "comet"),
         (["--seed_everything", "-5"], "seed_everything"),
         (["--seed_everything", "4294967296"], "seed_everything"),
         (["--best.mode", "least"], "least"),
@@ -103,7 +108,6 @@ def callback(name: str, **options) -> list[str]:
         (["--model.optimizer.betas", "[0.9, 1.5]"], "optimizer.betas"),
         (["--model.optimizer.clip_norm", "0"], "optimizer.clip_norm"),
         (callback("StochasticWeightAveraging", swa_lrs=0.1), "ema.decay"),
-        (callback("BatchSizeFinder"), "data.loader.batch_size"),
         ([*callback("EarlyStopping", monitor="val_loss"), *DATA, *OFTEN], "val_loss"),
         ([*DATA, *OFTEN, "--best.monitor", "val/lss"], "val/lss"),
     ],
@@ -136,6 +140,24 @@ def test_the_learning_rate_finder_sets_the_rate_of_the_optimizer(tmp_path):
     assert saved["lr_schedulers"][0]["base_lrs"] == [cli.model.lr] * 2
     assert saved["hyper_parameters"]["optimizer"]["lr"] == cli.model.lr
     assert cli.trainer.global_step == 4 and not list(tmp_path.glob(".lr_find*"))
+
+
+def test_the_batch_size_finder_sets_the_batch_size(tmp_path):
+    flags = callback("BatchSizeFinder", steps_per_trial=1, max_trials=3)
+    cli = build_cli(command(tmp_path, *flags, *WATCHED, steps=4))
+    assert cli.datamodule.batch_size == 8 and len(count(cli).keys[-1]) == 8
+    keys = [key for batch in count(cli).keys for key in batch]
+    assert len(set(keys)) == len(keys) and cli.trainer.global_step == 4
+    assert not list(tmp_path.glob(".scale*"))
+
+
+@pytest.mark.parametrize("length", [0, 5000])
+def test_a_cut_checkpoint_is_one_sentence(length, tmp_path, capsys):
+    build_cli(command(tmp_path / "a", steps=1))
+    whole = newest_checkpoint(tmp_path / "a").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: min(length, len(whole) // 2)])
+    assert main(command(tmp_path / "b", "--ckpt_path", str(tmp_path / "cut.ckpt"))) == 1
+    assert "cut.ckpt is no whole checkpoint (" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("flags", [["--trainer.callbacks", "null"], callback("TQDMProgressBar")])

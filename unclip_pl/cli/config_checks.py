@@ -15,9 +15,17 @@ def check_configs(arguments: list[str]) -> None:
         arguments: the command line, with the paths of its files as `find_config` returns them.
 
     Raises:
-        UserError: a model setting has an older name, or an overlay has no stage before it.
+        UserError: a model setting has an older name, an overlay has no stage before it, or a
+            file has no settings or cannot be read.
     """
-    models = {path: _mapping(_read_yaml(path), "model") for path in _config_files(arguments)}
+    documents = {path: _read_yaml(path) for path in _config_files(arguments)}
+    for path, content in documents.items():
+        if not isinstance(content, dict):
+            raise UserError(
+                f"{path} has no settings: write some, such as `trainer: {{max_steps: 100}}`, or "
+                "leave it out."
+            )
+    models = {path: _mapping(content, "model") for path, content in documents.items()}
     for path, model in models.items():
         for name in [*model, *_mapping(model, "init_args")]:
             if name in SETTINGS:
@@ -57,13 +65,18 @@ def _config_files(arguments: list[str]) -> list[str]:
 
 
 def _read_yaml(path: str) -> Any:
-    """The document in a file; None if it cannot be read, of which the parser will complain."""
+    """The document in a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     import yaml
 
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read as a YAML file ({reason}).") from error
 
 
 def _mapping(content: Any, key: str) -> dict[str, Any]:

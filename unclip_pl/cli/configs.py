@@ -48,6 +48,18 @@ def shipped_configs() -> list[str]:
     return sorted(names)
 
 
+def stage_names() -> tuple[list[str], list[str]]:
+    """The shipped files in `stages/` by name: those of a stage, and overlays, which name none."""
+    import yaml
+
+    stages: list[str] = []
+    overlays: list[str] = []
+    for path in sorted(config_folder("stages").glob("*.yaml")):
+        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        (stages if "class_path" in model else overlays).append(path.stem)
+    return stages, overlays
+
+
 def find_configs(arguments: list[str]) -> list[str]:
     """The command line with `find_config` of each `-c FILE`, `--config FILE`, `--config=FILE`."""
     words = list(arguments)

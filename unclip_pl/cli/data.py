@@ -105,6 +105,14 @@ def run_verify(arguments: argparse.Namespace) -> None:
     from unclip_pl.data.verify import verify
 
     shards = expand(arguments.shards) if arguments.shards else None
+    if arguments.store.suffix == ".tar" or (
+        not (arguments.store / "manifest.json").exists() and any(arguments.store.glob("*.tar*"))
+    ):
+        raise UserError(
+            f"{arguments.store} is shards and no embedding store: name the store that "
+            f"`lightning predict -c stages/embed.yaml` fills from them, with --shards "
+            f"{arguments.store}."
+        )
     notes: list[str] = []
     problems = verify(arguments.store, shards, notes=notes)
     for line in [*(f"note: {note}" for note in notes), *problems]:

@@ -83,8 +83,7 @@ def add(command: AddCommand) -> None:
     parser.add_argument(
         "--grid",
         action="store_true",
-        help=f"also write grid.png, a row for each prompt, at most {GRID_PIXELS} pixels of "
-        "pictures wide",
+        help=f"also write grid.png, a row for each prompt, at most {GRID_PIXELS} pixels wide",
     )
 
 
@@ -132,7 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
     names = file_names(prompts)
     seeds = range(arguments.seed, arguments.seed + arguments.num_images)
     samples = [(prompt, seed) for prompt in prompts for seed in seeds]
-    cell = max(unclip.sizes[0], GRID_PIXELS // arguments.num_images)
+    cell = max(unclip.sizes[0], GRID_PIXELS // arguments.num_images)  # more is not shown
     cells: list[torch.Tensor] = []
     with tqdm(total=len(samples), unit="picture", file=sys.stderr) as bar:
 
@@ -163,7 +162,8 @@ def run(arguments: argparse.Namespace) -> None:
         rows = list(torch.cat(cells).split(arguments.num_images))
         path = arguments.out / "grid.png"
         metadata = {"prompt": "; ".join(prompts), "seed": str(arguments.seed), "unclip": settings}
-        print(save_png(grid(rows, prompts), path, **metadata))
+        figure = grid(rows, prompts, max_width=GRID_PIXELS)
+        print(save_png(figure, path, **metadata))
 
 
 def read_prompts(words: Sequence[str], file: Path | None) -> list[str]:

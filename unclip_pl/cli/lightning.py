@@ -10,7 +10,7 @@ import warnings
 
 from unclip_pl import __version__
 from unclip_pl.cli.config_checks import check_configs
-from unclip_pl.cli.configs import config_folder, find_configs
+from unclip_pl.cli.configs import find_configs, stage_names
 from unclip_pl.data.names import refuse_loose_shards
 from unclip_pl.utils import signals
 from unclip_pl.utils.distributed import rank, rank_and_host
@@ -32,6 +32,7 @@ USAGE = f"""unclip_pl {__version__}: train the stages of unCLIP
       every option
 
 Stages: {{stages}}.
+Overlays, to give after the file of their stage: {{overlays}}.
 Flags come after the files: what comes later wins. `python -m unclip_pl` is the same command, for
 places where another package's `lightning` comes first. Pictures: `unclip --help`.
 """
@@ -53,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of `lightning`; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        stages = sorted(path.stem for path in config_folder("stages").glob("*.yaml"))
-        print(USAGE.format(stages=", ".join(stages)))
+        stages, overlays = stage_names()
+        print(USAGE.format(stages=", ".join(stages), overlays=", ".join(overlays)))
         return 0
     if arguments[0] == "--version":
         print(f"unclip_pl {__version__}")

@@ -36,8 +36,9 @@ from unclip_pl.stages.settings import settings_of
 from unclip_pl.training.arguments import add_model_flags
 from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
 from unclip_pl.training.ema import EMA
+from unclip_pl.training.monitored import require_logged
 from unclip_pl.training.pictures import Pictures
-from unclip_pl.training.run_folder import RunConfig, claim_folder, find_checkpoint
+from unclip_pl.training.run_folder import RunConfig, claim_folder, find_checkpoint, refuse_search
 from unclip_pl.training.trainer import Trainer, fix_train_batches
 from unclip_pl.utils.errors import UserError
 
@@ -175,12 +176,18 @@ class UnclipCLI(LightningCLI):
         trainer: Any = self.trainer
         if trainer.fixed_batches:
             fix_train_batches(self.datamodule, trainer.fixed_batches)
+        validates = (
+            trainer.limit_val_batches != 0 and getattr(self.datamodule, "val", "") is not None
+        )
+        require_logged(trainer, self.model, validates)
         if trainer.fast_dev_run:  # writes nothing
             self.trainer.fit(**kwargs)
             return
         checkpoint = kwargs.get("ckpt_path")
         source = Path(checkpoint) if checkpoint else None
         folder = Path(self.trainer.default_root_dir)
+        if source:
+            refuse_search(trainer.callbacks, folder)
         with claim_folder(folder, source, self.trainer.is_global_zero):
             self.trainer.fit(**kwargs)
 

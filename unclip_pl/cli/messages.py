@@ -29,7 +29,11 @@ def to_sentence(message: str, callbacks: Iterable[type] = ()) -> str:
     """
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     if "Errors:" in lines:  # reasons why each type of a Union does not fit
-        lines = lines[lines.index("Errors:") + 1 :]
+        if sentence := _wrong_value(message, lines):
+            return sentence
+        lines = list(dict.fromkeys(lines[lines.index("Errors:") + 1 :]))
+        # what its other types would be says nothing to those who meant this one
+        lines = [line for line in lines if not line.startswith("Expected a <class")] or lines
     noise = lambda line: "NoneType" in line or line.startswith("Given value")  # noqa: E731
     short = " ".join(line for line in lines if line and not noise(line))
     unknown = UNKNOWN_OPTION.search(short)
@@ -42,6 +46,18 @@ def to_sentence(message: str, callbacks: Iterable[type] = ()) -> str:
     if similar:
         return f"There is no option '{wrong}': did you mean '{similar[0]}'?"
     return f"There is no option '{wrong}'; `lightning fit --help` lists them all."
+
+
+def _wrong_value(message: str, lines: list[str]) -> str | None:
+    """A sentence for a value that is of none of an option's types; None: it is another error."""
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    value = re.search(r"Given value: (.*)", message)
+    reasons = [line for line in lines[lines.index("Errors:") + 1 :] if "Given value" not in line]
+    if not key or not value or not all(line.startswith("Expected a ") for line in reasons):
+        return None
+    kinds = [line.removeprefix("Expected a ") for line in reasons if "NoneType" not in line]
+    kinds = [re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", kind) for kind in kinds]
+    return f"{key[1]} is {value[1]}: give one of {', '.join(kinds)}."
 
 
 def option_names(callbacks: Iterable[type]) -> set[str]:

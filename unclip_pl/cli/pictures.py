@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GRID_PIXELS = 2048
-"""How wide a row of pictures in a figure may be; larger pictures are shown smaller."""
+"""How wide a figure of pictures and their labels may be."""
 PICTURE_HELP = (
     "a picture of any size (its centre square is taken), or a latent that `unclip invert` wrote"
 )

@@ -189,10 +189,9 @@ class Session:
     ) -> None:
         """Write rows of pictures with labels as NAME.png and print its path.
 
-        Pictures that are together wider than GRID_PIXELS are shown smaller.
+        It is at most GRID_PIXELS wide; pictures are shown smaller for that.
         """
-        from unclip_pl.utils.images import grid, save_png, shrink
+        from unclip_pl.utils.images import grid, save_png
 
-        side = max(self.size, GRID_PIXELS // max(len(row) for row in rows))
-        figure = grid([shrink(row, side) for row in rows], labels, heads=heads)
+        figure = grid(rows, labels, heads=heads, max_width=GRID_PIXELS)
         print(save_png(figure, self.out / f"{name}.png"))

@@ -101,9 +101,9 @@ def read_checkpoint(
             "it."
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, CheckpointException) as error:
+        reason = str(error).partition("\n")[0] or "it is cut off"
         raise UserError(
-            f"{path} is no whole checkpoint ({str(error).splitlines()[0]}): take an earlier one, "
-            "or --resume auto."
+            f"{path} is no whole checkpoint ({reason}): take an earlier one, or --resume auto."
         ) from error
     if not isinstance(checkpoint, dict):
         raise UserError(

@@ -91,6 +91,8 @@ class ARPrior(Stage):
             unless `net.drop_dot` is false, so that guidance has an unconditional branch.
     """
 
+    scalars = ("loss", "accuracy")
+
     def __init__(
         self,
         net: ARPriorConfig = ARPriorConfig(),
@@ -204,6 +206,9 @@ class ARPrior(Stage):
         nats = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
         accuracy = (logits.detach().argmax(-1) == codes).float().mean()
         return {"loss": nats, "accuracy": accuracy}
+
+    def logged_names(self) -> set[str]:
+        return {*(super().logged_names() or ()), "val/loss_captioned"}
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Also logs `val/loss_captioned`: the loss with no caption dropped."""

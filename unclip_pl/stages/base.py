@@ -68,6 +68,8 @@ class Stage(LightningModule):
     of the checkpoint or release that a run starts from."""
     legacy_defaults: dict[str, Any] = {}
     """Values of settings that older weights do not name, where they are not today's defaults."""
+    scalars: tuple[str, ...] | None = None
+    """The scalars that `loss` returns; None: not told, so that monitors cannot be checked."""
     _resumed: bool = False
     """A checkpoint was loaded, and training has not begun yet."""
 
@@ -121,6 +123,13 @@ class Stage(LightningModule):
 
     def check_data(self, data: Any) -> None:
         """UserError where the DataModule does not fit the stage (widths, image size)."""
+
+    def logged_names(self) -> set[str] | None:
+        """What the stage logs in training and validation; None: not known."""
+        if self.scalars is None:
+            return None
+        names = {f"{part}/{name}" for part in ("train", "val") for name in self.scalars}
+        return names | {"train/grad_norm", "train/skipped_steps"}
 
     def on_train_start(self) -> None:
         if self._resumed:

@@ -38,6 +38,7 @@ class CLIP(Stage):
         ValueError: `sam_rho` is negative or infinite.
     """
 
+    scalars = ("loss",)
     net: Any  # open_clip's CLIP, which has no types
     mean: Tensor
     std: Tensor
@@ -105,6 +106,9 @@ class CLIP(Stage):
         if self._before_climb:
             descend(self._trained, self._before_climb)
             self._before_climb = []
+
+    def logged_names(self) -> set[str]:
+        return {*(super().logged_names() or ()), "train/logit_scale"}
 
     @property
     def _trained(self) -> list[nn.Parameter]:

@@ -90,6 +90,8 @@ class Decoder(Stage):
     null_embed: Tensor
     """(D,), replaces a dropped embedding, on the network's scale."""
 
+    scalars = ("loss", "mse")
+
     def __init__(
         self,
         net: UNetConfig = UNetConfig(),
@@ -179,6 +181,14 @@ class Decoder(Stage):
             "context_mask": context.mask,
             "pooled": context.pooled,
         }
+
+    def logged_names(self) -> set[str]:
+        names = {*(super().logged_names() or ())}
+        if self.process.config.variance == "learned_range":
+            names |= {"train/vb", "val/vb"}
+        if self.text_config.kind != "none":
+            names.add("val/loss_captioned")
+        return names
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Also logs `val/loss_captioned`: the loss with the same noise and no caption dropped."""

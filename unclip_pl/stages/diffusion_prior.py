@@ -103,6 +103,8 @@ class DiffusionPrior(Stage):
     x0_error: Tensor
     """(T,): the mean squared error of the predicted z_i per timestep, NaN until it is estimated."""
 
+    scalars = ("loss",)
+
     def __init__(
         self,
         net: PriorTransformerConfig = PriorTransformerConfig(),
@@ -203,6 +205,9 @@ class DiffusionPrior(Stage):
         output = self.net(noised, t, **self.conditions(batch), keep=keep)
         mse = (output.float() - self.process.target(z, t, noise)).square().mean(1)
         return {"loss": mse.mean(), "t": t, "per_sample": mse}
+
+    def logged_names(self) -> set[str]:
+        return {*(super().logged_names() or ()), "val/loss_captioned"}
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Also logs `val/loss_captioned`: the loss with the same noise and no caption dropped."""

@@ -76,6 +76,7 @@ class Upsampler(Stage):
     factor = 4
     """Side of the output divided by the side of `low_res`."""
 
+    scalars = ("loss", "mse")
     legacy_defaults = {"clamp_condition": True}
 
     def __init__(

@@ -27,6 +27,8 @@ class Pictures(Callback):
     """
 
     def __init__(self, count: int = 12, seed: int = 0) -> None:
+        if count < 0:
+            raise ValueError(f"pictures.count is {count}: give 0 (none) or more.")
         self.count = count
         self.seed = seed
 
@@ -57,6 +59,11 @@ class Pictures(Callback):
         save_png(picture, folder / f"step-{trainer.global_step:07d}.png")
         title = " / ".join(label.split(",")[0] for label in rows)
         self._log_picture(trainer, title, picture)
+
+    def logged_names(self, stage: object) -> set[str]:
+        """What this callback logs, for `training.monitored`."""
+        draws = self.count and hasattr(stage, "enlarged")
+        return {"val/psnr_bicubic", "val/psnr"} if draws else set()
 
     def _log_picture(self, trainer: Trainer, title: str, picture: Image.Image) -> None:
         """Send a picture to all loggers that take pictures."""

@@ -171,6 +171,10 @@ class PriorMonitor(Callback):
             if count > 0:
                 pl_module.log(f"val/prior/{name}", total / count)
 
+    def logged_names(self, stage: object) -> set[str]:
+        """What this callback logs, for `training.monitored`."""
+        return {f"val/prior/{name}" for name in METRICS} if self.captions else set()
+
     def _values(self) -> dict[str, Tensor]:
         """The metrics of this rank's part of the data."""
         assert self._repeated is not None

@@ -65,6 +65,10 @@ class Progress(TQDMProgressBar):
         super().on_validation_end(trainer, pl_module)
         self._restart(trainer)  # validation does not count as training time
 
+    def logged_names(self, stage: object) -> set[str]:
+        """What this callback logs, for `training.monitored`."""
+        return {"train/images_per_second", "train/bad_samples"}
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
@@ -111,3 +115,7 @@ class LossByTimestep(Callback):
             means = self._sums[0] / self._sums[1].clamp(min=1)
             pl_module.log_dict({f"train/loss_q{i}": means[i] for i in range(4)})
             self._sums.zero_()
+
+    def logged_names(self, stage: object) -> set[str]:
+        """What this callback logs, for `training.monitored`."""
+        return {f"train/loss_q{i}" for i in range(4)} if hasattr(stage, "process") else set()

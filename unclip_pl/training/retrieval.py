@@ -53,3 +53,8 @@ class Retrieval(Callback):
             for k in (1, 5):
                 recall = recall_at(similarity, k)
                 pl_module.log(f"val/{name}_r{k}", recall, sync_dist=True, prog_bar=k == 1)
+
+    def logged_names(self, stage: object) -> set[str]:
+        """What this callback logs, for `training.monitored`."""
+        directions = ("image_to_text", "text_to_image")
+        return {f"val/{direction}_r{k}" for direction in directions for k in (1, 5)}

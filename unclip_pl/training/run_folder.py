@@ -2,10 +2,12 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -18,6 +20,11 @@ from unclip_pl.utils.remote_copies import local_path
 CONFIG = "config.yaml"
 OUTPUTS = (CONFIG, "hparams.yaml", "events.out.tfevents*", "pictures", "checkpoints")
 """What a run writes into its folder, as patterns."""
+SEARCHES: dict[type, str] = {
+    BatchSizeFinder: "data.loader.batch_size",
+    LearningRateFinder: "model.optimizer.lr",
+}
+"""Callbacks that search for a setting before the first step."""
 OWN_FOLDER_HINT = "give this run a folder of its own with --trainer.default_root_dir"
 
 
@@ -71,8 +78,11 @@ def claim_folder(folder: Path, checkpoint: Path | None, is_writer: bool) -> Iter
         is_writer: whether this rank writes the run's files.
 
     Raises:
-        SharedError: the folder has checkpoints of another run, or another run uses it right now.
+        SharedError: the folder has checkpoints of another run, another run uses it right now,
+            or it is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise SharedError(f"{folder} is a file: {OWN_FOLDER_HINT}.")
     check_same_run(folder, checkpoint)
     if not is_writer:
         yield
@@ -155,7 +165,38 @@ class RunConfig(SaveConfigCallback):
             return
         config = self.config.clone()
         config["ckpt_path"] = None
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # as above
+            _record_search(callback, config, trainer)
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / CONFIG) as file:
             file.write(self.parser.dump(config, skip_none=False).encode())
+
+
+def refuse_search(callbacks: Iterable[Callback], folder: Path) -> None:
+    """Check that a run that is resumed does not search for settings that it has already.
+
+    Raises:
+        SharedError: one of its callbacks would.
+    """
+    for callback in callbacks:
+        if option := SEARCHES.get(type(callback)):
+            raise SharedError(
+                f"trainer.callbacks has {type(callback).__name__}, and a run that is resumed has "
+                f"its {option} already: leave it out, and give --{option} as in {folder / CONFIG}."
+            )
+
+
+def _record_search(callback: Callback, config: Any, trainer: Trainer) -> None:
+    """Write what a search before the first step has found into the run's configuration."""
+    option = SEARCHES.get(type(callback))
+    if option is None:
+        return
+    found = (
+        trainer.lightning_module.lr
+        if isinstance(callback, LearningRateFinder)
+        else trainer.datamodule.batch_size  # type: ignore[attr-defined]  # as above
+    )
+    part, _, rest = option.partition(".")
+    if f"{part}.init_args.{rest}" in config:  # a user's own DataModule may have no such option
+        config[f"{part}.init_args.{rest}"] = found

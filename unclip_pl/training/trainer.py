@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -99,6 +99,8 @@ def check_options(options: dict[str, Any]) -> None:
     if not _is_positive_integer(options.get("accumulate_grad_batches", 1)):
         value = options["accumulate_grad_batches"]
         raise UserError(f"trainer.accumulate_grad_batches is {value}: give 1 or more.")
+    if options.get("val_check_interval") == 0:
+        raise UserError("trainer.val_check_interval is 0: give 1 or more steps.")
     if str(options.get("strategy")).endswith(("_spawn", "_fork", "_notebook")):
         raise UserError(
             f"trainer.strategy is {options['strategy']}, which cannot start this program: give ddp."
@@ -108,12 +110,6 @@ def check_options(options: dict[str, Any]) -> None:
             raise UserError(
                 "trainer.callbacks has StochasticWeightAveraging, and every run averages its "
                 "weights already: leave it out, and see ema.decay."
-            )
-        if isinstance(callback, BatchSizeFinder):
-            raise UserError(
-                "trainer.callbacks has BatchSizeFinder, and the data are shared out for one batch "
-                "size: leave it out, and try values of data.loader.batch_size with "
-                "lightning_config/debug.yaml."
             )
 
 

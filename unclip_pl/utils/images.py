@@ -9,14 +9,17 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, PngImagePlugin
 from torch import Tensor
 
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file
+from unclip_pl.utils.lettering import draw_lines, line_height, text_width, wrap_text
 from unclip_pl.utils.metadata import strip_metadata
 from unclip_pl.utils.text import repair_text
 
+LABEL_WIDTH = 320  # pixels
+SMALLEST_CELL = 64  # pixels
 Result = TypeVar("Result")
 EXIF_TRANSPOSE = {  # the operation that undoes each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -164,39 +167,59 @@ def grid(
     labels: Sequence[str] | None = None,
     gap: int = 2,
     heads: Sequence[str] | None = None,
+    max_width: int | None = None,
 ) -> Image.Image:
     """One picture of rows of images on white.
 
     Args:
         rows: images (N, 3, H, W) in [-1, 1]; N, H and W may differ from row to row. A cell is as
             large as the largest image.
-        labels: the text to the left of each row, of one line or more.
+        labels: the text to the left of each row, in any script; long ones are wrapped.
         gap: pixels between cells.
         heads: the text above each column.
+        max_width: of the picture in pixels. Wider images are shown smaller, and where they would be
+            smaller than `SMALLEST_CELL`, a row without heads goes on in the next line.
     """
-    height, width = max(row.shape[-2] for row in rows), max(row.shape[-1] for row in rows)
     columns = max(len(row) for row in rows)
-    points = max(10, min(16, height // 5))
-    labels = [repair_text(label) for label in labels] if labels else None
-    font = ImageFont.load_default(size=points)
+    points = max(10, min(16, max(row.shape[-2] for row in rows) // 5))
+    texts = [wrap_text(label, points, LABEL_WIDTH) for label in labels or ()]
     margin = 0
-    if labels:
-        lines = [line for label in labels for line in label.split("\n")]
-        margin = max(int(font.getlength(line)) for line in lines) + 2 * gap
-    above = points + 2 * gap if heads else 0
+    if texts:
+        margin = max(text_width(line, points) for lines in texts for line in lines) + 2 * gap
+    if max_width is not None:
+        room = max_width - margin - gap
+        if not heads and columns * (SMALLEST_CELL + gap) > room:
+            columns = min(columns, max(1, room // (SMALLEST_CELL + gap)))
+        side = max(1, room // columns - gap)
+        rows = [shrink(row, side) if row.shape[-1] > side else row for row in rows]
+    height, width = max(row.shape[-2] for row in rows), max(row.shape[-1] for row in rows)
+    titles = [wrap_text(head, points, width) for head in heads or ()]
+    above = max(map(len, titles), default=0) * line_height(points) + (2 * gap if titles else 0)
+    blocks = []  # of each row: its images in lines, its label and its height
+    for r, row in enumerate(rows):
+        lines = row.split(columns)
+        text = texts[r] if texts else []
+        needed = max(len(lines) * (height + gap), len(text) * line_height(points) + gap)
+        blocks.append((lines, text, needed))
+
     total_width = margin + columns * (width + gap) + gap
-    total_height = above + len(rows) * (height + gap) + gap
+    total_height = above + sum(needed for _, _, needed in blocks) + gap
     canvas = Image.new("RGB", (total_width, total_height), "white")
     draw = ImageDraw.Draw(canvas)
-    for c, head in enumerate(heads or ()):
-        centre = margin + gap + c * (width + gap) + width // 2
-        draw.text((centre, gap), head, fill="black", font=font, anchor="ma")
-    for r, row in enumerate(rows):
-        top = above + gap + r * (height + gap)
-        if labels:
-            draw.text((gap, top + height // 2), labels[r], fill="black", font=font, anchor="lm")
-        for c, image in enumerate(row):
-            canvas.paste(to_pil(image), (margin + gap + c * (width + gap), top))
+    for c, title in enumerate(titles):
+        for i, line in enumerate(title):
+            centre = margin + gap + c * (width + gap) + width // 2
+            left = centre - text_width(line, points) // 2
+            draw_lines(draw, (left, gap + i * line_height(points)), [line], points)
+    top = above + gap
+    for lines, text, needed in blocks:
+        middle = top + (needed - gap) // 2
+        draw_lines(draw, (gap, middle - len(text) * line_height(points) // 2), text, points)
+        for i, line_of_images in enumerate(lines):
+            y = top + i * (height + gap)
+            for c, image in enumerate(line_of_images):
+                canvas.paste(to_pil(image), (margin + gap + c * (width + gap), y))
+        top += needed
     return canvas
 
 
