@@ -80,6 +80,24 @@ def test_state_is_20_bytes_per_parameter_and_fsdp_shards_it():
     assert ddp.micro_batch == 0  # its state fills the whole memory
 
 
+def test_a_network_that_is_not_trained_takes_no_gradients_and_no_optimizer_state():
+    """The second network of Karlo's upsampler is as large as the first, which alone is trained."""
+    stage, data, _ = build_on_meta("stages/karlo/upsampler_256.yaml", [])
+    estimate = estimate_resources(stage, data.crop)
+    one = sum(parameter.numel() for parameter in stage.net.parameters())
+    assert (estimate.parameters, estimate.frozen) == (2 * one, one)
+    for kind, shards in (("ddp", 1), ("fsdp", 4)):
+        run = estimate_run(estimate, 4, kind, 128, 1000, mfu=0.4, peak=1e15, memory=72e9)
+        assert run.weights == run.ema == 8 * one / shards  # the average holds both
+        assert run.gradients == 4 * one / shards and run.optimizer == 8 * one / shards
+    settings = {"mfu": 0.4, "peak": 1e15, "checkpointing": "none"}
+    activations = estimate.activations["none"]
+    needed = (28 + 2) * one + activations  # with autocast's copies of the trained network
+    for memory, fitting in ((needed - 1, 0), (needed + 1, 1)):
+        run = estimate_run(estimate, 1, "ddp", 1, 1000, memory=memory, **settings)
+        assert run.micro_batch == fitting
+
+
 def test_a_clip_in_the_loop_takes_memory_and_time():
     """Its text tower computes token states at each step; LAION's ViT-H has 24 blocks of 1024."""
     overlays = ["lightning_config/clip/ViT-H-14.yaml"]

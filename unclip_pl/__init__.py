@@ -15,8 +15,18 @@ _MODULES = {
     "CLIPConfig": "clip.config",
     "Decoder": "stages.decoder",
     "Noise": "diffusion.noise",
+    "to_pil": "utils.images",
 }
-__all__ = ["CLIPConfig", "Cascade", "Decoder", "FrozenCLIP", "Noise", "UnCLIP", "__version__"]
+__all__ = [
+    "CLIPConfig",
+    "Cascade",
+    "Decoder",
+    "FrozenCLIP",
+    "Noise",
+    "UnCLIP",
+    "__version__",
+    "to_pil",
+]
 
 
 def __getattr__(name: str) -> Any:

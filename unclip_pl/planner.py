@@ -52,6 +52,8 @@ class ResourceEstimate:
     """
     clip: float = 0.0
     """Bytes of the CLIP that computes token states at each step, whole on every GPU."""
+    frozen: int = 0
+    """Parameters that training leaves as they are: weights and average, but nothing else."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def estimate_resources(
     blocks = {name: module for name, module in stage.named_modules() if isinstance(module, Block)}
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks.values()]
     parameters = sum(p.numel() for p in stage.parameters())
+    frozen = sum(p.numel() for p in stage.parameters() if not p.requires_grad)
     saved, flops = _count_saved(stage, blocks, crop)
 
     between = saved.inputs | saved.tensors.pop("")
@@ -207,6 +210,7 @@ def estimate_resources(
         flops=3 * flops + text_flops,
         activations=activations,
         clip=clip_bytes,
+        frozen=frozen,
     )
 
 
@@ -306,7 +310,7 @@ def estimate_run(
 ) -> RunEstimate:
     """Estimate the memory and the time of a run.
 
-    Weights, gradients and the average are float32, and AdamW has two numbers per weight.
+    Weights, gradients and the average are float32, and AdamW has two numbers per trained weight.
 
     Args:
         estimate: what the stage needs.
@@ -319,17 +323,19 @@ def estimate_run(
         memory: usable bytes of one GPU. It decides how many samples are computed at a time.
         checkpointing: which activations are computed again in the backward pass.
     """
-    weights = 4 * estimate.parameters / (gpus if strategy == "fsdp" else 1)
+    shards = gpus if strategy == "fsdp" else 1
+    trained = estimate.parameters - estimate.frozen
+    weights, gradients = 4 * estimate.parameters / shards, 4 * trained / shards
     largest = estimate.largest_block
     if strategy == "fsdp":
         # What is outside of blocks in float32; two blocks, one of them being gathered, in bfloat16;
         # and gradients that are not sharded yet.
         gathered = 8.0 * estimate.outside + 2 * (2 + 2) * largest + 4 * largest
     else:  # autocast's copies of the weights in use
-        gathered = 2.0 * (estimate.parameters if checkpointing == "none" else largest)
+        gathered = 2.0 * (trained if checkpointing == "none" else largest)
     sample = estimate.activations[checkpointing]
     samples = math.ceil(batch / gpus)
-    free = memory - 5 * weights - estimate.clip - gathered
+    free = memory - 2 * weights - 3 * gradients - estimate.clip - gathered
     fitting = int(max(0.0, free) // sample)
     accumulate = math.ceil(samples / fitting) if fitting else 0
     micro_batch = math.ceil(samples / accumulate) if fitting else 0
@@ -338,8 +344,8 @@ def estimate_run(
         gpus,
         strategy,
         weights=weights,
-        gradients=weights,
-        optimizer=2 * weights,
+        gradients=gradients,
+        optimizer=2 * gradients,
         ema=weights,
         clip=estimate.clip,
         gathered=gathered,

@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,12 +214,7 @@ def decode_from_picture(unclip: Any, path: Path, strength: float) -> Callable[..
     from unclip_pl.manipulate import image_to_image
 
     image = load_square(path, unclip.decoder.net_config.image_size)
-
-    def decode(embed: Any, seeds: Sequence[int], *rest: Any) -> Any:
-        images = image.expand(len(seeds), -1, -1, -1)
-        return image_to_image(unclip, embed, seeds, *rest, images=images, strength=strength)
-
-    return decode
+    return partial(image_to_image, unclip, images=image, strength=strength)
 
 
 def file_names(prompts: Sequence[str]) -> dict[str, str]:

@@ -11,10 +11,11 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.diffusion.schedule import Schedule
-from unclip_pl.manipulate.latent import check_image_size
+from unclip_pl.manipulate.latent import decoder_images
 from unclip_pl.pipeline.unclip import Callback, UnCLIP
 from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.images import Images, as_tensor, expand_to
 
 RESAMPLE_FRACTION = 0.3
 """Share of the steps that inpainting repeats in each of its further rounds."""
@@ -28,8 +29,8 @@ def inpaint(
     sampling: DecoderSamplingConfig | None = None,
     callback: Callback | None = None,
     *,
-    images: Tensor,
-    mask: Tensor,
+    images: Images,
+    mask: Images,
     rounds: int = 3,
 ) -> Tensor:
     """Draw where the mask is True and keep the images elsewhere, to the pixel.
@@ -41,8 +42,8 @@ def inpaint(
 
     Args:
         image_embed, seeds, captions, sampling, callback: as for `unclip.decode`; any sampler.
-        images: (B, 3, H, W) in [-1, 1] at the decoder's size.
-        mask: (B, 1, H, W) bool.
+        images: (B, 3, H, W) in [-1, 1] at the decoder's size, or PIL images.
+        mask: (B, 1, H, W) bool; or PIL images, white where to draw.
         rounds: how often the last RESAMPLE_FRACTION of the steps are repeated.
 
     Returns:
@@ -52,11 +53,13 @@ def inpaint(
         UserError: a mask of another size, or one that draws nothing or leaves nothing known.
         ValueError: images of another size.
     """
-    check_image_size(unclip, images)
-    _check_mask(mask, images)
+    known = expand_to(decoder_images(unclip, images), len(seeds))
+    if not isinstance(mask, Tensor):
+        mask = as_tensor(mask, unclip.decoder.shape[-1]).mean(1, keepdim=True) > 0
+    mask = expand_to(mask, len(seeds)).to(unclip.device)
+    _check_mask(mask, known)
     settings, noise = sampling or unclip.decoder.sampling, Noise(seeds)
     sample = SAMPLERS[settings.sampler]
-    known, mask = images.to(unclip.device), mask.to(unclip.device)
 
     def resample(predict: Predict, schedule: Schedule) -> Tensor:
         predict = repainted(predict, unclip.decoder.process, known, mask)
@@ -99,14 +102,14 @@ def image_to_image(
     sampling: DecoderSamplingConfig | None = None,
     callback: Callback | None = None,
     *,
-    images: Tensor,
+    images: Images,
     strength: float,
 ) -> Tensor:
     """Draw from images with noise added to them (SDEdit).
 
     Args:
         image_embed, seeds, captions, sampling, callback: as for `unclip.decode`; any sampler.
-        images: (B, 3, H, W) in [-1, 1] at the decoder's size.
+        images: (B, 3, H, W) in [-1, 1] at the decoder's size, or PIL images.
         strength: 0 gives the images back; 1 starts from noise only, as `unclip.decode` does with
             the same seeds. Between them, the last round(strength * steps) of the sampler's steps
             are run, at least one.
@@ -118,21 +121,20 @@ def image_to_image(
         UserError: the strength is outside [0, 1].
         ValueError: images of another size.
     """
-    check_image_size(unclip, images)
+    start = expand_to(decoder_images(unclip, images), len(seeds))
     if not 0 <= strength <= 1:
         raise UserError(
             f"The strength is {strength}: give 0 (the picture itself) to 1 (nothing of it)."
         )
-    images = images.to(unclip.device)
     if strength == 0:
-        return images
+        return start
     settings, noise = sampling or unclip.decoder.sampling, Noise(seeds)
     sample = SAMPLERS[settings.sampler]
 
     def denoise(predict: Predict, schedule: Schedule) -> Tensor:
         count = max(1, round(strength * len(schedule)))
         fresh = noise(unclip.decoder.shape, unclip.device)
-        x, last = add_noise(images, schedule, count, fresh)
+        x, last = add_noise(start, schedule, count, fresh)
         return sample(predict, x, last, noise=noise, eta=settings.eta, callback=callback)
 
     return unclip.run_sampler(denoise, len(seeds), image_embed, captions, settings)

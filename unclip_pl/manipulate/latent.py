@@ -20,6 +20,7 @@ from unclip_pl.pipeline.unclip import Callback, UnCLIP
 from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file
+from unclip_pl.utils.images import Images, as_tensor
 
 FORMAT = 1
 INVERSION_STEPS = 50
@@ -136,7 +137,7 @@ def inversion_sampling(unclip: UnCLIP, steps: Spacing, **changes: Any) -> Decode
 
 def invert(
     unclip: UnCLIP,
-    images: Tensor,
+    images: Images,
     steps: Spacing = INVERSION_STEPS,
     callback: Callback | None = None,
     image_embed: Tensor | None = None,
@@ -147,7 +148,8 @@ def invert(
     appendix F); each step is solved implicitly.
 
     Args:
-        images: (B, 3, H, W) in [-1, 1] at the decoder's size.
+        images: (B, 3, H, W) in [-1, 1] at the decoder's size; or PIL images, which CLIP sees in
+            their own size.
         steps: sampling steps; more steps make a better reconstruction.
         callback: called with (step, steps).
         image_embed: z_i (B, D), if CLIP saw something better than `images`, such as the same
@@ -156,11 +158,10 @@ def invert(
     Raises:
         ValueError: the images have another size.
     """
-    check_image_size(unclip, images)
+    start = decoder_images(unclip, images)
     embed = unclip.embed_images(images) if image_embed is None else image_embed
 
     def upwards(predict: Predict, schedule: Schedule) -> Tensor:
-        start = images.to(unclip.device)
         predicts_x0 = unclip.decoder.process.config.parametrization == "x0"
         min_sigma = MIN_SIGMA_OF_X0 if predicts_x0 else 0.0
         return samplers.invert_implicit(
@@ -168,8 +169,14 @@ def invert(
         )
 
     sampling = inversion_sampling(unclip, steps)
-    x_T = unclip.run_sampler(upwards, len(images), embed, sampling=sampling)
+    x_T = unclip.run_sampler(upwards, len(start), embed, sampling=sampling)
     return Latent(embed, x_T, steps)
+
+
+def latent_of(unclip: UnCLIP, images: Latent | Images, count: int) -> Latent:
+    """A latent as it is, images inverted; of one image, `count` times the same."""
+    latent = images if isinstance(images, Latent) else invert(unclip, images)
+    return latent[[0] * count] if len(latent) == 1 else latent
 
 
 def reconstruct(unclip: UnCLIP, latent: Latent, callback: Callback | None = None) -> Tensor:
@@ -195,10 +202,16 @@ def decode(
     return images.clamp(-1, 1)
 
 
-def check_image_size(unclip: UnCLIP, images: Tensor) -> None:
-    """Raise a ValueError unless the images are (B, 3, H, W) at the decoder's size."""
+def decoder_images(unclip: UnCLIP, images: Images) -> Tensor:
+    """Images on the device, (B, 3, H, W) at the decoder's size, to which PIL images are resized.
+
+    Raises:
+        ValueError: tensors of another size.
+    """
+    images = as_tensor(images, unclip.decoder.shape[-1])
     if images.ndim != 4 or tuple(images.shape[1:]) != unclip.decoder.shape:
         raise ValueError(
             f"images {tuple(images.shape)} were given, and the decoder draws "
             f"{unclip.decoder.shape}: cut them to that size"
         )
+    return images.to(unclip.device)

@@ -3,20 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.manipulate.latent import Latent, decode, inversion_sampling
+from unclip_pl.manipulate.latent import Latent, decode, inversion_sampling, latent_of
 from unclip_pl.manipulate.spherical import check_theta, slerp
 from unclip_pl.pipeline.unclip import Callback, UnCLIP
 from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.images import Images
 
 
 def vary(
     unclip: UnCLIP,
-    latent: Latent,
+    latent: Latent | Images,
     seeds: Sequence[int],
     eta: float,
     captions: Sequence[str] | None = None,
@@ -28,7 +30,7 @@ def vary(
     `unclip.decode(latent.image_embed, seeds)`.
 
     Args:
-        latent: B images.
+        latent: B images or their latents; of one image there is a variation for each seed.
         seeds: B seeds of the noise.
         eta: the amount of noise; 0 gives the images back, 1 adds as much as DDPM.
         captions: B captions; None draws without.
@@ -42,15 +44,16 @@ def vary(
     """
     if not 0 <= eta <= 1:
         raise UserError(f"eta is {eta}: give 0 (the picture again) to 1 (as much noise as DDPM).")
+    latent = latent_of(unclip, latent, len(seeds))
     sampling = inversion_sampling(unclip, latent.steps, eta=eta)
     return decode(unclip, latent, seeds, captions, sampling, callback)
 
 
 def interpolate(
     unclip: UnCLIP,
-    a: Latent,
-    b: Latent,
-    theta: Tensor,
+    a: Latent | Images,
+    b: Latent | Images,
+    theta: Tensor | Sequence[float],
     seed: int | None = None,
     sampling: DecoderSamplingConfig | None = None,
     callback: Callback | None = None,
@@ -58,7 +61,7 @@ def interpolate(
     """Draw images between a and b (unCLIP 3.2).
 
     Args:
-        a, b: B images each.
+        a, b: B images or latents each, or one of which all B pictures are made.
         theta: (B,) in [0, 1], from a to b.
         seed: None: `slerp` of the two x_T, so that the ends are the reconstructions of a and b.
             A number: x_T is this seed's noise for every image. Each seed is then another path,
@@ -73,6 +76,8 @@ def interpolate(
         UserError: a and b were inverted in different numbers of steps, which makes their latents
             different.
     """
+    theta = torch.as_tensor(theta)
+    a, b = latent_of(unclip, a, len(theta)), latent_of(unclip, b, len(theta))
     if a.steps != b.steps:
         raise UserError(
             f"One of the latents was inverted in {a.steps} steps and the other in {b.steps}: "
@@ -90,10 +95,10 @@ def interpolate(
 
 def text_diff(
     unclip: UnCLIP,
-    latent: Latent,
+    latent: Latent | Images,
     source: Sequence[str] | None,
     target: Sequence[str],
-    theta: Tensor,
+    theta: Tensor | Sequence[float],
     sampling: DecoderSamplingConfig | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -102,7 +107,7 @@ def text_diff(
     z_i is rotated towards norm(z_t - z_t0) by theta; x_T stays as it is.
 
     Args:
-        latent: B images.
+        latent: B images or their latents, or one for all captions.
         source: z_t0, B captions of what they show, such as "a photo"; None leaves z_t0 out (the
             paper: "also worked well").
         target: z_t, B captions of what they shall show.
@@ -116,7 +121,9 @@ def text_diff(
     Raises:
         UserError: source and target are the same for CLIP; theta is outside [0, 1].
     """
+    theta = torch.as_tensor(theta)
     check_theta(theta)
+    latent = latent_of(unclip, latent, len(theta))
     # z_t and z_t0 at unit length, as the paper has them
     direction = F.normalize(unclip.embed_text(target), dim=1)
     if source is not None:

@@ -17,6 +17,7 @@ from unclip_pl.pipeline.devices import accelerate_stages, canonical_device, on_d
 from unclip_pl.pipeline.seeds import UPSAMPLER_256_OFFSET, UPSAMPLER_1024_OFFSET
 from unclip_pl.stages.upsampler import Upsampler, Upsampler1024, UpsamplingConfig
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.images import Images, as_tensor
 from unclip_pl.utils.precision import Precision, supported_precision
 
 BATCH_PIXELS = 1 << 20
@@ -102,7 +103,7 @@ class Cascade:
     @torch.no_grad()
     def upsample(
         self,
-        images: Tensor,
+        images: Images,
         seeds: Sequence[int],
         times: int | None = None,
         sampling: Mapping[int, UpsamplingConfig] | None = None,
@@ -111,7 +112,7 @@ class Cascade:
         """Draw each image larger.
 
         Args:
-            images: (B, 3, h, w) in [-1, 1], of any h and w.
+            images: (B, 3, h, w) in [-1, 1], of any h and w; or PIL images of one size.
             seeds: B seeds. Result k depends only on image and seed k. Its random numbers are not
                 those of the stages before.
             times: 4, 16 ...; None: through all stages from the one made for images of this size.
@@ -125,6 +126,7 @@ class Cascade:
         Raises:
             UserError: there are too few stages, or too little memory.
         """
+        images = as_tensor(images)
         if len(images) != len(seeds):
             raise ValueError(
                 f"{len(images)} pictures and {len(seeds)} seeds were given: give one seed per "

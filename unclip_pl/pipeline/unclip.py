@@ -36,6 +36,7 @@ from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.stages.upsampler import Upsampler, UpsamplingConfig
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.images import Images, as_pil_list, from_pil
 from unclip_pl.utils.precision import Precision, supported_precision
 
 Condition = Literal["prior", "text", "caption"]
@@ -162,10 +163,19 @@ class UnCLIP(Pretrained):
         """Sides of the pictures that can be drawn: the decoder's, then each upsampler's."""
         return (self.decoder.net_config.image_size, *self.cascade.sizes)
 
-    def embed_images(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> CLIP image embeddings (B, D), not normalised."""
+    def embed_images(self, images: Images) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> CLIP image embeddings (B, D), not normalised.
+
+        Of PIL images, which may have several sizes, CLIP sees the centre square.
+        """
+        if isinstance(images, Tensor):
+            batches = [images]
+        else:
+            pictures = as_pil_list(images)
+            batches = [from_pil(picture, min(picture.size))[None] for picture in pictures]
         with on_device(self.clip, self.device, self.offload):
-            return self.clip.embed_images(images.to(self.device))
+            embeds = [self.clip.embed_images(batch.to(self.device)) for batch in batches]
+        return torch.cat(embeds)
 
     def embed_text(self, captions: Sequence[str]) -> Tensor:
         """B captions -> CLIP text embeddings (B, D), not normalised."""
@@ -289,13 +299,13 @@ class UnCLIP(Pretrained):
 
     def upsample(
         self,
-        images: Tensor,
+        images: Images,
         seeds: Sequence[int],
         times: int | None = None,
         sampling: Mapping[int, UpsamplingConfig] | None = None,
         callback: Callable[[str, int, int], Any] | None = None,
     ) -> Tensor:
-        """Images (B, 3, h, w) in [-1, 1] of any size, enlarged: see `Cascade.upsample`."""
+        """Images (B, 3, h, w) in [-1, 1] or PIL images, enlarged: see `Cascade.upsample`."""
         return self.cascade.upsample(images, seeds, times, sampling, callback)
 
     def generate(
@@ -324,11 +334,12 @@ class UnCLIP(Pretrained):
             upsampling: other settings than the upsamplers' own, by target side: {256: ...}.
             callback: called with (stage, step, steps), where stage is "prior", "decoder",
                 "upsampler 256" or "upsampler 1024".
-            decode: called in place of the method `decode` with the same arguments, such as a
-                function that starts from images.
+            decode: called in place of the method `decode` with the same arguments. To start from a
+                picture: `partial(image_to_image, unclip, images=picture, strength=0.7)`, see
+                `unclip_pl.manipulate`.
 
         Returns:
-            float32 (B, 3, size, size) in [-1, 1].
+            float32 (B, 3, size, size) in [-1, 1]; `unclip_pl.to_pil` makes a PIL image of each.
 
         Raises:
             UserError: condition "prior" without a prior, or a size without its upsampler.

@@ -21,6 +21,8 @@ from unclip_pl.utils.text import repair_text
 LABEL_WIDTH = 320  # pixels
 SMALLEST_CELL = 64  # pixels
 Result = TypeVar("Result")
+Images = Tensor | Image.Image | Sequence[Image.Image]
+"""Images as a tensor (B, 3, H, W) in [-1, 1], or PIL images of any mode; one is a batch of one."""
 EXIF_TRANSPOSE = {  # the operation that undoes each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -66,6 +68,46 @@ def from_pil(image: Image.Image, size: int | None = None) -> Tensor:
         top, left = (height - size) // 2, (width - size) // 2
         pixels = pixels[:, top : top + size, left : left + size]
     return pixels.float().div_(127.5).sub_(1)
+
+
+def as_tensor(images: Images, size: int | None = None) -> Tensor:
+    """Images as (B, 3, H, W) in [-1, 1]: a tensor as it is, PIL images as `from_pil` reads them.
+
+    Args:
+        images: a tensor, a PIL image or several.
+        size: see `from_pil`; tensors are not resized.
+
+    Raises:
+        UserError: something else, such as a path; or PIL images of several sizes without `size`.
+    """
+    if isinstance(images, Tensor):
+        return images
+    tensors = [from_pil(image, size) for image in as_pil_list(images)]
+    if len({tensor.shape for tensor in tensors}) > 1:
+        raise UserError("The pictures have several sizes: give them one by one, or resize them.")
+    return torch.stack(tensors)
+
+
+def as_pil_list(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
+    """One PIL image or several as a list.
+
+    Raises:
+        UserError: something else, or none.
+    """
+    pictures = images if isinstance(images, (list, tuple)) else [images]
+    wrong = [picture for picture in pictures if not isinstance(picture, Image.Image)]
+    if wrong or not pictures:
+        found = f"{type(wrong[0]).__name__}" if wrong else "an empty list"
+        raise UserError(
+            f"Pictures were expected, and {found} was given: give PIL images (PIL.Image.open of a "
+            "file) or a tensor (B, 3, H, W) in [-1, 1]."
+        )
+    return list(pictures)
+
+
+def expand_to(images: Tensor, count: int) -> Tensor:
+    """A batch of one image as `count` of the same; others as they are."""
+    return images.expand(count, *images.shape[1:]) if len(images) == 1 else images
 
 
 def apply_exif_orientation(image: Image.Image) -> Image.Image:

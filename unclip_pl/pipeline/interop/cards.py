@@ -24,22 +24,45 @@ def licence_of(folder: Path) -> str | None:
     return found[1].strip() if found else None
 
 
-def card(folder: Path, part: str) -> str:
-    """README.md of one release, with the front matter that model hubs read."""
+def karlo_card(folder: Path, part: str) -> str:
+    """README.md of one release of Karlo, with the front matter that model hubs read."""
+    return _card(
+        folder,
+        part,
+        "karlo",
+        DRAWS[part],
+        f"{KARLO}, or weights of its shape",
+        "Karlo v1 alpha was published under CreativeML Open RAIL-M, which restricts some uses.",
+    )
+
+
+def kandinsky_card(folder: Path, part: str) -> str:
+    """README.md of Kandinsky's prior, with the front matter that model hubs read."""
+    return _card(
+        folder,
+        part,
+        "kandinsky-prior",
+        DRAWS[part],
+        "the prior of Kandinsky (https://github.com/ai-forever/Kandinsky-2), or weights of its "
+        "shape. Its decoder is another network than those of this project",
+        "Kandinsky 2.2 was published under Apache 2.0.",
+    )
+
+
+def _card(folder: Path, part: str, command: str, draws: str, model: str, published: str) -> str:
     licence = licence_of(folder)
     lines = [
         "---",
         "library_name: unclip_pl",
         *([f"license: {licence}"] if licence else []),
-        "tags: [unclip, karlo]",
+        f"tags: [unclip, {command.partition('-')[0]}]",
         "---",
         f"# {part} of {folder.name}",
         "",
-        f"Imported from {folder.name} by `unclip import karlo`. {DRAWS[part]}",
+        f"Imported from {folder.name} by `unclip import {command}`. {draws}",
         "",
-        f"- Model: {KARLO}, or weights of its shape.",
-        f"- Licence of the weights: {licence or 'see where they were published'}. Karlo v1 alpha "
-        "was published under CreativeML Open RAIL-M, which restricts some uses.",
+        f"- Model: {model}.",
+        f"- Licence of the weights: {licence or 'see where they were published'}. {published}",
         "- CLIP: the folder `clip` beside this one.",
     ]
     return "\n".join(lines) + "\n"

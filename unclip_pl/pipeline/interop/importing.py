@@ -1,5 +1,7 @@
-"""Releases of ours from Karlo's weights: `import_karlo`."""
+"""Releases of ours from others' weights: `import_karlo`, `import_kandinsky_prior`."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,8 +13,8 @@ from unclip_pl.clip.fingerprint import Fingerprint
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.pipeline import release
 from unclip_pl.pipeline.hub import CLIP_BESIDE, copy_clip, model_card, write_parts
-from unclip_pl.pipeline.interop import karlo, karlo_original
-from unclip_pl.pipeline.interop.cards import card
+from unclip_pl.pipeline.interop import kandinsky, karlo, karlo_original
+from unclip_pl.pipeline.interop.cards import kandinsky_card, karlo_card
 from unclip_pl.pipeline.interop.karlo import Part
 from unclip_pl.pipeline.interop.keys import (
     Layout,
@@ -52,26 +54,62 @@ def import_karlo(
     Raises:
         UserError: one sentence says what is missing, damaged, or of another model.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already: choose another folder, or remove it first.")
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}: give the folder with Karlo's files.")
+    _check_places(folder, out)
     original = not (folder / "model_index.json").exists() and karlo_original.is_original(folder)
     parts = karlo_original.read_files(folder) if original else karlo.read_folder(folder)
     layout: Layout = "karlo" if original else "diffusers"
     with atomic_folder(out) as temporary:
         _write_clip(folder, temporary / "clip", clip)
-        frozen = FrozenCLIP(CLIPConfig(model=f"local-dir:{temporary / 'clip'}"))
-        _check_widths(frozen, parts)
-        fingerprint = frozen.fingerprint()
-        fingerprint["config"]["model"] = CLIP_BESIDE
-        null = empty_caption(frozen)
-        del frozen
-        for part in parts:
-            _write(part, layout, temporary, (fingerprint, null), precision, card(folder, part.name))
+        _write_parts(parts, layout, temporary, precision, partial(karlo_card, folder))
         names = [part.name for part in parts]
         write_parts(temporary, names, model_card(out.name, names))
     return [out / name for name in ("clip", *(part.name for part in parts))]
+
+
+def import_kandinsky_prior(folder: Path, out: Path, precision: Precision = "fp16") -> list[Path]:
+    """Write `clip` and `prior` of Kandinsky below `out`, both or nothing.
+
+    Args:
+        folder: of diffusers' layout, with prior, scheduler, text_encoder and image_encoder.
+        out, precision: as for `import_karlo`.
+
+    Returns:
+        the folders of the CLIP and the prior.
+
+    Raises:
+        UserError: one sentence says what is missing, damaged, or of another model.
+    """
+    _check_places(folder, out)
+    parts = kandinsky.read_folder(folder)
+    with atomic_folder(out) as temporary:
+        convert_towers(folder / "text_encoder", folder / "image_encoder", temporary / "clip")
+        _write_parts(parts, "diffusers", temporary, precision, partial(kandinsky_card, folder))
+    return [out / "clip", out / "prior"]
+
+
+def _check_places(folder: Path, out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists already: choose another folder, or remove it first.")
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}: give the folder with the model's files.")
+
+
+def _write_parts(
+    parts: list[Part],
+    layout: Layout,
+    out: Path,
+    precision: Precision,
+    card: Callable[[str], str],
+) -> None:
+    """The releases below `out`, beside the CLIP that is there; `card` writes the one of a part."""
+    frozen = FrozenCLIP(CLIPConfig(model=f"local-dir:{out / 'clip'}"))
+    _check_widths(frozen, parts)
+    fingerprint = frozen.fingerprint()
+    fingerprint["config"]["model"] = CLIP_BESIDE
+    null = empty_caption(frozen)
+    del frozen
+    for part in parts:
+        _write(part, layout, out, (fingerprint, null), precision, card(part.name))
 
 
 def _write_clip(folder: Path, out: Path, clip: CLIPConfig | None) -> None:

@@ -82,8 +82,8 @@ def require(given: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
         found = given.get(key, value)
         if (list(found) if isinstance(found, (list, tuple)) else found) != value:
             raise UserError(
-                f"{where} has {key} {found}, and Karlo has {value}: it is another model, which "
-                "cannot be imported as Karlo."
+                f"{where} has {key} {found}, and {value} is needed: it is another model, which "
+                "cannot be imported as this one."
             )
 
 
@@ -149,16 +149,31 @@ def read_folder(folder: Path) -> list[Part]:
     Raises:
         UserError: it is another pipeline, or parts are missing, damaged or of other shape.
     """
-    kind = read_json(folder / "model_index.json").get("_class_name")
-    if kind not in PIPELINES:
-        raise UserError(
-            f"{folder} holds a {kind}, and Karlo is a {' or a '.join(PIPELINES)}: give its folder."
-        )
-    parts = [] if kind == PIPELINES[1] else [_prior(folder)]
+    kind = pipeline_of(folder, "Karlo", PIPELINES)
+    parts = [] if kind == PIPELINES[1] else [prior_part(folder, "prior_scheduler")]
     return [*parts, _decoder(folder), _upsampler(folder)]
 
 
-def _prior(folder: Path) -> Part:
+def pipeline_of(folder: Path, name: str, pipelines: tuple[str, ...]) -> str:
+    """Which of diffusers' pipelines a folder holds.
+
+    Raises:
+        UserError: none of `pipelines`, of which `name` is one.
+    """
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind in pipelines:
+        return kind
+    wanted = f"{name} is a {' or a '.join(pipelines)}"
+    if str(kind).startswith(("Kandinsky", "StableUnCLIP")) and "Prior" not in str(kind):
+        raise UserError(
+            f"{folder} holds a {kind}, whose decoder draws the latents of an autoencoder, which is "
+            f"another network than an unCLIP decoder of pixels; {wanted}: give its folder."
+        )
+    raise UserError(f"{folder} holds a {kind}, and {wanted}: give its folder.")
+
+
+def prior_part(folder: Path, scheduler: str) -> Part:
+    """The prior in a folder, whose scheduler has a name of its own in each pipeline."""
     config, source = read_network(folder / "prior")
     where = folder / "prior" / "config.json"
     require(config, PRIOR_FIXED, where)
@@ -168,7 +183,7 @@ def _prior(folder: Path) -> Part:
         *("embedding_dim", "num_embeddings"),
         where=where,
     )
-    settings = _scheduler(folder / "prior_scheduler", "fixed_small_log", tuple(PARAMETRIZATIONS))
+    settings = _scheduler(folder / scheduler, "fixed_small_log", tuple(PARAMETRIZATIONS))
     net = PriorTransformerConfig(embed_dim, heads * head_width, depth, heads)
     limit = settings.get("clip_sample_range", 1.0) if settings.get("clip_sample", True) else None
     parametrization = PARAMETRIZATIONS[settings["prediction_type"]]
@@ -183,8 +198,8 @@ def _scheduler(folder: Path, variance: str, predictions: tuple[str, ...]) -> dic
     require(settings, wanted | {"variance_type": variance}, where)
     if settings["prediction_type"] not in predictions:
         raise UserError(
-            f"{where} has prediction_type {settings['prediction_type']}, and Karlo has "
-            f"{' or '.join(predictions)}: it is another model."
+            f"{where} has prediction_type {settings['prediction_type']}, and "
+            f"{' or '.join(predictions)} is needed: it is another model."
         )
     return settings
 

@@ -122,9 +122,10 @@ def _model_config(text: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any
 
 
 def _preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
-    """open_clip's `preprocess_cfg` from Hugging Face's feature_extractor beside a tower."""
-    file = folder.parent / "feature_extractor" / "preprocessor_config.json"
-    given = read_json(file) if file.is_file() else {}
+    """open_clip's `preprocess_cfg` from Hugging Face's image processor beside a tower."""
+    places = (folder.parent / name for name in ("feature_extractor", "image_processor"))
+    files = [place / "preprocessor_config.json" for place in places]
+    given = next((read_json(file) for file in files if file.is_file()), {})
     bilinear = given.get("resample", 3) == 2  # PIL's numbers of its filters
     size = given.get("size")
     squash = isinstance(size, dict) and "height" in size
