@@ -40,6 +40,8 @@ REQUIREMENTS = [
 ]
 
 FONTS = ["manimgx-fonts", "manimgx-fonts-cjk"]
+# Of a Pillow that Gradio 6 refuses, pip would fetch Gradio 3 without this bound.
+WEB = ["gradio>=6", "fastapi>=0.115", "uvicorn>=0.30", "fastapi-offline>=1.7"]
 
 setup(
     name="unclip_pl",
@@ -72,7 +74,11 @@ setup(
             "pyarrow>=14",
             "opencv-python-headless>=4.8",
             *FONTS,
+            # the studio's page in a browser of this machine (Chromium or Chrome, if there is one)
+            *WEB,
+            "playwright>=1.45",
         ],
+        "web": WEB,
         "lora": ["peft>=0.15"],  # fine-tuning by low-rank adapters
         # buckets as `s3://`, `gs://` and `hf://`
         "remote": ["s3fs", "gcsfs", "huggingface_hub"],
