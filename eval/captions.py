@@ -134,7 +134,7 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(
-            f"The captions {path} cannot be read ({error.strerror}): check --captions."
+            f"The captions {path} cannot be read ({error.strerror}): check the path."
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(

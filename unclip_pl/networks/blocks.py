@@ -105,7 +105,9 @@ class Attention(nn.Module):
 
 
 class UNetBlock(Block):
-    """What one skip connection leads to: a ResBlock, attention if any, a second ResBlock if any."""
+    """What lies between two skip connections: a ResBlock, attention if any, a second ResBlock
+    if any.
+    """
 
     fsdp_methods = ("project_context",)
     compile_dynamic = False

@@ -48,12 +48,13 @@ Callback = Callable[[int, int], Any]
 class UnCLIP(Pretrained):
     """A CLIP and a decoder that was trained on its embeddings, with a prior and upsamplers.
 
-    The prior is needed to draw from captions, the upsamplers to draw larger than the decoder.
+    The prior is needed to draw with `condition="prior"`, the upsamplers to draw larger than the
+    decoder.
 
     Args:
         decoder: the decoder stage.
-        prior: a DiffusionPrior or an ARPrior; None: only images and text embeddings can be drawn
-            from.
+        prior: a DiffusionPrior or an ARPrior; None: captions are drawn without one, by
+            `condition="text"` or "caption".
         clip: the CLIP of both; by default the one that the decoder's fingerprint names.
         device: where everything runs.
         upsamplers: in the order of their sizes, the first one from the decoder's size.
@@ -258,7 +259,8 @@ class UnCLIP(Pretrained):
                 from the seeds.
 
         Returns:
-            float32 (B, 3, 64, 64) in [-1, 1] on the pipeline's device.
+            float32 (B, 3, 64, 64) on the pipeline's device, about [-1, 1]: within it where the
+            decoder's sampling has a threshold.
         """
         batch = self.conditions(image_embed, captions)
         with on_device(self.decoder, self.device, self.offload, self.precision):
@@ -339,7 +341,7 @@ class UnCLIP(Pretrained):
                 `unclip_pl.manipulate`.
 
         Returns:
-            float32 (B, 3, size, size) in [-1, 1]; `unclip_pl.to_pil` makes a PIL image of each.
+            float32 (B, 3, size, size), about [-1, 1]; `unclip_pl.to_pil` makes a PIL image of each.
 
         Raises:
             UserError: condition "prior" without a prior, or a size without its upsampler.

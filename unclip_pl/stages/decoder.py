@@ -70,13 +70,14 @@ class DecoderSamplingConfig(SamplerConfig):
 class Decoder(Stage):
     """Trains on `image`, `image_embed` and `tokens` (or `text_states`, `text_embed`) of a batch.
 
-    `TextConfig` says what a caption needs.
+    Which of them a caption needs depends on `text.kind` (see `TextConfig`).
 
     With `condition: text` the caption's CLIP embedding, `text_embed`, replaces `image_embed` in
     training and sampling: the paper's baseline without a prior (section 5.1).
 
     Args:
-        net: the U-Net; `embed_dim` must be the CLIP's, `out_channels` follows from `diffusion`.
+        net: the U-Net; `embed_dim` must be the CLIP's, `out_channels` 6 where `diffusion` learns
+            the variance, else 3.
         text: how the caption becomes context; `kind: none` leaves it out.
         cond_dropout: how often training drops the embedding and the caption.
         normalizer: scale of the embedding as the network sees it: "unit" (norm 0.5375 sqrt(D), the

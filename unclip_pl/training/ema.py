@@ -30,7 +30,8 @@ class EMA(Callback):
     weights.
 
     Args:
-        decay: d in [0, 1), the weight of the old average at each optimiser step.
+        decay: d in [0, 1), the weight of the old average at each optimiser step. After n steps
+            it is at most (1 + n) / (10 + n), so that the average forgets the start sooner.
     """
 
     def __init__(self, decay: float = 0.9999) -> None:
