@@ -27,8 +27,9 @@ FLOORS = {
     "stages": 4, "datamodules": 4, "training": 4,
     "pipeline": 5,
     "manipulate": 6, "probe": 6,
-    "cli": 7, "eval": 7,
-    "__main__": 8,
+    "studio": 7,
+    "cli": 8, "eval": 8,
+    "__main__": 9,
 }  # fmt: skip
 
 

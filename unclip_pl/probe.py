@@ -5,12 +5,15 @@ Reconstructions from the first principal components, and typographic attacks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
-from unclip_pl.data.store import Statistics
+from unclip_pl.clip.fingerprint import require_same
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.data.store import EmbeddingStore, Statistics
 from unclip_pl.networks.quantizer import pca
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.utils.errors import UserError
@@ -85,6 +88,27 @@ class PrincipalComponents:
         basis = self.components[:k]
         z = image_embed.cpu().double() - self.mean
         return (self.mean + z @ basis.T @ basis).to(image_embed.device, image_embed.dtype)
+
+
+def principal_components(clip: FrozenCLIP, store: Path | None = None) -> PrincipalComponents:
+    """The principal components of a store's image embeddings.
+
+    Args:
+        clip: the CLIP that the store must be of.
+        store: its folder; None: OpenMoji's, which is made if it is missing.
+
+    Raises:
+        UserError: the store is damaged, or of another CLIP.
+    """
+    from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
+
+    if store is None:
+        data = ImageEmbeddingData(clip=clip.config)
+        data.prepare_data()
+        return PrincipalComponents.from_statistics(data.store.statistics(data.train_shards))
+    embeddings = EmbeddingStore(store)
+    require_same(embeddings.manifest["clip"], clip.fingerprint(), f"The store {store}")
+    return PrincipalComponents.from_statistics(embeddings.statistics())
 
 
 def zero_shot(unclip: UnCLIP, image_embed: Tensor, captions: Sequence[str]) -> Tensor:

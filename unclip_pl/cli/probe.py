@@ -6,16 +6,11 @@ Both show it by what a decoder draws from the embedding.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from unclip_pl.cli.options import AddCommand, require_minimum
 from unclip_pl.cli.pictures import enlarge_like, require_files
 from unclip_pl.cli.session import Session, add_session_options
 from unclip_pl.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from unclip_pl.clip.frozen import FrozenCLIP
-    from unclip_pl.probe import PrincipalComponents
 
 
 def add(command: AddCommand) -> None:
@@ -72,7 +67,7 @@ def add(command: AddCommand) -> None:
 def run_pca(arguments: argparse.Namespace) -> None:
     import torch
 
-    from unclip_pl.probe import paper_dimensions
+    from unclip_pl.probe import paper_dimensions, principal_components
 
     require_files(arguments.images)
     session = Session(arguments)
@@ -99,32 +94,6 @@ def run_pca(arguments: argparse.Namespace) -> None:
         rows.append(torch.cat([drawn, enlarge_like(original, drawn)]))
     labels = [path.stem for path in arguments.images]
     session.save_figure("pca", rows, labels, [*map(str, counts), "original"])
-
-
-def principal_components(clip: "FrozenCLIP", store: Path | None) -> "PrincipalComponents":
-    """The principal components of a store's image embeddings.
-
-    Args:
-        clip: the CLIP that the store must be of.
-        store: its folder; None: OpenMoji's, which is made if it is missing.
-
-    Raises:
-        UserError: the store is damaged, or of another CLIP.
-    """
-    from unclip_pl.clip.fingerprint import require_same
-    from unclip_pl.data.store import EmbeddingStore
-    from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
-    from unclip_pl.probe import PrincipalComponents
-
-    if store is None:
-        data = ImageEmbeddingData(clip=clip.config)
-        data.prepare_data()
-        statistics = data.store.statistics(data.train_shards)
-    else:
-        embeddings = EmbeddingStore(store)
-        require_same(embeddings.manifest["clip"], clip.fingerprint(), f"The store {store}")
-        statistics = embeddings.statistics()
-    return PrincipalComponents.from_statistics(statistics)
 
 
 def run_typographic(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ live elsewhere.
 
 import dataclasses
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from unclip_pl.cluster.sharded import shard
 from unclip_pl.diffusion.cuda_graph import cuda_graphed
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
+from unclip_pl.diffusion.watch import watched
 from unclip_pl.networks.compilation import compile_blocks
 from unclip_pl.networks.renamed import rename
 from unclip_pl.stages.optimization import OptimizerConfig, build_optimizer
@@ -55,6 +57,8 @@ class Stage(LightningModule):
     checkpoints and releases."""
     cuda_graphs: bool = False
     """Sampling on a GPU records the denoising step as a CUDA graph."""
+    watch: Callable[[Tensor], object] | None = None
+    """Shown x0 of each step while `sample` draws pictures, (B, 3, H, W) on the stage's device."""
     compile_networks: bool = False
     """Training compiles the blocks of all networks."""
     skipped_steps: Tensor
@@ -102,8 +106,9 @@ class Stage(LightningModule):
         raise NotImplementedError
 
     def with_cuda_graph(self, predict: Predict) -> Predict:
-        """`predict`, recorded as a CUDA graph if `cuda_graphs` is set."""
-        return cuda_graphed(predict) if self.cuda_graphs else predict
+        """`predict`, recorded as a CUDA graph if `cuda_graphs` is set, and watched by `watch`."""
+        predict = cuda_graphed(predict) if self.cuda_graphs else predict
+        return predict if self.watch is None else watched(predict, self.watch)
 
     def setup(self, stage: str) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)

@@ -265,21 +265,33 @@ def grid(
     return canvas
 
 
-def save_png(image: Image.Image | Tensor, path: str | os.PathLike, **metadata: str) -> Path:
-    """Write a PNG file atomically.
+def png_bytes(image: Image.Image | Tensor, **metadata: str) -> bytes:
+    """The bytes of a PNG file.
 
     Args:
         image: a PIL image, or a tensor (3, H, W) in [-1, 1].
-        path: of the file.
         metadata: written as text chunks.
-
-    Returns:
-        `path`.
     """
     picture = to_pil(image) if isinstance(image, Tensor) else image
     text = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
         text.add_itxt(key, repair_text(value))
+    file = io.BytesIO()
+    picture.save(file, format="PNG", pnginfo=text, optimize=True)
+    return file.getvalue()
+
+
+def save_png(image: Image.Image | Tensor, path: str | os.PathLike, **metadata: str) -> Path:
+    """Write a PNG file atomically.
+
+    Args:
+        image, metadata: as in `png_bytes`.
+        path: of the file.
+
+    Returns:
+        `path`.
+    """
+    data = png_bytes(image, **metadata)
     with atomic_file(path) as file:
-        picture.save(file, format="PNG", pnginfo=text, optimize=True)
+        file.write(data)
     return Path(path)

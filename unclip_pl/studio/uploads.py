@@ -1,0 +1,83 @@
+"""Pictures that come from outside and go out again: read within limits, written with settings."""
+
+import base64
+import binascii
+import json
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.images import from_pil, open_image
+
+MOST_BYTES = 8 * 2**20
+MOST_PIXELS = 16 * 2**20
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+CHUNK = "studio"
+"""The text of a PNG that holds the settings of its request, as JSON."""
+
+
+def from_base64(text: str, name: str = "picture") -> bytes:
+    """The file in a base64 string or a `data:` URL; a UserError where it is none, or too large."""
+    if len(text) > 4 * MOST_BYTES // 3 + 200:
+        raise UserError(f"The {name} has more than {MOST_BYTES // 2**20} MB: give a smaller one.")
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise UserError(f"The {name} is not in base64: encode the bytes of its file.") from None
+
+
+def to_base64(data: bytes) -> str:
+    """A file as requests hold it."""
+    return base64.b64encode(data).decode()
+
+
+def read_picture(data: bytes, name: str = "picture", size: int | None = None) -> Tensor:
+    """A picture file as float32 (3, H, W) in [-1, 1]; with `size` its centre square of that side.
+
+    Raises:
+        UserError: it is no picture, damaged, or larger than `MOST_BYTES` or `MOST_PIXELS`.
+    """
+    if len(data) > MOST_BYTES:
+        raise UserError(f"The {name} has more than {MOST_BYTES // 2**20} MB: give a smaller one.")
+    if not data:
+        raise UserError(f"The {name} is empty: choose a picture file.")
+
+    def within_limits(image: Image.Image) -> Tensor:
+        if image.width * image.height > MOST_PIXELS:
+            raise Image.DecompressionBombError
+        return from_pil(image, size)
+
+    try:
+        return open_image(data, within_limits, FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(
+            f"The {name} has more than {MOST_PIXELS // 2**20} megapixels: make it smaller."
+        ) from None
+    except UnidentifiedImageError:
+        raise UserError(
+            f"The {name} is no picture that can be read: give a PNG, JPEG, WebP, GIF, BMP or TIFF."
+        ) from None
+    except Exception:  # Pillow raises nearly anything on damaged files
+        raise UserError(f"The {name} is damaged and cannot be read: give another.") from None
+
+
+def settings_in(data: bytes) -> dict[str, Any]:
+    """The settings in a PNG of the studio; caption and seed of one that `unclip generate` wrote.
+
+    Raises:
+        UserError: it is no picture, or has no settings.
+    """
+    read_picture(data)
+    texts = open_image(data, lambda image: (image.load(), dict(getattr(image, "text", {})))[1])
+    try:
+        if CHUNK in texts:
+            return dict(json.loads(texts[CHUNK]))
+        return {"kind": "create", "captions": [texts["prompt"]], "seed": int(texts["seed"])}
+    except (KeyError, ValueError):
+        raise UserError(
+            "This picture has no settings: drop a PNG that was made here, as it was downloaded."
+        ) from None
