@@ -80,6 +80,8 @@ setup(
         "test-remote": ["s3fs", "moto[server]>=5"],
         # Noto, for captions of other scripts than Latin, Greek, Cyrillic, Hebrew and Arabic
         "fonts": FONTS,
+        # pages of Gradio 6 and newer; of a Pillow that Gradio refuses, pip would fetch Gradio 3
+        "web": ["gradio>=6", "fastapi>=0.115", "uvicorn>=0.30", "fastapi-offline>=1.7"],
         "dev": ["ruff", "mypy", "codespell", "pre-commit"],
         "docs": ["sphinx>=8.1", "myst-parser>=4", "pydata-sphinx-theme>=0.16", "sphinx-copybutton"],
     },

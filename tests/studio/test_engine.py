@@ -11,6 +11,7 @@ import torch
 from tests.studio.conftest import mask, picture
 from unclip_pl.studio import engine as rooms
 from unclip_pl.studio.engine import Engine, QueueFull, State
+from unclip_pl.studio.picture_files import from_base64, read_picture
 from unclip_pl.studio.requests import (
     PCA,
     Create,
@@ -21,7 +22,6 @@ from unclip_pl.studio.requests import (
     Upsample,
     Vary,
 )
-from unclip_pl.studio.uploads import from_base64, read_picture
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import png_bytes, to_uint8
 

@@ -17,6 +17,7 @@ from unclip_pl.cli import (
     invert,
     plan,
     probe,
+    serve,
     submit,
     upsample,
     vary,
@@ -25,7 +26,7 @@ from unclip_pl.cli.options import command_adder
 from unclip_pl.utils.errors import UserError
 
 COMMANDS = (
-    generate, invert, vary, interpolate, edit, inpaint, upsample, export, plan, submit
+    generate, invert, vary, interpolate, edit, inpaint, upsample, serve, export, plan, submit
 )  # fmt: skip
 GROUPS = {
     "import": (import_weights, "Make releases of other projects' weights."),

@@ -23,6 +23,7 @@ from unclip_pl.manipulate import (
 )
 from unclip_pl.probe import labelled, paper_dimensions, zero_shot
 from unclip_pl.studio.models import Models
+from unclip_pl.studio.picture_files import from_base64, read_picture
 from unclip_pl.studio.requests import (
     PCA,
     Create,
@@ -35,7 +36,6 @@ from unclip_pl.studio.requests import (
     Upsample,
     Vary,
 )
-from unclip_pl.studio.uploads import from_base64, read_picture
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import to_uint8
 
@@ -268,9 +268,9 @@ WAYS: dict[type, Callable[[Models, Any, Tell], Result]] = {
 
 def check_pictures(models: Models, request: Request) -> None:
     """A UserError where a picture of the request cannot be read, or its mask does not fit."""
-    for name in ("image", "other"):
-        if hasattr(request, name):
-            opened(getattr(request, name), name)
+    for field_name, name in {"image": "picture", "other": "second picture"}.items():
+        if hasattr(request, field_name):
+            opened(getattr(request, field_name), name)
     if isinstance(request, Inpaint):
         mask_of(models, request)
     if isinstance(request, Upsample):

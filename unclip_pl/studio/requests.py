@@ -17,6 +17,8 @@ MOST_PICTURES = 64
 MOST_STEPS = 1000
 MOST_CHARACTERS = 1000
 """Of one caption; CLIP reads less than that."""
+STRICT = {"extra": "forbid"}
+"""What the API does with a field that a request does not have."""
 Sampler = Literal["ddpm", "ddim", "dpm_solver_pp"]
 PriorSampler = Literal["analytic", "ddpm", "ddim", "dpm_solver_pp"]
 
@@ -47,6 +49,8 @@ def caption(name: str, text: str, needed: bool = True) -> str:
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
     """Settings of every request that draws with the decoder; None: the decoder's own."""
+
+    __pydantic_config__ = STRICT
 
     seed: int = 0
     """Picture k uses seed + k."""
@@ -225,6 +229,8 @@ class Inpaint(PriorSettings, Drawing):
 @dataclass(frozen=True, kw_only=True)
 class Upsample:
     """A picture of any size and shape, drawn larger by the upsamplers."""
+
+    __pydantic_config__ = STRICT
 
     image: str
     times: Literal[4, 16] = 4

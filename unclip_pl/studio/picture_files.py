@@ -8,8 +8,9 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from unclip_pl.studio.requests import Create, Request, described
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.images import from_pil, open_image
+from unclip_pl.utils.images import from_pil, open_image, png_bytes
 
 MOST_BYTES = 8 * 2**20
 MOST_PIXELS = 16 * 2**20
@@ -63,6 +64,27 @@ def read_picture(data: bytes, name: str = "picture", size: int | None = None) ->
         ) from None
     except Exception:  # Pillow raises nearly anything on damaged files
         raise UserError(f"The {name} is damaged and cannot be read: give another.") from None
+
+
+def settings_of(request: Request, label: str, seed: int) -> dict[str, Any]:
+    """The settings of one picture of a request; of a `Create` those that draw it alone."""
+    settings = described(request)
+    if isinstance(request, Create):
+        settings |= {"captions": [label], "num_images": 1, "seed": seed}
+    return settings
+
+
+def png_file(image: Tensor, request: Request, label: str, seed: int) -> bytes:
+    """A drawn picture, uint8 (3, H, W), as a PNG with its settings."""
+    texts = {"seed": str(seed), CHUNK: json.dumps(settings_of(request, label, seed))}
+    if isinstance(request, Create):
+        texts["prompt"] = label
+    return png_bytes(as_pil(image), **texts)
+
+
+def as_pil(image: Tensor) -> Image.Image:
+    """uint8 (3, H, W) as a PIL picture."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
 def settings_in(data: bytes) -> dict[str, Any]:

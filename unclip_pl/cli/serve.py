@@ -1,0 +1,118 @@
+"""`unclip serve`: a studio in the browser, and an API."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unclip_pl.cli.generate import upsamplers_of
+from unclip_pl.cli.options import Command, placement, upsampling
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.options import (
+    add_prior_option,
+    add_prior_sampling_options,
+    add_sampling_options,
+    override_sampling,
+    positive_int,
+)
+
+if TYPE_CHECKING:
+    from unclip_pl.studio.models import Models
+
+
+def add(command: Command) -> None:
+    """The command."""
+    serve = command(
+        "serve",
+        run_serve,
+        "Open a studio in the browser: draw pictures from captions, vary, interpolate, edit, "
+        'inpaint, enlarge and probe them. Needs the extra "web".',
+    )
+    serve.add_argument(
+        "--decoder", type=Path, help="a checkpoint or release; by default the one in the package"
+    )
+    add_prior_option(serve)
+    add_sampling_options(serve)
+    add_prior_sampling_options(serve)
+    serve.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
+    serve.add_argument(
+        "--size",
+        type=int,
+        choices=[64, 256, 1024],
+        default=1024,
+        help="pixels per side of the largest pictures that may be asked for",
+    )
+    upsampling(serve, "--upsampler-steps")
+    serve.add_argument(
+        "--store",
+        type=Path,
+        help="the embedding store whose principal components are probed; by default OpenMoji's",
+    )
+    serve.add_argument("--runs", type=Path, help="a folder of training runs to watch")
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="the address to listen at; 0.0.0.0: every one of this machine, for others to come in",
+    )
+    serve.add_argument("--port", type=int, default=7860, help="0: any that is free")
+    serve.add_argument(
+        "--auth",
+        type=Path,
+        metavar="FILE",
+        help="who may come in: a UTF-8 file with one name:password per line",
+    )
+    serve.add_argument(
+        "--queue", type=positive_int, default=64, help="requests that may wait at a time"
+    )
+
+
+def load_models(arguments: argparse.Namespace) -> "Models":
+    """The models of the options, with their sampling settings as those of the stages."""
+    from unclip_pl.stages.ar_prior import ARPrior
+    from unclip_pl.studio.models import Models
+
+    models = Models.load(
+        arguments.decoder,
+        arguments.prior,
+        upsamplers_of(arguments),
+        arguments.store,
+        **placement(arguments),
+    )
+    options, plain = vars(arguments), models.plain
+    plain.decoder.sampling = override_sampling(plain.decoder, options)
+    for stage in plain.cascade.stages:
+        stage.sampling = override_sampling(stage, options, "upsampler_")
+    of_ar = ("prior_temperature", "prior_top_p")
+    for unclip in models.with_prior.values():
+        own = {
+            name: value
+            for name, value in options.items()
+            if arguments.prior is not None or (name in of_ar) == isinstance(unclip.prior, ARPrior)
+        }
+        unclip.prior.sampling = override_sampling(unclip.prior, own, "prior_")  # type: ignore[union-attr]
+    return models
+
+
+def run_serve(arguments: argparse.Namespace) -> None:
+    try:
+        from unclip_pl.studio import server
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f'The studio needs the extra "web" ({error.name} is missing): install it with '
+            "pip install 'unclip_pl[web]'."
+        ) from None
+    from unclip_pl.studio.engine import Engine
+    from unclip_pl.studio.guard import read_users
+
+    if arguments.runs is not None and not arguments.runs.is_dir():
+        raise UserError(f"There is no folder {arguments.runs}: check --runs.")
+    users = None if arguments.auth is None else read_users(arguments.auth)
+    listener = server.bound(arguments.host, arguments.port)
+    engine = Engine(load_models(arguments), arguments.queue)
+    app = server.build(engine, arguments.runs, users)
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    port = listener.getsockname()[1]
+    print(
+        f"The studio is at http://{host}:{port}, its API at /api/docs. Ctrl-C ends it.", flush=True
+    )
+    server.serve(app, listener)
+    print("The studio is closed.", flush=True)
