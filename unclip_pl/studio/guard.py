@@ -1,5 +1,6 @@
 """What stands before every request to the server: a password, a limit of size, no way outside."""
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -42,6 +43,8 @@ class Guard:
 
     def __init__(self, app: Any, users: dict[str, str] | None = None) -> None:
         self.app, self.users = app, users
+        self.closing = asyncio.Event()
+        """Set when the server shuts down: responses that would last for ever end then."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -64,18 +67,18 @@ class Guard:
         if length.isdigit() and int(length) > MOST_BYTES:
             await _answer(send_marked, 413, too_large)
             return
-        received, started = 0, False
+        received, started, ended = 0, False, False
 
         async def receive_counted() -> Any:
             nonlocal received
-            message = await receive()
+            message = await self._unless_closing(receive)
             received += len(message.get("body", b""))
             return message if received <= MOST_BYTES else {"type": "http.disconnect"}
 
         async def send_unless_too_large(message: Any) -> None:
-            nonlocal started
+            nonlocal started, ended
             if started or received <= MOST_BYTES:
-                started = True
+                started, ended = True, is_last(message)
                 await send_marked(message)
 
         try:
@@ -85,6 +88,18 @@ class Guard:
                 raise
         if received > MOST_BYTES and not started:
             await _answer(send_marked, 413, too_large)
+        elif started and not ended and self.closing.is_set():
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _unless_closing(self, receive: Any) -> Any:
+        """What comes next; when the server shuts down, that nothing will."""
+        both = asyncio.ensure_future(receive()), asyncio.ensure_future(self.closing.wait())
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            return both[0].result() if both[0].done() else {"type": "http.disconnect"}
+        finally:
+            for task in both:
+                task.cancel()
 
     def _known(self, authorization: bytes) -> bool:
         """Whether it names a user with the right password."""
@@ -96,6 +111,11 @@ class Guard:
         expected = (self.users or {}).get(name)
         same = hmac.compare_digest((expected or "").encode(), password.encode())
         return kind.lower() == b"basic" and expected is not None and same
+
+
+def is_last(message: Any) -> bool:
+    """Whether a message ends a response."""
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
 async def _answer(send: Any, code: int, sentence: str, headers: list[Any] | None = None) -> None:

@@ -1,19 +1,21 @@
 """The page and the API as one server."""
 
 import contextlib
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from unclip_pl.studio.album import Album
 from unclip_pl.studio.api import api
 from unclip_pl.studio.engine import Engine
 from unclip_pl.studio.guard import Guard
 from unclip_pl.studio.jobs import Jobs
+from unclip_pl.studio.page import mount, page
 from unclip_pl.utils.errors import UserError
 
 CLOSING_SECONDS = 3
@@ -28,13 +30,18 @@ def build(engine: Engine, runs: Path | None = None, users: dict[str, str] | None
         users: passwords by name; None: everybody may come in.
     """
 
+    album = Album()
+
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         yield
         engine.close()
+        album.close()
 
     app = FastAPI(lifespan=life, openapi_url=None)
     app.mount("/api", api(engine, Jobs()))
+    os.environ["GRADIO_TEMP_DIR"] = str(album.folder)  # what Gradio keeps lies there, and goes too
+    mount(app, page(engine, album, runs))
     return Guard(app, users)
 
 
@@ -58,9 +65,17 @@ def bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def server_of(app: Any) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """A server that tells its application when it shuts down."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.closing.set()  # type: ignore[union-attr]  # a Guard
+        await super().shutdown(sockets)
+
+
+def server_of(app: Guard) -> Server:
     """A server that ends within seconds, whoever is still connected."""
-    return uvicorn.Server(
+    return Server(
         uvicorn.Config(
             app,
             log_level="warning",
@@ -71,7 +86,7 @@ def server_of(app: Any) -> uvicorn.Server:
     )
 
 
-def serve(app: Any, listener: socket.socket) -> None:
+def serve(app: Guard, listener: socket.socket) -> None:
     """Serve until the process is told to end (SIGINT, SIGTERM)."""
     server = server_of(app)
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}

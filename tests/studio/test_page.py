@@ -1,0 +1,281 @@
+"""The page in a real browser: captions become drawings, drawings are pulled at, nothing leaves."""
+
+import base64
+import io
+import re
+import socket
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.studio.browser import chromium, served
+from tests.studio.conftest import picture
+
+pytest.importorskip("gradio", reason='needs the extra "web"')
+
+from unclip_pl.studio.requests import Create
+from unclip_pl.utils.images import to_uint8
+
+SECONDS = 15_000
+"""Until something must have come, in thousandths."""
+
+
+@pytest.fixture(scope="module")
+def outside():
+    """The addresses that this process connected to, other than its own."""
+    found, real = set(), socket.socket.connect
+
+    def connect(self, address):
+        if isinstance(address, tuple) and not str(address[0]).startswith(("127.", "::1")):
+            found.add(address)
+        return real(self, address)
+
+    socket.socket.connect = connect
+    yield found
+    socket.socket.connect = real
+
+
+@pytest.fixture(scope="module")
+def studio(models, outside):
+    with served(models) as (address, engine):
+        yield address, engine
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser, studio, outside):
+    """A person at the page, who finds out if anything is loaded from elsewhere."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = opened(context, studio[0])
+    yield page
+    context.close()
+    assert not outside
+
+
+def opened(context, address):
+    page = context.new_page()
+    page.set_default_timeout(SECONDS)
+    page.asked = []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.on("close", lambda page: no_way_out(page, address))
+    page.goto(address)
+    page.get_by_label("Captions, one per line").wait_for()
+    return page
+
+
+def no_way_out(page, address):
+    assert not [url for url in page.asked if not url.startswith((address, "data:", "blob:"))]
+
+
+def draw(page, captions, number=1, steps=2):
+    page.get_by_label("Captions, one per line").fill(captions)
+    set_number(page, "Number of pictures", number)
+    more = page.get_by_role("button", name="More settings")
+    if not page.get_by_label("Steps of a diffusion prior").is_visible():
+        more.locator("visible=true").click()
+    page.get_by_label(re.compile("Steps of the decoder")).locator("visible=true").fill(str(steps))
+    page.get_by_label("Steps of a diffusion prior").fill("2")
+    page.get_by_role("button", name="Draw", exact=True).click()
+
+
+def set_number(page, label, value):
+    box = page.get_by_label(f"number input for {label}").locator("visible=true")
+    box.fill(str(value))
+    box.press("Tab")
+
+
+def live(page, part=""):
+    return page.locator(f".live {part}").locator("visible=true")
+
+
+def pixels(page, image):
+    """The file behind an <img>, uint8 (3, H, W)."""
+    url = image.evaluate("image => image.src")
+    data = page.request.get(url).body()
+    shown = Image.open(io.BytesIO(data)).convert("RGB")
+    flat = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8)
+    return flat.view(shown.height, shown.width, 3).permute(2, 0, 1)
+
+
+def first_in_gallery(page):
+    page.locator("#gallery .grid-container button").first.click()
+    page.get_by_text("captions").first.wait_for()
+
+
+def send(page, where):
+    page.get_by_label("Send the picture to").click()
+    page.get_by_role("option", name=where, exact=True).click()
+    page.get_by_role("button", name="Send", exact=True).click()
+    page.get_by_text(f"Sent to {where}.").wait_for()
+
+
+def test_a_caption_becomes_the_drawing_that_the_command_makes(page, models):
+    draw(page, "red heart")
+    image = live(page, ".done img")
+    image.wait_for()
+    assert image.get_attribute("alt") == "red heart, seed 0"
+    request = Create(captions=("red heart",), steps=2, prior_steps=2)
+    drawn = models.with_prior["diffusion"].generate(
+        ["red heart"], [0], size=16, prior_sampling=models.prior_sampling(request),
+        sampling=models.sampling(request),
+    )  # fmt: skip
+    difference = pixels(page, image).int() - to_uint8(drawn[0]).int()
+    assert difference.abs().max() <= 1
+    assert image.evaluate("image => image.naturalWidth") == 16
+
+
+def test_a_drawing_is_varied_and_an_interpolation_scrubbed_without_asking_the_server(page):
+    draw(page, "red heart")
+    live(page, ".done img").wait_for()
+    first_in_gallery(page)
+    send(page, "Vary")
+    page.get_by_role("button", name="Vary", exact=True).click()
+    live(page, ".done img").first.wait_for()
+    assert live(page, ".done img").count() == 4
+
+    send(page, "Interpolate, from")
+    page.locator("#gallery .grid-container button").nth(1).wait_for()
+    page.locator(".preview button[aria-label='Close']").or_(
+        page.get_by_label("Close")
+    ).first.click()
+    page.locator("#gallery .grid-container button").nth(1).click()
+    send(page, "Interpolate, to")
+    set_number(page, "Frames", 3)
+    page.get_by_role("button", name="Interpolate", exact=True).click()
+    slider = page.get_by_role("slider", name="Between the pictures")
+    slider.wait_for()
+    shown = live(page, ".frames figure")
+    assert shown.count() == 1 and shown.inner_text() == "0% of the way"
+    page.wait_for_timeout(500)
+    before = len(page.asked)
+    slider.press("ArrowRight")
+    assert shown.inner_text() == "50% of the way"
+    slider.press("End")
+    assert shown.count() == 1 and shown.inner_text() == "100% of the way"
+    assert slider.get_attribute("aria-valuetext") == "100% of the way"
+    assert len(page.asked) == before
+
+
+def test_pictures_are_seen_while_they_are_drawn_and_stopped_at_once(page, studio):
+    draw(page, "red heart\nfox", number=16, steps=1000)
+    preview = live(page, ".drawing img").first
+    preview.wait_for()
+    assert preview.get_attribute("src").startswith("data:image/png")
+    page.get_by_role("progressbar").wait_for()
+    page.get_by_role("button", name="Stop").locator("visible=true").click()
+    page.get_by_text("Stopped.").wait_for(timeout=5000)
+    assert live(page, "img").count() == 0
+    draw(page, "fox")
+    live(page, ".done img").wait_for()
+
+
+def test_a_broken_file_is_told_in_a_sentence_and_the_page_lives_on(page):
+    choose_tab(page, "Vary")
+    page.get_by_role("button", name="Vary", exact=True).click()
+    page.get_by_role("alert").get_by_text("There is no picture").wait_for()
+    broken = {"name": "broken.png", "mimeType": "image/png", "buffer": b"\x89PNG broken"}
+    inputs = page.locator("input[type=file]")
+    inputs.first.set_input_files(broken)
+    page.wait_for_timeout(1000)
+    page.get_by_role("button", name="Vary", exact=True).click()
+    page.get_by_role("alert").get_by_text("no picture that can be read").wait_for()
+    choose_tab(page, "Create")
+    draw(page, "red heart")
+    live(page, ".done img").wait_for()
+
+
+def test_a_dropped_png_gives_its_settings_back(page):
+    draw(page, "red heart", number=2, steps=3)
+    live(page, ".done img").nth(1).wait_for()
+    source = live(page, ".done img").nth(1).evaluate("image => image.src")
+    data = page.request.get(source).body()
+    page.reload()
+    page.locator("input[type=file][accept='.png']").set_input_files(
+        {"name": "red-heart.png", "mimeType": "image/png", "buffer": data}
+    )
+    page.get_by_text("The settings are in Create.").wait_for()
+    assert page.get_by_label("Captions, one per line").input_value() == "red heart"
+    assert page.get_by_label("Seed").locator("visible=true").input_value() == "1"
+    plain = {
+        "name": "x.png",
+        "mimeType": "image/png",
+        "buffer": base64.b64decode(picture()),
+    }
+    page.reload()
+    page.locator("input[type=file][accept='.png']").set_input_files(plain)
+    page.get_by_role("alert").get_by_text("This picture has no settings").wait_for()
+
+
+def test_two_people_at_once_see_their_own(browser, studio, page):
+    with_friend = browser.new_context()
+    friend = opened(with_friend, studio[0])
+    draw(page, "red heart", number=2)
+    draw(friend, "fox")
+    for person, alts in (
+        (page, ["red heart, seed 0", "red heart, seed 1"]),
+        (friend, ["fox, seed 0"]),
+    ):
+        images = live(person, ".done img")
+        images.first.wait_for()
+        assert [image.get_attribute("alt") for image in images.all()] == alts
+        assert person.locator("#gallery .grid-container button").count() == len(alts)
+    with_friend.close()
+
+
+def test_every_control_has_a_name_and_the_page_fits_a_phone(browser, studio):
+    context = browser.new_context(viewport={"width": 400, "height": 800})
+    page = opened(context, studio[0])
+    for name in ("Create", "Vary", "Interpolate", "Edit", "Inpaint", "Upsample"):
+        choose_tab(page, name)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400, name
+        assert not page.evaluate(NAMELESS), name
+    context.close()
+
+
+def choose_tab(page, name):
+    """Open a tab; on a narrow page it may be in a menu."""
+    tab = page.get_by_role("tab", name=name, exact=True)
+    if tab.count() and tab.first.is_visible():
+        tab.first.click()
+    else:
+        page.locator(".overflow-menu > button").click()
+        page.locator(".overflow-dropdown button", has_text=name).first.click()
+    page.get_by_role("button", name="Stop").locator("visible=true").wait_for()
+    page.wait_for_timeout(300)
+
+
+NAMELESS = """
+() => [...document.querySelectorAll('input, textarea, button, [role=slider]')]
+  .filter(e => e.checkVisibility() && e.type != 'file')
+  .filter(e => !(e.getAttribute('aria-label') || e.title || e.innerText?.trim()
+    || e.labels?.length || e.getAttribute('aria-labelledby') || e.placeholder))
+  .map(e => e.outerHTML.slice(0, 200))
+"""
+
+
+def test_no_file_of_the_machine_can_be_read(page, studio, tmp_path):
+    address, _ = studio
+    secret = tmp_path / "secret.txt"
+    secret.write_text("a secret")
+    for path in (secret, "/etc/passwd", __file__):
+        for route in ("gradio_api/file=", "file=", "gradio_api/file/"):
+            assert page.request.get(f"{address}/{route}{path}").status >= 400
+    # nor be passed off as an upload
+    config = page.request.get(f"{address}/config").json()
+    vary = next(
+        d for d in config["dependencies"] if d["targets"] and len(d["inputs"]) == 10 and "image" in str(
+            next(c for c in config["components"] if c["id"] == d["inputs"][0])["type"]
+        )
+    )  # fmt: skip
+    data = [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, *[None] * 9]
+    body = {"data": data, "fn_index": vary["id"], "session_hash": "thief"}
+    told = page.request.post(f"{address}/gradio_api/queue/join", data=body)
+    if told.ok:
+        answer = page.request.get(f"{address}/gradio_api/queue/data?session_hash=thief").text()
+        assert '"success":false' in answer.replace(" ", "") and "a secret" not in answer

@@ -1,0 +1,98 @@
+"""Pieces of the page that are plain HTML: pictures while they are drawn and when they are done, a
+slider over frames that asks nobody, and sentences that screen readers read out."""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+
+from torch import Tensor
+
+from unclip_pl.studio.album import Print
+from unclip_pl.studio.picture_files import as_pil
+from unclip_pl.utils.images import png_bytes
+
+STYLE = """
+.status { min-height: 1.6em; margin: 0; }
+.status progress { width: 100%; height: 0.5em; }
+.status.error { color: var(--error-text-color, #b91c1c); font-weight: 600; }
+.pictures { display: grid; gap: 0.5em; grid-template-columns: repeat(auto-fill, minmax(7em, 1fr)); }
+.pictures:has(figure:only-child) { grid-template-columns: minmax(7em, 20em); }
+.pictures figure, .frames figure { margin: 0; }
+.pictures img, .frames img { width: 100%; display: block; background: white;
+  border: 1px solid var(--border-color-primary); border-radius: 4px; }
+.pictures figcaption, .frames figcaption { font-size: 0.85em; overflow-wrap: anywhere; }
+.frames { max-width: 24em; }
+.frames figure[hidden] { display: none; }
+.frames input { width: 100%; }
+.notes { font-size: 0.9em; margin: 0.5em 0; padding-left: 1.2em; }
+footer { display: none !important; }
+"""
+SCRUB = (
+    "const all = this.closest('.frames').querySelectorAll('figure');"
+    "all.forEach((figure, k) => { figure.hidden = k != this.value; });"
+    "this.setAttribute('aria-valuetext', all[this.value].innerText);"
+)
+"""Of the slider over frames: they are all here, one is shown."""
+
+
+def said(text: str) -> str:
+    """A sentence on how things stand."""
+    return f'<p class="status" role="status">{escape(text)}</p>'
+
+
+def failed(text: str) -> str:
+    """A sentence on what went wrong."""
+    return f'<p class="status error" role="alert">{escape(text)}</p>'
+
+
+def progress(text: str, step: int, steps: int) -> str:
+    """How far a drawing is."""
+    bar = f'<progress value="{step}" max="{max(1, steps)}" aria-label="Progress"></progress>'
+    return f'<div class="status" role="status">{escape(text)}{bar}</div>'
+
+
+def previews(shown: Tensor) -> str:
+    """x0 of pictures that are being drawn, uint8 (B, 3, H, W)."""
+    figures = []
+    for k, image in enumerate(shown, start=1):
+        data = base64.b64encode(png_bytes(as_pil(image))).decode()
+        alt = f"Picture {k} while it is drawn"
+        figures.append(f'<figure><img src="data:image/png;base64,{data}" alt="{alt}"></figure>')
+    return f'<div class="pictures drawing">{"".join(figures)}</div>'
+
+
+def source(one: Print) -> str:
+    """Where a browser finds a picture of the album."""
+    return f"gradio_api/file={one.path.as_posix()}"
+
+
+def figure(one: Print, hidden: bool = False) -> str:
+    """A picture with its label."""
+    label = escape(one.label)
+    return (
+        f"<figure{' hidden' if hidden else ''}>"
+        f'<img src="{escape(source(one))}" alt="{label}"><figcaption>{label}</figcaption></figure>'
+    )
+
+
+def pictures(prints: Sequence[Print]) -> str:
+    """Pictures side by side."""
+    return f'<div class="pictures done">{"".join(map(figure, prints))}</div>'
+
+
+def frames(prints: Sequence[Print], name: str) -> str:
+    """Pictures one at a time, under a slider with that name."""
+    shown = [figure(one, hidden=k > 0) for k, one in enumerate(prints)]
+    return (
+        f'<div class="frames done"><label>{escape(name)}'
+        f'<input type="range" min="0" max="{len(prints) - 1}" value="0" step="1" '
+        f'aria-valuetext="{escape(prints[0].label)}" oninput="{escape(SCRUB)}"></label>'
+        f"{''.join(shown)}</div>"
+    )
+
+
+def notes(sentences: Sequence[str]) -> str:
+    """What there is to say of pictures."""
+    if not sentences:
+        return ""
+    return f'<ul class="notes">{"".join(f"<li>{escape(text)}</li>" for text in sentences)}</ul>'
