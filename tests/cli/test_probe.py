@@ -5,10 +5,10 @@ from PIL import Image
 
 from tests.cli.shell import error_of, run_unclip
 from tests.data.shardkit import write_shards
-from unclip_pl.cli import probe
 from unclip_pl.clip.fingerprint import ClipMismatch
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.probe import principal_components
 from unclip_pl.utils.images import load_image
 
 
@@ -34,7 +34,7 @@ def test_a_store_of_another_clip_is_refused(store, monkeypatch):
     other = manifest | {"clip": manifest["clip"] | {"embed_dim": 512}}
     monkeypatch.setattr(EmbeddingStore, "manifest", other)
     with pytest.raises(ClipMismatch, match="The store"):
-        probe.principal_components(FrozenCLIP(), store)
+        principal_components(FrozenCLIP(), store)
 
 
 def test_typographic_draws_a_row_for_each_label(run, capsys):

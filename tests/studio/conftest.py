@@ -8,7 +8,8 @@ import torch
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.unet import UNetConfig
-from unclip_pl.pipeline.unclip import DEFAULT_PRIORS, UnCLIP, load_stage
+from unclip_pl.pipeline.unclip import UnCLIP
+from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
 from unclip_pl.stages import upsampler
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.decoder import Decoder, SamplingConfig

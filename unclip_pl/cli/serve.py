@@ -4,8 +4,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unclip_pl.cli.generate import upsamplers_of
-from unclip_pl.cli.options import Command, placement, upsampling
+from unclip_pl.cli.options import (
+    SIZES,
+    AddCommand,
+    add_decoder_option,
+    add_device_options,
+    add_upsampler_options,
+    device_kwargs,
+    upsampler_paths,
+)
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.options import (
     add_prior_option,
@@ -19,29 +26,26 @@ if TYPE_CHECKING:
     from unclip_pl.studio.models import Models
 
 
-def add(command: Command) -> None:
-    """The command."""
+def add(command: AddCommand) -> None:
     serve = command(
         "serve",
-        run_serve,
+        run,
         "Open a studio in the browser: draw pictures from captions, vary, interpolate, edit, "
         'inpaint, enlarge and probe them. Needs the extra "web".',
     )
-    serve.add_argument(
-        "--decoder", type=Path, help="a checkpoint or release; by default the one in the package"
-    )
+    add_decoder_option(serve)
     add_prior_option(serve)
     add_sampling_options(serve)
     add_prior_sampling_options(serve)
-    serve.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
     serve.add_argument(
         "--size",
         type=int,
-        choices=[64, 256, 1024],
+        choices=SIZES,
         default=1024,
         help="pixels per side of the largest pictures that may be asked for",
     )
-    upsampling(serve, "--upsampler-steps")
+    add_upsampler_options(serve, "--upsampler-steps")
+    add_device_options(serve)
     serve.add_argument(
         "--store",
         type=Path,
@@ -73,9 +77,9 @@ def load_models(arguments: argparse.Namespace) -> "Models":
     models = Models.load(
         arguments.decoder,
         arguments.prior,
-        upsamplers_of(arguments),
+        upsampler_paths(arguments),
         arguments.store,
-        **placement(arguments),
+        **device_kwargs(arguments),
     )
     options, plain = vars(arguments), models.plain
     plain.decoder.sampling = override_sampling(plain.decoder, options)
@@ -92,7 +96,7 @@ def load_models(arguments: argparse.Namespace) -> "Models":
     return models
 
 
-def run_serve(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     try:
         from unclip_pl.studio import server
     except ModuleNotFoundError as error:

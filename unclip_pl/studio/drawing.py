@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from unclip_pl.manipulate import (
-    INVERSION_STEPS,
     Latent,
     decode,
-    deterministic,
     inpaint,
     interpolate,
+    inversion_sampling,
     invert,
     text_diff,
 )
-from unclip_pl.probe import labelled, paper_dimensions, zero_shot
+from unclip_pl.manipulate.latent import INVERSION_STEPS
+from unclip_pl.probe import paper_dimensions, paste_label, zero_shot
 from unclip_pl.studio.models import Models
 from unclip_pl.studio.picture_files import from_base64, read_picture
 from unclip_pl.studio.requests import (
@@ -220,8 +220,8 @@ def pca(models: Models, request: PCA, tell: Tell) -> Result:
     images = unclip.decode(embeds, seeds, None, models.sampling(request), named(tell, "decoder"))
     near = unclip.clip.similarity(unclip.embed_images(images), z)[:, 0].tolist()
     notes = [
-        f"{k} components hold {principal.share(k):.1%} of the variance: CLIP similarity of what is "
-        f"drawn {similarity:.3f}."
+        f"{k} components hold {principal.explained_variance(k):.1%} of the variance: CLIP "
+        f"similarity of what is drawn {similarity:.3f}."
         for k, similarity in zip(counts, near, strict=True)
     ]
     labels = [f"{k} components" for k in counts]
@@ -235,7 +235,7 @@ def typographic(models: Models, request: Typographic, tell: Tell) -> Result:
     whole = square(opened(request.image))
     captions = [request.object, *request.labels]
     seeds = seeds_of(request, request.num_images)
-    copies = [whole, *(labelled(whole, text) for text in request.labels)]
+    copies = [whole, *(paste_label(whole, text) for text in request.labels)]
     pictures, notes = [], []
     for copy, name in zip(copies, ["no label", *request.labels], strict=True):
         z = unclip.embed_images(copy[None])
@@ -315,7 +315,7 @@ def following(models: Models, request: Drawing, latent: Latent, eta: float | Non
     """The settings that draw a latent again, left where the request says so."""
     asked = {"sampler": request.sampler, "guidance_scale": request.guidance_scale, "eta": eta}
     told = {name: value for name, value in asked.items() if value is not None}
-    return deterministic(models.plain, latent.steps, **told)
+    return inversion_sampling(models.plain, latent.steps, **told)
 
 
 def mask_of(models: Models, request: Inpaint) -> Tensor:

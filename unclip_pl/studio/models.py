@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from unclip_pl.pipeline.cascade import accelerate_stages
-from unclip_pl.pipeline.unclip import DEFAULT_DECODER, DEFAULT_PRIORS, Prior, UnCLIP, load_stage
+from unclip_pl.pipeline.devices import accelerate_stages
+from unclip_pl.pipeline.unclip import Prior, UnCLIP
+from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS, load_stage
 from unclip_pl.probe import PrincipalComponents, principal_components
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.diffusion_prior import DiffusionPrior

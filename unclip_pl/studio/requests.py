@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.text import mended
+from unclip_pl.utils.text import repair_text
 
 MOST_PICTURES = 64
 """Of one request."""
@@ -37,7 +37,7 @@ def between(name: str, value: float | None, least: float, most: float) -> None:
 
 def caption(name: str, text: str, needed: bool = True) -> str:
     """`text` without spaces around it; a UserError where it is too long, or empty if needed."""
-    text = mended(text).strip()
+    text = repair_text(text).strip()
     require(bool(text) or not needed, f"The {name} is empty: write what the picture shall show.")
     require(
         len(text) <= MOST_CHARACTERS,

@@ -8,7 +8,7 @@ import gradio as gr
 import torch
 import torch.nn.functional as F
 
-from unclip_pl.probe import labelled, paper_dimensions
+from unclip_pl.probe import paper_dimensions, paste_label
 from unclip_pl.studio import html
 from unclip_pl.studio.album import Album, Print
 from unclip_pl.studio.engine import Engine, State, Ticket
@@ -327,4 +327,4 @@ def typed(image: str, labels: str) -> Any:
         return html.failed(str(error))
     side = min(picture.shape[1:])
     picture = F.interpolate(picture[None, :, :side, :side], (256, 256), mode="nearest")[0]
-    return html.previews(torch.stack([to_uint8(labelled(picture, line)) for line in lines]))
+    return html.previews(torch.stack([to_uint8(paste_label(picture, line)) for line in lines]))
