@@ -10,6 +10,7 @@ from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
+from unclip_pl.probe import PrincipalComponents
 from unclip_pl.stages import upsampler
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.decoder import Decoder, SamplingConfig
@@ -32,13 +33,18 @@ def awake(stage, fingerprint):
 
 @pytest.fixture(scope="session")
 def models():
+    return tiny_models(16)
+
+
+def tiny_models(side):
+    """Models whose decoder draws `side` pixels, and an upsampler."""
     torch.manual_seed(0)
     clip = FrozenCLIP()
-    net = UNetConfig(image_size=16, embed_dim=256, attention=(), middle_attention=False, **TINY)
+    net = UNetConfig(image_size=side, embed_dim=256, attention=(), middle_attention=False, **TINY)
     v = DiffusionConfig(parametrization="v")
     decoder = Decoder(net=net, sampling=SamplingConfig(sampler="ddim", steps=4), diffusion=v)
     decoder = awake(decoder, clip.fingerprint())
-    larger = UNetConfig(image_size=64, **TINY, **upsampler.NET)
+    larger = UNetConfig(image_size=4 * side, **TINY, **upsampler.NET)
     v = DiffusionConfig(parametrization="v", variance="fixed_small")
     sampling = upsampler.UpsamplingConfig(steps=3)
     stages = [awake(upsampler.Upsampler256(larger, v, sampling), None)]
@@ -67,3 +73,10 @@ def mask(side=40):
     image = torch.full((3, side, side), -1.0)
     image[:, :, : side // 2] = 1
     return base64.b64encode(png_bytes(image)).decode()
+
+
+def principal():
+    """The principal components of embeddings that point everywhere."""
+    axes = torch.linalg.qr(torch.randn(256, 256, dtype=torch.float64))[0].T
+    ones = torch.ones(256, dtype=torch.float64)
+    return PrincipalComponents(torch.zeros(256, dtype=torch.float64), axes, ones)

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from tests.studio.conftest import mask, picture
+from tests.studio.conftest import mask, picture, principal
 from unclip_pl.studio import engine as rooms
 from unclip_pl.studio.engine import Engine, QueueFull, State
 from unclip_pl.studio.picture_files import from_base64, read_picture
@@ -212,14 +212,6 @@ def test_every_manipulation_draws(engine, monkeypatch, name):
     ticket = drawn(engine, request)
     assert [tuple(shown.image.shape) for shown in ticket.pictures] == [(3, side, side)] * count
     assert all(shown.image.dtype == torch.uint8 and shown.label for shown in ticket.pictures)
-
-
-def principal():
-    from unclip_pl.probe import PrincipalComponents
-
-    axes = torch.linalg.qr(torch.randn(256, 256, dtype=torch.float64))[0].T
-    ones = torch.ones(256, dtype=torch.float64)
-    return PrincipalComponents(torch.zeros(256, dtype=torch.float64), axes, ones)
 
 
 def test_the_typographic_attack_says_what_clip_sees(engine):

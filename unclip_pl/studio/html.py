@@ -22,6 +22,7 @@ STYLE = """
   border: 1px solid var(--border-color-primary); border-radius: 4px; }
 .pictures figcaption, .frames figcaption { font-size: 0.85em; overflow-wrap: anywhere; }
 .frames { max-width: 24em; }
+.wide { margin: 0; } .wide img { max-width: 100%; }
 .frames figure[hidden] { display: none; }
 .frames input { width: 100%; }
 .notes { font-size: 0.9em; margin: 0.5em 0; padding-left: 1.2em; }
@@ -51,14 +52,24 @@ def progress(text: str, step: int, steps: int) -> str:
     return f'<div class="status" role="status">{escape(text)}{bar}</div>'
 
 
+def inline(image: Tensor, alt: str) -> str:
+    """An image, uint8 (3, H, W), that is part of the page."""
+    data = base64.b64encode(png_bytes(as_pil(image))).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
+
+
+def wide(image: Tensor, alt: str) -> str:
+    """A picture as wide as there is room, with its name below."""
+    return (
+        f'<figure class="wide">{inline(image, alt)}<figcaption>{escape(alt)}</figcaption></figure>'
+    )
+
+
 def previews(shown: Tensor) -> str:
     """x0 of pictures that are being drawn, uint8 (B, 3, H, W)."""
-    figures = []
-    for k, image in enumerate(shown, start=1):
-        data = base64.b64encode(png_bytes(as_pil(image))).decode()
-        alt = f"Picture {k} while it is drawn"
-        figures.append(f'<figure><img src="data:image/png;base64,{data}" alt="{alt}"></figure>')
-    return f'<div class="pictures drawing">{"".join(figures)}</div>'
+    images = [inline(image, f"Picture {k} while it is drawn") for k, image in enumerate(shown, 1)]
+    figures = "".join(f"<figure>{image}</figure>" for image in images)
+    return f'<div class="pictures drawing">{figures}</div>'
 
 
 def source(one: Print) -> str:

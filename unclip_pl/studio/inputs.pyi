@@ -37,6 +37,7 @@ class Picture(gr.Image):
         return "" if payload is None else to_base64(file_bytes(payload.path))
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
@@ -81,6 +82,7 @@ class PaintedPicture(gr.ImageEditor):
         return Painted(to_base64(png_bytes(as_pil(image))), to_base64(png_bytes(mask)))
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
