@@ -40,6 +40,8 @@ REQUIREMENTS = [
 ]
 
 FONTS = ["manimgx-fonts", "manimgx-fonts-cjk"]
+# Of a Pillow that Gradio 6 refuses, pip would fetch Gradio 3 without this bound.
+WEB = ["gradio>=6", "fastapi>=0.115", "uvicorn>=0.30", "fastapi-offline>=1.7"]
 
 setup(
     name="unclip_pl",
@@ -72,6 +74,9 @@ setup(
             "pyarrow>=14",
             "opencv-python-headless>=4.8",
             *FONTS,
+            # the studio's page in a browser of this machine (Chromium or Chrome, if there is one)
+            *WEB,
+            "playwright>=1.45",
         ],
         "lora": ["peft>=0.15"],  # fine-tuning by low-rank adapters
         # buckets as `s3://`, `gs://` and `hf://`
@@ -80,8 +85,7 @@ setup(
         "test-remote": ["s3fs", "moto[server]>=5"],
         # Noto, for captions of other scripts than Latin, Greek, Cyrillic, Hebrew and Arabic
         "fonts": FONTS,
-        # pages of Gradio 6 and newer; of a Pillow that Gradio refuses, pip would fetch Gradio 3
-        "web": ["gradio>=6", "fastapi>=0.115", "uvicorn>=0.30", "fastapi-offline>=1.7"],
+        "web": WEB,
         "dev": ["ruff", "mypy", "codespell", "pre-commit"],
         "docs": ["sphinx>=8.1", "myst-parser>=4", "pydata-sphinx-theme>=0.16", "sphinx-copybutton"],
     },

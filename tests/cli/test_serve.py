@@ -14,6 +14,7 @@ import pytest
 from unclip_pl.cli.unclip import main
 
 
+@pytest.mark.slow
 def test_it_serves_the_package_and_ends_when_told(tmp_path):
     pytest.importorskip("gradio", reason='needs the extra "web"')
     options = [

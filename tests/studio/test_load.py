@@ -40,6 +40,7 @@ def resident():
     return int(found[1]) / 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_twenty_clients_get_what_they_asked_for(monkeypatch):
     models, batches, memory = tiny_models(64), [], []

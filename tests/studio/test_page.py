@@ -17,7 +17,8 @@ pytest.importorskip("gradio", reason='needs the extra "web"')
 from unclip_pl.studio.requests import Create
 from unclip_pl.utils.images import to_uint8
 
-SECONDS = 15_000
+pytestmark = pytest.mark.slow
+SECONDS = 60_000
 """Until something must have come, in thousandths."""
 
 
@@ -140,7 +141,6 @@ def test_a_drawing_is_varied_and_an_interpolation_scrubbed_without_asking_the_se
     assert live(page, ".done img").count() == 4
 
     send(page, "Interpolate, from")
-    page.locator("#gallery .grid-container button").nth(1).wait_for()
     page.locator(".preview button[aria-label='Close']").or_(
         page.get_by_label("Close")
     ).first.click()
@@ -281,6 +281,12 @@ def test_no_file_of_the_machine_can_be_read(page, studio, tmp_path):
     assert "a secret" not in answer
 
 
+def few_steps(page):
+    """Let the decoder of the open tab take two."""
+    page.get_by_role("button", name="More settings").locator("visible=true").click()
+    page.get_by_label(re.compile("Steps of the decoder")).locator("visible=true").fill("2")
+
+
 def picture_file(name="picture.png"):
     return {"name": name, "mimeType": "image/png", "buffer": base64.b64decode(picture())}
 
@@ -289,13 +295,11 @@ def test_a_brush_says_where_to_paint(page):
     choose_tab(page, "Inpaint")
     page.get_by_role("button", name="Inpaint", exact=True).click()
     page.get_by_role("alert").get_by_text("There is no picture").wait_for()
-    editor = page.locator(".image-container, .editor-container, .pixi-target").locator(
-        "visible=true"
-    )
     page.locator("input[type=file][accept*=image]").locator("nth=0").set_input_files(picture_file())
     page.wait_for_timeout(1500)
     page.get_by_role("button", name="Inpaint", exact=True).click()
     page.get_by_role("alert").get_by_text("mask must have white").wait_for()
+    few_steps(page)
     page.get_by_label("Brush").or_(page.get_by_title("Brush")).locator("visible=true").first.click()
     box = page.locator("canvas").locator("visible=true").first.bounding_box()
     middle = box["y"] + box["height"] / 2
@@ -306,13 +310,14 @@ def test_a_brush_says_where_to_paint(page):
     page.wait_for_timeout(500)
     page.get_by_role("button", name="Inpaint", exact=True).click()
     live(page, ".done img").first.wait_for()
-    assert live(page, ".done img").count() == 4 and editor is not None
+    assert live(page, ".done img").count() == 4
 
 
 def test_a_picture_is_edited_enlarged_and_attacked(page):
     choose_tab(page, "Edit")
     upload(page)
     page.get_by_label("To: what it shall be").fill("red heart")
+    few_steps(page)
     page.get_by_role("button", name="Edit", exact=True).click()
     slider = page.get_by_role("slider", name="How far to go")
     slider.wait_for()

@@ -50,6 +50,7 @@ def test_only_runs_are_found_and_only_in_the_folder(tmp_path):
             runs.read(name)
 
 
+@pytest.mark.slow
 def test_the_page_shows_a_run_while_it_trains(models, tmp_path):
     pytest.importorskip("gradio", reason='needs the extra "web"')
     (tmp_path / "decoder" / "pictures").mkdir(parents=True)

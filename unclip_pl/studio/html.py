@@ -22,6 +22,7 @@ STYLE = """
   border: 1px solid var(--border-color-primary); border-radius: 4px; }
 .pictures figcaption, .frames figcaption { font-size: 0.85em; overflow-wrap: anywhere; }
 .frames { max-width: 24em; }
+.image-frame img { width: 100%; height: 100%; object-fit: contain; }
 .wide { margin: 0; } .wide img { max-width: 100%; }
 .frames figure[hidden] { display: none; }
 .frames input { width: 100%; }

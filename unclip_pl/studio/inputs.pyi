@@ -21,7 +21,7 @@ class Picture(gr.Image):
     is_template = True  # Gradio draws it as its parent, and reads its settings off `__init__`
 
     @classmethod
-    def named(cls, label: str, **other: Any) -> "Picture":
+    def named(cls, label: str, **other: Any) -> Picture:
         """A component with that label."""
         return cls(
             label=label,
@@ -35,7 +35,9 @@ class Picture(gr.Image):
 
     def preprocess(self, payload: Any) -> str:
         return "" if payload is None else to_base64(file_bytes(payload.path))
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
 
     if TYPE_CHECKING:
@@ -54,7 +56,7 @@ class PaintedPicture(gr.ImageEditor):
     is_template = True
 
     @classmethod
-    def named(cls, label: str) -> "PaintedPicture":
+    def named(cls, label: str) -> PaintedPicture:
         """A component with that label."""
         return cls(
             label=label,
@@ -80,7 +82,9 @@ class PaintedPicture(gr.ImageEditor):
             painted |= np.asarray(alpha) > 127
         mask = Image.fromarray(painted.astype(np.uint8) * 255)
         return Painted(to_base64(png_bytes(as_pil(image))), to_base64(png_bytes(mask)))
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
 
     if TYPE_CHECKING:

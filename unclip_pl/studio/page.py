@@ -77,7 +77,7 @@ def page(engine: Engine, album: Album, runs: Path | None = None) -> gr.Blocks:
                     elem_id="gallery",
                 )
             with gr.Column():
-                chosen = gr.Number(None, visible=False)
+                chosen = gr.State(None)  # the path of a picture
                 said = gr.HTML(html.said("Choose a picture to see its settings and to send it on."))
                 settings = gr.JSON(label="Settings", visible=False)
                 targets = [said for said, (tab, _) in TARGETS.items() if tab in made]
@@ -116,19 +116,19 @@ def wire_gallery(album: Album, gallery: Any, chosen: Any, said: Any, settings: A
         if event.index >= len(prints):
             return None, html.failed("This picture is gone: choose another."), gr.skip()
         one = prints[event.index]
-        return event.index, html.said(one.label), gr.update(value=one.settings, visible=True)
+        return str(one.path), html.said(one.label), gr.update(value=one.settings, visible=True)
 
     gallery.select(
         choose, None, [chosen, said, settings], show_progress="hidden", api_visibility="private"
     )
 
 
-def picked(album: Album, request: gr.Request, index: Any) -> Print:
+def picked(album: Album, request: gr.Request, path: str | None) -> Print:
     """The chosen picture; a UserError where there is none."""
-    prints = album.of(str(request.session_hash))
-    if index is None or not 0 <= int(index) < len(prints):
-        raise UserError("No picture is chosen: choose one of yours.")
-    return prints[int(index)]
+    for one in album.of(str(request.session_hash)):
+        if str(one.path) == path:
+            return one
+    raise UserError("No picture is chosen: choose one of yours.")
 
 
 def wire_sending(
@@ -144,9 +144,9 @@ def wire_sending(
     names = [name for name, (tab, _) in TARGETS.items() if tab in made]
     fields = [made[TARGETS[name][0]].form.fields[TARGETS[name][1]] for name in names]
 
-    def sent(request: gr.Request, index: Any, where: str) -> list[Any]:
+    def sent(request: gr.Request, path: str | None, where: str) -> list[Any]:
         try:
-            one = picked(album, request, index)
+            one = picked(album, request, path)
         except UserError as error:
             return [html.failed(str(error)), gr.skip(), *[gr.skip() for _ in names]]
         tab, _ = TARGETS[where]
@@ -180,9 +180,9 @@ def wire_restoring(
     def refused(error: UserError) -> list[Any]:
         return [html.failed(str(error)), gr.skip(), *[gr.skip() for _ in form.fields]]
 
-    def of_chosen(request: gr.Request, index: Any) -> list[Any]:
+    def of_chosen(request: gr.Request, path: str | None) -> list[Any]:
         try:
-            return filled(picked(album, request, index).settings)
+            return filled(picked(album, request, path).settings)
         except UserError as error:
             return refused(error)
 

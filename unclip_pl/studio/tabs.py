@@ -89,9 +89,9 @@ class Tab:
         self.stop.click(stop, None, None, queue=False, api_visibility="private")
 
 
-def shown_in_gallery(prints: Sequence[Print]) -> list[tuple[str, str]]:
-    """Pictures as Gradio's gallery takes them."""
-    return [(str(one.path), one.label) for one in prints]
+def shown_in_gallery(prints: Sequence[Print]) -> Any:
+    """Pictures in Gradio's gallery, of which none is open: their numbers are new."""
+    return gr.Gallery([(str(one.path), one.label) for one in prints], selected_index=None)
 
 
 async def follow(engine: Engine, ticket: Ticket) -> AsyncIterator[tuple[Any, Any]]:
