@@ -141,9 +141,6 @@ def test_a_drawing_is_varied_and_an_interpolation_scrubbed_without_asking_the_se
     assert live(page, ".done img").count() == 4
 
     send(page, "Interpolate, from")
-    page.locator(".preview button[aria-label='Close']").or_(
-        page.get_by_label("Close")
-    ).first.click()
     page.locator("#gallery .grid-container button").nth(1).click()
     send(page, "Interpolate, to")
     set_number(page, "Frames", 3)
