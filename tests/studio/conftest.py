@@ -13,7 +13,7 @@ from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
 from unclip_pl.probe import PrincipalComponents
 from unclip_pl.stages import upsampler
 from unclip_pl.stages.ar_prior import ARPrior
-from unclip_pl.stages.decoder import Decoder, SamplingConfig
+from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.studio.engine import Engine
 from unclip_pl.studio.models import Models
@@ -42,7 +42,7 @@ def tiny_models(side):
     clip = FrozenCLIP()
     net = UNetConfig(image_size=side, embed_dim=256, attention=(), middle_attention=False, **TINY)
     v = DiffusionConfig(parametrization="v")
-    decoder = Decoder(net=net, sampling=SamplingConfig(sampler="ddim", steps=4), diffusion=v)
+    decoder = Decoder(net=net, sampling=DecoderSamplingConfig(sampler="ddim", steps=4), diffusion=v)
     decoder = awake(decoder, clip.fingerprint())
     larger = UNetConfig(image_size=4 * side, **TINY, **upsampler.NET)
     v = DiffusionConfig(parametrization="v", variance="fixed_small")

@@ -98,7 +98,7 @@ def create(models: Models, requests: Sequence[Create], tell: Tell) -> list[Resul
     results = []
     for request in requests:
         count = request.pictures()
-        cut = {text: unclip.clip.cut(text) for text in request.captions}
+        cut = {text: unclip.clip.truncated_text(text) for text in request.captions}
         notes = [
             f'"{text[:40]}..." is longer than CLIP reads, cut: "{rest}".'
             for text, rest in cut.items()

@@ -70,10 +70,10 @@ class PaintedPicture(gr.ImageEditor):
         if payload is None or payload.background is None:
             return None
         image = to_uint8(read(file_bytes(payload.background.path)))
-        shape = image.shape[1:]
-        painted = np.zeros(shape, dtype=bool)
+        height, width = image.shape[1:]
+        painted = np.zeros((height, width), dtype=bool)
         for layer in payload.layers or []:
-            alpha = open_image(file_bytes(layer.path), alpha_of, FORMATS).resize(shape[::-1])
+            alpha = open_image(file_bytes(layer.path), alpha_of, FORMATS).resize((width, height))
             painted |= np.asarray(alpha) > 127
         mask = Image.fromarray(painted.astype(np.uint8) * 255)
         return Painted(to_base64(png_bytes(as_pil(image))), to_base64(png_bytes(mask)))

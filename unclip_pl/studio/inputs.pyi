@@ -21,7 +21,7 @@ class Picture(gr.Image):
     is_template = True  # Gradio draws it as its parent, and reads its settings off `__init__`
 
     @classmethod
-    def named(cls, label: str, **other: Any) -> Picture:
+    def named(cls, label: str, **other: Any) -> "Picture":
         """A component with that label."""
         return cls(
             label=label,
@@ -35,11 +35,8 @@ class Picture(gr.Image):
 
     def preprocess(self, payload: Any) -> str:
         return "" if payload is None else to_base64(file_bytes(payload.path))
-    from collections.abc import Callable, Sequence
-    from typing import TYPE_CHECKING, Any, Literal
-
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
-
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
@@ -56,7 +53,7 @@ class PaintedPicture(gr.ImageEditor):
     is_template = True
 
     @classmethod
-    def named(cls, label: str) -> PaintedPicture:
+    def named(cls, label: str) -> "PaintedPicture":
         """A component with that label."""
         return cls(
             label=label,
@@ -75,18 +72,15 @@ class PaintedPicture(gr.ImageEditor):
         if payload is None or payload.background is None:
             return None
         image = to_uint8(read(file_bytes(payload.background.path)))
-        shape = image.shape[1:]
-        painted = np.zeros(shape, dtype=bool)
+        height, width = image.shape[1:]
+        painted = np.zeros((height, width), dtype=bool)
         for layer in payload.layers or []:
-            alpha = open_image(file_bytes(layer.path), alpha_of, FORMATS).resize(shape[::-1])
+            alpha = open_image(file_bytes(layer.path), alpha_of, FORMATS).resize((width, height))
             painted |= np.asarray(alpha) > 127
         mask = Image.fromarray(painted.astype(np.uint8) * 255)
         return Painted(to_base64(png_bytes(as_pil(image))), to_base64(png_bytes(mask)))
-    from collections.abc import Callable, Sequence
-    from typing import TYPE_CHECKING, Any, Literal
-
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
-
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
