@@ -284,8 +284,9 @@ def few_steps(page):
     page.get_by_label(re.compile("Steps of the decoder")).locator("visible=true").fill("2")
 
 
-def picture_file(name="picture.png"):
-    return {"name": name, "mimeType": "image/png", "buffer": base64.b64decode(picture())}
+def picture_file(side=40):
+    data = base64.b64decode(picture(side))
+    return {"name": "picture.png", "mimeType": "image/png", "buffer": data}
 
 
 def test_a_brush_says_where_to_paint(page):
@@ -322,10 +323,10 @@ def test_a_picture_is_edited_enlarged_and_attacked(page):
     assert live(page, ".frames figure").inner_text() == "theta 0.5"
 
     choose_tab(page, "Upsample")
-    upload(page)
+    upload(page, side=20)
     page.get_by_role("button", name="Enlarge", exact=True).click()
     live(page, ".done img").wait_for()
-    assert live(page, ".done figcaption").inner_text() == "160 x 160 pixels"
+    assert live(page, ".done figcaption").inner_text() == "80 x 80 pixels"
 
     choose_tab(page, "Typography")
     upload(page)
@@ -354,8 +355,8 @@ def test_the_components_are_scrubbed(page, models, monkeypatch):
     assert "100.0% of the variance" in live(page, "li").last.inner_text()
 
 
-def upload(page):
+def upload(page, side=40):
     """Choose a picture in the open tab, and wait until it is there."""
     tab = page.get_by_role("tabpanel").locator("visible=true")
-    tab.locator("input[type=file]").first.set_input_files(picture_file())
+    tab.locator("input[type=file]").first.set_input_files(picture_file(side))
     tab.locator("button img, .image-frame img").first.wait_for()

@@ -188,7 +188,8 @@ class Engine:
 
     def _together(self, first: Ticket) -> list[Ticket]:
         """`first`, and what waits behind it with equal settings, as many pictures as fit."""
-        batch, count = [], 0
+        batch: list[Ticket] = []
+        count = 0
         settings = first.request.settings()  # type: ignore[union-attr]  # of a Create
         for ticket in self._waiting:
             request = ticket.request

@@ -60,7 +60,7 @@ class Models:
                 str(unclip.device),
                 unclip.cascade.stages,
                 unclip.offload,
-                unclip.precision,
+                unclip.precision,  # type: ignore[arg-type]  # as it was given
             )
             for name, prior in (priors or {}).items()
         }
