@@ -86,7 +86,6 @@ setup(
         "test-remote": ["s3fs", "moto[server]>=5"],
         # Noto, for captions of other scripts than Latin, Greek, Cyrillic, Hebrew and Arabic
         "fonts": FONTS,
-        "web": WEB,
         "dev": ["ruff", "mypy", "codespell", "pre-commit"],
         "docs": ["sphinx>=8.1", "myst-parser>=4", "pydata-sphinx-theme>=0.16", "sphinx-copybutton"],
     },
