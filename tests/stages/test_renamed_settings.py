@@ -126,7 +126,14 @@ def test_an_overlay_without_a_stage_before_it_is_one_sentence(files, capsys):
         ["-c", "lightning_config/gpu.yaml", "-c", "stages/decoder.yaml"],
         ["--model", "Decoder", "-c", "stages/decoder_text.yaml"],
         ["--model=Decoder", "--config=stages/decoder_text.yaml"],
-        ["--model.net.dropout", "0.1", "-c", "stages/decoder.yaml", "-c", "missing.yaml"],
+        [
+            "--model.net.dropout",
+            "0.1",
+            "-c",
+            "stages/decoder.yaml",
+            "-c",
+            "lightning_config/gpu.yaml",
+        ],
     ],
 )
 def test_what_names_a_stage_passes(words):

@@ -1,5 +1,7 @@
 """Twenty clients at once, two hundred requests: none is lost, none mixed up, memory stays flat."""
 
+import contextlib
+import ctypes
 import io
 import json
 import re
@@ -35,7 +37,9 @@ def ask(url, body=None):
 
 
 def resident():
-    """Memory of this process in MB."""
+    """Memory of this process in MB, without what the C library holds free."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's
     found = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
     return int(found[1]) / 1024
 

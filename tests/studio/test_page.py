@@ -18,7 +18,7 @@ from unclip_pl.studio.requests import Create
 from unclip_pl.utils.images import to_uint8
 
 pytestmark = pytest.mark.slow
-SECONDS = 60_000
+SECONDS = 120_000
 """Until something must have come, in thousandths."""
 
 
