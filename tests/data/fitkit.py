@@ -1,10 +1,10 @@
 """A module that records its batches, and fits of it, for tests."""
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 
 from tests.data.shardkit import FakeCLIP
-from unclip_pl.cluster.checkpoint_io import AtomicCheckpointIO
+from tests.training.toy import trainer
 from unclip_pl.data.loader_config import LoaderConfig
 
 
@@ -37,22 +37,7 @@ class SaveAt(Callback):
 
 def fit(data, folder, steps, *callbacks, ckpt=None, **kwargs) -> Recorder:
     module = Recorder()
-    trainer = Trainer(
-        default_root_dir=folder,
-        max_steps=steps,
-        max_epochs=-1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        callbacks=list(callbacks),
-        plugins=[AtomicCheckpointIO()],
-        **kwargs,
-    )
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt)
+    trainer(folder, *callbacks, steps=steps, **kwargs).fit(module, datamodule=data, ckpt_path=ckpt)
     return module
 
 

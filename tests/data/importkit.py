@@ -135,3 +135,19 @@ def in_tars(
 
 def unit(row):
     return (np.float32(row) / np.linalg.norm(np.float32(row))).astype(np.float16)
+
+
+def write_import_shards(folder):
+    """The shards whose rows are imported, with COUNTS samples and keys that count through all."""
+    numbers = iter(range(sum(COUNTS)))
+    shards = []
+    for index, count in enumerate(COUNTS):
+        files = {}
+        for n in (next(numbers) for _ in range(count)):
+            files |= {
+                f"{n:06d}.png": noise(n),
+                f"{n:06d}.txt": caption(n).encode(),
+                f"{n:06d}.json": b"{}",
+            }
+        shards.append(write_tar(folder / f"{index:05d}.tar", files))
+    return shards

@@ -11,12 +11,11 @@ from PIL import Image
 from tests.data.importkit import (
     COUNTS,
     WideCLIP,
-    caption,
     embedded,
     in_tars,
     into,
-    noise,
     unit,
+    write_import_shards,
     write_retrieval,
 )
 from tests.data.shardkit import write_tar
@@ -36,18 +35,7 @@ from unclip_pl.utils.errors import UserError
 
 @pytest.fixture
 def shards(tmp_path):
-    numbers = iter(range(sum(COUNTS)))
-    found = []
-    for index, count in enumerate(COUNTS):
-        files = {}
-        for n in (next(numbers) for _ in range(count)):
-            files |= {
-                f"{n:06d}.png": noise(n),
-                f"{n:06d}.txt": caption(n).encode(),
-                f"{n:06d}.json": b"{}",
-            }
-        found.append(write_tar(tmp_path / f"{index:05d}.tar", files))
-    return found
+    return write_import_shards(tmp_path)
 
 
 @pytest.mark.parametrize("text", [False, True])

@@ -9,33 +9,20 @@ import torch
 from tests.data.importkit import (
     COUNTS,
     WideCLIP,
-    caption,
     embedded,
     into,
-    noise,
     refused,
     unit,
+    write_import_shards,
     write_retrieval,
 )
-from tests.data.shardkit import write_tar
 from unclip_pl.data.import_sources import RetrievalFolder
 from unclip_pl.data.verify import verify
 
 
 @pytest.fixture
 def shards(tmp_path):
-    numbers = iter(range(sum(COUNTS)))
-    found = []
-    for index, count in enumerate(COUNTS):
-        files = {}
-        for n in (next(numbers) for _ in range(count)):
-            files |= {
-                f"{n:06d}.png": noise(n),
-                f"{n:06d}.txt": caption(n).encode(),
-                f"{n:06d}.json": b"{}",
-            }
-        found.append(write_tar(tmp_path / f"{index:05d}.tar", files))
-    return found
+    return write_import_shards(tmp_path)
 
 
 def test_normalised_rows_are_refused_with_the_reason(tmp_path, shards):

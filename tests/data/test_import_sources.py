@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.data.importkit import (
-    COUNTS,
     WideCLIP,
     caption,
     embedded,
@@ -18,6 +17,7 @@ from tests.data.importkit import (
     noise,
     npy,
     refused,
+    write_import_shards,
     write_retrieval,
 )
 from tests.data.shardkit import write_tar
@@ -29,18 +29,7 @@ from unclip_pl.utils.errors import UserError
 
 @pytest.fixture
 def shards(tmp_path):
-    numbers = iter(range(sum(COUNTS)))
-    found = []
-    for index, count in enumerate(COUNTS):
-        files = {}
-        for n in (next(numbers) for _ in range(count)):
-            files |= {
-                f"{n:06d}.png": noise(n),
-                f"{n:06d}.txt": caption(n).encode(),
-                f"{n:06d}.json": b"{}",
-            }
-        found.append(write_tar(tmp_path / f"{index:05d}.tar", files))
-    return found
+    return write_import_shards(tmp_path)
 
 
 def test_a_missing_row_is_named_or_embedded(tmp_path, shards):

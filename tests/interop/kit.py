@@ -16,7 +16,12 @@ transformers = pytest.importorskip("transformers", reason="its CLIP towers are n
 deprecated = pytest.importorskip(
     "diffusers.pipelines.deprecated.unclip", reason="this diffusers has no UnCLIPPipeline any more"
 )
-from diffusers import PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel  # noqa: E402
+from diffusers import (  # noqa: E402
+    PriorTransformer,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 
 WIDTHS = {"narrow": (32, 32), "heads of 64": (64, 64), "wide": (96, 32)}
 """Channels of the U-Nets' finest level, and of a head, of three small Karlos."""

@@ -27,7 +27,7 @@ def clip() -> FrozenCLIP:
 
 def set_up(stage: Stage, clip: FrozenCLIP) -> None:
     """What `lightning fit` does before the first step, with the embedded CLIP."""
-    stage._trainer = SimpleNamespace(datamodule=SimpleNamespace(clip=clip))  # type: ignore[assignment]
+    stage._trainer = SimpleNamespace(datamodule=SimpleNamespace(clip=clip))
     if isinstance(stage, ARPrior):
         rows = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
         stage.quantizer.fit(rows.mean(0), rows.T.cov(), rows, rows.roll(1, 1))

@@ -48,7 +48,8 @@ def fractions_first(monkeypatch):
     """
     annotations = inspect.unwrap(pl.Trainer.__init__).__annotations__
     for name in [name for name in annotations if name.startswith("limit_")]:
-        monkeypatch.setitem(annotations, name, Union[float, int, None])  # noqa: UP007  # not what `|` makes
+        # Not what `|` makes
+        monkeypatch.setitem(annotations, name, Union[float, int, None])  # noqa: UP007
 
 
 def test_one_batch_is_one_batch(tmp_path, fractions_first):

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unclip_pl.cli.options import (
     SIZES,
@@ -87,12 +87,13 @@ def load_models(arguments: argparse.Namespace) -> "Models":
         stage.sampling = override_sampling(stage, options, "upsampler_")
     of_ar = ("prior_temperature", "prior_top_p")
     for unclip in models.with_prior.values():
+        prior: Any = unclip.prior
         own = {
             name: value
             for name, value in options.items()
-            if arguments.prior is not None or (name in of_ar) == isinstance(unclip.prior, ARPrior)
+            if arguments.prior is not None or (name in of_ar) == isinstance(prior, ARPrior)
         }
-        unclip.prior.sampling = override_sampling(unclip.prior, own, "prior_")  # type: ignore[union-attr]
+        prior.sampling = override_sampling(prior, own, "prior_")
     return models
 
 

@@ -57,7 +57,8 @@ def shard(stage: LightningModule, mesh: DeviceMesh, precision: str) -> None:
             f"The {type(stage).__name__} cannot be sharded, for {single[0]} is a single number: "
             "use lightning_config/ddp.yaml."
         )
-    stage.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 takes no other
+    # FSDP2 takes no other format
+    stage.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     # The views are a TransformerBlock's keys and values, which nothing changes in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
     policy = MixedPrecisionPolicy()

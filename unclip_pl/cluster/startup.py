@@ -74,7 +74,8 @@ def make_report(trainer: Trainer, pl_module: LightningModule) -> Report:
         report["clip"] = getattr(pl_module, "clip_fingerprint", None)
         share = getattr(trainer.train_dataloader, "rank_summary", None)
         report["data"] = share() if share else None
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning outside of the class
+        # Lightning sets `fast_dev_run` outside of the class
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             needed = CHECKPOINTS_ON_DISK * checkpoint_bytes(pl_module)
             report["disk"] = find_disk_problem(checkpoint_folder(trainer), needed)
     except Exception as error:

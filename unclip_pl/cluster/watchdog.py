@@ -37,7 +37,8 @@ class Watchdog(Callback):
         self._ended = threading.Event()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.minutes or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning outside of the class
+        # Lightning sets `fast_dev_run` outside of the class
+        if not self.minutes or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._ended.clear()
         self._record_progress(trainer)

@@ -58,7 +58,8 @@ class Member(tarfile.TarInfo):
             tar.ended = True  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
-            if isinstance(error, tarfile.EmptyHeaderError) and getattr(tar, "ended", False):  # type: ignore[attr-defined]
+            empty = isinstance(error, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]
+            if empty and getattr(tar, "ended", False):
                 raise
             damaged = isinstance(error, tarfile.InvalidHeaderError)  # type: ignore[attr-defined]
             text = "a header in it is damaged" if damaged else "it is cut short"

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_pl.networks.blocks import Attention, ResBlock, UNetBlock
+from unclip_pl.networks.blocks import Attention, Resample, ResBlock, UNetBlock
 from unclip_pl.networks.checkpointing import Checkpointing, apply_checkpointing, check_checkpointing
 from unclip_pl.networks.layers import GroupNorm32, timestep_embedding, zero_module
 
@@ -138,9 +138,9 @@ class UNet(nn.Module):
         in_channels = (config.in_channels + config.low_res_channels) * patch
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
 
-        def res_block(in_channels: int, out_channels: int, **resample: str) -> ResBlock:
+        def res_block(in_channels: int, out_channels: int, resample: Resample = "none") -> ResBlock:
             film, dropout = config.scale_shift, config.dropout
-            return ResBlock(in_channels, out_channels, emb_width, dropout, film, **resample)  # type: ignore[arg-type]
+            return ResBlock(in_channels, out_channels, emb_width, dropout, film, resample)
 
         def attention(level: int) -> Attention | None:
             if config.sides[level] not in config.attention:

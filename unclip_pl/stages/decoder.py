@@ -129,7 +129,8 @@ class Decoder(Stage):
         self.normalizer = EmbeddingNormalizer(embed_dim, normalizer)
         emb_width = 4 * self.net_config.width
         self.text = TextContext(self.text_config, context_width, emb_width, embed_dim)
-        self.net = UNet(self.net_config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = UNet(self.net_config)
+        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.net_config.out_channels != (needed := self.process.out_channels(3)):
             raise ValueError(
                 f"model.net.out_channels is {self.net_config.out_channels}, and diffusion.variance "

@@ -81,7 +81,7 @@ class Upsampler(Stage):
 
     def __init__(
         self,
-        net: UNetConfig = UNetConfig(image_size=256, dropout=0.0, **NET),  # type: ignore[arg-type]  # mixed values
+        net: UNetConfig = UNetConfig(image_size=256, dropout=0.0, **NET),  # type: ignore[arg-type]
         diffusion: DiffusionConfig = DiffusionConfig(parametrization="v", variance="fixed_small"),
         sampling: UpsamplingConfig = UpsamplingConfig(),
         residual_std: float = 0.0,
@@ -104,7 +104,8 @@ class Upsampler(Stage):
         self.process = Process(self.config.diffusion)
         self.count_steps()  # refuses what is impossible at once
         self._check_settings()
-        self.net = UNet(self.net_config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = UNet(self.net_config)
+        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.last_net = copy.deepcopy(self.net).requires_grad_(False) if last_net else None
 
     def _check_settings(self) -> None:

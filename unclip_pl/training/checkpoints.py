@@ -48,7 +48,9 @@ class NewestCheckpoint(Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.global_step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning outside of the class
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
+            return
+        if trainer.global_step == self._saved_step:
             return
         self._saved_step = trainer.global_step
         folder = checkpoint_folder(trainer)

@@ -68,7 +68,8 @@ class Pictures(Callback):
     def _log_picture(self, trainer: Trainer, title: str, picture: Image.Image) -> None:
         """Send a picture to all loggers that take pictures."""
         for logger in trainer.loggers:
-            experiment = logger.experiment  # type: ignore[attr-defined]  # all of Lightning's loggers have it, their base class does not say so
+            # All of Lightning's loggers have it; their base class does not say so
+            experiment = logger.experiment  # type: ignore[attr-defined]
             if hasattr(experiment, "add_image"):
                 pixels = np.asarray(picture)
                 experiment.add_image(title, pixels, trainer.global_step, dataformats="HWC")

@@ -161,7 +161,8 @@ class RunConfig(SaveConfigCallback):
         """Write nothing yet: a run that cannot start has nothing to record."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning outside of the class
+        # Lightning sets `fast_dev_run` outside of the class
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         config = self.config.clone()
         config["ckpt_path"] = None

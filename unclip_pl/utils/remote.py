@@ -159,7 +159,8 @@ def _try(url: str, action: Callable[[], Result]) -> Result:
         except FileNotFoundError as error:
             if not _may_pass(error.__cause__):
                 raise FileNotFoundError(2, "there is no such object", url) from None
-            cause: Exception = error.__cause__  # type: ignore[assignment]  # not None if it may pass
+            # Not None if it may pass
+            cause: Exception = error.__cause__  # type: ignore[assignment]
         except Exception as error:
             cause = error
             if _is_refusal(error):

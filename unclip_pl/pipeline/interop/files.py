@@ -75,7 +75,8 @@ def read_safetensors(*files: Path, where: str | None = None) -> Tensors:
     for file in files:
         with explained(str(file)):
             opened = safe_open(file, framework="pt")
-            found |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118
+            names = list(opened.keys())
+            found |= {name: partial(opened.get_tensor, name) for name in names}
     return Tensors(where or str(files[0]), found)
 
 
