@@ -98,7 +98,10 @@ def steps(stage: str) -> str:
 
 
 def draw_held_out(count: int = 8) -> str:
-    """Held-out line drawings, and what each decoder draws from their embeddings; a report."""
+    """Held-out line drawings, and what each decoder draws from their embeddings; a report.
+
+    The drawings lie evenly in the held-out ones: some of each kind.
+    """
     import torch
 
     from unclip_pl.clip.config import CLIPConfig
@@ -110,8 +113,11 @@ def draw_held_out(count: int = 8) -> str:
     data = ImageEmbeddingData("openmoji-line", "openmoji-line", clip=CLIPConfig(), image_size=64)
     data.prepare_data()
     data.setup("validate")
-    batch = next(iter(data.val_dataloader()))
-    images, embeds = batch["image"][:count], batch["image_embed"][:count]
+    batches = list(data.val_dataloader())
+    images = torch.cat([batch["image"] for batch in batches])
+    embeds = torch.cat([batch["image_embed"] for batch in batches])
+    chosen = torch.linspace(0, len(images) - 1, count).long()
+    images, embeds = images[chosen], embeds[chosen]
     rows, lines = {"held out": images}, []
     yours = f"yours: {steps('decoder')}"
     for name, path in {"package": DEFAULT_DECODER, yours: newest("decoder")}.items():
