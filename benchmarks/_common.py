@@ -138,6 +138,7 @@ def report(
 
     Args:
         job: its name.
+        arguments: of the command line; their device, dtype and other settings go into the line.
         times: seconds of each step.
         items: samples or images per step.
         before: memory of the imports in MiB, see `begin`.

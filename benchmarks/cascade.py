@@ -75,6 +75,7 @@ def measure(arguments: argparse.Namespace, before: float) -> None:
 
 
 def main() -> None:
+    """Time the prior, the decoder and the upsamplers of the command line, and report each stage."""
     parser = make_parser(__doc__, repeats=1, warmup=0, batch=1)
     parser.add_argument("--prior", default="diffusion")
     parser.add_argument(

@@ -34,6 +34,7 @@ def recall(similarity: torch.Tensor, right: torch.Tensor, k: int) -> float:
 
 
 def main() -> None:
+    """Measure the CLIP and the shards of the command line, and print a Markdown table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

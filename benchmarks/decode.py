@@ -20,6 +20,7 @@ def as_is(sample: dict[str, Any], epoch: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Time the reading of all samples of the shards, and report images per second."""
     parser = make_parser(__doc__, repeats=5, warmup=1, batch=64)
     parser.add_argument("--shards", required=True, help="brace pattern of tars")
     parser.add_argument("--image-size", type=int, default=64)

@@ -10,6 +10,7 @@ from decoder_train import batch_of, decoder
 
 
 def main() -> None:
+    """Time the sampling of a batch of pictures, and report pictures per second."""
     parser = make_parser(__doc__, repeats=5, warmup=1, batch=2)
     options(parser, steps=5)
     arguments = parser.parse_args()

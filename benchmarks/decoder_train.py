@@ -54,6 +54,7 @@ def batch_of(size: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Time the training steps of the decoder, and report samples per second."""
     arguments, before = parse_arguments(make_parser(__doc__, repeats=7, warmup=2, batch=4))
     measure(
         "decoder_train",

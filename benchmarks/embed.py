@@ -58,6 +58,7 @@ def image_tower_flops(clip: FrozenCLIP) -> int:
 
 
 def main() -> None:
+    """Time the filling of a new store, and report samples per second."""
     parser = make_parser(__doc__, repeats=3, warmup=1, batch=64)
     parser.add_argument("--shards", required=True, help="brace pattern of tars")
     parser.add_argument(

@@ -103,6 +103,7 @@ def outcome(run: Job, straight: Job) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run one job through all faults and one without, and print the table and the verdict."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

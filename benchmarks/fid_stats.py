@@ -85,6 +85,7 @@ def running(sides: Sides, arguments: argparse.Namespace) -> Callable[[], float]:
 
 
 def main() -> None:
+    """Time one implementation of the statistics and the distance, and report both parts."""
     parser = make_parser(__doc__, repeats=3, warmup=1, batch=50)
     parser.add_argument("--impl", choices=list(MODULES), default="ours")
     parser.add_argument("--n", type=int, default=5000)

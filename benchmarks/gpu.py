@@ -210,6 +210,7 @@ def attempt(part: Part, seconds: float, arguments: argparse.Namespace) -> bool:
 
 
 def main() -> None:
+    """Measure the chosen parts until the time is over, and print which are done or failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

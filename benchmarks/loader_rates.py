@@ -102,6 +102,7 @@ def shards_of(data: list[str] | None, size: int) -> list[str]:
 
 
 def main() -> None:
+    """Measure every loader for each image size and number of workers, and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -59,6 +59,10 @@ def similar(unclip: UnCLIP, a: Tensor, b: Tensor) -> Tensor:
 def inversion(
     unclip: UnCLIP, data: ImageEmbeddingData, arguments: argparse.Namespace
 ) -> Iterator[list[str]]:
+    """Yield the table of inversions: its header, then a row for each number of steps.
+
+    PSNR in dB is between the drawings and what is decoded from their inverted noise.
+    """
     yield [
         "steps", "explicit, dB", "implicit, dB", "least of implicit", "standard deviation of x_T",
         "with x_0 clamped on the way back, dB",
@@ -93,6 +97,10 @@ def decimals(digits: int, *values: Tensor) -> list[str]:
 def variations(
     unclip: UnCLIP, data: ImageEmbeddingData, arguments: argparse.Namespace
 ) -> Iterator[list[str]]:
+    """Yield the table of variations: its header, then a row for each eta and each comparison.
+
+    Distances are in grey levels from 0 to 255, similarities are cosines of CLIP's embeddings.
+    """
     yield [
         "drawn", "mean absolute distance to the original (0 to 255)",
         "CLIP similarity to the original",
@@ -135,6 +143,10 @@ def counterparts(drawing: Drawing, known: dict[str, Drawing]) -> Iterator[tuple[
 def edits(
     unclip: UnCLIP, data: ImageEmbeddingData, arguments: argparse.Namespace
 ) -> Iterator[list[str]]:
+    """Yield the table of text diffs: its header, then a row for each kind of edit and theta.
+
+    An edit changes the skin tone or the gender that the drawing's caption names.
+    """
     yield [
         "what changes", "pairs", "theta", "nearer to the target caption", "without the edit",
         "the target's own drawing", "similarity to the original",
@@ -189,6 +201,10 @@ def stored(data: ImageEmbeddingData, shard: str) -> Iterator[tuple[str, Tensor]]
 def pca(
     unclip: UnCLIP, data: ImageEmbeddingData, arguments: argparse.Namespace
 ) -> Iterator[list[str]]:
+    """Yield the table of principal components: its header, then a row for each number kept.
+
+    Similarities are cosines with CLIP's embedding of the drawing, before and after decoding.
+    """
     from unclip_pl.probe import PrincipalComponents, paper_dimensions
 
     yield ["components", "share of the variance", "of the embedding", "of what is drawn from it"]
@@ -207,6 +223,7 @@ JOBS = {"inversion": inversion, "variations": variations, "edits": edits, "pca":
 
 
 def main() -> None:
+    """Run one of the four jobs, print its table and save its rows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -75,6 +75,7 @@ def free() -> None:
 
 
 def main() -> None:
+    """Time the training steps of a stage, and report its share of the peak of the GPU."""
     parser = make_parser(__doc__, repeats=8, warmup=4, batch=16)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("stage", choices=list(KINDS))

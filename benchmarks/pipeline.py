@@ -104,6 +104,7 @@ def measure(arguments: argparse.Namespace, before: float) -> None:
 
 
 def main() -> None:
+    """Time all stages from captions to pictures, and report pictures per second."""
     parser = make_parser(__doc__, repeats=5, warmup=1, batch=1)
     for name, steps in STEPS.items():
         parser.add_argument(f"--{name}-steps", type=int, default=steps)

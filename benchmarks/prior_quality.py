@@ -46,6 +46,7 @@ def rows_of(loader: object) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
+    """Measure the priors and the two baselines, and print a Markdown table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

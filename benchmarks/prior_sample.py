@@ -11,6 +11,7 @@ from prior_train import LENGTH, batch_of, prior
 
 
 def main() -> None:
+    """Time the sampling of a batch of embeddings, and report captions per second."""
     parser = make_parser(__doc__, repeats=5, warmup=1, batch=2)
     options(parser, steps=16)
     arguments = parser.parse_args()

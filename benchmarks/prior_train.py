@@ -44,6 +44,7 @@ def batch_of(size: int, longest: int = LENGTH) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Time the training steps of the prior, and report samples per second."""
     arguments, before = parse_arguments(make_parser(__doc__, repeats=7, warmup=2, batch=32))
     measure(
         "prior_train", prior(arguments.checkpointing), batch_of(arguments.batch), arguments, before

@@ -48,6 +48,7 @@ def kind_of(name: str) -> str:
 
 
 def main() -> None:
+    """Profile the training steps of a stage, and print a Markdown table of operations."""
     parser = make_parser(__doc__, repeats=3, warmup=2)
     parser.add_argument("stage", nargs="?", choices=list(STAGES), default="decoder")
     parser.add_argument("--batch", type=int, help="by default that of the training benchmark")

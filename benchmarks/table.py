@@ -43,6 +43,7 @@ def add(path: Path, folder: Path) -> None:
 
 
 def is_ours(result: dict[str, Any]) -> bool:
+    """Whether a measurement is of this project (`impl` begins with "unclip_pl")."""
     return result["impl"].split("/")[0] == "unclip_pl"
 
 
@@ -132,6 +133,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Add the runs to the results, form all ratios again, and write the table to the README."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -102,6 +102,7 @@ def parse_arguments() -> argparse.Namespace:
 
 @torch.no_grad()
 def main() -> None:
+    """Enlarge the chosen images, print the mean figures as a Markdown table and save the rows."""
     arguments = parse_arguments()
     weights = arguments.weights or ASSETS / f"upsampler-{arguments.size}-openmoji"
     stage = load_stage(weights, KINDS[arguments.size]).to(arguments.device)

@@ -42,6 +42,7 @@ def batch_of(size: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Time the training steps of the upsampler, and report samples per second."""
     arguments, before = parse_arguments(make_parser(__doc__, repeats=7, warmup=2, batch=4))
     stage = upsampler(checkpointing=arguments.checkpointing)
     measure("upsampler_train", stage, batch_of(arguments.batch), arguments, before)

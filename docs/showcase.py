@@ -68,6 +68,7 @@ def repeated(latent: manipulate.Latent) -> manipulate.Latent:
 
 
 def main() -> None:
+    """Draw the pictures of the README and write them as one PNG."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--out", type=Path, default=Path("docs/showcase.png"))
     arguments.add_argument("--decoder", help="a release or checkpoint in place of the package's")

@@ -1,5 +1,6 @@
-"""Figures of generated images: `python -m eval.fid`, `eval.clip_score`, `eval.compare`,
-`eval.sweep`, `eval.coco`.
+"""Compute figures of generated images with commands such as `python -m eval.fid`.
+
+The others are `eval.clip_score`, `eval.compare`, `eval.sweep` and `eval.coco`.
 
 Write `from eval import fid`: after `import eval` the name no longer means the builtin.
 """

@@ -1,5 +1,7 @@
-"""Captions to draw from: a text file, MS-COCO's annotations, or image shards ("openmoji" for its
-held-out drawings)."""
+"""Captions to draw from: a text file, MS-COCO's annotations, or image shards.
+
+The spec "openmoji" means the captions of OpenMoji's held-out drawings.
+"""
 
 import json
 import logging
@@ -73,9 +75,11 @@ def read_captions(spec: str, count: int | None = None, image_size: int = 64) -> 
 def one_per_picture(
     captions: Sequence[Caption], count: int, spec: str, seed: int = 0
 ) -> list[Caption]:
-    """One caption of each of `count` of MS-COCO's pictures, in the order of the pictures' numbers.
+    """Choose one caption for each of `count` pictures of MS-COCO, in the order of their numbers.
 
     Args:
+        captions: all captions, several for a picture.
+        count: how many pictures, 1 to as many as have captions.
         spec: the name of the file, for the error.
         seed: chooses the pictures and their captions. Which caption a picture has does not depend
             on `count`.
@@ -97,8 +101,9 @@ def one_per_picture(
 
 
 def read_coco(spec: str) -> tuple[list[Caption], dict[int, str]]:
-    """All captions of MS-COCO's annotations that are not blank, and the pictures' file names by
-    their numbers.
+    """Read MS-COCO's annotations: all captions that are not blank, and the pictures' file names.
+
+    The file names are a dict, by the pictures' numbers.
 
     Raises:
         UserError: the file cannot be read or has another form.

@@ -1,5 +1,7 @@
-"""How well images show their captions, by a CLIP: the mean of 100 max(cosine, 0), and the rank of
-an image's own caption among all of them.
+"""How well images show their captions, as a CLIP sees them.
+
+Figures are the mean of 100 max(cosine, 0), and the rank of an image's own caption among all
+captions.
 
 The images are those of a folder or of shards (--images), or drawn by a model (--decoder). Captions
 of a folder: --captions FILE.txt with a caption per line, in the order of the files' names, or
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Make the parser: which images, which captions, and which CLIP scores them."""
     parser = command_parser(__doc__, "eval.clip_score")
     add_source_options(parser)
     add_score_clip_option(parser)

@@ -53,6 +53,7 @@ SIDE = 256
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Make the parser: the annotations, the pictures, and the models to evaluate on them."""
     parser = command_parser(__doc__, "eval.coco", batch_size=32)
     parser.set_defaults(out=Path("out/coco"))
     parser.add_argument(
@@ -131,11 +132,12 @@ class Selection:
 def select(
     annotations: str, images: str, count: int, reference: str = "all", seed: int = 0
 ) -> Selection:
-    """One caption of each of `count` pictures.
+    """Select one caption for each of `count` pictures, and the pictures to compare with.
 
     Args:
         annotations: the file of MS-COCO's captions.
         images: the folder of its pictures.
+        count: how many pictures have a caption drawn.
         reference: "all" pictures, or those whose captions are "drawn".
         seed: chooses the pictures and their captions.
 

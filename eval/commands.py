@@ -1,5 +1,7 @@
-"""What the commands of `eval` share: options, ranks, a progress bar, figures as a table and as one
-JSON line at the end."""
+"""What the commands of `eval` share: options, ranks, a progress bar, and how figures are printed.
+
+Figures appear as a table and, at the end, as one JSON line.
+"""
 
 import argparse
 import contextlib
@@ -27,8 +29,10 @@ Settings = TypeVar("Settings")
 
 
 def command_parser(doc: str | None, prog: str, batch_size: int = 64) -> argparse.ArgumentParser:
-    """A command's parser with the options that all commands have: --device, --precision, --compile,
-    --batch-size, --seed and --out."""
+    """Make a command's parser, with the options that all commands have.
+
+    These are --device, --precision, --compile, --batch-size, --seed and --out.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m {prog}", description=doc, formatter_class=HelpFormatter
     )
@@ -124,8 +128,9 @@ def run_command(
     run: Callable[[argparse.Namespace], Figures],
     words: list[str] | None = None,
 ) -> int:
-    """Parse the words, run on all ranks, and print what `run` returns as one JSON line, the last of
-    the output.
+    """Parse the words, run on all ranks, and print what `run` returns as one JSON line.
+
+    It is the last line of the output.
 
     With --out the same line is written to OUT/NAME.json, NAME being the command's. A UserError is
     one sentence on stderr.
@@ -201,8 +206,10 @@ def process_group(device: str) -> Iterator[str]:
 
 
 def progress(batches: Iterable[Any], total: int | None, title: str) -> Iterator[Any]:
-    """The batches (dicts with `images`); rank 0 shows a bar of images and of the time left on
-    stderr."""
+    """Yield the batches (dicts with `images`), and show a progress bar on rank 0.
+
+    The bar, on stderr, shows the images done and the time left.
+    """
     from tqdm import tqdm
 
     other = rank() != 0

@@ -53,6 +53,7 @@ PRIORS: dict[str, tuple[type[Prior], tuple[str, ...]]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Make the parser: the models, the guidance scales to sweep, and the reference."""
     parser = command_parser(__doc__, "eval.compare", batch_size=32)
     parser.set_defaults(out=Path("out/compare"))
     add = parser.add_argument
@@ -236,8 +237,11 @@ def as_plain(differences: Differences) -> dict[str, Any]:
 def build_sections(
     comparison: Comparison, results: Results, real: Figures | None, differences: Differences
 ) -> list[Section]:
-    """The tables: all conditions at the fixed guidance, each at its best, and the differences in
-    both."""
+    """Build the tables of the report.
+
+    They show all conditions at the fixed guidance, each condition at its best guidance, and the
+    differences in both.
+    """
     key, baseline = comparison.key, TITLES[comparison.settings.baseline]
     last = [] if real is None else [real_row(real)]
     last.append(floor_row(comparison.floor(len(comparison.captions)), key))

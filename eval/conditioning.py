@@ -131,7 +131,8 @@ class Conditioning:
 
         Args:
             folder: where they are kept.
-            first: only of so many of the captions.
+            sampling: settings of the decoder.
+            first: how many of the captions are drawn, from the first on; None: all.
             repeat: which image of each caption, from 0.
         """
         # Folders are refused for other settings, so that these keys have to stay as they are.
@@ -182,8 +183,11 @@ def from_caption(model: Model, captions: Sequence[Caption], seed: int) -> Condit
 def from_text(
     model: Model, captions: Sequence[Caption], seed: int, name: str = "text"
 ) -> Conditioning:
-    """The text embedding z_t, for a decoder trained on image embeddings (zero-shot), or for one
-    trained on text embeddings, which has the name "text-decoder"."""
+    """Condition the decoder on the text embedding z_t of the caption.
+
+    A decoder that was trained on image embeddings draws zero-shot. One that was trained on text
+    embeddings has the name "text-decoder".
+    """
 
     def draw(indices: Sequence[int], seeds: Sequence[int]) -> Tensor:
         return model.unclip.embed_text([captions[k].text for k in indices])
@@ -201,12 +205,16 @@ def from_prior(
     captions: Sequence[Caption],
     seed: int,
 ) -> Conditioning:
-    """The image embedding z_i that a prior draws.
+    """Condition the decoder on the image embedding z_i that a prior draws.
 
     Args:
+        name: a key of `TITLES`, such as "ar" or "diffusion".
+        model: whose decoder draws.
         unclip: has the prior.
         weights: those of the prior, as `eval.source.describe_weights` names them.
         sampling: the prior's settings.
+        captions: what is drawn.
+        seed: of the first caption's first image.
     """
 
     def draw(indices: Sequence[int], seeds: Sequence[int]) -> Tensor:

@@ -88,11 +88,13 @@ def add_gram(product: Tensor, x: Tensor) -> None:
 
 
 def gaussian_from_sums(count: int, total: Tensor, product: Tensor, rest: Tensor) -> Gaussian:
-    """The Gaussian of `count` rows, known by their sums, and of the rows `rest` (N, D).
+    """Fit a Gaussian to `count` rows, known by their sums, together with the rows `rest`.
 
     Args:
-        total: the sum of the `count` rows, (D,).
+        count: how many rows the sums are of.
+        total: their sum, (D,).
         product: the sum of their outer products, (D, D), of which the lower triangle is read.
+        rest: further rows, (N, D), where N may be 0.
     """
     count += len(rest)
     mean = (total + rest.sum(0)) / count
@@ -103,8 +105,10 @@ def gaussian_from_sums(count: int, total: Tensor, product: Tensor, rest: Tensor)
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """A covariance (D, D), which may be singular -> F (D, r) with F F^T = it, by its
-    eigenvectors."""
+    """Factor a covariance (D, D), by its eigenvectors, into F (D, r) with F F^T = covariance.
+
+    The covariance may be singular.
+    """
     values, vectors = torch.linalg.eigh(covariance, UPLO="L")
     positive = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
     return vectors[:, positive] * values[positive].sqrt()
@@ -154,7 +158,10 @@ def frechet_infinity(a: Tensor, b: Tensor, seed: int = 0, points: int = 10) -> f
     Random subsets of half to all of both sets have distances that lie on a line in 1 / size.
 
     Args:
-        points: sizes of the subsets.
+        a: features of one set, (N, D).
+        b: features of the other set, (M, D).
+        seed: of the subsets.
+        points: how many sizes the subsets have.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.linspace(1, 2, points, dtype=torch.float64)
@@ -182,7 +189,11 @@ def bootstrap(
     more biased.
 
     Args:
+        distance: a function of two sets of features.
+        a: features of one set, (N, D).
+        b: features of the other set, (M, D).
         resamples: halves that are drawn.
+        seed: of the halves.
     """
     generator = torch.Generator().manual_seed(seed)
     values = torch.zeros(resamples, dtype=torch.float64)
@@ -192,8 +203,9 @@ def bootstrap(
 
 
 def kid(a: Tensor, b: Tensor) -> Estimate:
-    """KID: the unbiased squared MMD with the kernel (x.y / D + 1)^3 over all pairs (Binkowski et
-    al. 2018). Its error comes from leaving out each row in turn.
+    """KID: the unbiased squared MMD with the kernel (x.y / D + 1)^3 over all pairs.
+
+    After Binkowski et al. 2018. Its error comes from leaving out each row in turn.
     """
     n, m = len(a), len(b)
     aa, bb, ab, ba = (_row_sums(x, y, _cubic) for x, y in ((a, a), (b, b), (a, b), (b, a)))
@@ -243,8 +255,11 @@ def cmmd(a: Tensor, b: Tensor) -> float:
 
 
 def precision_recall(a: Tensor, b: Tensor, k: int = 3) -> tuple[float, float]:
-    """Precision: the share of generated features within reach of the reference. Recall: the share
-    of the reference within reach of the generated features (Kynkaanniemi et al. 2019).
+    """Compute precision and recall of generated features, as two shares in [0, 1].
+
+    `a` (N, D) is the reference and `b` (M, D) what was generated (Kynkaanniemi et al. 2019).
+    Precision is the share of generated features within reach of the reference. Recall is the share
+    of the reference within reach of the generated features.
 
     A set reaches what is no further from one of its rows than that row's k-th nearest neighbour in
     the set.

@@ -121,11 +121,12 @@ def compute_distances(
     seed: int = 0,
     device: str = "cpu",
 ) -> Figures:
-    """All distances between two sets of features, over all ranks.
+    """Compute all distances between two sets of features, over all ranks.
 
     Args:
-        network: that the features are of.
-        real, fake: this rank's share of the reference (N, D) and of the evaluated images (M, D).
+        network: computed the features.
+        real: this rank's share of the features of the reference, (N, D).
+        fake: this rank's share of the features of the evaluated images, (M, D).
         resamples: random halves for the interval of the Frechet distance; 0: no interval.
         seed: of the halves.
         device: computes; where ranks use NCCL it must be a GPU.

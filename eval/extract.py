@@ -1,5 +1,7 @@
-"""The features of all images of a source; those of a reference are kept in the cache, for later
-comparisons."""
+"""The features of all images of a source.
+
+Those of a reference are kept in the cache, for later comparisons.
+"""
 
 import contextlib
 import hashlib

@@ -37,8 +37,10 @@ class Features(Protocol):
 
     @property
     def key(self) -> str | None:
-        """The name of this network with its weights and resizing in the cache of reference
-        features; None: its features are not cached."""
+        """The name under which features of a reference are cached; None: they are not cached.
+
+        It names the network, its weights and its resizing.
+        """
 
     @property
     def is_clip(self) -> bool: ...
@@ -91,11 +93,12 @@ class Network:
 def load_features(
     name: str, device: str | torch.device = "cpu", precision: str = "fp32"
 ) -> Features:
-    """The network with a name.
+    """Load the network that computes features, by its name.
 
     Args:
-        name: "inception"; "clip", the embedded one that conditions; or a CLIP as `clip_config` has
-            it, such as "ViT-L-14-quickgelu/openai" or "local-dir:/folder".
+        name: "inception"; "clip", the CLIP in the package that conditions; or a CLIP as
+            `clip_config` has it, such as "ViT-L-14-quickgelu/openai" or "local-dir:/folder".
+        device: where it runs.
         precision: "fp32" or "bf16", of a CLIP.
     """
     if name == "inception":
@@ -129,8 +132,10 @@ def callable_features(name: str, function: Callable[[Tensor], Tensor], dim: int)
 
 
 def inception_features(device: str | torch.device = "cpu") -> Features:
-    """clean-fid's Inception (the TorchScript of 2015, 2048 features) behind clean-fid's resizing to
-    299 x 299, which keeps no aspect ratio.
+    """Load clean-fid's Inception network: images -> 2048 features.
+
+    This is the TorchScript of 2015 behind clean-fid's resizing to 299 x 299, which does not keep
+    the aspect ratio.
 
     Raises:
         UserError: the weights are not in the cache folder and cannot be downloaded, or the file

@@ -1,5 +1,7 @@
-"""How far generated images lie from a reference: the Frechet distance of their features (FID with
-Inception's features), KID, CMMD, precision and recall.
+"""How far generated images are from a reference.
+
+Figures are the Frechet distance of their features (FID with Inception's features), KID, CMMD,
+precision and recall.
 
 The images are those of a folder or of shards (--images), or drawn by a model (--decoder) for
 captions.
@@ -32,6 +34,7 @@ from unclip_pl.utils.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Make the parser: which images, which reference, and which features."""
     parser = command_parser(__doc__, "eval.fid")
     add_source_options(parser)
     parser.add_argument(

@@ -1,9 +1,9 @@
-"""The real images, and the floor: the figures of real images against other real ones, at the same
-numbers.
+"""The real images, and the floor: figures of real images against other real ones.
 
-A Frechet distance of finite sets is never 0, and KID spreads about 0. Images whose figures lie at
-the floor cannot be told from real ones by these figures, and are not called better than others that
-lie there too.
+Both sets have as many images as in the comparison itself.
+
+A Frechet distance of finite sets is never 0, and KID spreads about 0. These figures cannot
+distinguish images at the floor from real ones, and of two sets at the floor none is called better.
 """
 
 import argparse
@@ -52,11 +52,14 @@ class Floor:
 def compute_floor(
     real: Tensor, count: int, reference: int, key: str, seed: int = 0
 ) -> Floor | None:
-    """The floor of the Frechet distance, under `key`, and of `kid`.
+    """Compute the floor of the Frechet distance and of `kid`.
 
     Args:
         real: (P, D) features of real images.
-        count, reference: images of the two sets, which have none in common.
+        count: images in the set that stands for the drawn ones.
+        reference: images in the other set; no image is in both.
+        key: the name of the Frechet distance in the result.
+        seed: of the random sets.
 
     Returns:
         None where `real` has too few for both.
@@ -125,8 +128,7 @@ class RealImages:
         return evaluator.extract(progress(batches, len(captions), "reference"))
 
     def floor_features(self, evaluator: Evaluator) -> Tensor | None:
-        """Features (P, D) of the real images that the floor is computed from; None where none are
-        known."""
+        """Features (P, D) of the real images that give the floor; None where none are known."""
         path = self.floor or self.reference
         if self.floor is None and self.captions in STYLES:
             path = str(openmoji_shards(self.size, name=self.captions) / "train-*.tar")

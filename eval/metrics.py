@@ -269,8 +269,10 @@ class PrecisionRecall(TwoSets):
 
 
 class CLIPScore(Metric):
-    """`clip_score`: the mean of 100 max(cos(image, caption), 0), with `clip_score_se` and the
-    interval of 95 % (Hessel et al. 2021, who scale by 2.5 instead of 100).
+    """`clip_score`: the mean of 100 max(cos(image, caption), 0), with its error.
+
+    `clip_score_se` and the interval of 95 % come with it. Hessel et al. 2021 scale by 2.5 instead
+    of 100.
     """
 
     full_state_update = False

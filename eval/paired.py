@@ -79,6 +79,8 @@ def frechet_interval(
         real: (M, D) features of the reference.
         images: a set; halves of its captions are drawn, each with all of its images.
         resamples: halves that are drawn.
+        seed: of the halves.
+        key: the name of the Frechet distance, to which the endings are added.
     """
 
     def distance(real: Tensor, captions: Tensor) -> float:
@@ -92,11 +94,13 @@ def frechet_interval(
 
 
 def subset_kids(real: Tensor, fake: Tensor, real_in: Tensor, fake_in: Tensor) -> Tensor:
-    """KID of R pairs of subsets at once: (R,) float64, each as `distances.kid` has it.
+    """Compute KID of R pairs of subsets at once: (R,) float64, each as `distances.kid` does.
 
     Args:
-        real, fake: features (M, D), (N, D).
-        real_in, fake_in: (M, R), (N, R) float64, 1 where a row is in the subset, else 0.
+        real: features of the reference, (M, D).
+        fake: features of the evaluated images, (N, D).
+        real_in: (M, R) float64, 1 where a row of `real` is in the subset, else 0.
+        fake_in: (N, R) float64, the same for `fake`.
     """
 
     def sums(x: Tensor, y: Tensor, x_in: Tensor, y_in: Tensor) -> Tensor:
@@ -139,11 +143,15 @@ def paired_differences(
     biased: the interval is the value +- 1.96 times the spread.
 
     Args:
-        a, b: sets of images in the order of their captions.
+        a: sets of images, each in the order of the captions.
+        b: other sets of images of the same captions.
         text: (N, E) embeddings of all captions.
         real: (M, D) features of the reference; None: `clip_score` and `r1` only.
+        resamples: halves that are drawn.
+        seed: of the halves.
         paired: row k of the reference belongs to caption k and goes into the same halves; else
             halves of the reference are drawn too.
+        key: the name of the Frechet distance in the result.
 
     Raises:
         UserError: the sets are not of the same captions.

@@ -57,9 +57,11 @@ def command_line() -> str:
 def write_report(
     path: Path, title: str, body: str, pictures: Mapping[str, str], settings: Mapping[str, Any]
 ) -> None:
-    """A report in Markdown, whole or not at all.
+    """Write a report in Markdown, whole or not at all.
 
     Args:
+        path: of the file.
+        title: its heading.
         body: Markdown, between the title and the pictures.
         pictures: by title the names of files in the same folder.
         settings: go into a table at the end, with versions and the command.

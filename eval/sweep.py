@@ -57,6 +57,7 @@ Curves = dict[str, list[DecoderSamplingConfig]]
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Make the parser: the model, its condition, and the settings to sweep."""
     parser = command_parser(__doc__, "eval.sweep", batch_size=32)
     parser.set_defaults(out=Path("out/sweep"))
     add = parser.add_argument

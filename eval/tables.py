@@ -14,7 +14,7 @@ from eval.paired import Difference
 BRACKETS = "In round brackets: the interval of 95 % holds 0."
 AT_FLOOR = (
     "At the floor: as near to the reference as other real images are, at the same number of "
-    "images. By that figure such sets cannot be told from real ones, nor is one of them better."
+    "images. That figure cannot distinguish such sets from real ones, nor is one of them better."
 )
 AT_EDGE = "* The best value is at the edge of its grid: a better one may lie beyond."
 

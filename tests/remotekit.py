@@ -1,4 +1,4 @@
-"""A real S3 server on the loopback, behind a proxy that fails as it is told."""
+"""A real S3 server on the loopback, behind a proxy that fails on demand."""
 
 import http.client
 import http.server

@@ -81,7 +81,7 @@ def test_state_is_20_bytes_per_parameter_and_fsdp_shards_it():
 
 
 def test_a_network_that_is_not_trained_takes_no_gradients_and_no_optimizer_state():
-    """The second network of Karlo's upsampler is as large as the first, which alone is trained."""
+    """The second network of Karlo's upsampler is as large as the first, and is not trained."""
     stage, data, _ = build_on_meta("stages/karlo/upsampler_256.yaml", [])
     estimate = estimate_resources(stage, data.crop)
     one = sum(parameter.numel() for parameter in stage.net.parameters())

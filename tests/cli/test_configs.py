@@ -1,4 +1,4 @@
-"""Every shipped YAML builds, alone and in the commands that it names; see also test_paper.py.
+"""Every shipped YAML builds, by itself and in the commands that it names; see also test_paper.py.
 
 A built command line has its stage, its data and a Trainer with the strategy, as `lightning fit`
 makes them. Where an overlay is for GPUs, eight are pretended: Lightning touches none before it

@@ -1,4 +1,4 @@
-"""Noise: sample k depends on its own seed alone."""
+"""Noise: sample k depends only on its own seed."""
 
 import pytest
 import torch

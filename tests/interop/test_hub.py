@@ -25,7 +25,7 @@ def small() -> UnCLIP:
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The stand-in, asked in the place of the hub; an empty cache."""
+    """The stand-in, asked instead of the hub; an empty cache."""
     for offline in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         monkeypatch.setattr(huggingface_hub.constants, offline, offline != "HF_HUB_OFFLINE")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)

@@ -147,7 +147,7 @@ def test_a_folder_is_imported_by_the_command_and_drawn_with(tmp_path, capsys):
     assert (sampling["sampler"], sampling["steps"], sampling["guidance_scale"]) == ("ddpm", 25, 8)
     card = (tmp_path / "ours" / "prior" / "README.md").read_text()
     assert card.startswith("---\n") and "license: openrail\n" in card
-    moved = (tmp_path / "ours").rename(tmp_path / "moved")  # the CLIP is found beside the releases
+    moved = (tmp_path / "ours").rename(tmp_path / "moved")  # the CLIP is found next to the releases
     assert UnCLIP.from_pretrained(moved).sizes == (64, 256)
     options = ["--prior", str(moved / "prior"), "--decoder", str(moved / "decoder")]
     options += ["--upsampler-256", str(moved / "upsampler-256"), "--size", "256", "--steps", "2"]

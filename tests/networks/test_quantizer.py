@@ -15,7 +15,7 @@ def _seed():
 
 
 def data(count: int = 3000, dim: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    """Correlated images with a mean, the standard deviations falling by half; texts beside them."""
+    """Correlated images with a mean, standard deviations falling by half, and texts to match."""
     rotation = torch.linalg.qr(torch.randn(dim, dim)).Q
     image = torch.randn(count, dim) * 0.5 ** torch.arange(dim) @ rotation + torch.randn(dim)
     return image, image + 0.5 * torch.randn(count, dim)

@@ -71,8 +71,8 @@ UPSAMPLER = replace(ADM, low_res_channels=3, attention=(), head_width=64)
     ],
     ids=[
         "512 channels 64 px, attention 32 16 8",
-        "320 channels, middle attention alone",
-        "192 channels 256 px, middle attention alone",
+        "320 channels, only middle attention",
+        "192 channels 256 px, only middle attention",
     ],
 )
 def test_parameters_are_as_many_as_guided_diffusion_has(config, millions):

@@ -86,7 +86,7 @@ def discretised_nll(x, mean, log_var):
 
 
 def ddpm(predict, x, abar, timesteps, noises):
-    """predict(x, t) -> (x0, eps, log_var). noises: one array a step but for the last."""
+    """predict(x, t) -> (x0, eps, log_var). noises: one array per step but for the last."""
     for k, i in enumerate(reversed(range(len(timesteps)))):
         x0, _, log_var = predict(x, timesteps[i])
         mean, _ = posterior(abar[i], abar[i - 1] if i > 0 else 1.0, x0, x)

@@ -64,7 +64,7 @@ def test_embedding_and_caption_are_dropped_independently_at_their_rates():
         stage.loss(batch(40))
     embed, text = torch.cat(kept, 1).double()
     assert abs(embed.mean() - 0.9) < 0.02 and abs(text.mean() - 0.5) < 0.03
-    assert abs((embed * text).mean() - 0.45) < 0.03  # 45 % both, 5 % text alone: paper, section 2.1
+    assert abs((embed * text).mean() - 0.45) < 0.03  # 45 % both, 5 % only text: paper, section 2.1
 
 
 def test_dropped_embedding_has_no_influence_and_a_kept_one_has():
@@ -117,7 +117,7 @@ def test_guidance_is_applied_and_one_is_none():
         DecoderSamplingConfig(sampler="ddim", steps=3, guidance_scale=scale, threshold=None),
     )
     assert (draw(1.0) - draw(3.0)).abs().max() > 1e-3
-    null = draw(1.0, {})  # nothing given: the null branch alone
+    null = draw(1.0, {})  # nothing given: only the null branch
     torch.testing.assert_close(draw(0.0), null, rtol=1e-4, atol=1e-4)
 
 

@@ -183,7 +183,7 @@ def test_an_untrained_upsampler_with_a_residual_gives_its_condition_back_in_plac
     twenty times the tolerance."""
     stage = Upsampler256(
         net=FLAT, residual_std=0.02
-    ).eval()  # its output is zero: the linear estimate alone
+    ).eval()  # its output is zero: only the linear estimate is left
     low_res = reduced(pictures(2, 64))
     drawn = stage.sample({"low_res": low_res}, Noise([0, 1]))
     for axis in (2, 3):

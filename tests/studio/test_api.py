@@ -147,7 +147,7 @@ def test_too_large_requests_end_before_they_are_read(client, monkeypatch):
     monkeypatch.setattr(guard, "MOST_BYTES", 1000)
     told = client.post("/api/create", json={"captions": ["a" * 2000]})
     assert told.status_code == 413 and told.text.endswith("send less.")
-    parts = (b"a" * 300 for _ in range(10))  # whose length is not told
+    parts = (b"a" * 300 for _ in range(10))  # of unknown length
     assert client.post("/api/create", content=parts).status_code == 413
 
 

@@ -1,5 +1,7 @@
-"""What can be wrong with a CLIP, each in one sentence: unknown names and tags, missing files, the
-wrong activation, no network."""
+"""What can be wrong with a CLIP, each in one sentence.
+
+Unknown names and tags, missing files, the wrong activation, no network.
+"""
 
 import contextlib
 import difflib

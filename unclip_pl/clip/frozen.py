@@ -155,8 +155,10 @@ class FrozenCLIP:
         return TextFeatures(*(torch.cat(part)[original_order] for part in zip(*parts)))
 
     def caption_mask(self, tokens: Tensor) -> Tensor:
-        """(B, L) of `tokenize` -> (B, L) bool, True up to and including the token at which the text
-        tower is read."""
+        """Which tokens belong to the caption: (B, L) of `tokenize` -> (B, L) bool.
+
+        True up to and including the token at which the text tower is read.
+        """
         kind, end_token = text_pooling(self.model)
         return caption_mask(tokens, None if kind == "argmax" else end_token)
 
@@ -167,8 +169,10 @@ class FrozenCLIP:
         return self._tokenizer([repair_text(caption) for caption in captions]).long()
 
     def truncated_text(self, caption: str) -> str:
-        """The end of a caption that the tokenizer cuts off because the caption is too long; ""
-        where all of it is read."""
+        """The end of a caption that the tokenizer cuts off because the caption is too long.
+
+        It is "" where all of the caption is read.
+        """
         tokens = self.tokenize([caption])
 
         def reads_the_same(text: str) -> bool:

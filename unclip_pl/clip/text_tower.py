@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 
 def text_pooling(model: Any) -> tuple[str, int]:
-    """How the text tower finds its embedding among the states: ("argmax", "eos", ...), and the id
-    of the end token for "eos"."""
+    """How the text tower finds its embedding among the states, and the id of the end token.
+
+    Returns the kind of pooling ("argmax", "eos", ...) and the id, which matters only for "eos".
+    """
     if hasattr(model, "text"):
         return getattr(model.text, "pool_type", "none"), getattr(model.text, "eos_id", -1)
     return model.text_pool_type, model.text_eos_id

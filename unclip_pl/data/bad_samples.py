@@ -12,8 +12,10 @@ CHECK_FROM = 100  # samples: among fewer, one bad sample may be a large share
 
 
 class BadSample(Exception):
-    """A sample that cannot be used. Its text says why, and follows "sample KEY of SHARD was
-    skipped: " in the log."""
+    """A sample that cannot be used.
+
+    Its text says why. In the log it follows "sample KEY of SHARD was skipped: ".
+    """
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,10 @@ class BadSampleCounter:
 
 
 def too_many_files(error: Exception) -> UserError | None:
-    """The UserError to raise in place of `error` where the limit on open files is its cause, not
-    the file itself; else None."""
+    """The UserError to raise in place of `error` if the cause is the limit on open files.
+
+    None if the cause is another one, such as the file itself.
+    """
     if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
         return None
     return UserError(

@@ -32,8 +32,10 @@ ADJECTIVES = re.compile(
 
 
 def augment_caption(caption: str, rng: random.Random) -> str:
-    """A variant of `caption`: perhaps without a skin tone or an adjective, its clauses in another
-    order, in a template, in upper or lower case.
+    """Make a variant of `caption` for training.
+
+    It may lose a skin tone or an adjective. Its clauses may come in another order, in a template,
+    in upper or lower case.
 
     The same state of `rng` gives the same words. The result is never empty, at most four words
     longer, and in a fifth to a third of cases it is the caption itself.

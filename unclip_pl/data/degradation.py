@@ -1,5 +1,6 @@
-"""Low-resolution conditions for the upsamplers, degraded as the papers say: Gaussian blur for 256
-pixels (unCLIP App. C), BSR-light for 1024 (LDM, BSRGAN).
+"""Low-resolution conditions for the upsamplers, degraded as the papers say.
+
+Gaussian blur for 256 pixels (unCLIP App. C), BSR-light for 1024 (LDM, BSRGAN).
 
 The steps take a float32 (3, H, W) in [0, 1] and return a new tensor in [0, 1]. All randomness comes
 from the numpy generator that they are given. Resizes in BSR-light alias as cv2's do in LDM, which
@@ -103,8 +104,10 @@ def gaussian_blur(image: Tensor, kernel_size: int = 3, sigma: float = 0.6) -> Te
 
 
 def bsr_light(image: Tensor, generator: np.random.Generator, factor: int = 4) -> Tensor:
-    """BSR-light of LDM (`bsrgan_light`): (3, H, W) in [0, 1] -> (3, H / factor, W / factor) in
-    [0, 1], of 8 bit because JPEG is the last step."""
+    """BSR-light of LDM (`bsrgan_light`): (3, H, W) -> (3, H / factor, W / factor), both in [0, 1].
+
+    The result has only 256 levels, because JPEG is the last step.
+    """
     height, width = _target(image, factor)
     if factor == 4 and generator.random() < 0.25:
         half = image.shape[-2] // 2, image.shape[-1] // 2
@@ -135,6 +138,7 @@ def random_order(generator: np.random.Generator) -> list[str]:
 
 
 def random_interpolation(generator: np.random.Generator) -> str:
+    """Draw one of `INTERPOLATIONS`, each with the same probability, as a mode of `resize`."""
     return INTERPOLATIONS[generator.integers(len(INTERPOLATIONS))]
 
 
@@ -144,8 +148,10 @@ def random_quality(generator: np.random.Generator) -> int:
 
 
 def random_blur(image: Tensor, generator: np.random.Generator, factor: int) -> Tensor:
-    """Blur with an anisotropic Gaussian of 5 to 14 pixels, or, half the time, an isotropic one of 5
-    to 7; both a quarter as wide as BSRGAN's.
+    """Blur an image with a random Gaussian, in half of the cases an anisotropic one.
+
+    An anisotropic kernel has a side of 5 to 14 pixels, an isotropic one of 5 to 7. The parameters
+    of their widths are a quarter of BSRGAN's.
 
     Even sizes are made odd, because an even kernel shifts the image by half a pixel. Taps beyond 4
     standard deviations (10^-4 of the weight) are left out.
@@ -213,17 +219,22 @@ def anisotropic_blur(image: Tensor, kernel: np.ndarray) -> Tensor:
 
 
 def blur_and_subsample(image: Tensor, sigma: float, factor: int) -> Tensor:
-    """Gaussian blur with a kernel moved by (factor - 1) / 2 pixels, then every `factor`-th pixel
-    from the first, so that nothing shifts."""
+    """Blur with a Gaussian, then take every `factor`-th pixel, starting with the first.
+
+    The kernel is moved by (factor - 1) / 2 pixels, so that nothing shifts.
+    """
     height, width = image.shape[-2:]
     narrow = image @ _shifted_gaussian(width, factor, sigma).T
     return _shifted_gaussian(height, factor, sigma) @ narrow
 
 
 def resize(image: Tensor, height: int, width: int, mode: str) -> Tensor:
-    """(C, H, W) -> (C, height, width) as `cv2.resize` makes it, without antialiasing.
+    """Resize (C, H, W) -> (C, height, width) as `cv2.resize` does, without antialiasing.
 
     Args:
+        image: (C, H, W) float32.
+        height: of the result, in pixels.
+        width: of the result, in pixels.
         mode: "linear"; "cubic" (a = -0.75, overshoots); "area" (the mean of the pixels' shares;
             where a side grows, linear within them).
     """
@@ -251,8 +262,10 @@ def gaussian_taps(size: int, sigma: float) -> np.ndarray:
 
 
 def anisotropic_kernel(size: int, angle: float, variance1: float, variance2: float) -> np.ndarray:
-    """(size, size) weights [y, x] of sum 1 of a Gaussian with `variance1` along `angle` (radians
-    from x towards y) and `variance2` across."""
+    """Make the weights [y, x] (size, size) of an anisotropic Gaussian, with sum 1.
+
+    It has `variance1` along `angle` (radians from x towards y) and `variance2` across.
+    """
     x = np.arange(size) - size // 2
     along = math.cos(angle) * x + math.sin(angle) * x[:, None]
     across = math.cos(angle) * x[:, None] - math.sin(angle) * x
@@ -310,8 +323,10 @@ def _area(size: int, smaller: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _area_enlarged(size: int, larger: int) -> Tensor:
-    """(larger, size): cv2's weights for area where a side grows. A pixel inside one of the old ones
-    has its colour, one across a border mixes two by their shares."""
+    """Make cv2's weights (larger, size) for the mode "area" where a side grows.
+
+    A new pixel inside an old one has its colour. One across a border mixes two by their shares.
+    """
     factor = larger / size
     new = np.arange(larger)
     old = np.floor(new * (1 / factor)).astype(int)
@@ -324,8 +339,10 @@ def _area_enlarged(size: int, larger: int) -> Tensor:
 
 
 def _shifted_gaussian(size: int, factor: int, sigma: float) -> Tensor:
-    """(size / factor, size): a Gaussian around the centre of each block of `factor` pixels,
-    mirrored at the borders, in float32."""
+    """Make the weights (size / factor, size) of a Gaussian, in float32.
+
+    Each row is a Gaussian around the centre of a block of `factor` pixels, mirrored at the borders.
+    """
     centres = np.arange(0, size, factor)[:, None] + (factor - 1) / 2
     pixels = np.floor(centres) + np.arange(-SHIFTED_RADIUS, SHIFTED_RADIUS + 2)
     distance = pixels - centres

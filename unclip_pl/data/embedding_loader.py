@@ -79,8 +79,9 @@ class EmbeddingTable:
 
 
 class EmbeddingLoader:
-    """Training batches: `steps` per epoch of the trainer, from one permutation of all rows after
-    the other. Ranks take disjoint rows.
+    """Training batches of embeddings: `steps` per epoch of the trainer.
+
+    Rows come from permutations of all rows, one after the other. Ranks take disjoint rows.
 
     A state fits the same rows and seed, whatever the number of ranks and the batch size. With
     others the data go on at the start of the next permutation, with a warning.
@@ -132,8 +133,10 @@ class EmbeddingLoader:
         return {"rows": len(self.table), "seed": self.config.seed}
 
     def rank_summary(self) -> dict[str, Any]:
-        """Which part of which data this rank reads; to compare the ranks of a run. The rows are
-        mapped, so none is missing."""
+        """Describe which part of which data this rank reads; to compare the ranks of a run.
+
+        The rows are mapped, so none is missing.
+        """
         return self.compatibility_key() | {
             "batch size": self.config.batch_size,
             "rank": self.rank,

@@ -57,8 +57,10 @@ class Importer(EmbeddingStore):
         self.source, self.embed_missing = source, embed_missing
 
     def _claim(self, clip: FrozenCLIP) -> None:
-        """Compare with the folder's owner; a new folder is claimed when its first shard has passed
-        the comparison."""
+        """Compare the CLIP with that of the folder's owner.
+
+        A new folder is claimed when its first shard has passed the comparison.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         if any(self.folder.glob("*.json")) or any(self.folder.glob("*.safetensors")):
             super()._claim(clip)

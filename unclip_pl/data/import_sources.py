@@ -1,5 +1,7 @@
-"""Where embeddings that were made elsewhere can lie: .npy members of the tars, or the output folder
-of clip-retrieval."""
+"""Where embeddings that were made elsewhere can be found.
+
+They are .npy members of the tars, or the output folder of clip-retrieval.
+"""
 
 import io
 import os
@@ -109,9 +111,9 @@ class RetrievalFolder:
                 "clip-retrieval, made with its images enabled."
             )
         metadata = (self.folder / "metadata").glob("metadata_*.parquet")
-        alone = {path.stem.removeprefix("metadata_") for path in metadata} - set(parts)
-        if alone:
-            part = min(alone)
+        unpaired = {path.stem.removeprefix("metadata_") for path in metadata} - set(parts)
+        if unpaired:
+            part = min(unpaired)
             raise UserError(
                 f"{self._metadata(part)} has no {self._table('img_emb', part)} next to it: copy "
                 "the folder whole."
@@ -119,8 +121,10 @@ class RetrievalFolder:
         return parts
 
     def _sort_keys(self, keys: np.ndarray) -> None:
-        """Sort the keys (N,) and note the row of each. This takes 8 bytes more than the longest key
-        for each."""
+        """Sort the keys (N,) and note the row of each.
+
+        For each key this takes 8 bytes more than the longest key.
+        """
         self.order = np.argsort(keys, kind="stable")
         self.keys = keys[self.order]
         repeated = np.flatnonzero(self.keys[1:] == self.keys[:-1])

@@ -1,5 +1,6 @@
-"""Batches from shards: without end in training, once in validation. A run that stops goes on at the
-very next sample.
+"""Batches from shards: without end in training, once in validation.
+
+A run that stops goes on at the very next sample.
 
 `StatefulDataLoader` keeps the readers' states (see `unclip_pl.data.reader`). What it lacks is here:
 a state that fits another number of ranks and workers, that survives a second loader in the same
@@ -32,8 +33,11 @@ OTHER_READERS = {"ranks", "workers", "batch size"}
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples -> a batch: strings become lists, the counts of skipped samples are added up, and the
-    rest become tensors with the batch dimension in front."""
+    """Join samples into a batch.
+
+    Strings become lists, and the counts of skipped samples are added up. The rest become tensors
+    with the batch dimension in front.
+    """
     batch: dict[str, Any] = {}
     for key, first in samples[0].items():
         values = [sample[key] for sample in samples]
@@ -140,8 +144,10 @@ class TrainLoader:
         }
 
     def rank_summary(self) -> dict[str, Any]:
-        """Which part of which data this rank reads, and which shards it cannot see; to compare the
-        ranks of a run."""
+        """Describe which part of which data this rank reads; to compare the ranks of a run.
+
+        It also names the shards that this rank cannot see.
+        """
         return self.compatibility_key() | {
             "rank": self.samples.rank,
             "world": self.samples.world,
@@ -178,7 +184,7 @@ def warn_of_other_data(
 ) -> None:
     """Warn that the state of a loader, which depends on `theirs`, does not fit `ours`.
 
-    `reason` is said where the two do not differ.
+    `reason` is given where the two do not differ.
     """
     differences = [
         f"{key} {theirs.get(key)} there and {value} here"
@@ -236,8 +242,10 @@ def _finish_epoch(states: list[dict[str, Any]]) -> tuple[list[ReaderState], int]
 
 
 class ValidationLoader(DataLoader):
-    """Batches of `SequentialShards`, the last one smaller; at most one worker, which keeps the
-    order."""
+    """Batches of `SequentialShards`, the last one smaller.
+
+    It has at most one worker, which keeps the order.
+    """
 
     def __init__(self, samples: SequentialShards) -> None:
         config = samples.config

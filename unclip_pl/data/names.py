@@ -19,17 +19,19 @@ HINT = "give a folder of shards, a file, or a pattern such as 'data/{00000..0000
 
 
 def is_url(shard: str) -> bool:
-    """Whether a shard is an object in a bucket or on a server, or a command's output, and no local
-    file.
+    """Whether a shard is anything but a local file.
 
-    `expand` gives no local file such a name.
+    It is then an object in a bucket or on a server, or the output of a command. `expand` gives no
+    local file such a name.
     """
     return URL.match(shard) is not None
 
 
 def is_streamed(shard: str) -> bool:
-    """Whether a shard is read through webdataset's `gopen` (`pipe:`), once from its start to its
-    end. It may break off without a word."""
+    """Whether a shard is read through webdataset's `gopen` (`pipe:`).
+
+    It is read once from its start to its end, and may break off without an error.
+    """
     return is_url(shard) and not remote.is_remote(shard)
 
 
@@ -169,8 +171,9 @@ def _check_scheme(url: str) -> str:
 
 
 def open_shard(shard: str) -> IO[bytes]:
-    """The bytes of a shard: of a local file, of an object, or of a command by webdataset's
-    `gopen`.
+    """Open a shard to read its bytes.
+
+    A shard is a local file, an object, or a command (by webdataset's `gopen`).
 
     Raises:
         FileNotFoundError: it is gone.

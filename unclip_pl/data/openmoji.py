@@ -57,7 +57,8 @@ def write_shards(
 
     Args:
         folder: must exist.
-        train, val: the drawings of both splits.
+        train: the drawings for training.
+        val: the drawings for validation.
         size: side of the pictures in pixels.
         progress: show a progress bar.
         name: one of STYLES.

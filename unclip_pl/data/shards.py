@@ -1,5 +1,6 @@
-"""Tar shards of images and captions, as img2dataset and webdataset write them: KEY.jpg|png|webp,
-KEY.txt, KEY.json.
+"""Tar shards of images and captions, as img2dataset and webdataset write them.
+
+A sample is KEY.jpg|png|webp, KEY.txt and KEY.json.
 
 Nothing in a shard is ever unpickled: only the endings named in `data.tars` are read. What cannot be
 used is named, counted and skipped, up to a share of the samples (`BadSampleCounter`). This includes
@@ -54,8 +55,10 @@ def raw_samples(
 def read_shard(
     url: str, counter: BadSampleCounter, members: Collection[str] = (), whole: bool = False
 ) -> Iterator[dict[str, Any] | SkippedSamples]:
-    """As `raw_samples`, but yields what cannot be used too, as `SkippedSamples`, and does not count
-    it: `counter` only learns how large shards are, and which files in them are not used.
+    """Yield what `raw_samples` does, and as `SkippedSamples` also what cannot be used.
+
+    Nothing is counted here. `counter` only learns how large shards are, and which files in them are
+    not used.
 
     Raises:
         UserError: the shard is gone, an object cannot be read, or, with `whole`, a command breaks
@@ -131,8 +134,10 @@ def _sample(
 
 
 def _estimate_rest(stream: IO[bytes], read: int) -> int:
-    """How many samples the bytes after the damage may hold, by how many those before it held; 0
-    where the file is cut there."""
+    """Estimate how many samples the bytes after the damage hold; 0 where the file is cut there.
+
+    The samples before the damage show how many bytes one has.
+    """
     position = stream.tell()
     if not position:
         return 0

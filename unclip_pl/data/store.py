@@ -1,5 +1,6 @@
-"""The embedding store: raw CLIP embeddings and tokens of every sample, paired with the images by
-key. Each tar shard has one file.
+"""The embedding store: raw CLIP embeddings and tokens of every sample.
+
+Embeddings are paired with the images by key. Each tar shard has one file.
 
     clip.json              fingerprint of the CLIP that the folder belongs to
     manifest.json          the same; of each shard: its file, rows, size and digest of the tar
@@ -47,8 +48,10 @@ CAPTION_SHARDS = 64  # shards whose rows are checked for captions
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the image embeddings, in float64: `count`, `mean` (D,), `covariance` (D, D) (over N, not
-    N - 1)."""
+    """Statistics of the image embeddings, in float64.
+
+    `count`, `mean` (D,), and `covariance` (D, D), divided by N, not N - 1.
+    """
 
     count: int
     mean: torch.Tensor
@@ -215,8 +218,10 @@ class EmbeddingStore:
         return sum(result is True for result in embedded.values())
 
     def finish(self, shards: Sequence[str], clip: FrozenCLIP) -> None:
-        """Write the manifest: `shards`, all of them done, and what it named before and still is
-        there."""
+        """Write the manifest of `shards`, all of which must be done.
+
+        Shards that it named before stay in it if their files are still there.
+        """
         if self._new_manifest(shards, clip) == self._old_manifest():
             return  # so that a whole store may be read-only
         with (
@@ -318,8 +323,10 @@ class EmbeddingStore:
         *,
         wait: float,
     ) -> bool | None:
-        """Embed a shard, unless another process did so meanwhile (False); None where one has been
-        working on it for longer than `wait` seconds."""
+        """Embed a shard; False if another process did so meanwhile.
+
+        None if another process has been working on it for longer than `wait` seconds.
+        """
         lock = self.folder / f".{self.path(shard).stem}.lock"
         with ExitStack() as stack:
             try:

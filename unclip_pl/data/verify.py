@@ -1,5 +1,7 @@
-"""`unclip data verify`: check an embedding store against its manifest and the tars that it was made
-from."""
+"""`unclip data verify`: check an embedding store.
+
+It is compared with its manifest and with the tars that it was made from.
+"""
 
 import lzma
 import os

@@ -128,8 +128,10 @@ class ShardData(LightningDataModule):
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size}
 
     def train_dataloader(self) -> TrainLoader | EmbeddingLoader:
-        """A loader that begins where the one before it has come to: Lightning may ask for several
-        in a run."""
+        """Make a loader that begins where the one before it stopped.
+
+        Lightning may ask for several in a run.
+        """
         loader = self._new_loader()
         if self._train_loader is not None:
             loader.continue_from(self._train_loader)  # type: ignore[arg-type]  # of the same class

@@ -1,5 +1,7 @@
-"""The job `lightning predict -c stages/embed.yaml`: CLIP embeddings of tar shards into a store, by
-any number of ranks."""
+"""The job `lightning predict -c stages/embed.yaml`: CLIP embeddings of tar shards into a store.
+
+Any number of ranks can share it.
+"""
 
 from typing import cast
 

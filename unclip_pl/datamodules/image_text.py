@@ -15,8 +15,10 @@ from unclip_pl.utils.errors import UserError
 
 @dataclass(frozen=True)
 class CaptionTransform:
-    """Adds `tokens`. In training the caption is varied, which follows only from (seed, epoch,
-    key)."""
+    """Adds `tokens`.
+
+    In training the caption is varied, which follows only from (seed, epoch, key).
+    """
 
     clip: FrozenCLIP
     seed: int

@@ -74,8 +74,10 @@ class PriorData(ImageEmbeddingData):
             super()._resolve()
 
     def _resolve_from_store(self) -> bool:
-        """Take the shards' names from the store where it has their rows and the tars are gone;
-        returns whether this was possible."""
+        """Take the shards' names from the store, and return whether this was possible.
+
+        It is possible where the tars are gone and the store has their rows.
+        """
         if not self.store_folder or not (Path(self.store_folder) / "manifest.json").is_file():
             return False
         store = EmbeddingStore(self.store_folder)

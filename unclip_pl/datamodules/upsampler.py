@@ -1,5 +1,7 @@
-"""Crops of images at the high resolution with their degraded low-resolution conditions, to train
-upsamplers. No CLIP is read."""
+"""Crops of images at the high resolution and their degraded low-resolution conditions.
+
+Upsamplers train on them. No CLIP is read.
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -39,8 +41,10 @@ class CropsConfig:
 
 @dataclass(frozen=True)
 class CropTransform:
-    """Bytes of an image -> `image` (K, 3, C, C) and `low_res` (K, 3, C/4, C/4) of the same crops,
-    both float32 in [-1, 1].
+    """Makes crops of an image, from its bytes.
+
+    It adds `image` (K, 3, C, C) and `low_res` (K, 3, C/4, C/4) of the same crops, both float32 in
+    [-1, 1].
 
     In training there are K crops at random places, as `crops` says; in validation the centre,
     K = 1. Places and degradation follow only from (seed, epoch, key).

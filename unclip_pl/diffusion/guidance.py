@@ -58,12 +58,15 @@ def static_threshold(x0: Tensor, limit: float = 1.0) -> Tensor:
 def dynamic_threshold(
     x0: Tensor, limit: float = 1.0, quantile: float = 0.995, ceiling: float | None = None
 ) -> Tensor:
-    """Dynamic thresholding (Imagen, section 2.3).
+    """Keep x0 in range by dynamic thresholding (Imagen, section 2.3).
 
-    Each sample of x0 (B, ...) is clamped to the `quantile` s of its |x0|. Where s > limit, the
-    sample is then scaled back into [-limit, limit].
+    Each sample of x0 is clamped to the `quantile` s of its |x0|. Where s > limit, the sample is
+    then scaled back into [-limit, limit].
 
     Args:
+        x0: (B, ...), the predicted clean samples.
+        limit: the result lies in [-limit, limit].
+        quantile: 0 to 1.
         ceiling: s is at most this; None: no bound.
     """
     # One sample at a time: torch.quantile refuses more than 2^24 elements.
@@ -84,8 +87,10 @@ def thresholded(
     """`predict` with x0 kept in range, and eps computed again so that both still describe x_t.
 
     Args:
+        predict: (x, t) -> Prediction.
+        process: computes eps from x0 and x_t.
         mode: "static", "dynamic", or None for `predict` itself.
-        options: of the threshold (limit; quantile, ceiling).
+        options: of the threshold: `limit`; for "dynamic" also `quantile` and `ceiling`.
 
     Raises:
         ValueError: there is no such mode.
@@ -115,6 +120,8 @@ def repainted(predict: Predict, process: Process, known: Tensor, mask: Tensor) -
     `known` exactly. RePaint (eq. 8) draws each of them independently instead.
 
     Args:
+        predict: (x, t) -> Prediction.
+        process: computes eps from x0 and x_t.
         known: (B, ...), the clean sample.
         mask: bool, broadcastable to x_t; True where `predict` decides.
     """

@@ -37,8 +37,11 @@ def simple(
 
     Args:
         output: the raw output (B, C or 2C, ...).
-        x0, x_t, noise: (B, C, ...).
-        t: (B,) int64.
+        x0: the clean sample (B, C, ...).
+        x_t: the noisy sample (B, C, ...).
+        t: (B,) int64, the timesteps of x_t.
+        noise: the noise in x_t (B, C, ...).
+        process: has the target and the weights.
 
     Raises:
         ValueError: the output has other channels than the process needs.

@@ -287,8 +287,10 @@ class Process(nn.Module):
 
 
 class _Bound(torch.autograd.Function):
-    """Clamps to +-bound. Outside, a gradient passes if descent leads back inside, so that no v gets
-    stuck there."""
+    """Clamps to [-bound, bound], with a gradient that leads back inside.
+
+    Outside, a gradient passes if descent leads back inside, so that no v gets stuck there.
+    """
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, bound: float) -> Tensor:

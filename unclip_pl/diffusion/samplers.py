@@ -1,5 +1,6 @@
-"""DDPM (Ho et al. 2020), DDIM and its inversion (Song et al. 2021), DPM-Solver++(2M) (Lu et al.
-2022), all with one signature.
+"""The samplers DDPM, DDIM and DPM-Solver++(2M), and DDIM's inversion, all with one signature.
+
+DDPM: Ho et al. 2020. DDIM and its inversion: Song et al. 2021. DPM-Solver++: Lu et al. 2022.
 
 Position i of the (respaced) schedule has the level abar[i] and the original timestep timesteps[i];
 position -1 is the clean sample, with abar 1. Coefficients are Python floats from float64 tables, so
@@ -167,8 +168,9 @@ def invert_implicit(
     rounds: int = 1,
     min_sigma: float = 0.0,
 ) -> Tensor:
-    """As `invert`, but each level solves the step that `ddim` takes down from it: far more exact
-    for about as many calls of `predict`.
+    """Find the same x_T as `invert`, far more exactly, with about as many calls of `predict`.
+
+    Each level solves the step that `ddim` takes down from it.
 
     DDIM with eta 0 turns x_i by the angle delta between the levels:
     x_{i-1} = cos(delta) x_i - sin(delta) v(x_i), with v = alpha eps - sigma x_0. So
@@ -177,9 +179,13 @@ def invert_implicit(
     (2022). In that angle it also contracts at the last, almost pure levels of noise, which it does
     not in terms of eps.
 
-    Arguments as in `invert`.
-
     Args:
+        predict: (x, t) -> Prediction, which should not be thresholded.
+        x: (B, ...) float32, the clean sample.
+        schedule: the K steps of the sampler that will draw x again.
+        noise: not used.
+        eta: not used.
+        callback: called with (step, steps) after each level.
         rounds: iterations per level. `predict` is called at most K rounds + 1 times.
         min_sigma: the noise sqrt(1 - abar) of the level at which the way up starts, 0 to 1; x is
             taken for a sample of the first level that has as much. A network that predicts x0

@@ -1,5 +1,7 @@
-"""Noise schedules and their respacing (IDDPM, Nichol and Dhariwal 2021). Position i holds original
-timestep `timesteps[i]`; float64 on the CPU."""
+"""Noise schedules and their respacing (IDDPM, Nichol and Dhariwal 2021), as float64 on the CPU.
+
+Position i holds the original timestep `timesteps[i]`.
+"""
 
 import math
 import re
@@ -19,8 +21,10 @@ FAST27 = (10, 10, 3, 2, 2)
 
 
 def cosine_betas(T: int) -> Tensor:
-    """(T,) float64 betas in (0, 0.999], abar_t = cos^2((t/T + 0.008) / 1.008 * pi/2)
-    (IDDPM eq. 17). ValueError for T < 1."""
+    """Make the cosine schedule (IDDPM eq. 17): (T,) float64 betas in (0, 0.999].
+
+    abar_t = cos^2((t/T + 0.008) / 1.008 * pi/2). ValueError for T < 1.
+    """
     _require_timesteps("cosine", T, 1)
 
     def f(u: float) -> float:
@@ -30,8 +34,10 @@ def cosine_betas(T: int) -> Tensor:
 
 
 def linear_betas(T: int) -> Tensor:
-    """(T,) float64 betas, evenly from 0.1/T to 20/T: Ho et al. 2020 at T = 1000. ValueError for
-    T < 21, where beta would reach 1."""
+    """Make the linear schedule: (T,) float64 betas, evenly from 0.1/T to 20/T.
+
+    At T = 1000 it is that of Ho et al. 2020. ValueError for T < 21, where beta would reach 1.
+    """
     _require_timesteps("linear", T, 21)
     return torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64, device="cpu")
 
@@ -41,8 +47,10 @@ SCHEDULES: dict[str, Callable[[int], Tensor]] = {"cosine": cosine_betas, "linear
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The levels of noise that a sampler visits, cleanest first. `alphas_cumprod` (K,) float64;
-    `timesteps` (K,) int64, original indices."""
+    """The levels of noise that a sampler visits, cleanest first.
+
+    `alphas_cumprod` (K,) float64; `timesteps` (K,) int64, original indices.
+    """
 
     alphas_cumprod: Tensor
     timesteps: Tensor
@@ -66,27 +74,35 @@ class Schedule:
 
     @cached_property
     def betas(self) -> Tensor:
-        """(K,) beta of the step between neighbours, 1 - abar_i / abar_{i-1}: respaced where the
-        schedule is."""
+        """(K,) beta of the step between neighbours, 1 - abar_i / abar_{i-1}.
+
+        It is respaced where the schedule is.
+        """
         return 1 - self.alphas_cumprod / self.alphas_cumprod_prev
 
     @cached_property
     def posterior_variance(self) -> Tensor:
-        """(K,) btilde = beta (1 - abar_prev) / (1 - abar), the variance of q(x_{t-1} | x_t, x_0);
-        entry 0 is 0."""
+        """(K,) variance of q(x_{t-1} | x_t, x_0), btilde = beta (1 - abar_prev) / (1 - abar).
+
+        Entry 0 is 0.
+        """
         return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
 
     @cached_property
     def posterior_log_variance(self) -> Tensor:
-        """(K,) log btilde with entry 1 in place of entry 0 (whose logarithm is -inf); log beta
-        where there is one step."""
+        """(K,) log btilde, with entry 1 in place of entry 0, whose logarithm is -inf.
+
+        Where there is one step, it is log beta.
+        """
         first = self.posterior_variance[1:2] if len(self) > 1 else self.betas
         return torch.cat([first, self.posterior_variance[1:]]).log()
 
     @cached_property
     def posterior_x0_weight(self) -> Tensor:
-        """(K,) weight of x_0 in the posterior mean, beta sqrt(abar_prev) / (1 - abar); exactly 1 at
-        position 0 of the full schedule."""
+        """(K,) weight of x_0 in the posterior mean, beta sqrt(abar_prev) / (1 - abar).
+
+        It is exactly 1 at position 0 of the full schedule.
+        """
         return self.betas * self.alphas_cumprod_prev.sqrt() / (1 - self.alphas_cumprod)
 
     @cached_property
@@ -141,8 +157,10 @@ def _positions(spec: int | str | Sequence[int], T: int) -> list[int]:
 
 
 def _even(count: int, size: int) -> list[int]:
-    """`count` positions from 0 to size - 1, both ends included. The stride is summed up, as IDDPM
-    does, which decides halves (499.5)."""
+    """Space `count` positions evenly from 0 to size - 1, both ends included.
+
+    The stride is summed up, as IDDPM does, which decides halves (499.5).
+    """
     stride = (size - 1) / max(count - 1, 1)
     return [round(p) for p in accumulate([0.0] + [stride] * (count - 1))]
 

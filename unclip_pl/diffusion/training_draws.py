@@ -25,8 +25,10 @@ def draw_keep_masks(
     device: torch.device,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:
-    """For each probability in `dropout`, a mask (size,) bool that is False where a sample drops
-    that condition; the masks are independent of each other."""
+    """Draw a mask (size,) bool for each probability in `dropout`; False where a sample drops it.
+
+    Each mask belongs to one condition and is independent of the others.
+    """
     uniform = _draw(torch.rand, (len(dropout), size), generator=generator, device=device)
     return [row >= probability for row, probability in zip(uniform, dropout, strict=True)]
 

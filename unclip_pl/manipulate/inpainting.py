@@ -41,7 +41,12 @@ def inpaint(
     better.
 
     Args:
-        image_embed, seeds, captions, sampling, callback: as for `unclip.decode`; any sampler.
+        unclip: its decoder draws.
+        image_embed: (B, D), what the pictures should show; None leaves only the captions.
+        seeds: B seeds of the noise.
+        captions: B captions; None draws without.
+        sampling: settings in place of the decoder's own, with any sampler.
+        callback: called with (step, steps).
         images: (B, 3, H, W) in [-1, 1] at the decoder's size, or PIL images.
         mask: (B, 1, H, W) bool; or PIL images, white where to draw.
         rounds: how often the last RESAMPLE_FRACTION of the steps are repeated.
@@ -108,7 +113,12 @@ def image_to_image(
     """Draw from images with noise added to them (SDEdit).
 
     Args:
-        image_embed, seeds, captions, sampling, callback: as for `unclip.decode`; any sampler.
+        unclip: its decoder draws.
+        image_embed: (B, D), what the pictures should show; None leaves only the captions.
+        seeds: B seeds of the noise.
+        captions: B captions; None draws without.
+        sampling: settings in place of the decoder's own, with any sampler.
+        callback: called with (step, steps).
         images: (B, 3, H, W) in [-1, 1] at the decoder's size, or PIL images.
         strength: 0 gives the images back; 1 starts from noise only, as `unclip.decode` does with
             the same seeds. Between them, the last round(strength * steps) of the sampler's steps

@@ -148,6 +148,7 @@ def invert(
     appendix F); each step is solved implicitly.
 
     Args:
+        unclip: has the CLIP and the decoder.
         images: (B, 3, H, W) in [-1, 1] at the decoder's size; or PIL images, which CLIP sees in
             their own size.
         steps: sampling steps; more steps make a better reconstruction.

@@ -15,7 +15,8 @@ def slerp(a: Tensor, b: Tensor, theta: Tensor) -> Tensor:
     float64.
 
     Args:
-        a, b: (B, ...).
+        a: (B, ...), where the path starts.
+        b: (B, ...), where it ends.
         theta: (B,) in [0, 1].
 
     Returns:

@@ -30,6 +30,7 @@ def vary(
     `unclip.decode(latent.image_embed, seeds)`.
 
     Args:
+        unclip: has the CLIP and the decoder.
         latent: B images or their latents; of one image there is a variation for each seed.
         seeds: B seeds of the noise.
         eta: the amount of noise; 0 gives the images back, 1 adds as much as DDPM.
@@ -61,7 +62,9 @@ def interpolate(
     """Draw images between a and b (unCLIP 3.2).
 
     Args:
-        a, b: B images or latents each, or one of which all B pictures are made.
+        unclip: has the CLIP and the decoder.
+        a: B images or latents, or one for all B pictures.
+        b: the same, where the way from a ends.
         theta: (B,) in [0, 1], from a to b.
         seed: None: `slerp` of the two x_T, so that the ends are the reconstructions of a and b.
             A number: x_T is this seed's noise for every image. Each seed is then another path,
@@ -107,10 +110,11 @@ def text_diff(
     z_i is rotated towards norm(z_t - z_t0) by theta; x_T stays as it is.
 
     Args:
+        unclip: has the CLIP and the decoder.
         latent: B images or their latents, or one for all captions.
         source: z_t0, B captions of what they show, such as "a photo"; None leaves z_t0 out (the
             paper: "also worked well").
-        target: z_t, B captions of what they shall show.
+        target: z_t, B captions of what they should show.
         theta: (B,) in [0, 1]; the paper goes up to 0.25 to 0.5.
         sampling: by default as `inversion_sampling` says.
         callback: called with (step, steps).

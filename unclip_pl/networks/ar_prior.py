@@ -104,7 +104,9 @@ class ARPriorNet(nn.Module):
                 if `drop_dot` is set.
             dot: (B,) int64, bucket of z_i . z_t.
             text_embed: (B, D), CLIP's text embedding z_t on its own scale.
-            tokens, mask, states: the caption, as `TextContext` takes it.
+            tokens: (B, L) int64 of the caption.
+            mask: (B, L) bool, True up to and including EOT; None: computed from `tokens`.
+            states: (B, L, states_width) float, CLIP's token states, for text of kind "states".
 
         Returns:
             (B, L + 2, width).
@@ -138,8 +140,10 @@ class ARPriorNet(nn.Module):
         return x + self.position_embedding[: x.shape[1]]
 
     def set_null(self, states: Tensor, text_embed: Tensor) -> None:
-        """Store CLIP's states (2, states_width) and embedding (D,) of the empty caption, for
-        `text.null` "empty"."""
+        """Store CLIP's output for the empty caption, which `text.null` "empty" needs.
+
+        It is the states (2, states_width) and the embedding (D,).
+        """
         self.text.set_null(states, text_embed)
         self.empty_text_embed.copy_(text_embed)
 
@@ -194,7 +198,8 @@ class ARPriorNet(nn.Module):
             null: (B, P, width), without text; None for no guidance.
             guidance_scale: s of uncond + s (cond - uncond), on the logits; not used without
                 `null`.
-            temperature, top_p: see `sample_top_p`.
+            temperature: 0 takes the most probable code; see `sample_top_p`.
+            top_p: (0, 1], the share of the probability that is kept; see `sample_top_p`.
             callback: called with (step, steps) after each code.
 
         Returns:

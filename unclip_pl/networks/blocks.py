@@ -105,8 +105,9 @@ class Attention(nn.Module):
 
 
 class UNetBlock(Block):
-    """What lies between two skip connections: a ResBlock, attention if any, a second ResBlock
-    if any.
+    """What lies between two skip connections of the U-Net.
+
+    It is a ResBlock, then attention and a second ResBlock if there are any.
     """
 
     fsdp_methods = ("project_context",)

@@ -1,5 +1,6 @@
-"""The scale on which a network sees CLIP embeddings: norm 0.5375 sqrt(D) (unCLIP; 17.2 at D = 1024)
-or zero mean and unit variance (Karlo).
+"""The scale on which a network sees CLIP embeddings.
+
+It is norm 0.5375 sqrt(D) (unCLIP; 17.2 at D = 1024) or zero mean and unit variance (Karlo).
 
 Outside of the network embeddings are as CLIP gives them, float32 (B, D), not normalised. The
 statistics are buffers, and so are saved with the weights.

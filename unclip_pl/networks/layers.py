@@ -70,7 +70,8 @@ def attention(
 
     Args:
         q: (B, N, heads, head_width).
-        k, v: (B, M, heads, head_width).
+        k: (B, M, heads, head_width).
+        v: (B, M, heads, head_width).
         mask: (B, M) bool, True where the key is visible; None: all. Each row needs one True.
         causal: the queries belong to the last N keys, and each sees the keys up to its own.
 

@@ -1,5 +1,6 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) among the weights of a network, by peft's names: merged
-into the layers that they adapt.
+"""Low-rank adapters (LoRA, Hu et al. 2021) among the weights of a network, by peft's names.
+
+They are merged into the layers that they adapt.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 def merged(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The tensors of the network without adapters: W + scale B A in the place of W, B and A.
+    """The tensors of the network without adapters: W + scale B A instead of W, B and A.
 
     Args:
         tensors: of linear layers and convolutions with adapters, and of any other.

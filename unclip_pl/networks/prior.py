@@ -145,8 +145,10 @@ class PriorTransformer(nn.Module):
 
     @torch.no_grad()
     def set_null(self, states: Tensor, text_embed: Tensor) -> None:
-        """Store CLIP's states (2, states_width) and, on the network's scale, its embedding (D,) of
-        the empty caption, for `text.null` "empty"."""
+        """Store CLIP's output for the empty caption, which `text.null` "empty" needs.
+
+        It is the states (2, states_width) and, on the network's scale, the embedding (D,).
+        """
         self.empty_states.copy_(states)
         self.empty_text_embed.copy_(text_embed)
 

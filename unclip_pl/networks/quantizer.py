@@ -1,5 +1,6 @@
-"""CLIP image embeddings as sequences of codes, for the autoregressive prior (unCLIP section 2.2):
-PCA, then buckets in each dimension.
+"""CLIP image embeddings as sequences of codes, for the autoregressive prior.
+
+PCA comes first, then buckets in each dimension (unCLIP section 2.2).
 
 The paper gives the numbers (319 of 1,024 dimensions lose under 1 % of the variance; 1,024 buckets)
 but not how buckets are cut. Here they are cut at quantiles: each has as many of the fitted
@@ -85,8 +86,10 @@ def pca(covariance: Tensor, max_error: float, max_dims: int) -> tuple[Tensor, in
 
 
 class QuantizerError(NamedTuple):
-    """What the codes lose: mean squared error as a share of the variance, and mean cosine to the
-    embedding."""
+    """What the codes lose.
+
+    The mean squared error as a share of the variance, and the mean cosine to the embedding.
+    """
 
     pca_mse: float
     """PCA only, as is `pca_cosine`."""
@@ -97,8 +100,9 @@ class QuantizerError(NamedTuple):
 
 
 class EmbeddingQuantizer(nn.Module):
-    """PCA, buckets and the distribution of z_i . z_t, as buffers: empty before `fit`, saved with
-    the weights.
+    """PCA, buckets and the distribution of z_i . z_t, as buffers.
+
+    The buffers are empty before `fit`, and are saved with the weights.
 
     Args:
         dim: D, of the embeddings on CLIP's own scale.
@@ -159,8 +163,10 @@ class EmbeddingQuantizer(nn.Module):
         Machines with the same data get the same result.
 
         Args:
-            mean, covariance: (D,) and (D, D) float64.
-            image_embed, text_embed: (N, D), any float type; pairs.
+            mean: (D,) float64, of all image embeddings.
+            covariance: (D, D) float64, of all image embeddings.
+            image_embed: (N, D), any float type, a sample of them.
+            text_embed: (N, D), any float type; row k is of the caption of image k.
 
         Raises:
             UserError: fewer than two pairs, no variance, or more of it lost than `max_error` with
@@ -215,8 +221,10 @@ class EmbeddingQuantizer(nn.Module):
             )
 
     def project(self, z: Tensor) -> Tensor:
-        """Coordinates along the principal directions, in float32 even under autocast. (B, D) ->
-        (B, K)."""
+        """Compute coordinates along the principal directions, (B, D) -> (B, K).
+
+        They are in float32 even under autocast.
+        """
         self._require_fitted()
         with full_precision(z):
             return (z.float() - self.mean) @ self.components[: self.codes].T
@@ -228,8 +236,10 @@ class EmbeddingQuantizer(nn.Module):
             return coordinates.float() @ self.components[: self.codes] + self.mean
 
     def encode(self, image_embed: Tensor) -> Tensor:
-        """CLIP's embeddings (B, D) -> codes (B, K) int64 from 0 to buckets - 1, the direction of
-        the largest variance first."""
+        """Turn CLIP's embeddings (B, D) into codes (B, K), int64 from 0 to buckets - 1.
+
+        The direction of the largest variance comes first.
+        """
         coordinates = self.project(image_embed).T.contiguous()
         return torch.searchsorted(self.edges[: self.codes], coordinates, right=True).T
 
@@ -244,8 +254,9 @@ class EmbeddingQuantizer(nn.Module):
         return torch.searchsorted(self.dot_edges, cosine(image_embed, text_embed), right=True)
 
     def draw_dot(self, uniform: Tensor, percentile: float = 50.0) -> Tensor:
-        """Draw dot-product tokens from the data's distribution above a percentile (50: the paper's
-        top half, footnote 2).
+        """Draw dot-product tokens from the data's distribution above a percentile.
+
+        50 is the paper's top half (footnote 2).
 
         uniform (B,) in [0, 1) -> (B,) int64, increasing in it.
         """

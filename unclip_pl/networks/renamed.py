@@ -63,10 +63,11 @@ def rename_settings(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rename(stage: str, values: dict[str, Any]) -> dict[str, Any]:
-    """`values` by parameter name, with the names of today; new names are left as they are.
+    """Rename what older versions saved to the names of today; new names are left as they are.
 
     Args:
         stage: class name of the stage.
+        values: by parameter name.
     """
     renamed = {}
     for old_name, value in values.items():

@@ -1,5 +1,6 @@
-"""Sharpness-aware minimisation (SAM; Foret et al. 2020, arXiv 2010.01412): the gradient is taken at
-the worst point near the weights, w + rho g / ||g||, and applied at w.
+"""Sharpness-aware minimisation (SAM; Foret et al. 2020, arXiv 2010.01412).
+
+The gradient is taken at the worst point near the weights, w + rho g / ||g||, and applied at w.
 
 `climb` moves the weights there before a pass, `descend` moves them back after its backward pass.
 What happens to the gradient after that (accumulation, clipping, averaging over ranks) is as without

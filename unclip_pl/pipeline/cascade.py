@@ -68,12 +68,13 @@ class Cascade:
         return tuple(stage.net_config.image_size for stage in self.stages)
 
     def route(self, side: int, times: int | None = None) -> list[Upsampler]:
-        """Choose the stages for an image whose longer side has `side` pixels.
+        """Choose the stages that enlarge an image.
 
         They start with the one that was made for the nearest size, or earlier if too few would
         follow it.
 
         Args:
+            side: the longer side of the image, in pixels.
             times: how many times as large the image becomes; None: through the last stage.
 
         Raises:
@@ -213,9 +214,10 @@ def source_side(stage: Upsampler) -> int:
 
 
 def check_sizes(sides: Sequence[tuple[int, int]], start: int | None = None) -> None:
-    """Check that each of the (source, target) sides starts where the one before it ends.
+    """Check that each upsampler starts at the size where the one before it ends.
 
     Args:
+        sides: (source, target) side of each in pixels, in order.
         start: the side at which the first one must start; None: at any.
 
     Raises:

@@ -33,9 +33,10 @@ def shared_clip(
     """The CLIP with which both stages were trained, on `device`.
 
     Args:
-        decoder, prior: the stages; their fingerprints say which CLIP it is.
+        decoder: its fingerprint says which CLIP it is.
+        prior: must have been trained with the same CLIP; None: there is no prior.
         clip: the CLIP to check; None: it is built from the decoder's fingerprint.
-        device: where it shall be.
+        device: where it goes.
 
     Raises:
         UserError: a stage does not say which CLIP it is, or was trained with another one.

@@ -31,8 +31,8 @@ from unclip_pl.utils.files import atomic_folder
 FORMAT = 1
 PART = re.compile(r"prior|decoder|upsampler-\d+")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-CLIP_BESIDE = "local-dir:../clip"
-"""How a release names a CLIP in the folder beside its own."""
+SIBLING_CLIP = "local-dir:../clip"
+"""How a release names a CLIP in the folder next to its own."""
 IN_PACKAGE = "openmoji", "openmoji-judge"
 
 
@@ -97,13 +97,13 @@ class Pretrained:
         if folder.exists():
             raise UserError(f"{folder} exists already: choose another folder, or remove it first.")
         with atomic_folder(folder) as temporary:
-            beside = self.clip.config.model not in IN_PACKAGE
-            if beside:
+            own_clip = self.clip.config.model not in IN_PACKAGE
+            if own_clip:
                 copy_clip(self.clip, temporary / "clip")
             parts = []
             for stage in self.stages:
                 parts.append(_part_of(stage))
-                _write_stage(stage, temporary / parts[-1], beside)
+                _write_stage(stage, temporary / parts[-1], own_clip)
             write_parts(temporary, parts, card or model_card(folder.name, parts))
         return folder
 
@@ -155,14 +155,14 @@ def _part_of(stage: Stage) -> str:
     return "decoder" if type(stage).__name__ == "Decoder" else "prior"
 
 
-def _write_stage(stage: Stage, folder: Path, beside: bool) -> None:
-    """A release of a stage whose CLIP is in the folder beside it, or in the package."""
+def _write_stage(stage: Stage, folder: Path, own_clip: bool) -> None:
+    """A release of a stage whose CLIP is in the folder next to it, or in the package."""
     fingerprint = stage.clip_fingerprint
-    if fingerprint is not None and beside:
-        config = asdict(CLIPConfig(CLIP_BESIDE))
+    if fingerprint is not None and own_clip:
+        config = asdict(CLIPConfig(SIBLING_CLIP))
         fingerprint = fingerprint | {"config": config}
     made = Release(type(stage).__name__, dict(stage.hparams), fingerprint, dict(stage.state_dict()))
-    card = f"{FRONT_MATTER}# {folder.name}\n\nA {made.stage}, part of the model beside it.\n"
+    card = f"{FRONT_MATTER}# {folder.name}\n\nA {made.stage}, part of the model one folder up.\n"
     release.write(folder, made, card, exact=[name for name, _ in stage.named_buffers()])
 
 

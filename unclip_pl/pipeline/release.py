@@ -119,7 +119,7 @@ def read(folder: str | os.PathLike) -> Release:
         return Release(
             config["stage"],
             config["hyper_parameters"],
-            found_beside(config["clip_fingerprint"], folder),
+            locate_clip(config["clip_fingerprint"], folder),
             tensors,
             config["steps"],
         )
@@ -134,9 +134,12 @@ def read(folder: str | os.PathLike) -> Release:
         ) from error
 
 
-def found_beside(fingerprint: dict | None, folder: Path) -> dict | None:
-    """A CLIP fingerprint whose model is an open_clip folder named from the release's own
-    ("local-dir:../clip"), with the place where that is now, if it is there."""
+def locate_clip(fingerprint: dict | None, folder: Path) -> dict | None:
+    """Put the present folder of the CLIP into a fingerprint that names it relative to the release.
+
+    Such a model is an open_clip folder ("local-dir:../clip"). Other fingerprints, and those whose
+    folder is not there, are returned as they are.
+    """
     model = (fingerprint or {}).get("config", {}).get("model", "")
     place = folder.resolve() / model.removeprefix("local-dir:")
     if not fingerprint or not model.startswith("local-dir:.") or not place.is_dir():

@@ -115,9 +115,13 @@ class UnCLIP(Pretrained):
         Args:
             decoder: a path; by default the decoder in the package.
             prior: a path, or "diffusion" or "ar" for those in the package.
+            clip: the CLIP of decoder and prior; None: the one that the decoder's fingerprint names.
+            device: where everything runs, such as "cpu" or "cuda:1".
             upsamplers: paths, or "256" and "1024" for those in the package.
-            clip, device, offload, precision: as in the class.
-            compile, cuda_graphs: as in `accelerate`.
+            offload: keep only the stage that works on the device.
+            precision: "fp32", or "bf16" for bfloat16 (autocast) on devices that have it.
+            compile: compile the stages' blocks; see `accelerate`.
+            cuda_graphs: record and replay the denoising steps on a GPU; see `accelerate`.
 
         Raises:
             UserError: a path holds no such stage, or the stages do not fit together.
@@ -281,7 +285,9 @@ class UnCLIP(Pretrained):
             sampler: called with (predict, schedule): the decoder's predictor under the conditions,
                 and the respaced schedule. Its result is returned.
             size: the number of images.
-            image_embed, captions, sampling: as for `decode`.
+            image_embed: (B, D) as CLIP gives it; None for the null embedding.
+            captions: B captions; None drops the caption.
+            sampling: other settings than the decoder's own. Its sampler is not used.
         """
         settings = sampling or self.decoder.sampling
         schedule = self.decoder.process.schedule.respaced(settings.steps)
@@ -332,7 +338,8 @@ class UnCLIP(Pretrained):
                 draws. "text": the caption's text embedding, for decoders that were trained on
                 those. "caption": none.
             size: one of `sizes`, such as 64, 256 or 1024; None: the largest.
-            prior_sampling, sampling: other settings than those of the prior and the decoder.
+            prior_sampling: other settings than the prior's own.
+            sampling: other settings than the decoder's own.
             upsampling: other settings than the upsamplers' own, by target side: {256: ...}.
             callback: called with (stage, step, steps), where stage is "prior", "decoder",
                 "upsampler 256" or "upsampler 1024".

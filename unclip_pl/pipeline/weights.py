@@ -38,8 +38,9 @@ StageT = TypeVar("StageT", bound=Stage)
 
 
 def read_weights(path: str | os.PathLike) -> Release:
-    """Read a release folder or a Lightning checkpoint (a file, or a folder of shards), here or at
-    a remote URL.
+    """Read a release folder or a Lightning checkpoint, here or at a remote URL.
+
+    A checkpoint is a file, or a folder of shards.
 
     Of a checkpoint, the weights are the EMA's. Hyperparameters that are younger than the weights
     are filled in.

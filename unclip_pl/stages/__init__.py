@@ -1,4 +1,4 @@
-"""The LightningModules, one file a stage: what it computes, its loss, how it samples."""
+"""The LightningModules, one file per stage: what it computes, its loss, how it samples."""
 
 import importlib
 import pkgutil

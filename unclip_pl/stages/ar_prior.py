@@ -1,5 +1,6 @@
-"""The autoregressive prior P(z_i | y): CLIP image embeddings from captions, one code after another
-(unCLIP section 2.2).
+"""The autoregressive prior P(z_i | y): CLIP image embeddings from captions (unCLIP section 2.2).
+
+One code is drawn after another.
 
 An image embedding is a sequence of quantised PCA coordinates, fitted to the store before the first
 step. The loss is cross-entropy on the codes.
@@ -79,8 +80,9 @@ class ARPriorSamplingConfig:
 
 
 class ARPrior(Stage):
-    """Trains on `image_embed`, `text_embed` and `tokens` (or `text_states`, or `text_tokens` that
-    are longer) of a batch; see `TextConfig` for the caption.
+    """Trains on `image_embed`, `text_embed` and the caption of a batch.
+
+    The caption is `tokens` (or `text_states`, or `text_tokens` that are longer); see `TextConfig`.
 
     Args:
         net: the causal Transformer; `embed_dim` must be the CLIP's.

@@ -1,5 +1,4 @@
-"""What every stage shares: saved settings, training and validation steps, and going on from a
-checkpoint.
+"""What every stage shares: saved settings, training and validation steps, and resuming a run.
 
 A stage owns its networks, its loss and how to sample. CLIP, data, EMA, pictures and checkpoints
 live elsewhere.
@@ -73,7 +72,7 @@ class Stage(LightningModule):
     legacy_defaults: dict[str, Any] = {}
     """Values of settings that older weights do not name, where they are not today's defaults."""
     scalars: tuple[str, ...] | None = None
-    """The scalars that `loss` returns; None: not told, so that monitors cannot be checked."""
+    """The scalars that `loss` returns; None: not known, so that monitors cannot be checked."""
     _resumed: bool = False
     """A checkpoint was loaded, and training has not begun yet."""
 

@@ -1,5 +1,6 @@
-"""A small CLIP trained from scratch (Radford et al. 2021, arXiv 2103.00020), so that the other
-stages have one without a download.
+"""A small CLIP trained from scratch (Radford et al. 2021, arXiv 2103.00020).
+
+With it the other stages have a CLIP without a download.
 
 open_clip provides the model and the loss. `unclip export` turns a checkpoint into an open_clip
 folder, which `FrozenCLIP` and open_clip itself load.
@@ -19,8 +20,9 @@ from unclip_pl.utils.errors import UserError
 
 
 class CLIP(Stage):
-    """Contrastive image-text training with open_clip's ClipLoss; the logit scale never exceeds 100
-    (CLIP, section 2.5).
+    """Contrastive image-text training with open_clip's ClipLoss.
+
+    The logit scale never exceeds 100 (CLIP, section 2.5).
 
     Args:
         architecture: an open_clip folder (`local-dir:/path`) whose `open_clip_config.json`
@@ -88,8 +90,10 @@ class CLIP(Stage):
         return {"loss": self.contrast(batch, self.global_rank if self.training else 0, world)}
 
     def contrast(self, batch: dict, rank: int = 0, world: int = 1) -> Tensor:
-        """The contrastive loss: each caption of this rank against the images of all `world` ranks,
-        and the reverse."""
+        """Compute the contrastive loss, a scalar.
+
+        Each caption of this rank is compared with the images of all `world` ranks, and the reverse.
+        """
         from open_clip.loss import ClipLoss
 
         image, text = self.embed(batch["image"], batch["tokens"])

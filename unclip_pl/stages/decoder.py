@@ -1,5 +1,6 @@
-"""The decoder P(x | z_i, y): a 64x64 image from a CLIP image embedding and, optionally, its caption
-(unCLIP section 2.1).
+"""The decoder P(x | z_i, y): a 64x64 image from a CLIP image embedding (unCLIP section 2.1).
+
+Its caption is an optional second condition.
 
 An ADM U-Net. The embedding is added to the timestep embedding and gives four extra context tokens.
 The loss is hybrid, with learned variance.
@@ -163,8 +164,10 @@ class Decoder(Stage):
 
         Args:
             batch: see `sample`.
-            keep_embed, keep_text: (B,) bool. Where one is False, or the batch has no such entry,
-                the null replaces it.
+            size: B, the number of samples.
+            keep_embed: (B,) bool. Where it is False, or the batch has no embedding, the null
+                replaces it.
+            keep_text: (B,) bool, the same for the caption.
 
         Returns:
             keyword arguments of `UNet.encode_context`.
@@ -227,11 +230,13 @@ class Decoder(Stage):
     def predictor(
         self, batch: dict, size: int, schedule: Schedule, settings: DecoderSamplingConfig
     ) -> Predict:
-        """predict(x, t) for `size` images, guided and thresholded.
+        """Make predict(x, t) for the conditions of a batch, guided and thresholded.
 
         Args:
             batch: the conditions; see `sample`.
+            size: the number of images.
             schedule: the steps that the sampler will take.
+            settings: their guidance scale and threshold are used.
         """
         use_guidance = settings.guidance_scale != 1
         keep = torch.ones(size, dtype=torch.bool, device=self.device)

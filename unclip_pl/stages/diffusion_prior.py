@@ -1,5 +1,6 @@
-"""The diffusion prior P(z_i | y, z_t): a CLIP image embedding from a caption and its CLIP text
-embedding (unCLIP section 2.2).
+"""The diffusion prior P(z_i | y, z_t): a CLIP image embedding from a caption (unCLIP section 2.2).
+
+The caption's CLIP text embedding z_t is the other condition.
 
 A causal Transformer predicts z_i itself, trained with mean squared error. Of two samples the one
 closer to z_t is kept.
@@ -84,8 +85,9 @@ class PriorSamplingConfig(SamplerConfig):
 
 
 class DiffusionPrior(Stage):
-    """Trains on `image_embed`, `text_embed` and `tokens` (or `text_states`, `text_mask`, or
-    `text_tokens` that are longer) of a batch.
+    """Trains on `image_embed`, `text_embed` and the caption of a batch.
+
+    The caption is `tokens` (or `text_states`, `text_mask`, or `text_tokens` that are longer).
 
     Args:
         net: the Transformer; `embed_dim` must be the CLIP's.
@@ -168,17 +170,21 @@ class DiffusionPrior(Stage):
         check_own_tokens(data, self.text_config)
 
     def conditions(self, batch: dict) -> dict[str, Tensor | None]:
-        """The caption as arguments of the network. What the batch lacks is None and counts as
-        dropped."""
+        """The caption as arguments of the network.
+
+        What the batch lacks is None and counts as dropped.
+        """
         embed = batch.get("text_embed")
         if embed is not None:
             embed = self.on_network_scale(embed)
         return caption_of(batch, self.text_config) | {"text_embed": embed}
 
     def encode_text(self, batch: dict, size: int, null: bool = False) -> Prefix:
-        """Read the `size` captions of a batch once, for all steps.
+        """Read the captions of a batch once, for all steps.
 
         Args:
+            batch: the captions; see `sample`.
+            size: how many there are.
             null: append one row with a dropped caption.
         """
         conditions = self.conditions(batch)

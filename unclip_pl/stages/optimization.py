@@ -50,9 +50,10 @@ class OptimizerConfig:
             )
 
     def lr_factor(self, step: int, max_steps: int) -> float:
-        """The learning rate at an optimizer step, as a share of `lr`.
+        """Compute the learning rate at an optimizer step, as a share of `lr`.
 
         Args:
+            step: optimizer steps done so far, 0 for the first one.
             max_steps: the last step, which a cosine needs; <= 0: not known.
 
         Raises:

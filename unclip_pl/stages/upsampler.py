@@ -1,5 +1,6 @@
-"""The upsamplers 64 -> 256 and 256 -> 1024 (unCLIP section 2.1): diffusion on crops, conditioned
-only on the image at a quarter of the side.
+"""The upsamplers 64 -> 256 and 256 -> 1024: diffusion on crops (unCLIP section 2.1).
+
+The only condition is the image at a quarter of the side.
 
 An ADM U-Net without attention, so that a network trained on crops works on whole images of any
 size. No caption, no embedding, no guidance.
@@ -195,8 +196,10 @@ class Upsampler(Stage):
     def predict(
         self, x_t: Tensor, t: Tensor, enlarged: Tensor, net: UNet | None = None
     ) -> tuple[Tensor, Tensor | float]:
-        """The prediction of the process's target by `net` (None: the trained network), and the
-        scale of that network's own part in it."""
+        """Predict the process's target, and give the scale of the network's own part in it.
+
+        The network is `net`; None: the trained one.
+        """
         output = (net or self.net)(x_t, t, low_res=enlarged)
         if not self.residual_std:
             return output, 1.0
@@ -268,13 +271,17 @@ def in_turn(first: Predict, last: Predict, steps: int) -> Predict:
 
 
 class Upsampler256(Upsampler):
-    """64 -> 256: cosine schedule, 27 steps (unCLIP Table 3); trained on conditions degraded by
-    Gaussian blur."""
+    """Upsampler 64 -> 256: cosine schedule, 27 steps (unCLIP Table 3).
+
+    Trained on conditions degraded by Gaussian blur.
+    """
 
 
 class Upsampler1024(Upsampler):
-    """256 -> 1024: linear schedule, 15 steps (unCLIP Table 3); trained on conditions degraded by
-    BSR-light."""
+    """Upsampler 256 -> 1024: linear schedule, 15 steps (unCLIP Table 3).
+
+    Trained on conditions degraded by BSR-light.
+    """
 
     def __init__(
         self,

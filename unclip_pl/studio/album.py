@@ -1,5 +1,7 @@
-"""The pictures of everybody who is at the page: PNG files with their settings, for as long as the
-person stays."""
+"""The pictures of everybody who is at the page: PNG files with their settings.
+
+They are kept for as long as the person stays.
+"""
 
 import re
 import secrets

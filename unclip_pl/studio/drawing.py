@@ -181,7 +181,7 @@ def inpainting(models: Models, request: Inpaint, tell: Tell) -> Result:
     else:
         embeds = unclip.embed_text(captions) if condition == "text" else None
     sampling = models.sampling(request)
-    if sampling.sampler == "ddim":  # noise on the way heeds what is known better
+    if sampling.sampler == "ddim":  # with noise the drawn part fits the known part better
         sampling = dataclasses.replace(sampling, eta=1.0)
     images = inpaint(
         unclip,
@@ -314,8 +314,8 @@ def inverted(models: Models, request: Drawing, image: str, tell: Tell) -> Latent
 def following(models: Models, request: Drawing, latent: Latent, eta: float | None = None) -> Any:
     """The settings that draw a latent again, left where the request says so."""
     asked = {"sampler": request.sampler, "guidance_scale": request.guidance_scale, "eta": eta}
-    told = {name: value for name, value in asked.items() if value is not None}
-    return inversion_sampling(models.plain, latent.steps, **told)
+    chosen = {name: value for name, value in asked.items() if value is not None}
+    return inversion_sampling(models.plain, latent.steps, **chosen)
 
 
 def mask_of(models: Models, request: Inpaint) -> Tensor:

@@ -202,7 +202,7 @@ class Engine:
         return batch
 
     def _draw(self, batch: list[Ticket]) -> None:
-        """Draw tickets together; where that fails, each alone, so that none suffers for another."""
+        """Draw tickets together; if that fails, one by one, so that one error stops no other."""
         batch = [ticket for ticket in batch if ticket.begin()]
         if not batch:
             return
@@ -255,7 +255,7 @@ class _Watcher:
 
 
 def sentence(error: Exception) -> str:
-    """What a user is told of an error; what is unexpected goes to the log as a whole."""
+    """What a user sees of an error; an unexpected error goes to the log in full."""
     if isinstance(error, UserError):
         return str(error)
     log.error("A request failed.", exc_info=error)

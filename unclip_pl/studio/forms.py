@@ -16,7 +16,7 @@ OWN = "the model's own"
 PRIOR_NAMES = {
     "diffusion": "diffusion",
     "ar": "autoregressive",
-    "none": "none: the caption alone",
+    "none": "none: the caption only",
     "text": "none: CLIP's text embedding",
 }
 NUMBERS: dict[str, type] = {

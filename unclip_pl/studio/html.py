@@ -1,5 +1,8 @@
-"""Pieces of the page that are plain HTML: pictures while they are drawn and when they are done, a
-slider over frames that asks nobody, and sentences that screen readers read out."""
+"""Pieces of the page that are plain HTML.
+
+Pictures while they are drawn and when they are done, a slider over frames that works in the
+browser, and sentences that screen readers read out.
+"""
 
 import base64
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""Gradio's components for pictures, with this project's guarded reader in the place of their own.
+"""Gradio's components for pictures, with this project's guarded reader instead of their own.
 
 Their values, as functions of the page get them, are files in base64, as requests hold them.
 They are classes, because Gradio makes new ones of them for each visit. Where it may, it writes a
-stub (`inputs.pyi`) beside this file, which nobody needs.
+stub (`inputs.pyi`) next to this file, which is not needed.
 """
 
 from pathlib import Path

@@ -76,12 +76,17 @@ class Models:
         cuda_graphs: bool = False,
         **placement: Any,
     ) -> "Models":
-        """From releases or checkpoints, by default those in the package.
+        """Load releases or checkpoints, by default those in the package.
 
         Args:
+            decoder: a release or a checkpoint; None: the decoder in the package.
             prior: "diffusion", "ar", a release or a checkpoint; None: both in the package, unless
                 the decoder was trained on text embeddings and needs none.
-            others: as for `UnCLIP.load`.
+            upsamplers: releases or checkpoints, or "256" and "1024" for those in the package.
+            store: the embedding store whose principal components are shown; None: OpenMoji's.
+            compile: compile the stages' blocks; see `UnCLIP.accelerate`.
+            cuda_graphs: record and replay the denoising steps; see `UnCLIP.accelerate`.
+            placement: further arguments of `UnCLIP.load`: `clip`, `device`, `offload`, `precision`.
 
         Raises:
             UserError: as `UnCLIP.load`.

@@ -67,7 +67,7 @@ def read_picture(data: bytes, name: str = "picture", size: int | None = None) ->
 
 
 def settings_of(request: Request, label: str, seed: int) -> dict[str, Any]:
-    """The settings of one picture of a request; of a `Create` those that draw it alone."""
+    """The settings of one picture of a request; of a `Create` those that draw only this one."""
     settings = described(request)
     if isinstance(request, Create):
         settings |= {"captions": [label], "num_images": 1, "seed": seed}

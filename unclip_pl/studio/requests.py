@@ -90,8 +90,8 @@ class PriorSettings:
     """Which prior draws the image embeddings of captions, and how; None: its own."""
 
     prior: str | None = None
-    """"diffusion" or "ar"; "text": CLIP's text embedding in the place of an image embedding;
-    "none": the caption alone. None: the first that the studio has."""
+    """"diffusion" or "ar"; "text": CLIP's text embedding instead of an image embedding;
+    "none": the caption only. None: the first that the studio has."""
     prior_steps: int | None = None
     prior_sampler: PriorSampler | None = None
     prior_guidance_scale: float | None = None

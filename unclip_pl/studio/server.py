@@ -23,9 +23,10 @@ CLOSING_SECONDS = 3
 
 
 def build(engine: Engine, runs: Path | None = None, users: dict[str, str] | None = None) -> Guard:
-    """The whole application; it closes the engine when it is shut down.
+    """Build the whole application, which closes the engine when it is shut down.
 
     Args:
+        engine: draws what the page and the API ask for.
         runs: a folder of training runs to show.
         users: passwords by name; None: everybody may come in.
     """
@@ -88,7 +89,7 @@ def server_of(app: Guard) -> Server:
 
 
 def serve(app: Guard, listener: socket.socket) -> None:
-    """Serve until the process is told to end (SIGINT, SIGTERM)."""
+    """Serve until the process gets SIGINT or SIGTERM."""
     server = server_of(app)
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
     try:  # uvicorn sends the signal again when it has shut down, to handlers that were there before

@@ -12,7 +12,7 @@ from unclip_pl.utils.errors import UserError
 class LoRA(Callback):
     """Trains low-rank adapters of some layers of a stage's network, and nothing else.
 
-    The stage starts from the weights of --init. Checkpoints hold the adapters beside the weights;
+    The stage starts from the weights of --init. Checkpoints hold the adapters next to the weights;
     whatever reads one (`unclip export`, `generate`, --init) merges them.
 
     Args:

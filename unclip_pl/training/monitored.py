@@ -16,7 +16,7 @@ SILENT = ("lightning.pytorch.", "unclip_pl.")
 def require_logged(trainer: Trainer, stage: LightningModule, validates: bool) -> None:
     """Check the `monitor` of each callback.
 
-    Where the stage or a callback does not tell what it logs (`logged_names`), nothing is checked.
+    If the stage or a callback does not declare what it logs (`logged_names`), nothing is checked.
 
     Args:
         trainer: with the callbacks of the run.
@@ -48,7 +48,7 @@ def require_logged(trainer: Trainer, stage: LightningModule, validates: bool) ->
 
 
 def logged_names(stage: Any, callbacks: Iterable[Callback]) -> set[str] | None:
-    """All names that a stage and the callbacks log; None: one of them does not tell."""
+    """All names that a stage and the callbacks log; None: one of them does not declare any."""
     names: set[str] | None = stage.logged_names() if hasattr(stage, "logged_names") else None
     for callback in callbacks:
         if names is None:

@@ -5,11 +5,11 @@ import socket
 
 
 def rank() -> int:
-    """The number of this process, from 0; 0 where it is alone.
+    """The number of this process, from 0; 0 if it is the only one.
 
     torchrun sets RANK. srun sets SLURM_PROCID; a batch script and a shell inside of an allocation
-    have that variable too, but no step of srun, and count as alone. Processes that Lightning starts
-    by itself have LOCAL_RANK only.
+    have that variable too, but no step of srun, and count as single. Processes that Lightning
+    starts by itself have LOCAL_RANK only.
     """
     return int(os.environ.get("RANK") or _of_step("SLURM_PROCID") or local_rank())
 

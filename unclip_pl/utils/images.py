@@ -285,8 +285,9 @@ def save_png(image: Image.Image | Tensor, path: str | os.PathLike, **metadata: s
     """Write a PNG file atomically.
 
     Args:
-        image, metadata: as in `png_bytes`.
+        image: a PIL image, or a tensor (3, H, W) in [-1, 1].
         path: of the file.
+        metadata: written as text chunks.
 
     Returns:
         `path`.

@@ -96,8 +96,10 @@ def add_prior_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prior_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How a prior samples: --prior-guidance-scale, --prior-steps, --prior-sampler,
-    --prior-temperature, --prior-top-p."""
+    """Add the options for how a prior samples.
+
+    --prior-guidance-scale, --prior-steps, --prior-sampler, --prior-temperature, --prior-top-p.
+    """
     parser.add_argument(
         "--prior-guidance-scale", type=float, help="1: no guidance; by default the prior's own"
     )
@@ -158,7 +160,7 @@ def override_sampling(stage: Any, options: Mapping[str, Any], prefix: str = "") 
                 f"{option('eta')} is for the sampler ddim, and this stage's is {sampler}: add "
                 f"{option('sampler')} ddim, or leave {option('eta')} out."
             )
-    # A decoder's own settings allow less than 1, for its null branch alone; no option does.
+    # A decoder's own settings allow less than 1, for only its null branch; no option does.
     if not 1 <= values.get("guidance_scale", 1) < float("inf"):
         raise UserError(
             f"{option('guidance_scale')} is {values['guidance_scale']}: give 1 (no guidance) or "

@@ -63,6 +63,6 @@ def _card(folder: Path, part: str, command: str, draws: str, model: str, publish
         "",
         f"- Model: {model}.",
         f"- Licence of the weights: {licence or 'see where they were published'}. {published}",
-        "- CLIP: the folder `clip` beside this one.",
+        "- CLIP: the folder `clip` next to this one.",
     ]
     return "\n".join(lines) + "\n"

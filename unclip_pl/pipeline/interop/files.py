@@ -193,7 +193,7 @@ def explained(where: str) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         if "global" in str(error).lower():
             raise UserError(
-                f"{where} holds Python objects that could run code when loaded, not weights alone, "
+                f"{where} holds Python objects that could run code when loaded, not only weights, "
                 "so it was not loaded: get a safetensors file of it."
             ) from None
         raise UserError(f"{where} holds no weights, or is damaged: get the file again.") from None

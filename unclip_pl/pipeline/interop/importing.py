@@ -12,7 +12,7 @@ from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.clip.fingerprint import Fingerprint
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.pipeline import release
-from unclip_pl.pipeline.hub import CLIP_BESIDE, copy_clip, model_card, write_parts
+from unclip_pl.pipeline.hub import SIBLING_CLIP, copy_clip, model_card, write_parts
 from unclip_pl.pipeline.interop import kandinsky, karlo, karlo_original
 from unclip_pl.pipeline.interop.cards import kandinsky_card, karlo_card
 from unclip_pl.pipeline.interop.karlo import Part
@@ -71,7 +71,8 @@ def import_kandinsky_prior(folder: Path, out: Path, precision: Precision = "fp16
 
     Args:
         folder: of diffusers' layout, with prior, scheduler, text_encoder and image_encoder.
-        out, precision: as for `import_karlo`.
+        out: a new folder.
+        precision: of the release: "fp32" keeps float32 weights to the bit.
 
     Returns:
         the folders of the CLIP and the prior.
@@ -101,11 +102,11 @@ def _write_parts(
     precision: Precision,
     card: Callable[[str], str],
 ) -> None:
-    """The releases below `out`, beside the CLIP that is there; `card` writes the one of a part."""
+    """Write the releases below `out`, which has the CLIP; `card` makes the card of a part."""
     frozen = FrozenCLIP(CLIPConfig(model=f"local-dir:{out / 'clip'}"))
     _check_widths(frozen, parts)
     fingerprint = frozen.fingerprint()
-    fingerprint["config"]["model"] = CLIP_BESIDE
+    fingerprint["config"]["model"] = SIBLING_CLIP
     null = empty_caption(frozen)
     del frozen
     for part in parts:

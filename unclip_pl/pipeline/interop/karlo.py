@@ -212,8 +212,10 @@ def _threshold(folder: Path, variance: str) -> Threshold:
 
 
 def _unet(config: dict[str, Any], cross: str, where: Path) -> dict[str, Any]:
-    """Fields of a UNetConfig from a network's settings; levels have attention where their blocks
-    are named `cross`."""
+    """Read the fields of a UNetConfig from a network's settings.
+
+    Levels have attention where their blocks are named `cross`.
+    """
     side, depth, channels, down, up = sizes(
         config,
         *("sample_size", "layers_per_block", "block_out_channels"),

@@ -1,7 +1,7 @@
 """Karlo in its own files: three `.ckpt`, and a `.th` with the mean and std of the embeddings.
 
-They have no settings beside them: sizes are read off the weights, and what cannot be (pictures of
-64 and 256 pixels, heads of 64 channels) is that of the published model.
+They come without settings. Sizes are read from the weights. What the weights do not show (pictures
+of 64 and 256 pixels, heads of 64 channels) is that of the published model.
 """
 
 from functools import partial

@@ -122,7 +122,7 @@ def _model_config(text: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any
 
 
 def _preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
-    """open_clip's `preprocess_cfg` from Hugging Face's image processor beside a tower."""
+    """open_clip's `preprocess_cfg` from Hugging Face's image processor of a tower."""
     places = (folder.parent / name for name in ("feature_extractor", "image_processor"))
     files = [place / "preprocessor_config.json" for place in places]
     given = next((read_json(file) for file in files if file.is_file()), {})
