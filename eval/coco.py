@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--decoder",
+        "--ckpt",
         default="openmoji",
         help='a checkpoint or release; "openmoji" is the one in the package',
     )

@@ -23,7 +23,14 @@ from eval.conditioning import TITLES, Conditioning
 from eval.evaluator import Evaluator, add_evaluator_options, choose_score_clip, metric_titles
 from eval.floor import NO_FLOOR, RealImages, add_reference_options
 from eval.metrics import FRECHET
-from eval.source import Model, add_generation_options, decoder_path, describe_weights
+from eval.source import (
+    PRIOR_OPTIONS,
+    Model,
+    add_generation_options,
+    decoder_path,
+    describe_weights,
+    refuse_options,
+)
 from eval.tables import (
     Section,
     body,
@@ -45,11 +52,13 @@ from unclip_pl.utils.images import save_png
 from unclip_pl.utils.options import add_renamed, override_sampling, positive_int
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
-PRIORS: dict[str, tuple[type[Prior], tuple[str, ...]]] = {
-    "ar": (ARPrior, ("guidance_scale", "temperature", "top_p")),
-    "diffusion": (DiffusionPrior, ("guidance_scale", "sampler", "steps")),
+PRIORS: dict[str, tuple[type[Prior], dict[str, float | None]]] = {
+    "ar": (ARPrior, {"guidance_scale": 1.0, "temperature": 1.0, "top_p": 1.0}),
+    "diffusion": (DiffusionPrior, {"guidance_scale": 1.0, "sampler": None, "steps": None}),
 }
-"""Each prior's stage, and those of its settings that have an option."""
+"""Each prior's stage, and those of its settings that have an option, with their defaults here; None
+is the prior's own. Both priors draw from what they have learned: the same guidance, nothing cut
+off."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,13 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__, "eval.compare", batch_size=32)
     parser.set_defaults(out=Path("out/compare"))
     add = parser.add_argument
-    add("--decoder", default="openmoji", help='a checkpoint or release; "openmoji": the package\'s')
+    decoder_help = 'a checkpoint or release; "openmoji": the package\'s'
+    add("--decoder", "--ckpt", default="openmoji", help=decoder_help)
     add("--text-decoder", help="one trained on text embeddings; by default it is left out")
     add("--diffusion-prior", default="diffusion", help='a checkpoint or release, or "none"')
     add("--ar-prior", default="ar", help='a checkpoint or release, or "none"')
-    add_generation_options(parser)
-    # By default both priors draw from what they have learned: the same guidance, nothing cut off.
-    parser.set_defaults(prior_guidance_scale=1.0, prior_temperature=1.0, prior_top_p=1.0)
+    add_generation_options(parser, own="1")
     add("--num-images", type=positive_int, default=1, help="per caption; figures are their means")
     add_renamed(parser, "--seeds", "--num-images")
     scales: dict[str, Any] = {"type": float, "nargs": "*", "default": list(SCALES)}
@@ -100,6 +108,7 @@ def load_conditions(
             "No decoder trained on text embeddings was given (--text-decoder), so that condition "
             "is left out."
         )
+    check_prior_options(arguments)
     for name in PRIORS:
         if getattr(arguments, f"{name}_prior") == "none":
             notes.append(f"The condition of the {TITLES[name]} is left out, as asked.")
@@ -115,6 +124,19 @@ def load_conditions(
     return conditions, notes
 
 
+def check_prior_options(arguments: argparse.Namespace) -> None:
+    """UserError where an option is given that no prior of this comparison has."""
+    drawing = [name for name in PRIORS if getattr(arguments, f"{name}_prior") != "none"]
+    useful = {f"prior_{field}" for name in drawing for field in PRIORS[name][1]}
+    useless = [name for name in PRIOR_OPTIONS if name not in useful]
+    left_out = " and ".join(f"--{name}-prior none" for name in PRIORS if name not in drawing)
+    refuse_options(arguments, useless, f"is for a prior that {left_out} leaves out")
+    if not drawing and {*arguments.prior_guidance_scales} - {*SCALES}:
+        raise UserError(
+            "--prior-guidance-scales is for priors, and both are left out: leave it out as well."
+        )
+
+
 def load_prior(
     name: str, arguments: argparse.Namespace, model: Model, captions: Sequence[Caption]
 ) -> Conditioning:
@@ -124,7 +146,11 @@ def load_prior(
     path = DEFAULT_PRIORS.get(path, Path(path))
     prior, decoder, clip = load_stage(path, kind), model.unclip.decoder, model.unclip.clip
     unclip = UnCLIP(decoder, prior, clip, model.device, precision=model.precision)
-    options = {f"prior_{field}": getattr(arguments, f"prior_{field}") for field in settings}
+    given = {field: getattr(arguments, f"prior_{field}") for field in settings}
+    options = {
+        f"prior_{field}": default if given[field] is None else given[field]
+        for field, default in settings.items()
+    }
     sampling = override_sampling(prior, options, "prior_")
     weights = describe_weights(path)
     return conditioning.from_prior(name, model, unclip, weights, sampling, captions, arguments.seed)

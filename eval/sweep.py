@@ -30,6 +30,7 @@ from eval.source import (
     add_generation_options,
     choose_prior,
     decoder_path,
+    default_condition,
     describe_weights,
 )
 from eval.tables import Section, body, floor_row
@@ -71,8 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--condition",
         choices=[*CONDITIONS, "image"],
-        default="prior",
-        help="what the decoder has for an image embedding; image: that of the caption's picture",
+        help="what the decoder has for an image embedding; image: that of the caption's picture; "
+        "by default the prior's, or the text's for a decoder that was trained on text embeddings",
     )
     add_generation_options(parser)
     add_reference_options(parser)
@@ -140,12 +141,10 @@ def load_condition(
 
 def run(arguments: argparse.Namespace) -> Figures:
     """Draw and evaluate each point; rank 0 writes the table, the curves and the pictures."""
-    model = settings_from(
-        Model,
-        arguments,
-        decoder=decoder_path(arguments.decoder),
-        prior=choose_prior(arguments.prior, arguments.condition),
-    )
+    decoder_folder = decoder_path(arguments.decoder)
+    arguments.condition = arguments.condition or default_condition(decoder_folder)
+    prior = choose_prior(arguments, arguments.condition)
+    model = settings_from(Model, arguments, decoder=decoder_folder, prior=prior)
     captions = read_captions(arguments.captions, arguments.num_captions, model.size)
     real = settings_from(RealImages, arguments, size=arguments.reference_size or model.size)
     real.check(captions)

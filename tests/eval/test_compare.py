@@ -17,6 +17,9 @@ from tests.cluster.forks import Ranks
 from tests.eval import tiny
 from unclip_pl.data.decoding import decode
 from unclip_pl.diffusion.noise import Noise
+from unclip_pl.pipeline.unclip import UnCLIP
+from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
+from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.utils.images import to_uint8
 
 
@@ -95,13 +98,18 @@ def test_each_condition_draws_what_the_stages_draw_from_its_embedding_with_the_s
     sampling = replace(unclip.decoder.sampling, guidance_scale=2.0)
     z_t = unclip.embed_text(texts)
     embeds = {"caption": None, "text": z_t, "text-decoder": z_t, "image": unclip.embed_images(real)}
+    ar = UnCLIP(unclip.decoder, load_stage(DEFAULT_PRIORS["ar"], ARPrior), unclip.clip)
+    for prior, system in {"ar": ar, "diffusion": unclip}.items():
+        settings = ran[1]["settings"][conditioning.TITLES[prior]]
+        prior_sampling = type(system.prior.sampling)(**settings)
+        embeds[f"{prior}-prior-1"] = system.sample_prior(texts, range(12), prior_sampling)
+    assert len(embeds) == len(conditioning.TITLES)
     for name, embed in embeds.items():
         decoder = text_model.unclip.decoder if name == "text-decoder" else unclip.decoder
         batch = unclip.conditions(embed, texts)
         expected = decoder.sample(batch, Noise(range(12)), sampling)
-        drawn = GeneratedImages(ran[0] / "samples" / f"{name}-2", captions, None, {}).load(
-            range(12)
-        )
+        folder = ran[0] / "samples" / f"{name}-2"
+        drawn = GeneratedImages(folder, captions, None, {}).load(range(12))
         assert (to_uint8(drawn).int() - to_uint8(expected).int()).abs().max() <= 1, name
 
 
@@ -142,7 +150,9 @@ def biased(stages, tmp_path_factory):
     more += ["--num-captions", "4", "--guidance-scales", "--prior-guidance-scales"]
     more += ["--num-images", "2", "--upsamplers", larger, "--guidance-scale", "1"]
     more += ["--features", "openmoji", "--score-clip", "openmoji"]
-    assert compare.main(words(stages, out, *more)) == 0
+    own = words(stages, out)
+    start = own.index("--prior-sampler")  # this one and the next are of the diffusion prior
+    assert compare.main([*own[:start], *own[start + 4 :], *more]) == 0
     return out, json.loads((out / "compare.json").read_text())
 
 
@@ -220,6 +230,8 @@ def test_two_ranks_give_the_same_pictures_and_figures(ran, stages, tmp_path):
         (["--prior-guidance-scales", "0.5"], "--prior-guidance-scales"),
         (["--resamples", "1"], "--resamples"),
         (["--prior-top-p", "2"], "top_p"),
+        (["--ar-prior", "none", "--prior-top-p", "0.9"], "--prior-top-p"),
+        (["--diffusion-prior", "none", "--baseline", "ar"], "--prior-steps"),
         (["--upsamplers", "1024"], "upsampler"),
     ],
 )

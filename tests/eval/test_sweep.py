@@ -24,6 +24,7 @@ def stages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     return {
         "decoder": tiny.decoder(folder / "image"),
+        "text": tiny.decoder(folder / "text", "text"),
         "shard": tiny.shards(folder / "drawings", 8),
         "more": tiny.shards(folder / "more", 20, seed=1),
     }
@@ -120,6 +121,8 @@ def test_the_report_its_curves_and_pictures_lie_in_the_folder(ran):
     [
         (["--guidance-scales"], "nothing to sweep"),
         (["--condition", "text", "--prior", "ar"], "--prior"),
+        (["--condition", "caption", "--prior-temperature", "2"], "--prior-temperature"),
+        (["--decoder", "{text}", "--prior-steps", "2"], "--condition text"),
         (["--sweep-steps", "0"], "--steps is 0"),
         (["--sweep-steps", "2000"], "--steps is 2000"),
         (["--sweep-steps", "fast28"], "--steps is fast28"),
@@ -128,6 +131,7 @@ def test_the_report_its_curves_and_pictures_lie_in_the_folder(ran):
     ],
 )
 def test_what_cannot_be_swept_is_one_sentence(more, keyword, stages, tmp_path, capsys):
+    more = [word.format(**stages) for word in more]
     assert sweep.main(words(stages, tmp_path / "out", *more)) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("python -m eval.sweep: ") and keyword in last
