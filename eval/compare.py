@@ -193,14 +193,14 @@ def run(arguments: argparse.Namespace) -> Figures:
     real = settings_from(RealImages, arguments, size=arguments.reference_size or model.size)
     real.check(captions)
     fixed = override_sampling(model.unclip.decoder, vars(arguments))
-    fingerprint = model.unclip.decoder.clip_fingerprint or {}
+    conditioning_clip = model.unclip.clip.fingerprint()
     evaluator = Evaluator(
         choose_features(arguments.features, arguments.captions),
-        choose_score_clip(arguments.score_clip, fingerprint),
+        choose_score_clip(arguments.score_clip, conditioning_clip),
         arguments.device,
         arguments.precision,
     )
-    notes += evaluator.shared_clip_warnings(fingerprint)
+    notes += evaluator.shared_clip_warnings(conditioning_clip)
     comparison = Comparison(settings, conditions, captions, evaluator, fixed, real)
     results = comparison.results()
     differences = comparison.differences(results)

@@ -16,6 +16,7 @@ from eval.captions import Caption, read_captions
 from eval.commands import settings_from
 from eval.generated import SHARD_SIZE, GeneratedImages, captions_digest
 from eval.stored import MAX_BAD_RATE, ImageSource, StoredImages
+from unclip_pl.clip.fingerprint import Fingerprint
 from unclip_pl.pipeline.unclip import CONDITIONS, Condition, UnCLIP
 from unclip_pl.pipeline.weights import (
     DEFAULT_DECODER,
@@ -191,6 +192,17 @@ def _generated(arguments: argparse.Namespace) -> GeneratedImages:
         clip=unclip.clip,
         size=model.size,
     )
+
+
+def conditioning_clip(source: ImageSource) -> Fingerprint | None:
+    """The fingerprint of the CLIP whose embeddings images are drawn from; None: not known."""
+    clip = source.clip if isinstance(source, GeneratedImages) else None
+    return None if clip is None else clip.fingerprint()
+
+
+def drawn_settings(source: ImageSource) -> dict[str, Any] | None:
+    """What decided the images that a model draws; None for images that were there."""
+    return source.settings if isinstance(source, GeneratedImages) else None
 
 
 def decoder_path(name: str) -> str:

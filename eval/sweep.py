@@ -151,14 +151,14 @@ def run(arguments: argparse.Namespace) -> Figures:
     decoder = model.unclip.decoder
     curves = build_curves(arguments, decoder)
     condition = load_condition(arguments, captions, model)
-    fingerprint = decoder.clip_fingerprint or {}
+    conditioning_clip = model.unclip.clip.fingerprint()
     evaluator = Evaluator(
         choose_features(arguments.features, arguments.captions),
-        choose_score_clip(arguments.score_clip, fingerprint),
+        choose_score_clip(arguments.score_clip, conditioning_clip),
         arguments.device,
         arguments.precision,
     )
-    notes = evaluator.shared_clip_warnings(fingerprint)
+    notes = evaluator.shared_clip_warnings(conditioning_clip)
     text, reference = evaluator.embed_captions(captions), real.features(evaluator, captions)
     key, count = evaluator.network.frechet, len(gather_ranks(reference, arguments.device).number)
     floor, others = None, real.floor_features(evaluator)

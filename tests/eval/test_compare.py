@@ -159,6 +159,7 @@ def biased(stages, tmp_path_factory):
 def test_a_scoring_clip_that_conditions_is_named_in_the_notes(biased):
     score, features = (text for text in biased[1]["notes"] if "conditions the decoder" in text)
     assert "--score-clip" in score and "--features" in features
+    assert score in (biased[0] / "compare.md").read_text()
     assert "best" not in biased[1]["conditions"]["text"] and list(biased[1]["differences"]) == [
         "fixed"
     ]
