@@ -22,6 +22,7 @@ from eval.comparison import Comparison, ComparisonSettings, Differences, Results
 from eval.conditioning import TITLES, Conditioning
 from eval.evaluator import Evaluator, add_evaluator_options, choose_score_clip, metric_titles
 from eval.floor import NO_FLOOR, RealImages, add_reference_options
+from eval.generated import captions_digest
 from eval.metrics import FRECHET
 from eval.source import (
     PRIOR_OPTIONS,
@@ -52,6 +53,11 @@ from unclip_pl.utils.images import save_png
 from unclip_pl.utils.options import add_renamed, override_sampling, positive_int
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+CHOSEN = (
+    "The best guidance is chosen by the figures of these captions, and that of a prior as well: "
+    "the table of the best flatters all conditions, most of all the priors, and its intervals "
+    "leave this out."
+)
 PRIORS: dict[str, tuple[type[Prior], dict[str, float | None]]] = {
     "ar": (ARPrior, {"guidance_scale": 1.0, "temperature": 1.0, "top_p": 1.0}),
     "diffusion": (DiffusionPrior, {"guidance_scale": 1.0, "sampler": None, "steps": None}),
@@ -210,6 +216,9 @@ def run(arguments: argparse.Namespace) -> Figures:
     floor = comparison.floor(len(captions))
     if floor is None:
         notes.append(NO_FLOOR.format(len(captions) + len(comparison.all_real.number)))
+    notes += results[names[0]]["fixed"]["notes"]
+    if comparison.sweeps:
+        notes.append(CHOSEN)
     description = describe(arguments, comparison)
     if rank() == 0:
         sections = build_sections(comparison, results, real_figures, differences)
@@ -226,23 +235,36 @@ def run(arguments: argparse.Namespace) -> Figures:
 
 
 def describe(arguments: argparse.Namespace, comparison: Comparison) -> dict[str, Any]:
-    """What the figures depend on, for the report."""
+    """All that the figures depend on: weights with their digests, settings, real images."""
+    by_name = {condition.name: condition for condition in comparison.conditions}
+    model, text = by_name["caption"].model, by_name.get("text-decoder")
     priors = {
-        TITLES[condition.name]: condition.settings["prior_sampling"]
+        TITLES[condition.name]: condition.settings["prior"] | condition.settings["prior_sampling"]
         for condition in comparison.conditions
         if condition.prior_scale is not None
     }
+    real, settings = comparison.real_images, comparison.settings
     return {
-        "decoder": arguments.decoder,
-        "size": comparison.conditions[0].model.size,
+        "decoder": model.settings["decoder"],
+        "decoder trained on text embeddings": text and text.model.settings["decoder"],
+        **priors,
+        "upsamplers": model.settings["upsamplers"],
+        "precision": model.precision,
+        "size": model.size,
         "captions": f"{arguments.captions} ({len(comparison.captions)})",
-        "images per caption": arguments.num_images,
+        "captions sha256": captions_digest(comparison.captions),
+        "images per caption": settings.num_images,
+        **asdict(comparison.fixed),
+        "guidance scales": [*settings.guidance_scales],
+        "guidance scales of priors": [*settings.prior_guidance_scales] if priors else [],
         "sweep over": f"the first {comparison.sweep_count}",
+        "reference": real.reference or "the captions' own pictures",
+        "reference size": real.size,
+        "floor": real.floor_path,
         "features": comparison.evaluator.network.name,
         "CLIP that scores": str(comparison.evaluator.clip.config),
+        "resamples": settings.resamples,
         "seed": arguments.seed,
-        **asdict(comparison.fixed),
-        **priors,
     }
 
 

@@ -23,8 +23,15 @@ from eval.evaluator import (
     gather_ranks,
     metric_titles,
 )
-from eval.floor import NO_FLOOR, RealImages, add_reference_options, compute_floor
-from eval.generated import GeneratedImages
+from eval.floor import (
+    NO_FLOOR,
+    RealImages,
+    add_reference_options,
+    compute_floor,
+    reached_on_other_pictures,
+)
+from eval.generated import GeneratedImages, captions_digest
+from eval.paired import paired_kid
 from eval.source import (
     Model,
     add_generation_options,
@@ -160,7 +167,8 @@ def run(arguments: argparse.Namespace) -> Figures:
     )
     notes = evaluator.shared_clip_warnings(conditioning_clip)
     text, reference = evaluator.embed_captions(captions), real.features(evaluator, captions)
-    key, count = evaluator.network.frechet, len(gather_ranks(reference, arguments.device).number)
+    all_real = gather_ranks(reference, arguments.device).features
+    key, count = evaluator.network.frechet, len(all_real)
     floor, others = None, real.floor_features(evaluator)
     if others is not None:
         floor = compute_floor(others, len(captions), count, key, arguments.seed)
@@ -173,20 +181,30 @@ def run(arguments: argparse.Namespace) -> Figures:
             drawn = condition.generate(arguments.out / "samples" / folder_name(sampling), sampling)
             features = evaluator.extract(drawn.batches(arguments.batch_size))
             figures = evaluator.compute(reference.features, features, text)
-            figures["at_floor"] = floor.reached_by(figures) if floor else []
+            every = [gather_ranks(features, arguments.device)]
+            if real.reference is None:
+                figures |= paired_kid(all_real, every)
+            reached = floor.reached_by(figures) if floor else []
+            if reached and real.reference is None:
+                others = reached_on_other_pictures(all_real, every, key, arguments.seed)
+                reached = [name for name in reached if name in others]
+            figures["at_floor"] = reached
             steps = {"step_count": count_steps(decoder, sampling)}
             results[name].append(asdict(sampling) | steps | figures)
             images[f"{sampling.sampler} {sampling.steps}, {sampling.guidance_scale:g}"] = drawn
             rows.append(table_row(sampling, figures, key))
     rows.append(floor_row(floor, key))
-    settings = {
-        "decoder": arguments.decoder,
+    notes += figures["notes"]
+    settings = model.settings | {
         "size": model.size,
         "condition": arguments.condition,
         "the decoder sees": str(condition.inputs),
-        "prior": model.prior or "none",
         "prior sampling": condition.settings.get("prior_sampling"),
         "captions": f"{arguments.captions} ({len(captions)})",
+        "captions sha256": captions_digest(captions),
+        "reference": real.reference or "the captions' own pictures",
+        "reference size": real.size,
+        "floor": real.floor_path,
         "features": evaluator.network.name,
         "CLIP that scores": str(evaluator.clip.config),
         "seed": arguments.seed,

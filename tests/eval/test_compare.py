@@ -12,7 +12,7 @@ from eval import compare, conditioning, distances
 from eval.captions import read_captions
 from eval.features import load_features
 from eval.generated import GeneratedImages
-from eval.source import Model
+from eval.source import Model, describe_weights
 from tests.cluster.forks import Ranks
 from tests.eval import tiny
 from unclip_pl.data.decoding import decode
@@ -101,7 +101,8 @@ def test_each_condition_draws_what_the_stages_draw_from_its_embedding_with_the_s
     ar = UnCLIP(unclip.decoder, load_stage(DEFAULT_PRIORS["ar"], ARPrior), unclip.clip)
     for prior, system in {"ar": ar, "diffusion": unclip}.items():
         settings = ran[1]["settings"][conditioning.TITLES[prior]]
-        prior_sampling = type(system.prior.sampling)(**settings)
+        own = {name: value for name, value in settings.items() if name not in ("name", "sha256")}
+        prior_sampling = type(system.prior.sampling)(**own)
         embeds[f"{prior}-prior-1"] = system.sample_prior(texts, range(12), prior_sampling)
     assert len(embeds) == len(conditioning.TITLES)
     for name, embed in embeds.items():
@@ -132,6 +133,29 @@ def test_the_report_its_curves_pictures_and_events_lie_in_the_folder(ran):
         assert picture.height >= 7 * 16 and picture.width > 3 * 16
         assert picture.text["captions"].count(";") == 2
     assert list((out / "tensorboard").glob("events.out.tfevents*"))
+
+
+def test_the_settings_hold_all_that_the_figures_depend_on(ran, biased, stages):
+    settings = ran[1]["settings"]
+    assert settings["decoder"] == describe_weights(stages["decoder"])
+    text, ar = settings["decoder trained on text embeddings"], settings["AR prior"]
+    assert text == describe_weights(stages["text"])
+    assert ar["sha256"] == describe_weights(DEFAULT_PRIORS["ar"])["sha256"]
+    assert (settings["upsamplers"], settings["precision"]) == ([], "fp32")
+    assert settings["reference"] == "the captions' own pictures"
+    assert settings["floor"] == str(stages["more"]) and settings["reference size"] == 16
+    assert settings["guidance scales"] == [1] and settings["resamples"] == 5
+    (upsampler,) = biased[1]["settings"]["upsamplers"]
+    assert upsampler == describe_weights(biased[0] / "upsampler")
+    report = (ran[0] / "compare.md").read_text()
+    assert f"| decoder | name image, sha256 {settings['decoder']['sha256']} |" in report
+
+
+def test_the_report_says_what_makes_figures_too_good_or_too_large(ran, biased):
+    for needle in ("best guidance is chosen", "12 images and the features have"):
+        assert any(needle in note for note in ran[1]["notes"])
+        assert needle in (ran[0] / "compare.md").read_text()
+    assert not any("best guidance" in note for note in biased[1]["notes"])
 
 
 def test_the_scoring_clip_is_not_the_one_that_conditions(ran):
@@ -180,6 +204,17 @@ def test_figures_are_means_over_several_larger_pictures_of_each_caption(biased, 
     figures = found["conditions"]["text"]["fixed"]
     assert values[0] != values[1]
     assert figures["fd_clip"] == pytest.approx(sum(values) / 2, rel=1e-6)
+
+
+def test_what_is_not_swept_has_no_curve_and_stays_at_its_fixed_guidance(stages, tmp_path):
+    out = tmp_path / "out"
+    more = ["--ar-prior", "none", "--num-captions", "4", "--guidance-scales", "--text-decoder", ""]
+    assert compare.main(words(stages, out, *more)) == 0
+    found = json.loads((out / "compare.json").read_text())["conditions"]
+    assert not any("sweep" in condition for condition in found.values())
+    assert [name for name in found if "prior_sweep" in found[name]] == ["diffusion"]
+    assert {condition["best"]["guidance_scale"] for condition in found.values()} == {2}
+    assert found["text"]["best"] == found["text"]["fixed"]
 
 
 def test_a_second_run_draws_nothing_and_has_the_same_figures(ran, stages, monkeypatch):

@@ -12,6 +12,7 @@ from eval.captions import read_captions
 from eval.evaluator import caption_images
 from eval.features import load_features
 from eval.metrics import FrechetDistance
+from eval.source import describe_weights
 from eval.stored import StoredImages
 from tests.eval import tiny
 from unclip_pl.pipeline.unclip import UnCLIP
@@ -91,7 +92,7 @@ def test_a_points_figures_are_those_of_its_pictures(ran, stages):
     assert figures["fd_clip"] == pytest.approx(metric.compute()["fd"], rel=1e-6)
 
 
-def test_the_report_its_curves_and_pictures_lie_in_the_folder(ran):
+def test_the_report_its_curves_and_pictures_lie_in_the_folder(ran, stages):
     out, found = ran
     table = (out / "sweep.md").read_text()
     lines = [line for line in table.partition("\n## ")[0].splitlines() if line.startswith("|")]
@@ -104,7 +105,10 @@ def test_the_report_its_curves_and_pictures_lie_in_the_folder(ran):
         point["at_floor"] for curve in found["curves"].values() for point in curve
     )
     assert found["settings"]["the decoder sees"] == "z_t as the embedding + the caption's tokens"
-    assert found["notes"] == [text for text in found["notes"] if text.startswith("The features")]
+    shared, sizes = found["notes"]
+    assert shared.startswith("The features") and "8 images" in sizes and sizes in table
+    assert found["settings"]["decoder"] == describe_weights(stages["decoder"])
+    assert found["settings"]["floor"] == str(stages["more"])
     assert "(sweep-curves.png)" in table and "(sweep.png)" in table
     assert "| CLIP that scores | openmoji-judge |" in table
     panels = sweep.build_panels(found["curves"], "fd_clip")
