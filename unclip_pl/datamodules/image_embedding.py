@@ -100,8 +100,10 @@ class ImageEmbeddingData(ShardData):
 
     @property
     def reads_captions(self) -> bool:
-        """Whether batches are used with their captions whatever the stage, so that
-        `prepare_data` calls `require_captions`."""
+        """Whether batches are used with their captions whatever the stage.
+
+        Then `prepare_data` calls `require_captions`.
+        """
         return self.text_states or self.text_length is not None
 
     def require_captions(self) -> None:
