@@ -17,17 +17,15 @@ from eval.evaluator import (
     add_score_clip_option,
     choose_score_clip,
     on_ranks_device,
-    same_clip,
+    shared_clip_warnings,
 )
 from eval.features import clip_config, clip_features
 from eval.metrics import CLIPScore, RetrievalRank
-from eval.source import add_source_options, open_source
+from eval.source import add_source_options, conditioning_clip, drawn_settings, open_source
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.utils.distributed import rank
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.options import add_renamed
-
-log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,18 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> Figures:
     """The figures over all ranks; rank 0 prints them as a table."""
     source = open_source(arguments)
-    conditioning_clip = getattr(source, "clip", None)
-    fingerprint = None if conditioning_clip is None else conditioning_clip.fingerprint()
-    name = choose_score_clip(arguments.score_clip, fingerprint)
+    conditioning = conditioning_clip(source)
+    name = choose_score_clip(arguments.score_clip, conditioning)
     clip = FrozenCLIP(clip_config(name, arguments.precision), arguments.device)
-    if fingerprint and same_clip(fingerprint, clip.fingerprint()) and rank() == 0:
-        log.warning(
-            "The images were drawn from embeddings of the CLIP %s, and the same CLIP scores them: "
-            "it may give a score that no person would (GLIDE, section 5.2). Name another one with "
-            "--score-clip.",
-            clip.config,
-        )
     network = clip_features(clip)
+    notes = shared_clip_warnings(conditioning, scores=network.fingerprint)
     metrics = [on_ranks_device(CLIPScore()), on_ranks_device(RetrievalRank(clip.embed_dim))]
     for batch in progress(source.batches(arguments.batch_size), len(source), "images"):
         for key, caption in zip(batch["keys"], batch["captions"], strict=True):
@@ -71,8 +62,8 @@ def run(arguments: argparse.Namespace) -> Figures:
         figures |= metric.compute()
     figures["bad"] = len(source) - figures["n"]
     if rank() == 0:
-        print(aligned(rows(figures)))
-    return figures
+        print("\n".join([aligned(rows(figures)), *notes]))
+    return figures | {"notes": notes, "drawn": drawn_settings(source)}
 
 
 def rows(figures: Figures) -> list[tuple[str, str]]:

@@ -30,7 +30,7 @@ from eval.commands import (
     run_command,
     settings_from,
 )
-from eval.evaluator import compute_distances, on_ranks_device, same_clip
+from eval.evaluator import compute_distances, on_ranks_device, shared_clip_warnings
 from eval.extract import reference_features
 from eval.features import Features, clip_config, clip_features, load_features
 from eval.metrics import FRECHET, CLIPScore, frechet_key
@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--decoder",
+        "--ckpt",
         default="openmoji",
         help='a checkpoint or release; "openmoji" is the one in the package',
     )
@@ -181,8 +182,9 @@ def run(arguments: argparse.Namespace) -> Figures:
     model = settings_from(Model, arguments, decoder=decoder_path(arguments.decoder))
     points = build_points(arguments, model, selection.captions)
     size = arguments.reference_size or model.size
-    flattered = same_clip(model.unclip.clip.fingerprint(), clip.fingerprint())
-    notes = warn(model.size, size, str(clip.config) if flattered else None)
+    notes = size_warnings(model.size, size)
+    conditioning = model.unclip.clip.fingerprint()
+    notes += shared_clip_warnings(conditioning, network.fingerprint, clip.fingerprint())
     batch_size = arguments.batch_size
 
     def stored(names: Sequence[str], captions: Sequence[str] | None = None) -> StoredImages:
@@ -226,28 +228,22 @@ def run(arguments: argparse.Namespace) -> Figures:
     return {"points": results, "real": real_score, "notes": notes, "settings": settings}
 
 
-def warn(side: int, size: int, flattering_clip: str | None) -> list[str]:
-    """What keeps the figures from being the paper's, in sentences; they are logged too.
+def size_warnings(side: int, size: int) -> list[str]:
+    """A sentence where sizes keep the figures from being the paper's; it is logged too.
 
     Args:
         side: of the drawn images, in pixels.
         size: of the real ones.
-        flattering_clip: the CLIP that scores, if it is the one that conditions.
     """
-    notes = []
-    if side != SIDE or size != SIDE:
-        notes.append(
-            f"Images of {side} pixels are compared with real ones of {size}, and the paper's are "
-            f"of {SIDE}."
-        )
-    if flattering_clip:
-        notes.append(
-            f"The CLIP that scores ({flattering_clip}) is the one that conditions, which flatters "
-            "what was drawn from its embeddings: name another with --score-clip."
-        )
-    for text in notes:
+    if side == size == SIDE:
+        return []
+    text = (
+        f"Images of {side} pixels are compared with real ones of {size}, and the paper's are of "
+        f"{SIDE}."
+    )
+    if rank() == 0:
         log.warning(text)
-    return notes
+    return [text]
 
 
 def evaluate(

@@ -22,8 +22,16 @@ from eval.comparison import Comparison, ComparisonSettings, Differences, Results
 from eval.conditioning import TITLES, Conditioning
 from eval.evaluator import Evaluator, add_evaluator_options, choose_score_clip, metric_titles
 from eval.floor import NO_FLOOR, RealImages, add_reference_options
+from eval.generated import captions_digest
 from eval.metrics import FRECHET
-from eval.source import Model, add_generation_options, decoder_path, describe_weights
+from eval.source import (
+    PRIOR_OPTIONS,
+    Model,
+    add_generation_options,
+    decoder_path,
+    describe_weights,
+    refuse_options,
+)
 from eval.tables import (
     Section,
     body,
@@ -45,11 +53,18 @@ from unclip_pl.utils.images import save_png
 from unclip_pl.utils.options import add_renamed, override_sampling, positive_int
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
-PRIORS: dict[str, tuple[type[Prior], tuple[str, ...]]] = {
-    "ar": (ARPrior, ("guidance_scale", "temperature", "top_p")),
-    "diffusion": (DiffusionPrior, ("guidance_scale", "sampler", "steps")),
+CHOSEN = (
+    "The best guidance is chosen by the figures of these captions, and that of a prior as well: "
+    "the table of the best flatters all conditions, most of all the priors, and its intervals "
+    "leave this out."
+)
+PRIORS: dict[str, tuple[type[Prior], dict[str, float | None]]] = {
+    "ar": (ARPrior, {"guidance_scale": 1.0, "temperature": 1.0, "top_p": 1.0}),
+    "diffusion": (DiffusionPrior, {"guidance_scale": 1.0, "sampler": None, "steps": None}),
 }
-"""Each prior's stage, and those of its settings that have an option."""
+"""Each prior's stage, and those of its settings that have an option, with their defaults here; None
+is the prior's own. Both priors draw from what they have learned: the same guidance, nothing cut
+off."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,13 +72,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__, "eval.compare", batch_size=32)
     parser.set_defaults(out=Path("out/compare"))
     add = parser.add_argument
-    add("--decoder", default="openmoji", help='a checkpoint or release; "openmoji": the package\'s')
+    decoder_help = 'a checkpoint or release; "openmoji": the package\'s'
+    add("--decoder", "--ckpt", default="openmoji", help=decoder_help)
     add("--text-decoder", help="one trained on text embeddings; by default it is left out")
     add("--diffusion-prior", default="diffusion", help='a checkpoint or release, or "none"')
     add("--ar-prior", default="ar", help='a checkpoint or release, or "none"')
-    add_generation_options(parser)
-    # By default both priors draw from what they have learned: the same guidance, nothing cut off.
-    parser.set_defaults(prior_guidance_scale=1.0, prior_temperature=1.0, prior_top_p=1.0)
+    add_generation_options(parser, own="1")
     add("--num-images", type=positive_int, default=1, help="per caption; figures are their means")
     add_renamed(parser, "--seeds", "--num-images")
     scales: dict[str, Any] = {"type": float, "nargs": "*", "default": list(SCALES)}
@@ -100,6 +114,7 @@ def load_conditions(
             "No decoder trained on text embeddings was given (--text-decoder), so that condition "
             "is left out."
         )
+    check_prior_options(arguments)
     for name in PRIORS:
         if getattr(arguments, f"{name}_prior") == "none":
             notes.append(f"The condition of the {TITLES[name]} is left out, as asked.")
@@ -115,6 +130,19 @@ def load_conditions(
     return conditions, notes
 
 
+def check_prior_options(arguments: argparse.Namespace) -> None:
+    """UserError where an option is given that no prior of this comparison has."""
+    drawing = [name for name in PRIORS if getattr(arguments, f"{name}_prior") != "none"]
+    useful = {f"prior_{field}" for name in drawing for field in PRIORS[name][1]}
+    useless = [name for name in PRIOR_OPTIONS if name not in useful]
+    left_out = " and ".join(f"--{name}-prior none" for name in PRIORS if name not in drawing)
+    refuse_options(arguments, useless, f"is for a prior that {left_out} leaves out")
+    if not drawing and {*arguments.prior_guidance_scales} - {*SCALES}:
+        raise UserError(
+            "--prior-guidance-scales is for priors, and both are left out: leave it out as well."
+        )
+
+
 def load_prior(
     name: str, arguments: argparse.Namespace, model: Model, captions: Sequence[Caption]
 ) -> Conditioning:
@@ -124,7 +152,11 @@ def load_prior(
     path = DEFAULT_PRIORS.get(path, Path(path))
     prior, decoder, clip = load_stage(path, kind), model.unclip.decoder, model.unclip.clip
     unclip = UnCLIP(decoder, prior, clip, model.device, precision=model.precision)
-    options = {f"prior_{field}": getattr(arguments, f"prior_{field}") for field in settings}
+    given = {field: getattr(arguments, f"prior_{field}") for field in settings}
+    options = {
+        f"prior_{field}": default if given[field] is None else given[field]
+        for field, default in settings.items()
+    }
     sampling = override_sampling(prior, options, "prior_")
     weights = describe_weights(path)
     return conditioning.from_prior(name, model, unclip, weights, sampling, captions, arguments.seed)
@@ -167,14 +199,14 @@ def run(arguments: argparse.Namespace) -> Figures:
     real = settings_from(RealImages, arguments, size=arguments.reference_size or model.size)
     real.check(captions)
     fixed = override_sampling(model.unclip.decoder, vars(arguments))
-    fingerprint = model.unclip.decoder.clip_fingerprint or {}
+    conditioning_clip = model.unclip.clip.fingerprint()
     evaluator = Evaluator(
         choose_features(arguments.features, arguments.captions),
-        choose_score_clip(arguments.score_clip, fingerprint),
+        choose_score_clip(arguments.score_clip, conditioning_clip),
         arguments.device,
         arguments.precision,
     )
-    notes += evaluator.shared_clip_warnings(fingerprint)
+    notes += evaluator.shared_clip_warnings(conditioning_clip)
     comparison = Comparison(settings, conditions, captions, evaluator, fixed, real)
     results = comparison.results()
     differences = comparison.differences(results)
@@ -184,6 +216,9 @@ def run(arguments: argparse.Namespace) -> Figures:
     floor = comparison.floor(len(captions))
     if floor is None:
         notes.append(NO_FLOOR.format(len(captions) + len(comparison.all_real.number)))
+    notes += results[names[0]]["fixed"]["notes"]
+    if comparison.sweeps:
+        notes.append(CHOSEN)
     description = describe(arguments, comparison)
     if rank() == 0:
         sections = build_sections(comparison, results, real_figures, differences)
@@ -200,23 +235,36 @@ def run(arguments: argparse.Namespace) -> Figures:
 
 
 def describe(arguments: argparse.Namespace, comparison: Comparison) -> dict[str, Any]:
-    """What the figures depend on, for the report."""
+    """All that the figures depend on: weights with their digests, settings, real images."""
+    by_name = {condition.name: condition for condition in comparison.conditions}
+    model, text = by_name["caption"].model, by_name.get("text-decoder")
     priors = {
-        TITLES[condition.name]: condition.settings["prior_sampling"]
+        TITLES[condition.name]: condition.settings["prior"] | condition.settings["prior_sampling"]
         for condition in comparison.conditions
         if condition.prior_scale is not None
     }
+    real, settings = comparison.real_images, comparison.settings
     return {
-        "decoder": arguments.decoder,
-        "size": comparison.conditions[0].model.size,
+        "decoder": model.settings["decoder"],
+        "decoder trained on text embeddings": text and text.model.settings["decoder"],
+        **priors,
+        "upsamplers": model.settings["upsamplers"],
+        "precision": model.precision,
+        "size": model.size,
         "captions": f"{arguments.captions} ({len(comparison.captions)})",
-        "images per caption": arguments.num_images,
+        "captions sha256": captions_digest(comparison.captions),
+        "images per caption": settings.num_images,
+        **asdict(comparison.fixed),
+        "guidance scales": [*settings.guidance_scales],
+        "guidance scales of priors": [*settings.prior_guidance_scales] if priors else [],
         "sweep over": f"the first {comparison.sweep_count}",
+        "reference": real.reference or "the captions' own pictures",
+        "reference size": real.size,
+        "floor": real.floor_path,
         "features": comparison.evaluator.network.name,
         "CLIP that scores": str(comparison.evaluator.clip.config),
+        "resamples": settings.resamples,
         "seed": arguments.seed,
-        **asdict(comparison.fixed),
-        **priors,
     }
 
 

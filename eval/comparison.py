@@ -13,9 +13,15 @@ from eval.captions import Caption
 from eval.commands import Figures
 from eval.conditioning import TITLES, Conditioning
 from eval.evaluator import Evaluator, ImageFeatures, gather_ranks
-from eval.floor import Floor, RealImages, compute_floor
+from eval.floor import Floor, RealImages, compute_floor, reached_on_other_pictures
 from eval.generated import GeneratedImages
-from eval.paired import Difference, frechet_interval, mean_clip_score, paired_differences
+from eval.paired import (
+    Difference,
+    distance_intervals,
+    mean_clip_score,
+    paired_differences,
+    paired_kid,
+)
 from unclip_pl.data.decoding import decode
 from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.utils.images import grid
@@ -92,7 +98,7 @@ class Comparison:
         self.sweep_count = min(settings.sweep_captions or len(captions), len(captions))
         self.text = evaluator.embed_captions(captions)
         self.best: dict[str, tuple[Conditioning, float]] = {}
-        self.paired = not real.reference
+        self.real_images, self.paired = real, not real.reference
         self.real = real.features(evaluator, captions)
         self.all_real = gather_ranks(self.real, settings.device)
         self._floor_features = real.floor_features(evaluator)
@@ -110,10 +116,20 @@ class Comparison:
             )
         return self._floors[count]
 
-    def at_floor(self, figures: Figures, count: int) -> list[str]:
-        """The names of figures that are no worse than those of real images."""
+    def at_floor(self, figures: Figures, images: Sequence[ImageFeatures]) -> list[str]:
+        """The names of figures that are no worse than those of real images.
+
+        With the captions' own pictures for reference, they must not be worse on the pictures of
+        other captions either.
+        """
+        count = len(images[0].number)
         floor = self.floor(count)
-        return [] if floor is None else floor.reached_by(figures)
+        reached = [] if floor is None else floor.reached_by(figures)
+        if reached and self.paired:
+            real, seed = self.all_real.first(count).features, self.settings.seed
+            others = reached_on_other_pictures(real, images, self.key, seed)
+            reached = [name for name in reached if name in others]
+        return reached
 
     def images(
         self, condition: Conditioning, scale: float, first: int | None = None, repeat: int = 0
@@ -148,7 +164,10 @@ class Comparison:
         return [gather_ranks(one, self.settings.device) for one in own]
 
     def mean_figures(self, condition: Conditioning, scale: float, count: int) -> Figures:
-        """Of the images of the first `count` captions: means over the images per caption."""
+        """Of the images of the first `count` captions: means over the images per caption.
+
+        `at_floor` names those that are no worse than real images have.
+        """
         real = (self.real.first(count) if self.paired else self.real).features
         every = [
             self.evaluator.compute(real, one, self.text)
@@ -158,23 +177,28 @@ class Comparison:
             name: fmean(figures[name] for figures in every) if isinstance(value, float) else value
             for name, value in every[0].items()
         }
-        return means | mean_clip_score(self.all_features(condition, scale, count), self.text)
+        images = self.all_features(condition, scale, count)
+        if self.paired:
+            means |= paired_kid(self.all_real.first(count).features, images)
+        means |= mean_clip_score(images, self.text)
+        return means | {"at_floor": self.at_floor(means, images)}
 
     def full_figures(self, condition: Conditioning, scale: float) -> Figures:
-        """Of all captions, with the interval of the Frechet distance and the guidance scales."""
+        """Of all captions, with the intervals of the distances and the guidance scales."""
         count, settings = len(self.captions), self.settings
         figures = self.mean_figures(condition, scale, count)
-        figures |= frechet_interval(
+        figures |= distance_intervals(
             self.all_real.features,
             self.all_features(condition, scale, count),
+            self.key,
             settings.resamples,
             settings.seed,
-            self.key,
+            self.paired,
         )
         scales = {"guidance_scale": scale}
         if condition.prior_scale is not None:
             scales["prior_guidance_scale"] = condition.prior_scale
-        return scales | figures | {"at_floor": self.at_floor(figures, count), "at_edge": []}
+        return scales | figures | {"at_edge": []}
 
     def best_scale(self, sweep: Mapping[float, Figures]) -> float:
         """The guidance scale of the least Frechet distance.
@@ -184,7 +208,7 @@ class Comparison:
 
         def order(scale: float) -> tuple[float, float]:
             figures = sweep[scale]
-            if self.key in self.at_floor(figures, self.sweep_count):
+            if self.key in figures["at_floor"]:
                 return 0.0, -figures["clip_score"]
             return figures[self.key], 0.0
 
@@ -203,40 +227,45 @@ class Comparison:
             }
             for condition in self.conditions
         }
-        if self.settings.guidance_scales or self.settings.prior_guidance_scales:
+        if self.sweeps:
             for condition in self.conditions:
                 results[condition.name] |= self.sweep(condition)
         return results
 
+    @property
+    def sweeps(self) -> bool:
+        """Whether any guidance is swept."""
+        has_prior = any(condition.with_guidance for condition in self.conditions)
+        of_priors = has_prior and bool(self.settings.prior_guidance_scales)
+        return of_priors or bool(self.settings.guidance_scales)
+
     def sweep(self, condition: Conditioning) -> dict[str, Any]:
-        """`sweep`, `best` and of a prior `prior_sweep`, of one condition.
+        """`best` of one condition, with `sweep` and of a prior `prior_sweep` where asked for.
 
         A prior's guidance is swept at the decoder's fixed scale, then the decoder's guidance at the
-        prior's best scale.
+        prior's best scale. What is not swept stays at its fixed scale.
         """
         settings, fixed, count = self.settings, self.fixed.guidance_scale, self.sweep_count
         results, edges = {}, []
-        if condition.with_guidance and condition.prior_scale is not None:
-            priors = {condition.prior_scale: condition}
-            for scale in {*settings.prior_guidance_scales} - {condition.prior_scale}:
-                priors[scale] = condition.with_guidance(scale)
-            figures = {
-                scale: self.mean_figures(priors[scale], fixed, count) for scale in sorted(priors)
-            }
-            best = self.best_scale(figures)
-            condition = priors[best]
+        if condition.with_guidance and settings.prior_guidance_scales:
+            own = cast(float, condition.prior_scale)
+            scales = sorted({*settings.prior_guidance_scales, own})
+            priors = {scale: condition.with_guidance(scale) for scale in scales}
+            priors[own] = condition  # has its embeddings already
+            figures = {scale: self.mean_figures(priors[scale], fixed, count) for scale in priors}
+            condition = priors[best := self.best_scale(figures)]
             if at_edge(best, figures):
                 edges.append("prior_guidance_scale")
             results["prior_sweep"] = {f"{scale:g}": row for scale, row in figures.items()}
-        figures = {
-            scale: self.mean_figures(condition, scale, count)
-            for scale in sorted({*settings.guidance_scales, fixed})
-        }
-        best = self.best_scale(figures)
+        best = fixed
+        if settings.guidance_scales:
+            scales = sorted({*settings.guidance_scales, fixed})
+            figures = {scale: self.mean_figures(condition, scale, count) for scale in scales}
+            best = self.best_scale(figures)
+            if at_edge(best, figures):
+                edges.append("guidance_scale")
+            results["sweep"] = {f"{scale:g}": row for scale, row in figures.items()}
         self.best[condition.name] = condition, best
-        if at_edge(best, figures):
-            edges.append("guidance_scale")
-        results["sweep"] = {f"{scale:g}": row for scale, row in figures.items()}
         results["best"] = self.full_figures(condition, best) | {"at_edge": edges}
         return results
 

@@ -4,6 +4,7 @@ Same captions, same seeds, same noise, another embedding. Each condition says wh
 decoder (`DecoderInputs`), and gives it nothing else.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -239,13 +240,23 @@ def from_prior(
 def from_image(model: Model, captions: Sequence[Caption], seed: int) -> Conditioning:
     """The embedding of the caption's own picture, which no text-to-image system has.
 
-    CLIP sees the picture at CLIP's own size, as in training.
+    CLIP sees the picture at CLIP's own size, as in training. The settings name all pictures by a
+    digest, so that images of other pictures are not taken for these.
     """
     size = model.unclip.clip.image_size
+    settings = {"pictures": pictures_digest(captions)}
 
     def draw(indices: Sequence[int], seeds: Sequence[int]) -> Tensor:
         pictures = [decode(captions[k].image or b"", size) for k in indices]
         return model.unclip.embed_images(torch.stack(pictures))
 
     inputs = decoder_inputs(model.unclip.decoder, "z_i of the caption's picture")
-    return Conditioning("image", model, captions, seed, cache_embeddings(draw), inputs)
+    return Conditioning("image", model, captions, seed, cache_embeddings(draw), inputs, settings)
+
+
+def pictures_digest(captions: Sequence[Caption]) -> str:
+    """A name for the captions' pictures in this order: others have another."""
+    digest = hashlib.sha256()
+    for caption in captions:
+        digest.update(hashlib.sha256(caption.image or b"").digest())
+    return digest.hexdigest()[:16]

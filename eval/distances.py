@@ -202,14 +202,27 @@ def bootstrap(
     return Estimate(distance(a, b), values.std().item())
 
 
-def kid(a: Tensor, b: Tensor) -> Estimate:
+def kid(a: Tensor, b: Tensor, paired: bool = False) -> Estimate:
     """KID: the unbiased squared MMD with the kernel (x.y / D + 1)^3 over all pairs.
 
     After Binkowski et al. 2018. Its error comes from leaving out each row in turn.
+
+    Args:
+        a: (N, D).
+        b: (M, D).
+        paired: row k of `b` was made for row k of `a`. These pairs are left out, as a row with
+            itself always is: they are more alike than others, and KID would come out too low.
     """
     n, m = len(a), len(b)
     aa, bb, ab, ba = (_row_sums(x, y, _cubic) for x, y in ((a, a), (b, b), (a, b), (b, a)))
-    aa, bb = (sums - _cubic_self(x) for sums, x in ((aa, a), (bb, b)))
+    aa, bb = (sums - cubic_rows(x, x) for sums, x in ((aa, a), (bb, b)))
+    if paired:
+        # Over (k, l) with k not l: a U-statistic of the pairs of rows
+        own = cubic_rows(a, b)
+        rows = aa + bb - (ab - own) - (ba - own)
+        without = (rows.sum() - 2 * rows) / ((n - 1) * (n - 2))
+        error = ((n - 1) * without.var(correction=0)).sqrt().item()
+        return Estimate((rows.sum() / (n * (n - 1))).item(), error)
     within_a, within_b = aa.sum() / (n * (n - 1)), bb.sum() / (m * (m - 1))
     across = ab.sum() / (n * m)
     without_a = (aa.sum() - 2 * aa) / ((n - 1) * (n - 2)) - 2 * (ab.sum() - ab) / ((n - 1) * m)
@@ -222,9 +235,11 @@ def _cubic(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def _cubic_self(x: Tensor) -> Tensor:
-    squares = torch.cat([block.double().square().sum(1) for block in x.split(BLOCK)])
-    return (squares / x.shape[1] + 1) ** 3
+def cubic_rows(x: Tensor, y: Tensor) -> Tensor:
+    """(N, D), (N, D) -> (N,) KID's kernel of row k of both."""
+    blocks = zip(x.split(BLOCK), y.split(BLOCK), strict=True)
+    products = torch.cat([(a.double() * b.double()).sum(1) for a, b in blocks])
+    return (products / x.shape[1] + 1) ** 3
 
 
 def _row_sums(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from eval.captions import Caption
 from eval.commands import Figures, add_features_options
 from eval.features import Features, clip_config, clip_features, load_features
 from eval.stored import Batch
+from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.clip.fingerprint import ClipMismatch, Fingerprint, require_same
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.decoding import decode
@@ -106,6 +107,36 @@ def same_clip(theirs: Fingerprint, ours: Fingerprint) -> bool:
     return True
 
 
+def shared_clip_warnings(
+    conditioning: Fingerprint | None,
+    features: Fingerprint | None = None,
+    scores: Fingerprint | None = None,
+) -> list[str]:
+    """A sentence for each use of the CLIP that conditions the decoder as a judge, logged too.
+
+    Args:
+        conditioning: the fingerprint of the CLIP that conditions; None: not known.
+        features: of the network of the distances; None: no CLIP.
+        scores: of the CLIP that scores; None: none scores.
+    """
+    warnings = []
+    if conditioning and scores and same_clip(conditioning, scores):
+        warnings.append(
+            f"The CLIP that scores ({CLIPConfig.of_fingerprint(scores)}) is the one that "
+            "conditions the decoder, which flatters what was drawn from its embeddings: name "
+            "another with --score-clip."
+        )
+    if conditioning and features and same_clip(conditioning, features):
+        warnings.append(
+            "The features of the Frechet distance, KID, precision and recall are of the CLIP "
+            f"({CLIPConfig.of_fingerprint(features)}) that conditions the decoder, which flatters "
+            "what was drawn from its embeddings: name others with --features."
+        )
+    for text in warnings if rank() == 0 else ():
+        log.warning(text)
+    return warnings
+
+
 def on_ranks_device(metric: AnyMetric) -> AnyMetric:
     """The metric where the ranks can exchange its state: on the GPU if they use NCCL."""
     if distributed.is_initialized() and distributed.get_backend() == "nccl":
@@ -171,35 +202,12 @@ class Evaluator:
         self.clip = FrozenCLIP(clip_config(clip, precision), device)
         self.scores = clip_features(self.clip)
         self.network: Features = self.scores
-        self.network_clip: FrozenCLIP | None = self.clip
-        if features == "inception":
-            self.network, self.network_clip = load_features(features, device, precision), None
-        elif features != clip:
-            self.network_clip = FrozenCLIP(clip_config(features, precision), device)
-            self.network = clip_features(self.network_clip)
+        if features != clip:
+            self.network = load_features(features, device, precision)
 
-    def shared_clip_warnings(self, fingerprint: Fingerprint) -> list[str]:
-        """A sentence for each of the two networks that is the CLIP which conditions the decoder.
-
-        They are logged too.
-
-        Args:
-            fingerprint: of the CLIP that conditions.
-        """
-        warnings = []
-        if same_clip(fingerprint, self.clip.fingerprint()):
-            warnings.append(
-                "The CLIP that scores is the one that conditions the decoder, which flatters what "
-                "was drawn from its embeddings: name another with --score-clip."
-            )
-        if self.network_clip and same_clip(fingerprint, self.network_clip.fingerprint()):
-            warnings.append(
-                "The features of the Frechet distance, KID, precision and recall are of the CLIP "
-                "that conditions the decoder: name others with --features."
-            )
-        for text in warnings:
-            log.warning(text)
-        return warnings
+    def shared_clip_warnings(self, conditioning: Fingerprint) -> list[str]:
+        """`shared_clip_warnings` of both networks."""
+        return shared_clip_warnings(conditioning, self.network.fingerprint, self.scores.fingerprint)
 
     def extract(self, batches: Iterable[Batch]) -> ImageFeatures:
         """The features of batches of images; their `keys` are the captions' numbers."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.fingerprint import Fingerprint
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file, cache_dir, file_lock
@@ -49,6 +50,10 @@ class Features(Protocol):
     def frechet(self) -> str:
         """The key of the Frechet distance of its features: one of `eval.metrics.FRECHET`."""
 
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """Of a CLIP; None for other networks."""
+
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
@@ -58,7 +63,7 @@ class Network:
 
     Args:
         function: uint8 (B, 3, H, W) -> float (B, dim).
-        key, frechet: see `Features`.
+        key, frechet, fingerprint: see `Features`.
     """
 
     name: str
@@ -66,6 +71,7 @@ class Network:
     function: Callable[[Tensor], Tensor]
     key: str | None = None
     frechet: str = "fd"
+    fingerprint: Fingerprint | None = None
 
     @property
     def is_clip(self) -> bool:
@@ -117,13 +123,14 @@ def clip_config(name: str, precision: str = "fp32") -> CLIPConfig:
 
 def clip_features(clip: FrozenCLIP) -> Features:
     """The image embeddings of a CLIP, with its own resizing."""
-    fingerprint = json.dumps(clip.fingerprint(), sort_keys=True)
-    digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+    fingerprint = clip.fingerprint()
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
     def embed(images: Tensor) -> Tensor:
         return clip.embed_images(images.to(clip.device).float() / 127.5 - 1)
 
-    return Network(f"CLIP {clip.config}", clip.embed_dim, embed, f"clip-{digest}", "fd_clip")
+    name, key = f"CLIP {clip.config}", f"clip-{digest}"
+    return Network(name, clip.embed_dim, embed, key, "fd_clip", fingerprint)
 
 
 def callable_features(name: str, function: Callable[[Tensor], Tensor], dim: int) -> Features:

@@ -20,12 +20,18 @@ from eval.commands import (
     command_parser,
     run_command,
 )
-from eval.evaluator import compute_distances
+from eval.evaluator import compute_distances, shared_clip_warnings
 from eval.extract import extract_features, reference_features
 from eval.features import load_features
 from eval.generated import GeneratedImages
 from eval.metrics import FRECHET, frechet_key
-from eval.source import DEFAULT_CAPTIONS, add_source_options, open_source
+from eval.source import (
+    DEFAULT_CAPTIONS,
+    add_source_options,
+    conditioning_clip,
+    drawn_settings,
+    open_source,
+)
 from eval.stored import ImageSource, StoredImages
 from unclip_pl.data.openmoji import openmoji_shards
 from unclip_pl.data.openmoji_drawings import STYLES
@@ -55,6 +61,7 @@ def run(arguments: argparse.Namespace) -> Figures:
     network = load_features(
         choose_features(arguments.features, captions), arguments.device, arguments.precision
     )
+    notes = shared_clip_warnings(conditioning_clip(source), features=network.fingerprint)
     figures = compute_distances(
         network,
         reference_features(network, real, arguments.batch_size),
@@ -70,13 +77,15 @@ def run(arguments: argparse.Namespace) -> Figures:
         "features": network.name,
         "dim": network.dim,
     }
+    notes += figures["notes"]
     if rank() == 0:
-        print(aligned([(name, str(value)) for name, value in settings.items()] + rows(figures)))
+        lines = [(name, str(value)) for name, value in settings.items()] + rows(figures)
+        print("\n".join([aligned(lines), *notes]))
     bad = {
         "bad": len(source) - figures["n_fake"],
         "bad_reference": len(real) - figures["n_real"],
     }
-    return settings | figures | bad
+    return settings | figures | bad | {"notes": notes, "drawn": drawn_settings(source)}
 
 
 def open_reference(arguments: argparse.Namespace, source: ImageSource) -> StoredImages:

@@ -25,6 +25,8 @@ from unclip_pl.data.openmoji_drawings import STYLES
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
 
+MOST_BIAS = 1.02
+"""How much further apart a smaller reference may set two sets; the bias goes with 1/N + 1/M."""
 REPEATS = 20
 """Pairs of random sets that the floor is the mean over."""
 NO_FLOOR = "No floor: it takes {} real images, which are not known here; name them with --floor."
@@ -62,18 +64,56 @@ def compute_floor(
         seed: of the random sets.
 
     Returns:
-        None where `real` has too few for both.
+        None where `real` has too few for both. Where it is a little too small (`real` may be the
+        reference itself), the second set is smaller, if that moves the floor by no more than 2 %.
     """
-    if len(real) < count + reference:
+    rest = min(reference, len(real) - count)
+    if rest < 2 or 1 / count + 1 / rest > MOST_BIAS * (1 / count + 1 / reference):
         return None
+    reference = rest
     generator = torch.Generator().manual_seed(seed)
-    values: dict[str, list[float]] = {key: [], "kid": []}
+    distances_between = []
     for _ in range(REPEATS):
         order = torch.randperm(len(real), generator=generator)
         sets = real[order[:reference]], real[order[reference : reference + count]]
-        values[key].append(distances.frechet(*sets))
-        values["kid"].append(distances.kid(*sets).value)
-    rows = {name: torch.tensor(row, dtype=torch.float64) for name, row in values.items()}
+        distances_between.append(_distances(*sets, key))
+    return _floor(count, reference, distances_between)
+
+
+def reached_on_other_pictures(
+    real: Tensor, images: Sequence[ImageFeatures], key: str, seed: int = 0
+) -> list[str]:
+    """Name the figures by which drawn images are as near to other captions' pictures as real ones.
+
+    Images that resemble the pictures of their own captions lie nearer to these than other real
+    images do, even where anyone could tell them from real ones. So random halves of the captions
+    give the reference, and the others the drawn images, or the real ones for the floor.
+
+    Args:
+        real: (N, D) features of the captions' own pictures.
+        images: sets of drawn images in the order of the captions.
+        key: the name of the Frechet distance; the other figure is `kid`.
+        seed: of the random halves.
+    """
+    generator, half = torch.Generator().manual_seed(seed), len(real) // 2
+    between_real, drawn = [], []
+    for _ in range(REPEATS):
+        order = torch.randperm(len(real), generator=generator)
+        reference, others = real[order[:half]], order[half : 2 * half]
+        between_real.append(_distances(reference, real[others], key))
+        drawn += [_distances(reference, one.features[others], key) for one in images]
+    return _floor(half, half, between_real).reached_by(_floor(half, half, drawn).mean)
+
+
+def _distances(a: Tensor, b: Tensor, key: str) -> dict[str, float]:
+    return {key: distances.frechet(a, b), "kid": distances.kid(a, b).value}
+
+
+def _floor(count: int, reference: int, values: Sequence[Mapping[str, float]]) -> Floor:
+    """The floor from the distances of pairs of sets."""
+    rows = {
+        name: torch.tensor([one[name] for one in values], dtype=torch.float64) for name in values[0]
+    }
     mean = {name: row.mean().item() for name, row in rows.items()}
     high = {name: mean[name] + 1.96 * row.std().item() for name, row in rows.items()}
     return Floor(count, reference, mean, high)
@@ -87,8 +127,8 @@ def add_reference_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--floor",
         help="more real images, a folder or shards, for the figures of real ones against real "
-        "ones; by default OpenMoji's training drawings with its captions, else those of "
-        "--reference",
+        "ones; by default those of --reference, else OpenMoji's training drawings with its "
+        "captions",
     )
 
 
@@ -127,12 +167,18 @@ class RealImages:
         batches = caption_images(captions, self.size, self.batch_size)
         return evaluator.extract(progress(batches, len(captions), "reference"))
 
+    @property
+    def floor_path(self) -> str | None:
+        """Where the real images for the floor are; None: not known."""
+        path = self.floor or self.reference
+        if path is None and self.captions in STYLES:
+            path = str(openmoji_shards(self.size, name=self.captions) / "train-*.tar")
+        return path
+
     def floor_features(self, evaluator: Evaluator) -> Tensor | None:
         """Features (P, D) of the real images that give the floor; None where none are known."""
-        path = self.floor or self.reference
-        if self.floor is None and self.captions in STYLES:
-            path = str(openmoji_shards(self.size, name=self.captions) / "train-*.tar")
-        if not path:
+        path = self.floor_path
+        if path is None:
             return None
         return gather_ranks(number_rows(self._stored(evaluator, path)), self.device).features
 

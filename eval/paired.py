@@ -70,30 +70,53 @@ def mean_clip_score(images: Sequence[ImageFeatures], text: Tensor) -> Figures:
     }
 
 
-def frechet_interval(
-    real: Tensor, images: Sequence[ImageFeatures], resamples: int, seed: int, key: str
+def distance_intervals(
+    real: Tensor,
+    images: Sequence[ImageFeatures],
+    key: str,
+    resamples: int = 200,
+    seed: int = 0,
+    paired: bool = True,
 ) -> Figures:
-    """`_se`, `_low` and `_high` of the Frechet distance `key`, by `distances.bootstrap`.
+    """Compute `_se`, `_low` and `_high` of the Frechet distance `key`, and `kid_se`.
+
+    They come from random halves of the captions (see `distances.bootstrap`).
 
     Args:
         real: (M, D) features of the reference.
-        images: a set; halves of its captions are drawn, each with all of its images.
+        images: a set; each half of its captions has all of their images.
         resamples: halves that are drawn.
         seed: of the halves.
         key: the name of the Frechet distance, to which the endings are added.
+        paired: row k of the reference belongs to caption k and goes into the same halves. Images
+            that resemble their captions' pictures lie at a distance that varies much less than that
+            of independent sets.
     """
-
-    def distance(real: Tensor, captions: Tensor) -> float:
-        reference = distances.gaussian(real)
-        return fmean(_frechet(reference, one.features[captions]) for one in images)
-
-    captions = torch.arange(len(images[0].number))
-    estimate = distances.bootstrap(distance, real, captions, resamples, seed)
-    low, high = estimate.interval
-    return {f"{key}_se": estimate.error, f"{key}_low": low, f"{key}_high": high}
+    subsets = _Subsets.draw(len(images[0].number), len(real), resamples, seed, paired)
+    value, *values = subsets.frechet(real, images)
+    spread = _spread(values)
+    low, high = distances.Estimate(value, spread).interval
+    kid_se = _spread(subsets.kids(real, images)[1:])
+    return {f"{key}_se": spread, f"{key}_low": low, f"{key}_high": high, "kid_se": kid_se}
 
 
-def subset_kids(real: Tensor, fake: Tensor, real_in: Tensor, fake_in: Tensor) -> Tensor:
+def paired_kid(real: Tensor, images: Sequence[ImageFeatures]) -> Figures:
+    """Compute `kid` and `kid_se` without own pairs: means over the images of a caption.
+
+    Args:
+        real: (N, D) features, row k of caption k's own picture.
+        images: a set of drawn images.
+    """
+    estimates = [distances.kid(real, one.features, paired=True) for one in images]
+    return {
+        "kid": fmean(one.value for one in estimates),
+        "kid_se": fmean(one.error for one in estimates),
+    }
+
+
+def subset_kids(
+    real: Tensor, fake: Tensor, real_in: Tensor, fake_in: Tensor, paired: bool = False
+) -> Tensor:
     """Compute KID of R pairs of subsets at once: (R,) float64, each as `distances.kid` does.
 
     Args:
@@ -101,6 +124,8 @@ def subset_kids(real: Tensor, fake: Tensor, real_in: Tensor, fake_in: Tensor) ->
         fake: features of the evaluated images, (N, D).
         real_in: (M, R) float64, 1 where a row of `real` is in the subset, else 0.
         fake_in: (N, R) float64, the same for `fake`.
+        paired: row k of `fake` was made for row k of `real`, and both are in the same subsets: see
+            `distances.kid`.
     """
 
     def sums(x: Tensor, y: Tensor, x_in: Tensor, y_in: Tensor) -> Tensor:
@@ -114,10 +139,14 @@ def subset_kids(real: Tensor, fake: Tensor, real_in: Tensor, fake_in: Tensor) ->
 
     def within(x: Tensor, x_in: Tensor) -> Tensor:
         count = x_in.sum(0)
-        own = _cubic(x.double().square().sum(1), x) @ x_in
+        own = distances.cubic_rows(x, x) @ x_in
         return (sums(x, x, x_in, x_in) - own) / (count * (count - 1))
 
-    across = sums(real, fake, real_in, fake_in) / (real_in.sum(0) * fake_in.sum(0))
+    total, count = sums(real, fake, real_in, fake_in), fake_in.sum(0)
+    if paired:
+        across = (total - distances.cubic_rows(real, fake) @ fake_in) / (count * (count - 1))
+    else:
+        across = total / (real_in.sum(0) * count)
     return within(real, real_in) + within(fake, fake_in) - 2 * across
 
 
@@ -161,34 +190,58 @@ def paired_differences(
         raise UserError(
             "The two sets of images are not of the same captions: draw both from the same ones."
         )
-    generator = torch.Generator().manual_seed(seed)
-    halves = _halves(len(number), resamples, generator)
+    real_count = len(number) if real is None else len(real)
+    subsets = _Subsets.draw(len(number), real_count, resamples, seed, paired)
     differences = {}
     for name, score in {"clip_score": metrics.clip_scores, "r1": own_caption_first}.items():
         apart = per_caption(score, b, text) - per_caption(score, a, text)
-        means = [apart[half].mean().item() for half in halves]
-        differences[name] = _interval(apart.mean().item(), means)
+        differences[name] = _interval([apart[rows].mean().item() for rows in subsets.captions])
     if real is None:
         return differences
-    real_halves = halves if paired else _halves(len(real), resamples, generator)
-    # The full sets come first: they give the value, the halves its spread.
-    subsets = [torch.arange(len(number)), *halves]
-    real_subsets = [torch.arange(len(real)), *real_halves]
-    value, *values = (
-        _frechet_difference(a, b, real[rows], captions)
-        for captions, rows in zip(subsets, real_subsets, strict=True)
-    )
-    differences[key] = _interval(value, values)
-    inside = _membership(len(number), subsets)
-    real_inside = _membership(len(real), real_subsets)
-
-    def mean_kids(images: Sequence[ImageFeatures]) -> Tensor:
-        kids = [subset_kids(real, one.features, real_inside, inside) for one in images]
-        return torch.stack(kids).mean(0)
-
-    value, *values = (mean_kids(b) - mean_kids(a)).tolist()
-    differences["kid"] = _interval(value, values)
+    for name, distance in {key: subsets.frechet, "kid": subsets.kids}.items():
+        pairs = zip(distance(real, b), distance(real, a), strict=True)
+        differences[name] = _interval([of_b - of_a for of_b, of_a in pairs])
     return differences
+
+
+@dataclass(frozen=True)
+class _Subsets:
+    """Rows of the captions and of the reference, with what is computed over each.
+
+    All rows come first and give the value; then random halves, which give its spread.
+    """
+
+    captions: Sequence[Tensor]
+    real: Sequence[Tensor]
+    paired: bool
+
+    @classmethod
+    def draw(
+        cls, count: int, real_count: int, resamples: int, seed: int, paired: bool
+    ) -> "_Subsets":
+        """With `paired` the same rows of both."""
+        generator = torch.Generator().manual_seed(seed)
+        captions = [torch.arange(count), *_halves(count, resamples, generator)]
+        if paired:
+            return cls(captions, captions, paired)
+        others = [torch.arange(real_count), *_halves(real_count, resamples, generator)]
+        return cls(captions, others, paired)
+
+    def frechet(self, real: Tensor, images: Sequence[ImageFeatures]) -> list[float]:
+        """The Frechet distance over each subset: the mean over the images of a caption."""
+        values = []
+        for captions, rows in zip(self.captions, self.real, strict=True):
+            reference = distances.gaussian(real[rows])
+            sets = (distances.gaussian(one.features[captions]) for one in images)
+            values.append(fmean(distances.gaussian_frechet(reference, one) for one in sets))
+        return values
+
+    def kids(self, real: Tensor, images: Sequence[ImageFeatures]) -> list[float]:
+        """KID over each subset: the mean over the images of a caption."""
+        inside = _membership(len(images[0].number), self.captions)
+        real_inside = _membership(len(real), self.real)
+        kids = [subset_kids(real, one.features, real_inside, inside, self.paired) for one in images]
+        return torch.stack(kids).mean(0).tolist()
 
 
 def _halves(count: int, resamples: int, generator: torch.Generator) -> list[Tensor]:
@@ -205,23 +258,12 @@ def _membership(count: int, subsets: Sequence[Tensor]) -> Tensor:
     return inside
 
 
-def _frechet_difference(
-    a: Sequence[ImageFeatures], b: Sequence[ImageFeatures], real: Tensor, captions: Tensor
-) -> float:
-    """The Frechet distance of b less that of a, over a subset of the captions."""
-    reference = distances.gaussian(real)
-
-    def mean(images: Sequence[ImageFeatures]) -> float:
-        return fmean(_frechet(reference, one.features[captions]) for one in images)
-
-    return mean(b) - mean(a)
+def _interval(values: list[float]) -> Difference:
+    """The first value with 1.96 times the spread of the others, which are over halves."""
+    value, reach = values[0], 1.96 * _spread(values[1:])
+    return Difference(value, value - reach, value + reach)
 
 
-def _frechet(reference: distances.Gaussian, features: Tensor) -> float:
-    return distances.gaussian_frechet(reference, distances.gaussian(features))
-
-
-def _interval(value: float, values: list[float]) -> Difference:
-    """The value with 1.96 times the spread of the values over subsets."""
-    spread = 1.96 * torch.tensor(values, dtype=torch.float64).std().item()
-    return Difference(value, value - spread, value + spread)
+def _spread(values: list[float]) -> float:
+    """The standard deviation."""
+    return torch.tensor(values, dtype=torch.float64).std().item()

@@ -67,11 +67,20 @@ def write_report(
         settings: go into a table at the end, with versions and the command.
     """
     shown = "".join(f"\n## {name}\n\n![{name}]({file})\n" for name, file in pictures.items())
-    rows = [[name, str(value)] for name, value in {**settings, **versions()}.items()]
+    rows = [[name, _plain(value)] for name, value in {**settings, **versions()}.items()]
     table = markdown(["setting", "value"], rows)
     with atomic_file(path, "w") as file:
         file.write(f"# {title}\n\n{body}{shown}\n## Settings\n\n{table}")
         file.write(f"\n```\n{command_line()}\n```\n")
+
+
+def _plain(value: Any) -> str:
+    """A setting as one reads it: a dict as its names and values, None and empty lists as a dash."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value)) or "-"
+    return "-" if value is None else str(value)
 
 
 def write_curves(path: Path, panels: Sequence[Panel]) -> None:

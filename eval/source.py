@@ -16,6 +16,7 @@ from eval.captions import Caption, read_captions
 from eval.commands import settings_from
 from eval.generated import SHARD_SIZE, GeneratedImages, captions_digest
 from eval.stored import MAX_BAD_RATE, ImageSource, StoredImages
+from unclip_pl.clip.fingerprint import Fingerprint
 from unclip_pl.pipeline.unclip import CONDITIONS, Condition, UnCLIP
 from unclip_pl.pipeline.weights import (
     DEFAULT_DECODER,
@@ -37,6 +38,14 @@ from unclip_pl.utils.precision import Precision, supported_precision
 from unclip_pl.utils.remote_copies import local_path
 
 DEFAULT_CAPTIONS = "openmoji"
+PRIOR_OPTIONS = (
+    "prior_guidance_scale",
+    "prior_steps",
+    "prior_sampler",
+    "prior_temperature",
+    "prior_top_p",
+)
+"""Options that only a prior can have."""
 MODEL_OPTIONS = (
     "samples",
     "num_captions",
@@ -47,11 +56,7 @@ MODEL_OPTIONS = (
     "sampler",
     "steps",
     "eta",
-    "prior_guidance_scale",
-    "prior_steps",
-    "prior_sampler",
-    "prior_temperature",
-    "prior_top_p",
+    *PRIOR_OPTIONS,
 )
 """Options that only images drawn by a model can have."""
 
@@ -96,13 +101,14 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--condition",
         choices=CONDITIONS,
-        help="what the decoder has for an image embedding; by default the prior's",
+        help="what the decoder has for an image embedding; by default the prior's, or the text's "
+        "for a decoder that was trained on text embeddings",
     )
     add_prior_option(parser)
 
 
-def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """What is drawn and how, for all commands that draw."""
+def add_generation_options(parser: argparse.ArgumentParser, own: str = "its own") -> None:
+    """What is drawn and how, for all commands that draw; `own`: for the priors' help."""
     parser.add_argument(
         "--captions",
         default=DEFAULT_CAPTIONS,
@@ -113,7 +119,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         "--num-captions", type=positive_int, help="how many of the captions; by default all"
     )
     add_sampling_options(parser)
-    add_prior_sampling_options(parser)
+    add_prior_sampling_options(parser, own)
     parser.add_argument(
         "--upsamplers",
         nargs="+",
@@ -138,12 +144,8 @@ def open_source(arguments: argparse.Namespace) -> ImageSource:
 
 
 def _stored(arguments: argparse.Namespace) -> StoredImages:
-    for name in MODEL_OPTIONS:
-        if getattr(arguments, name) is not None:
-            raise UserError(
-                f"--{name.replace('_', '-')} is for images that a model draws, and --images names "
-                "images that are there: leave one out."
-            )
+    reason = "is for images that a model draws, and --images names images that are there"
+    refuse_options(arguments, MODEL_OPTIONS, reason)
     captions = None
     if arguments.captions:
         captions = [caption.text for caption in read_captions(arguments.captions)]
@@ -153,7 +155,7 @@ def _stored(arguments: argparse.Namespace) -> StoredImages:
 def _generated(arguments: argparse.Namespace) -> GeneratedImages:
     decoder = decoder_path(arguments.decoder)
     condition: Condition = arguments.condition or default_condition(decoder)
-    prior = choose_prior(arguments.prior, condition)
+    prior = choose_prior(arguments, condition)
     model = settings_from(Model, arguments, decoder=decoder, prior=prior)
     unclip = model.unclip
     captions = read_captions(
@@ -192,6 +194,17 @@ def _generated(arguments: argparse.Namespace) -> GeneratedImages:
     )
 
 
+def conditioning_clip(source: ImageSource) -> Fingerprint | None:
+    """The fingerprint of the CLIP whose embeddings images are drawn from; None: not known."""
+    clip = source.clip if isinstance(source, GeneratedImages) else None
+    return None if clip is None else clip.fingerprint()
+
+
+def drawn_settings(source: ImageSource) -> dict[str, Any] | None:
+    """What decided the images that a model draws; None for images that were there."""
+    return source.settings if isinstance(source, GeneratedImages) else None
+
+
 def decoder_path(name: str) -> str:
     """The path of a decoder: "openmoji" is the one in the package."""
     return str(DEFAULT_DECODER) if name == "openmoji" else name
@@ -203,19 +216,24 @@ def default_condition(decoder: str) -> Condition:
     return "text" if trained_on == "text" else "prior"
 
 
-def choose_prior(prior: str | None, condition: str) -> str | None:
+def choose_prior(arguments: argparse.Namespace, condition: str) -> str | None:
     """The prior of --prior, by default "diffusion"; None for conditions without one.
 
     Raises:
-        UserError: a prior is named, and the condition has none.
+        UserError: there is an option of a prior, and the condition has none.
     """
     if condition == "prior":
-        return prior or "diffusion"
-    if prior:
-        raise UserError(
-            f"--prior is given, and --condition {condition} uses none: leave one of them out."
-        )
+        return arguments.prior or "diffusion"
+    reason = f"is for a prior, and --condition {condition} uses none"
+    refuse_options(arguments, ["prior", *PRIOR_OPTIONS], reason)
     return None
+
+
+def refuse_options(arguments: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+    """UserError for the first of these options that is given; `reason` says why it is of no use."""
+    for name in names:
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} {reason}: leave one of them out.")
 
 
 def default_folder(settings: dict[str, Any], captions: Sequence[Caption]) -> Path:
@@ -269,9 +287,9 @@ class Model:
         """Side of the images in pixels: the last upsampler's, else the decoder's."""
         return self.unclip.sizes[-1]
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
-        """The weights and the precision, as plain values."""
+        """The weights and the precision, as plain values; files are read once."""
         prior = None
         if self.prior is not None:
             prior = describe_weights(DEFAULT_PRIORS.get(self.prior, self.prior))

@@ -23,13 +23,21 @@ from eval.evaluator import (
     gather_ranks,
     metric_titles,
 )
-from eval.floor import NO_FLOOR, RealImages, add_reference_options, compute_floor
-from eval.generated import GeneratedImages
+from eval.floor import (
+    NO_FLOOR,
+    RealImages,
+    add_reference_options,
+    compute_floor,
+    reached_on_other_pictures,
+)
+from eval.generated import GeneratedImages, captions_digest
+from eval.paired import paired_kid
 from eval.source import (
     Model,
     add_generation_options,
     choose_prior,
     decoder_path,
+    default_condition,
     describe_weights,
 )
 from eval.tables import Section, body, floor_row
@@ -71,8 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--condition",
         choices=[*CONDITIONS, "image"],
-        default="prior",
-        help="what the decoder has for an image embedding; image: that of the caption's picture",
+        help="what the decoder has for an image embedding; image: that of the caption's picture; "
+        "by default the prior's, or the text's for a decoder that was trained on text embeddings",
     )
     add_generation_options(parser)
     add_reference_options(parser)
@@ -140,28 +148,27 @@ def load_condition(
 
 def run(arguments: argparse.Namespace) -> Figures:
     """Draw and evaluate each point; rank 0 writes the table, the curves and the pictures."""
-    model = settings_from(
-        Model,
-        arguments,
-        decoder=decoder_path(arguments.decoder),
-        prior=choose_prior(arguments.prior, arguments.condition),
-    )
+    decoder_folder = decoder_path(arguments.decoder)
+    arguments.condition = arguments.condition or default_condition(decoder_folder)
+    prior = choose_prior(arguments, arguments.condition)
+    model = settings_from(Model, arguments, decoder=decoder_folder, prior=prior)
     captions = read_captions(arguments.captions, arguments.num_captions, model.size)
     real = settings_from(RealImages, arguments, size=arguments.reference_size or model.size)
     real.check(captions)
     decoder = model.unclip.decoder
     curves = build_curves(arguments, decoder)
     condition = load_condition(arguments, captions, model)
-    fingerprint = decoder.clip_fingerprint or {}
+    conditioning_clip = model.unclip.clip.fingerprint()
     evaluator = Evaluator(
         choose_features(arguments.features, arguments.captions),
-        choose_score_clip(arguments.score_clip, fingerprint),
+        choose_score_clip(arguments.score_clip, conditioning_clip),
         arguments.device,
         arguments.precision,
     )
-    notes = evaluator.shared_clip_warnings(fingerprint)
+    notes = evaluator.shared_clip_warnings(conditioning_clip)
     text, reference = evaluator.embed_captions(captions), real.features(evaluator, captions)
-    key, count = evaluator.network.frechet, len(gather_ranks(reference, arguments.device).number)
+    all_real = gather_ranks(reference, arguments.device).features
+    key, count = evaluator.network.frechet, len(all_real)
     floor, others = None, real.floor_features(evaluator)
     if others is not None:
         floor = compute_floor(others, len(captions), count, key, arguments.seed)
@@ -174,20 +181,30 @@ def run(arguments: argparse.Namespace) -> Figures:
             drawn = condition.generate(arguments.out / "samples" / folder_name(sampling), sampling)
             features = evaluator.extract(drawn.batches(arguments.batch_size))
             figures = evaluator.compute(reference.features, features, text)
-            figures["at_floor"] = floor.reached_by(figures) if floor else []
+            every = [gather_ranks(features, arguments.device)]
+            if real.reference is None:
+                figures |= paired_kid(all_real, every)
+            reached = floor.reached_by(figures) if floor else []
+            if reached and real.reference is None:
+                others = reached_on_other_pictures(all_real, every, key, arguments.seed)
+                reached = [name for name in reached if name in others]
+            figures["at_floor"] = reached
             steps = {"step_count": count_steps(decoder, sampling)}
             results[name].append(asdict(sampling) | steps | figures)
             images[f"{sampling.sampler} {sampling.steps}, {sampling.guidance_scale:g}"] = drawn
             rows.append(table_row(sampling, figures, key))
     rows.append(floor_row(floor, key))
-    settings = {
-        "decoder": arguments.decoder,
+    notes += figures["notes"]
+    settings = model.settings | {
         "size": model.size,
         "condition": arguments.condition,
         "the decoder sees": str(condition.inputs),
-        "prior": model.prior or "none",
         "prior sampling": condition.settings.get("prior_sampling"),
         "captions": f"{arguments.captions} ({len(captions)})",
+        "captions sha256": captions_digest(captions),
+        "reference": real.reference or "the captions' own pictures",
+        "reference size": real.size,
+        "floor": real.floor_path,
         "features": evaluator.network.name,
         "CLIP that scores": str(evaluator.clip.config),
         "seed": arguments.seed,

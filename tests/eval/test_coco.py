@@ -124,7 +124,9 @@ def test_both_priors_are_evaluated_at_every_scale_against_all_pictures(ran):
     table = (out / "coco.md").read_text()
     assert table.count("\n| diffusion |") == table.count("\n| ar |") == 2
     assert "of 64 pixels are compared" in table and "6 images" in table  # and sizes that differ
-    assert "is the one that conditions" in table
+    score, features = (text for text in found["notes"] if "that conditions the decoder" in text)
+    assert "--score-clip" in score and "--features" in features
+    assert score in table and features in table
 
 
 def test_figures_are_those_of_the_pictures_that_the_stages_draw(ran, stages):

@@ -212,7 +212,8 @@ def test_commands_of_the_documentation_parse(line):
     assert commands[name].build_parser().parse_args(words)
 
 
-@pytest.mark.parametrize("command", [fid, clip_score, sweep])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_decoder_may_also_be_named_as_a_checkpoint(command):
-    arguments = command.build_parser().parse_args(["--ckpt", "newest.ckpt"])
+    required = ["--annotations", "a", "--images", "b"] if command is coco else []
+    arguments = command.build_parser().parse_args([*required, "--ckpt", "newest.ckpt"])
     assert arguments.decoder == "newest.ckpt"

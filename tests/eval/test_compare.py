@@ -12,11 +12,14 @@ from eval import compare, conditioning, distances
 from eval.captions import read_captions
 from eval.features import load_features
 from eval.generated import GeneratedImages
-from eval.source import Model
+from eval.source import Model, describe_weights
 from tests.cluster.forks import Ranks
 from tests.eval import tiny
 from unclip_pl.data.decoding import decode
 from unclip_pl.diffusion.noise import Noise
+from unclip_pl.pipeline.unclip import UnCLIP
+from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
+from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.utils.images import to_uint8
 
 
@@ -95,13 +98,19 @@ def test_each_condition_draws_what_the_stages_draw_from_its_embedding_with_the_s
     sampling = replace(unclip.decoder.sampling, guidance_scale=2.0)
     z_t = unclip.embed_text(texts)
     embeds = {"caption": None, "text": z_t, "text-decoder": z_t, "image": unclip.embed_images(real)}
+    ar = UnCLIP(unclip.decoder, load_stage(DEFAULT_PRIORS["ar"], ARPrior), unclip.clip)
+    for prior, system in {"ar": ar, "diffusion": unclip}.items():
+        settings = ran[1]["settings"][conditioning.TITLES[prior]]
+        own = {name: value for name, value in settings.items() if name not in ("name", "sha256")}
+        prior_sampling = type(system.prior.sampling)(**own)
+        embeds[f"{prior}-prior-1"] = system.sample_prior(texts, range(12), prior_sampling)
+    assert len(embeds) == len(conditioning.TITLES)
     for name, embed in embeds.items():
         decoder = text_model.unclip.decoder if name == "text-decoder" else unclip.decoder
         batch = unclip.conditions(embed, texts)
         expected = decoder.sample(batch, Noise(range(12)), sampling)
-        drawn = GeneratedImages(ran[0] / "samples" / f"{name}-2", captions, None, {}).load(
-            range(12)
-        )
+        folder = ran[0] / "samples" / f"{name}-2"
+        drawn = GeneratedImages(folder, captions, None, {}).load(range(12))
         assert (to_uint8(drawn).int() - to_uint8(expected).int()).abs().max() <= 1, name
 
 
@@ -126,6 +135,29 @@ def test_the_report_its_curves_pictures_and_events_lie_in_the_folder(ran):
     assert list((out / "tensorboard").glob("events.out.tfevents*"))
 
 
+def test_the_settings_hold_all_that_the_figures_depend_on(ran, biased, stages):
+    settings = ran[1]["settings"]
+    assert settings["decoder"] == describe_weights(stages["decoder"])
+    text, ar = settings["decoder trained on text embeddings"], settings["AR prior"]
+    assert text == describe_weights(stages["text"])
+    assert ar["sha256"] == describe_weights(DEFAULT_PRIORS["ar"])["sha256"]
+    assert (settings["upsamplers"], settings["precision"]) == ([], "fp32")
+    assert settings["reference"] == "the captions' own pictures"
+    assert settings["floor"] == str(stages["more"]) and settings["reference size"] == 16
+    assert settings["guidance scales"] == [1] and settings["resamples"] == 5
+    (upsampler,) = biased[1]["settings"]["upsamplers"]
+    assert upsampler == describe_weights(biased[0] / "upsampler")
+    report = (ran[0] / "compare.md").read_text()
+    assert f"| decoder | name image, sha256 {settings['decoder']['sha256']} |" in report
+
+
+def test_the_report_says_what_makes_figures_too_good_or_too_large(ran, biased):
+    for needle in ("best guidance is chosen", "12 images and the features have"):
+        assert any(needle in note for note in ran[1]["notes"])
+        assert needle in (ran[0] / "compare.md").read_text()
+    assert not any("best guidance" in note for note in biased[1]["notes"])
+
+
 def test_the_scoring_clip_is_not_the_one_that_conditions(ran):
     settings = ran[1]["settings"]
     assert settings["CLIP that scores"] == "openmoji-judge"
@@ -142,13 +174,16 @@ def biased(stages, tmp_path_factory):
     more += ["--num-captions", "4", "--guidance-scales", "--prior-guidance-scales"]
     more += ["--num-images", "2", "--upsamplers", larger, "--guidance-scale", "1"]
     more += ["--features", "openmoji", "--score-clip", "openmoji"]
-    assert compare.main(words(stages, out, *more)) == 0
+    own = words(stages, out)
+    start = own.index("--prior-sampler")  # this one and the next are of the diffusion prior
+    assert compare.main([*own[:start], *own[start + 4 :], *more]) == 0
     return out, json.loads((out / "compare.json").read_text())
 
 
 def test_a_scoring_clip_that_conditions_is_named_in_the_notes(biased):
     score, features = (text for text in biased[1]["notes"] if "conditions the decoder" in text)
     assert "--score-clip" in score and "--features" in features
+    assert score in (biased[0] / "compare.md").read_text()
     assert "best" not in biased[1]["conditions"]["text"] and list(biased[1]["differences"]) == [
         "fixed"
     ]
@@ -169,6 +204,17 @@ def test_figures_are_means_over_several_larger_pictures_of_each_caption(biased, 
     figures = found["conditions"]["text"]["fixed"]
     assert values[0] != values[1]
     assert figures["fd_clip"] == pytest.approx(sum(values) / 2, rel=1e-6)
+
+
+def test_what_is_not_swept_has_no_curve_and_stays_at_its_fixed_guidance(stages, tmp_path):
+    out = tmp_path / "out"
+    more = ["--ar-prior", "none", "--num-captions", "4", "--guidance-scales", "--text-decoder", ""]
+    assert compare.main(words(stages, out, *more)) == 0
+    found = json.loads((out / "compare.json").read_text())["conditions"]
+    assert not any("sweep" in condition for condition in found.values())
+    assert [name for name in found if "prior_sweep" in found[name]] == ["diffusion"]
+    assert {condition["best"]["guidance_scale"] for condition in found.values()} == {2}
+    assert found["text"]["best"] == found["text"]["fixed"]
 
 
 def test_a_second_run_draws_nothing_and_has_the_same_figures(ran, stages, monkeypatch):
@@ -220,6 +266,8 @@ def test_two_ranks_give_the_same_pictures_and_figures(ran, stages, tmp_path):
         (["--prior-guidance-scales", "0.5"], "--prior-guidance-scales"),
         (["--resamples", "1"], "--resamples"),
         (["--prior-top-p", "2"], "top_p"),
+        (["--ar-prior", "none", "--prior-top-p", "0.9"], "--prior-top-p"),
+        (["--diffusion-prior", "none", "--baseline", "ar"], "--prior-steps"),
         (["--upsamplers", "1024"], "upsampler"),
     ],
 )

@@ -1,5 +1,7 @@
 """What reaches the decoder under each condition: what its row says, and nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from unclip_pl.data.decoding import decode
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
 from unclip_pl.stages.ar_prior import ARPrior, ARPriorSamplingConfig
+from unclip_pl.utils.errors import UserError
 
 SEED = 5
 
@@ -117,6 +120,24 @@ def test_true_image_comes_to_clip_at_clips_own_size(all_conditions):
     found = condition.embed(range(4), range(4))
     assert torch.allclose(found, stored[64], atol=1e-5)
     assert not torch.allclose(found, stored[16], atol=1e-1)
+
+
+def test_images_of_other_pictures_are_not_taken_for_these(all_conditions, tmp_path):
+    """The same captions with their pictures in another order."""
+    condition = all_conditions[1]["image"]
+    sampling = condition.model.unclip.decoder.sampling
+    condition.generate(tmp_path, sampling).check_manifest()
+    pictures = [caption.image for caption in condition.captions]
+    captions = [
+        replace(caption, image=picture)
+        for caption, picture in zip(condition.captions, reversed(pictures), strict=True)
+    ]
+    other = conditioning.from_image(condition.model, captions, SEED)
+    with pytest.raises(UserError, match="pictures"):
+        other.generate(tmp_path, sampling).check_manifest()
+    conditioning.from_image(condition.model, condition.captions, SEED).generate(
+        tmp_path, sampling
+    ).check_manifest()
 
 
 def test_another_picture_of_a_caption_has_other_noise_and_another_draw_of_the_prior(all_conditions):

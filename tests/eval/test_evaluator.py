@@ -1,11 +1,12 @@
 """What evaluates: by default never the CLIP whose embeddings the images are drawn from."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from eval import clip_score
+from eval import clip_score, fid
 from eval.captions import read_captions
 from eval.commands import choose_features
 from eval.evaluator import (
@@ -70,14 +71,36 @@ def test_for_other_data_a_scoring_clip_must_be_named(fingerprint):
     assert choose_score_clip(None, None) == SCORING_CLIP
 
 
+def last_line(capsys: pytest.CaptureFixture) -> dict:
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
 def test_clip_score_is_by_the_scoring_clip_by_default(tmp_path: Path, caplog, capsys):
     decoder, shard = tiny.decoder(tmp_path / "decoder"), tiny.shards(tmp_path / "drawings", 3)
     words = ["--device", "cpu", "--decoder", str(decoder), "--captions", str(shard)]
     words += ["--condition", "text", "--samples", str(tmp_path / "samples")]
     assert clip_score.main(words) == 0
-    assert '"clip": "openmoji-judge"' in capsys.readouterr().out and not caplog.text
+    found = last_line(capsys)
+    assert (found["clip"], found["notes"]) == ("openmoji-judge", []) and not caplog.text
+    assert found["drawn"]["condition"] == "text" and found["drawn"]["decoder"]["sha256"]
     assert clip_score.main([*words, "--score-clip", "openmoji"]) == 0
-    assert "the same CLIP scores them" in caplog.text
+    (note,) = last_line(capsys)["notes"]
+    assert "--score-clip" in note and note in caplog.text
+
+
+def test_distances_by_the_clip_that_conditions_are_said_to_be_by_it(tmp_path, caplog, capsys):
+    decoder, shard = tiny.decoder(tmp_path / "decoder"), tiny.shards(tmp_path / "drawings", 4)
+    words = ["--device", "cpu", "--decoder", str(decoder), "--captions", str(shard)]
+    words += ["--condition", "text", "--samples", str(tmp_path / "samples"), "--resamples", "0"]
+    for features, expected in (("clip", True), ("openmoji-judge", False)):
+        caplog.clear()
+        assert fid.main([*words, "--features", features]) == 0
+        printed = capsys.readouterr().out
+        found = json.loads(printed.strip().splitlines()[-1])
+        notes = [note for note in found["notes"] if "--features" in note]
+        assert len(notes) == expected == ("--features" in caplog.text)
+        assert all(note in printed.partition("\n{")[0] for note in found["notes"])
+        assert found["drawn"]["seed"] == 0
 
 
 def test_retrieval_by_the_scoring_clip_is_far_above_chance(tmp_path):

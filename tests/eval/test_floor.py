@@ -1,10 +1,11 @@
 """The floor: the figures of real images against real ones, and how figures at it are named."""
 
 import pytest
+import torch
 
 from eval import distances
-from eval.evaluator import Evaluator
-from eval.floor import Floor, RealImages, compute_floor
+from eval.evaluator import Evaluator, ImageFeatures
+from eval.floor import Floor, RealImages, compute_floor, reached_on_other_pictures
 from eval.paired import Difference
 from eval.tables import Section, condition_row, difference_row, floor_row, footnotes
 from tests.eval import tiny
@@ -23,7 +24,26 @@ def test_floor_is_what_new_real_sets_have_at_these_sizes():
     assert abs(found.mean["kid"]) < found.high["kid"]
     assert compute_floor(features(2000, 16, 0), 400, 400, "fd").high["fd"] < 0.6 * found.mean["fd"]
     assert found == compute_floor(features(2000, 16, 0), 100, 150, "fd")
-    assert compute_floor(features(249, 16, 0), 100, 150, "fd") is None
+    assert compute_floor(features(240, 16, 0), 100, 150, "fd") is None
+    itself = compute_floor(features(5000, 16, 0), 100, 5000, "fd")  # the reference, which is large
+    assert (itself.count, itself.reference) == (100, 4900)
+
+
+def test_pictures_near_their_captions_own_are_not_at_the_floor_for_that():
+    """Copies of the reference that are all off by the same are nearer to it than other real images
+    are, and still no real ones; new images of the same distribution are at the floor."""
+    real, new = features(200, 16, 0), features(200, 16, 2)
+    off = real + 0.08
+    floor = compute_floor(features(2000, 16, 3), 200, 200, "fd")
+    assert distances.frechet(real, off) < floor.high["fd"]
+
+    def reached(rows: torch.Tensor) -> list[str]:
+        return reached_on_other_pictures(
+            real, [ImageFeatures(torch.arange(200), rows, rows)] * 2, "fd"
+        )
+
+    assert reached(new) == reached(real) == ["fd", "kid"]
+    assert reached(off) == []
 
 
 def test_real_images_for_the_floor_are_those_named_else_the_reference(tmp_path):
@@ -39,7 +59,10 @@ def test_embedded_captions_have_the_training_drawings(monkeypatch, tmp_path):
     drawings.rename(tmp_path / "train-00000.tar")
     monkeypatch.setattr("eval.floor.openmoji_shards", lambda size, name: tmp_path)
     real = RealImages("openmoji", 16)
-    assert real.floor_features(Evaluator("openmoji", "openmoji")).shape == (7, 256)
+    evaluator = Evaluator("openmoji", "openmoji")
+    assert real.floor_features(evaluator).shape == (7, 256)
+    other = str(tiny.shards(tmp_path / "other", 5))  # real images of another kind have their floor
+    assert RealImages("openmoji", 16, other).floor_features(evaluator).shape == (5, 256)
 
 
 FLOOR = Floor(12, 12, {"fd_clip": 10.0, "kid": 0.0}, {"fd_clip": 12.0, "kid": 0.01})

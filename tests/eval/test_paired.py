@@ -8,9 +8,10 @@ from eval.evaluator import ImageFeatures
 from eval.metrics import CLIPScore
 from eval.paired import (
     Difference,
-    frechet_interval,
+    distance_intervals,
     mean_clip_score,
     paired_differences,
+    paired_kid,
     subset_kids,
 )
 from tests.eval.sets import features
@@ -38,8 +39,28 @@ def test_a_set_differs_from_itself_by_nothing_and_from_a_worse_one_for_sure():
 def test_difference_of_kid_is_that_of_the_two_kids():
     real, a, b = features(200, 16, 5), images(1, 200), images(2, 200, shift=0.2)
     found = paired_differences(a, b, features(200, 16, 6), real, resamples=5)["kid"]
-    kids = [distances.kid(real, one[0].features).value for one in (a, b)]
+    kids = [distances.kid(real, one[0].features, paired=True).value for one in (a, b)]
     assert found.value == pytest.approx(kids[1] - kids[0], rel=1e-9)
+
+
+def test_kid_of_pictures_that_resemble_their_captions_own_is_that_from_other_pictures():
+    """An independent reference is the oracle: it must not matter which one it is."""
+    against_own, against_others, with_own_pairs = [], [], []
+    for k in range(30):
+        real, other = features(100, 16, 3 * k), features(100, 16, 3 * k + 1)
+        drawn = (0.9 * real + 0.1 * features(100, 16, 3 * k + 2) + 0.02).clamp(min=0)
+        sets = [ImageFeatures(torch.arange(100), drawn, drawn)]
+        against_own.append(paired_kid(real, sets)["kid"])
+        against_others.append(distances.kid(other, drawn).value)
+        with_own_pairs.append(distances.kid(real, drawn).value)
+    own, others, wrong = map(torch.tensor, (against_own, against_others, with_own_pairs))
+    error = (others.var() / 30 + own.var() / 30) ** 0.5
+    assert abs(own.mean() - others.mean()) < 3 * error < others.mean() - wrong.mean()
+    whole, one = paired_kid(real, sets), distances.kid(real, drawn, paired=True)
+    inside = torch.ones(100, 1, dtype=torch.float64)
+    at_once = subset_kids(real, drawn, inside, inside, paired=True).item()
+    assert whole["kid"] == one.value == pytest.approx(at_once, rel=1e-6)
+    assert one.error == pytest.approx(own.std().item(), rel=0.5)
 
 
 def test_kids_of_many_subsets_at_once_are_those_of_each(monkeypatch):
@@ -122,11 +143,34 @@ def test_several_pictures_of_a_caption_are_averaged():
 
 
 def test_spread_of_one_picture_is_the_bootstrap_of_the_distance_and_shrinks_with_more():
-    real, sets = features(200, 16, 5), [images(k, 200)[0] for k in range(4)]
-    one, four = (frechet_interval(real, images, 60, 0, "fd") for images in (sets[:1], sets))
-    expected = distances.bootstrap(distances.frechet, real, sets[0].features, 60, 0)
-    assert (one["fd_low"], one["fd_high"]) == pytest.approx(expected.interval, rel=1e-9)
+    real, sets = features(250, 16, 5), [images(k, 200)[0] for k in range(4)]
+    one, four = (
+        distance_intervals(real, images, "fd", 200, paired=False) for images in (sets[:1], sets)
+    )
+    expected = distances.bootstrap(distances.frechet, real, sets[0].features, 200, 0)
+    assert (one["fd_low"] + one["fd_high"]) / 2 == pytest.approx(expected.value, rel=1e-9)
+    assert one["fd_se"] == pytest.approx(expected.error, rel=0.25)
+    assert one["kid_se"] == pytest.approx(distances.kid(real, sets[0].features).error, rel=0.25)
     assert four["fd_se"] < one["fd_se"]
+
+
+def test_interval_of_pictures_that_resemble_their_captions_own_is_as_wide_as_new_ones_differ():
+    """New captions with their pictures are the oracle. Halves of each set by itself, which are
+    right for a reference of other pictures, give far too wide an interval here."""
+    values, intervals, wrong = [], [], []
+    for k in range(24):
+        real = features(200, 16, 2 * k)
+        drawn = 0.9 * real + 0.1 * features(200, 16, 2 * k + 1)
+        sets = [ImageFeatures(torch.arange(200), drawn, drawn)]
+        values.append((distances.frechet(real, drawn), paired_kid(real, sets)["kid"]))
+        for found, paired in ((intervals, True), (wrong, False)):
+            interval = distance_intervals(real, sets, "fd", 20, k, paired)
+            found.append((interval["fd_se"], interval["kid_se"]))
+    spread, of_pairs, of_sets = torch.tensor([values, intervals, wrong], dtype=torch.float64)
+    ratio = of_pairs.mean(0) / spread.std(0)
+    assert (ratio > 0.6).all() and ratio[0] < 1.6
+    assert ratio[1] < 2.2  # halves of equal distributions spread more
+    assert (of_sets.mean(0) / spread.std(0) > 2.5).all()
 
 
 def test_sets_of_other_captions_are_refused():

@@ -80,6 +80,8 @@ def test_a_folder_of_images_needs_no_model(shard):
         ("--images {shards} --decoder openmoji", "only one"),
         ("--images {shards} --prior ar", "--prior"),
         ("--decoder openmoji --condition text --prior ar", "--condition text"),
+        ("--decoder openmoji --condition caption --prior-steps 5", "--prior-steps"),
+        ("--decoder openmoji --condition text --prior-top-p 0.5", "--prior-top-p"),
         ("--decoder {prior} --condition text", "DiffusionPrior"),
         ("--decoder openmoji --prior {decoder}", "DiffusionPrior or ARPrior"),
         ("--decoder gone.ckpt", "gone.ckpt"),

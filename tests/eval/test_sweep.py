@@ -12,6 +12,7 @@ from eval.captions import read_captions
 from eval.evaluator import caption_images
 from eval.features import load_features
 from eval.metrics import FrechetDistance
+from eval.source import describe_weights
 from eval.stored import StoredImages
 from tests.eval import tiny
 from unclip_pl.pipeline.unclip import UnCLIP
@@ -24,6 +25,7 @@ def stages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     return {
         "decoder": tiny.decoder(folder / "image"),
+        "text": tiny.decoder(folder / "text", "text"),
         "shard": tiny.shards(folder / "drawings", 8),
         "more": tiny.shards(folder / "more", 20, seed=1),
     }
@@ -90,7 +92,7 @@ def test_a_points_figures_are_those_of_its_pictures(ran, stages):
     assert figures["fd_clip"] == pytest.approx(metric.compute()["fd"], rel=1e-6)
 
 
-def test_the_report_its_curves_and_pictures_lie_in_the_folder(ran):
+def test_the_report_its_curves_and_pictures_lie_in_the_folder(ran, stages):
     out, found = ran
     table = (out / "sweep.md").read_text()
     lines = [line for line in table.partition("\n## ")[0].splitlines() if line.startswith("|")]
@@ -103,7 +105,10 @@ def test_the_report_its_curves_and_pictures_lie_in_the_folder(ran):
         point["at_floor"] for curve in found["curves"].values() for point in curve
     )
     assert found["settings"]["the decoder sees"] == "z_t as the embedding + the caption's tokens"
-    assert found["notes"] == [text for text in found["notes"] if text.startswith("The features")]
+    shared, sizes = found["notes"]
+    assert shared.startswith("The features") and "8 images" in sizes and sizes in table
+    assert found["settings"]["decoder"] == describe_weights(stages["decoder"])
+    assert found["settings"]["floor"] == str(stages["more"])
     assert "(sweep-curves.png)" in table and "(sweep.png)" in table
     assert "| CLIP that scores | openmoji-judge |" in table
     panels = sweep.build_panels(found["curves"], "fd_clip")
@@ -120,6 +125,8 @@ def test_the_report_its_curves_and_pictures_lie_in_the_folder(ran):
     [
         (["--guidance-scales"], "nothing to sweep"),
         (["--condition", "text", "--prior", "ar"], "--prior"),
+        (["--condition", "caption", "--prior-temperature", "2"], "--prior-temperature"),
+        (["--decoder", "{text}", "--prior-steps", "2"], "--condition text"),
         (["--sweep-steps", "0"], "--steps is 0"),
         (["--sweep-steps", "2000"], "--steps is 2000"),
         (["--sweep-steps", "fast28"], "--steps is fast28"),
@@ -128,6 +135,7 @@ def test_the_report_its_curves_and_pictures_lie_in_the_folder(ran):
     ],
 )
 def test_what_cannot_be_swept_is_one_sentence(more, keyword, stages, tmp_path, capsys):
+    more = [word.format(**stages) for word in more]
     assert sweep.main(words(stages, tmp_path / "out", *more)) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("python -m eval.sweep: ") and keyword in last

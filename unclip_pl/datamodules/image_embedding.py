@@ -96,14 +96,21 @@ class ImageEmbeddingData(ShardData):
         self.store.ensure(self._all_shards, self.clip, counter=counter)
         self.clip.to("cpu")
         if self.reads_captions:
-            self._require_captions()
+            self.require_captions()
 
     @property
     def reads_captions(self) -> bool:
-        """Whether batches are used with their captions."""
+        """Whether batches are used with their captions whatever the stage.
+
+        Then `prepare_data` calls `require_captions`.
+        """
         return self.text_states or self.text_length is not None
 
-    def _require_captions(self) -> None:
+    def require_captions(self) -> None:
+        """UserError where more than `loader.max_bad_rate` of the training samples have no caption.
+
+        A stage that reads captions calls this where `reads_captions` is False.
+        """
         blank = self.clip.tokenize([""])[0].numpy()
         missing = self.store.missing_captions(self.train_shards, blank)
         first = self.train_shards[0]

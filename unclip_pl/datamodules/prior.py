@@ -63,7 +63,7 @@ class PriorData(ImageEmbeddingData):
 
     def prepare_data(self) -> None:
         if self._resolve_from_store():
-            self._require_captions()
+            self.require_captions()
             return
         super().prepare_data()
         if self.text_length is not None:

@@ -24,6 +24,7 @@ from unclip_pl.networks.quantizer import EmbeddingQuantizer
 from unclip_pl.networks.text import TextConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage
 from unclip_pl.stages.data_checks import (
+    check_captions,
     check_clip,
     check_length,
     check_own_tokens,
@@ -129,6 +130,7 @@ class ARPrior(Stage):
         if self.text_config.kind != "none":
             check_length(data, self.text_config)
         check_own_tokens(data, self.text_config)
+        check_captions(data)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

@@ -44,6 +44,15 @@ def check_clip(data: Any, embed_dim: int, text: Any) -> None:
         )
 
 
+def check_captions(data: Any) -> None:
+    """UserError where the data lack captions, for a stage that reads them.
+
+    A DataModule that says that it reads captions has checked them itself.
+    """
+    if not getattr(data, "reads_captions", True):
+        data.require_captions()
+
+
 def check_length(data: Any, text: Any) -> None:
     """UserError where the data's CLIP has longer captions than the text config has positions."""
     if (length := data.clip.context_length) > text.context_length:

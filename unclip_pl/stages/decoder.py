@@ -26,7 +26,12 @@ from unclip_pl.networks.long_text import caption_of
 from unclip_pl.networks.text import TextConfig, TextContext
 from unclip_pl.networks.unet import UNet, UNetConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage
-from unclip_pl.stages.data_checks import check_clip, check_own_tokens, empty_caption
+from unclip_pl.stages.data_checks import (
+    check_captions,
+    check_clip,
+    check_own_tokens,
+    empty_caption,
+)
 from unclip_pl.utils.errors import UserError
 
 
@@ -127,6 +132,11 @@ class Decoder(Stage):
         self.process = Process(self.config.diffusion)
         self.process.schedule.respaced(self.sampling.steps)  # refuses what is impossible at once
         embed_dim, context_width = self.net_config.embed_dim, self.net_config.context_width
+        if embed_dim < 1:
+            raise ValueError(
+                f"model.net.embed_dim is {embed_dim}, and a decoder is conditioned on embeddings "
+                "of a CLIP: set it to their width."
+            )
         self.normalizer = EmbeddingNormalizer(embed_dim, normalizer)
         emb_width = 4 * self.net_config.width
         self.text = TextContext(self.text_config, context_width, emb_width, embed_dim)
@@ -156,6 +166,8 @@ class Decoder(Stage):
                 f"data.image_size is {data.image_size} and model.net.image_size is "
                 f"{self.net_config.image_size}: make them equal."
             )
+        if self.text_config.kind != "none" or self.condition == "text":
+            check_captions(data)
 
     def conditions(
         self, batch: dict, size: int, keep_embed: Tensor, keep_text: Tensor

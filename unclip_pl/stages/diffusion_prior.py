@@ -35,6 +35,7 @@ from unclip_pl.networks.prior import (
 )
 from unclip_pl.stages.base import OptimizerConfig, Stage
 from unclip_pl.stages.data_checks import (
+    check_captions,
     check_clip,
     check_length,
     check_own_tokens,
@@ -168,6 +169,7 @@ class DiffusionPrior(Stage):
         check_clip(data, self.net_config.embed_dim, self.text_config)
         check_length(data, self.text_config)
         check_own_tokens(data, self.text_config)
+        check_captions(data)
 
     def conditions(self, batch: dict) -> dict[str, Tensor | None]:
         """The caption as arguments of the network.

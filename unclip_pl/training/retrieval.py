@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from unclip_pl.training.prior_monitor import ranks
 from unclip_pl.training.protocols import SupportsEmbedding
 
 
@@ -16,9 +17,7 @@ def recall_at(similarity: Tensor, k: int) -> Tensor:
         similarity: (N, N), with the right answers on the diagonal.
         k: how many answers count.
     """
-    right = similarity.diagonal()[:, None]
-    better = (similarity >= right).sum(1) - 1
-    return (better < k).float().mean()
+    return (ranks(similarity) <= k).float().mean()
 
 
 class Retrieval(Callback):

@@ -95,13 +95,19 @@ def add_prior_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_prior_sampling_options(parser: argparse.ArgumentParser) -> None:
+def add_prior_sampling_options(parser: argparse.ArgumentParser, own: str = "its own") -> None:
     """Add the options for how a prior samples.
 
     --prior-guidance-scale, --prior-steps, --prior-sampler, --prior-temperature, --prior-top-p.
+
+    Args:
+        parser: the options are added to it.
+        own: what guidance scale, temperature and top-p are by default, for the help.
     """
     parser.add_argument(
-        "--prior-guidance-scale", type=float, help="1: no guidance; by default the prior's own"
+        "--prior-guidance-scale",
+        type=float,
+        help=f"of a prior: 1 is no guidance; by default {own}",
     )
     parser.add_argument(
         "--prior-steps",
@@ -116,13 +122,13 @@ def add_prior_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prior-temperature",
         type=float,
-        help="of an autoregressive prior: divides its logits; by default its own",
+        help=f"of an autoregressive prior: divides its logits; by default {own}",
     )
     parser.add_argument(
         "--prior-top-p",
         type=float,
-        help="of an autoregressive prior: share of the likeliest codes drawn from; by default its "
-        "own",
+        help="of an autoregressive prior: share of the likeliest codes drawn from; "
+        f"by default {own}",
     )
 
 
