@@ -1,0 +1,127 @@
+"""How well a decoder draws held-out drawings from their CLIP image embeddings.
+
+    python benchmarks/decoder_quality.py                    that of the package, 398 drawings
+    python benchmarks/decoder_quality.py --weights FOLDER_OR_CKPT --picture decoder.png
+
+It prints a Markdown table with the figures of what was drawn, and of the real drawings: cosine of
+the embeddings of the drawn and the true one; how often CLIP finds the true drawing first among all,
+by the embedded CLIP and by the independent one; grain, the median distance from white where the
+drawing is white, of a range of 2; `fd_clip`, for real drawings against as many other real ones.
+"""
+
+import argparse
+from dataclasses import replace
+
+from _common import results_option
+
+import torch
+from _results import save_rows
+from torch import Tensor
+from tqdm import trange
+
+from eval.distances import frechet
+from eval.features import clip_features
+from eval.floor import compute_floor
+from unclip_pl.clip.config import CLIPConfig
+from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
+from unclip_pl.pipeline.unclip import UnCLIP
+from unclip_pl.pipeline.weights import DEFAULT_DECODER
+from unclip_pl.utils.devices import pick_device
+from unclip_pl.utils.images import grid, save_png, to_uint8
+
+WHITE = 0.99
+"""Pixels are white from here on, of a range of -1 to 1."""
+COLUMNS = 12
+
+
+def drawings() -> tuple[Tensor, Tensor, Tensor]:
+    """The held-out drawings (N, 3, 64, 64) and their CLIP embeddings (N, D), and 2 N others."""
+    data = ImageEmbeddingData(clip=CLIPConfig(), image_size=64)
+    data.prepare_data()
+    data.setup("fit")
+    val = list(data.val_dataloader())
+    images, embeds = (
+        torch.cat([batch[name] for batch in val]) for name in ("image", "image_embed")
+    )
+    others: list[Tensor] = []
+    for batch in data.train_dataloader():
+        others.append(batch["image"])
+        if sum(map(len, others)) >= 2 * len(images):
+            break
+    return images, embeds, torch.cat(others)
+
+
+def found_first(clip: FrozenCLIP, drawn: Tensor, real: Tensor) -> float:
+    """How often the own drawing is the nearest of all to what was drawn."""
+    similarity = clip.similarity(clip.embed_images(drawn), clip.embed_images(real))
+    own = torch.arange(len(real), device=similarity.device)
+    return similarity.argmax(1).eq(own).float().mean().item()
+
+
+def figures(drawn: Tensor, real: Tensor, clip: FrozenCLIP, judge: FrozenCLIP) -> dict[str, float]:
+    """The figures of drawn images, each from the embedding of the real one in the same row."""
+    embeds = clip.embed_images(drawn), clip.embed_images(real)
+    network = clip_features(clip)
+    features = (network(to_uint8(images)).float() for images in (real, drawn))
+    return {
+        "cosine": torch.cosine_similarity(*embeds).mean().item(),
+        "first": found_first(clip, drawn, real),
+        "first_judge": found_first(judge, drawn, real),
+        "grain": (1 - drawn).abs().mean(1)[real.amin(1) > WHITE].median().item(),
+        "fd_clip": frechet(*features),
+    }
+
+
+@torch.no_grad()
+def main() -> None:
+    """Draw, measure, and print a Markdown table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--weights", default=DEFAULT_DECODER, help="a release or checkpoint")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance-scale", type=float, default=1.5)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--picture", help="write the first 24, real above drawn, to this PNG")
+    results_option(parser)
+    arguments = parser.parse_args()
+    device = pick_device(arguments.device)
+    unclip = UnCLIP.load(arguments.weights, device=device, precision=arguments.precision)
+    judge = FrozenCLIP(CLIPConfig("openmoji-judge"), device)
+    sampling = replace(
+        unclip.decoder.sampling,
+        sampler="ddim",
+        steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+    )
+    real, embeds, others = (rows.to(device) for rows in drawings())
+    count = len(real)
+    drawn = torch.cat(
+        [
+            unclip.decode(embeds[k : k + 32], range(k, min(k + 32, count)), sampling=sampling)
+            for k in trange(0, count, 32)
+        ]
+    ).float()
+    features = clip_features(unclip.clip)(to_uint8(others)).float()
+    floor = compute_floor(features, count, count, "fd_clip")
+    rows = {
+        "drawn": figures(drawn, real, unclip.clip, judge),
+        "real": figures(real, real, unclip.clip, judge) | {"fd_clip": floor.mean["fd_clip"]},
+    }
+    columns = list(rows["drawn"])
+    how = f"DDIM in {sampling.steps} steps, guidance {sampling.guidance_scale}"
+    print(f"{count} held-out drawings, {how}\n")
+    print(f"| | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
+    for name, row in rows.items():
+        print(f"| {name} | {' | '.join(f'{row[column]:.4g}' for column in columns)} |")
+    if arguments.picture:
+        halves = zip(real[: 2 * COLUMNS].split(COLUMNS), drawn[: 2 * COLUMNS].split(COLUMNS))
+        picture = grid([row for half in halves for row in half])
+        save_png(picture, arguments.picture, source="OpenMoji, CC BY-SA 4.0, openmoji.org")
+    save_rows("decoder_quality", arguments.results, rows, device)
+
+
+if __name__ == "__main__":
+    main()
