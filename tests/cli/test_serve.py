@@ -15,7 +15,8 @@ from unclip_pl.cli.unclip import main
 
 
 @pytest.mark.slow
-def test_it_serves_the_package_and_ends_when_told(tmp_path):
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_it_serves_the_package_and_ends_when_it_should(tmp_path, end):
     pytest.importorskip("gradio", reason='needs the extra "web"')
     options = [
         "--port",
@@ -40,10 +41,10 @@ def test_it_serves_the_package_and_ends_when_told(tmp_path):
             address = re.search(r"http://127\.0\.0\.1:\d+", line)
             assert address, line + process.stderr.read()
             with urllib.request.urlopen(f"{address[0]}/api/studio", timeout=30) as answer:
-                told = json.load(answer)
-            assert told["sizes"] == [64, 256] and told["steps"] == 3 and told["limit"] == 5
-            assert told["priors"] == ["diffusion", "ar", "none", "text"]
-            process.send_signal(signal.SIGTERM)
+                said = json.load(answer)
+            assert said["sizes"] == [64, 256] and said["steps"] == 3 and said["limit"] == 5
+            assert said["priors"] == ["diffusion", "ar", "none", "text"]
+            process.send_signal(end)
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()
@@ -60,11 +61,11 @@ BAD = [
 
 
 @pytest.mark.parametrize(("options", "words"), BAD)
-def test_bad_options_are_told_in_a_sentence(options, words, capsys):
+def test_bad_options_are_refused_in_a_sentence(options, words, capsys):
     pytest.importorskip("gradio", reason='needs the extra "web"')
     assert main(["serve", *options.split()]) == 1
-    told = capsys.readouterr().err
-    assert words in told and told.count("\n") == 1
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):

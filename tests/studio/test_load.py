@@ -21,6 +21,7 @@ from tests.studio.conftest import tiny_models
 pytest.importorskip("fastapi_offline", reason='needs the extra "web"')
 
 from unclip_pl.studio import engine as rooms
+from unclip_pl.studio.models import Models
 from unclip_pl.studio.requests import Create
 from unclip_pl.utils.images import to_uint8
 
@@ -29,9 +30,10 @@ CAPTIONS = ("red heart", "fox", "green apple", "woman firefighter")
 QUICK = {"prior_steps": 1, "steps": 2}
 
 
-def ask(url, body=None):
+def ask(url, body=None, method=None):
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, data, headers, method=method)
     with urllib.request.urlopen(request, timeout=120) as answer:
         return answer.read()
 
@@ -85,11 +87,29 @@ def test_twenty_clients_get_what_they_asked_for(monkeypatch):
         assert difference.abs().max() <= 1
 
 
-def test_the_first_preview_comes_within_a_second(models):
-    with served(models) as (address, _):
-        start = time.monotonic()
-        job = json.loads(ask(f"{address}/api/create", {"captions": ["fox"], "steps": 1000}))
-        while not job["preview"]:
-            assert job["state"] in ("waiting", "drawing")
-            job = json.loads(ask(f"{address}/api/jobs/{job['id']}"))
-        assert time.monotonic() - start < 5  # one second on two idle cores; others work here too
+def test_the_first_preview_needs_less_than_a_second_of_one_core(monkeypatch):
+    """Seconds of the processor, of all threads: a busy machine does not change these."""
+    seen, spent, real = threading.Event(), [], rooms.Ticket.show
+
+    def show(ticket, preview):
+        real(ticket, preview)
+        spent.append(time.process_time() - start)
+        seen.set()
+
+    monkeypatch.setattr(rooms.Ticket, "show", show)
+    threads = torch.get_num_threads()
+    with served(Models.load()) as (address, _):
+        torch.set_num_threads(1)  # others would wait actively
+        try:
+            for _ in range(2):
+                seen.clear()
+                start = time.process_time()
+                job = json.loads(ask(f"{address}/api/create", {"captions": ["fox"]}))
+                assert seen.wait(120)
+                job = json.loads(ask(f"{address}/api/jobs/{job['id']}"))
+                ask(f"{address}/api/jobs/{job['id']}", method="DELETE")
+                assert set(job["seconds"]) >= {"waiting", "prior"}
+                assert job["seconds_to_preview"] >= job["seconds"]["prior"]
+        finally:
+            torch.set_num_threads(threads)
+    assert min(spent) < 1, spent

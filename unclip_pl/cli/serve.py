@@ -72,6 +72,8 @@ def add(command: AddCommand) -> None:
 def load_models(arguments: argparse.Namespace) -> "Models":
     """The models of the options, with their sampling settings as those of the stages."""
     from unclip_pl.stages.ar_prior import ARPrior
+    from unclip_pl.stages.decoder import Decoder
+    from unclip_pl.stages.upsampler import Upsampler
     from unclip_pl.studio.models import Models
 
     models = Models.load(
@@ -81,19 +83,23 @@ def load_models(arguments: argparse.Namespace) -> "Models":
         arguments.store,
         **device_kwargs(arguments),
     )
-    options, plain = vars(arguments), models.plain
-    plain.decoder.sampling = override_sampling(plain.decoder, options)
-    for stage in plain.cascade.stages:
-        stage.sampling = override_sampling(stage, options, "upsampler_")
-    of_ar = ("prior_temperature", "prior_top_p")
-    for unclip in models.with_prior.values():
-        prior: Any = unclip.prior
+    options, of_ar = vars(arguments), ("prior_temperature", "prior_top_p")
+
+    def as_options_say(stage: Any) -> None:
+        if isinstance(stage, Decoder):
+            stage.sampling = override_sampling(stage, options)
+            return
+        if isinstance(stage, Upsampler):
+            stage.sampling = override_sampling(stage, options, "upsampler_")
+            return
         own = {
             name: value
             for name, value in options.items()
-            if arguments.prior is not None or (name in of_ar) == isinstance(prior, ARPrior)
+            if arguments.prior is not None or (name in of_ar) == isinstance(stage, ARPrior)
         }
-        prior.sampling = override_sampling(prior, own, "prior_")
+        stage.sampling = override_sampling(stage, own, "prior_")
+
+    models.prepare_all(as_options_say)
     return models
 
 

@@ -18,6 +18,8 @@ from unclip_pl.studio.requests import Create
 
 MOST = 200
 """Pictures that one person has; older ones go."""
+MOST_OF_ALL = 5000
+"""Pictures of everybody; those of whoever drew nothing for the longest time go."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,10 @@ class Album:
             label = f"{shown.label}, seed {shown.seed}" if own else shown.label
             added.append(Print(path, label, settings))
         with self._lock:
-            prints = added + self._prints.get(person, [])
-            self._prints[person], old = prints[:MOST], prints[MOST:]
+            prints = added + self._prints.pop(person, [])
+            self._prints[person], old = prints[:MOST], prints[MOST:]  # who drew last is last
+            while sum(map(len, self._prints.values())) > MOST_OF_ALL and len(self._prints) > 1:
+                old += self._prints.pop(next(iter(self._prints)))
         _remove(old)
         return added
 

@@ -51,6 +51,8 @@ class Job(BaseModel):
     preview: str | None = Field(description="where its x0 can be seen while it is drawn")
     pictures: list[Picture]
     notes: list[str] = Field(description="what there is to say of the pictures")
+    seconds: dict[str, float] = Field(description="that it waited, and was at each stage, so far")
+    seconds_to_preview: float | None = Field(description="from its POST to its first x0")
     error: str = Field(description="of a failed one: what went wrong, in a sentence")
 
 
@@ -64,6 +66,7 @@ class Studio(BaseModel):
     steps: Any = Field(description="the decoder's own")
     guidance_scale: float = Field(description="the decoder's own")
     rows: int = Field(description="pictures that are drawn at a time")
+    weights: str = Field(description="which weights everything is drawn with now")
     waiting: int
     drawing: int
     limit: int = Field(description="requests that may wait")
@@ -101,6 +104,8 @@ def api(engine: Engine, jobs: Jobs) -> FastAPI:
             preview=None if ticket.preview is None else f"{here}/preview",
             pictures=pictures,
             notes=ticket.notes,
+            seconds=dict(ticket.seconds),
+            seconds_to_preview=ticket.seconds_to_preview,
             error=ticket.error,
         )
 
@@ -130,6 +135,7 @@ def api(engine: Engine, jobs: Jobs) -> FastAPI:
             steps=own.steps,
             guidance_scale=own.guidance_scale,
             rows=ROWS,
+            weights=engine.models.standing(),
             waiting=waiting,
             drawing=drawing,
             limit=engine.limit,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unclip_pl.cluster.checkpoint_io import newest_checkpoint
 from unclip_pl.manipulate import (
     Latent,
     decode,
@@ -34,6 +35,7 @@ from unclip_pl.studio.requests import (
     Request,
     Typographic,
     Upsample,
+    UseWeights,
     Vary,
 )
 from unclip_pl.utils.errors import UserError
@@ -255,6 +257,19 @@ def typographic(models: Models, request: Typographic, tell: Tell) -> Result:
     return Result(pictures, notes)
 
 
+def use_weights(models: Models, request: UseWeights, tell: Tell) -> Result:
+    """Other weights; what they are is the only note."""
+    tell("loading", 0, 1)
+    if request.run is None:
+        models.use_first()
+    else:
+        path = newest_checkpoint(request.run)
+        if path is None:
+            raise UserError(f"The run {request.run.name} has no whole checkpoint yet: wait for it.")
+        models.use(path, f"{request.run.name}, {path.name}")
+    return Result([], [models.standing()])
+
+
 WAYS: dict[type, Callable[[Models, Any, Tell], Result]] = {
     Vary: vary,
     Interpolate: interpolation,
@@ -263,6 +278,7 @@ WAYS: dict[type, Callable[[Models, Any, Tell], Result]] = {
     Upsample: upsample,
     PCA: pca,
     Typographic: typographic,
+    UseWeights: use_weights,
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unclip_pl.studio.drawing import ROWS, Drawn, Result, check_pictures, draw
 from unclip_pl.studio.models import Models
-from unclip_pl.studio.requests import Create, Request
+from unclip_pl.studio.requests import Create, Request, UseWeights
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import to_uint8
 
@@ -58,6 +58,11 @@ class Ticket:
         self.state = State.WAITING
         self.stage, self.step, self.steps = "", 0, 0
         """What it is at."""
+        self.seconds: dict[str, float] = {}
+        """How long it waited, and was at each stage."""
+        self.seconds_to_preview: float | None = None
+        """From its submission until there was something to see."""
+        self.submitted = time.monotonic()
         self.preview: Tensor | None = None
         """x0 as it was last seen: uint8 (B, 3, H, W), a picture for each that is being drawn."""
         self.pictures: list[Drawn] = []
@@ -80,7 +85,14 @@ class Ticket:
         with self._lock:
             if not self.ended:
                 self.state = State.DRAWING
+                self.seconds["waiting"] = time.monotonic() - self.submitted
             return not self.ended
+
+    def show(self, preview: Tensor) -> None:
+        """Show x0, uint8 (B, 3, H, W), as it is now."""
+        if self.seconds_to_preview is None:
+            self.seconds_to_preview = time.monotonic() - self.submitted
+        self.preview = preview
 
     def end(self, state: State, result: Result | None = None, error: str = "") -> None:
         """Set its end, unless it has ended already."""
@@ -193,6 +205,8 @@ class Engine:
         settings = first.request.settings()  # type: ignore[union-attr]  # of a Create
         for ticket in self._waiting:
             request = ticket.request
+            if isinstance(request, UseWeights):
+                break  # what is behind it is drawn with other weights
             if not isinstance(request, Create) or request.settings() != settings:
                 continue
             if batch and count + request.pictures() > ROWS:
@@ -228,12 +242,16 @@ class _Watcher:
 
     def __init__(self, tickets: list[Ticket]) -> None:
         self.tickets, self.last = tickets, 0.0
+        self.last_step = time.monotonic()
         self.counts = [ticket.request.pictures() for ticket in tickets]
 
     def tell(self, stage: str, step: int, steps: int) -> None:
         self._stop_if_unwanted()
+        now = time.monotonic()
         for ticket in self.tickets:
             ticket.stage, ticket.step, ticket.steps = stage, step, steps
+            ticket.seconds[stage] = ticket.seconds.get(stage, 0) + now - self.last_step
+        self.last_step = now
 
     def show(self, x0: Tensor) -> None:
         """x0 (B, 3, H, W); of several tickets the pictures of each, if all are drawn at once."""
@@ -244,10 +262,10 @@ class _Watcher:
         self.last = now
         shown = to_uint8(x0).cpu()
         if len(self.tickets) == 1:
-            self.tickets[0].preview = shown
+            self.tickets[0].show(shown)
         elif len(shown) == sum(self.counts):
             for ticket, part in zip(self.tickets, shown.split(self.counts), strict=True):
-                ticket.preview = part
+                ticket.show(part)
 
     def _stop_if_unwanted(self) -> None:
         if all(ticket.ended for ticket in self.tickets):

@@ -7,6 +7,7 @@ browser, and sentences that screen readers read out.
 import base64
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from torch import Tensor
 
@@ -18,20 +19,47 @@ STYLE = """
 .status { min-height: 1.6em; margin: 0; }
 .status progress { width: 100%; height: 0.5em; }
 .status.error { color: var(--error-text-color, #b91c1c); font-weight: 600; }
-.pictures { display: grid; gap: 0.5em; grid-template-columns: repeat(auto-fill, minmax(7em, 1fr)); }
-.pictures:has(figure:only-child) { grid-template-columns: minmax(7em, 20em); }
+.form-and-pictures { display: grid; grid-template: auto 1fr / minmax(0, 1fr) minmax(0, 1fr); }
+.form-and-pictures > .output { grid-area: 1 / 2 / span 2; }
+.form-and-pictures > .settings { grid-area: 2 / 1; }
+@media (max-width: 700px) { .form-and-pictures { display: flex; } }
+.pictures { display: grid; gap: 0.5em;
+  grid-template-columns: repeat(auto-fill, minmax(min(12em, 45%), 1fr)); }
+.pictures:has(> :nth-child(7)) { grid-template-columns: repeat(auto-fill, minmax(7em, 1fr)); }
+.pictures:has(figure:only-child) { grid-template-columns: minmax(7em, 32em); }
 .pictures figure, .frames figure { margin: 0; }
 .pictures img, .frames img { width: 100%; display: block; background: white;
   border: 1px solid var(--border-color-primary); border-radius: 4px; }
 .pictures figcaption, .frames figcaption { font-size: 0.85em; overflow-wrap: anywhere; }
-.frames { max-width: 24em; }
+.frames { max-width: 32em; }
+.strip { display: flex; margin-top: 0.5em; }
+.strip img { min-width: 0; flex: 1; border: 0; border-radius: 0; }
 .image-frame img { width: 100%; height: 100%; object-fit: contain; }
-.wide { margin: 0; } .wide img { max-width: 100%; }
+.wide { margin: 0; overflow-x: auto; } .wide img { width: 100%; min-width: 46em; }
 .frames figure[hidden] { display: none; }
-.frames input { width: 100%; }
+.frames input { width: 100%; accent-color: var(--primary-700); }
+.status progress { accent-color: var(--primary-700); }
 .notes { font-size: 0.9em; margin: 0.5em 0; padding-left: 1.2em; }
+.facts { display: grid; grid-template-columns: auto 1fr; gap: 0.2em 1em; font-size: 0.9em; }
+.facts dt { opacity: 0.75; }
+.facts dd { margin: 0; overflow-wrap: anywhere; }
+.plot { display: grid; grid-template-columns: auto 1fr; gap: 0.3em 0.5em; font-size: 0.85em; }
+.plot ul { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: 0 1.5em; padding: 0; }
+.plot ul, .plot li { list-style: none; margin: 0; }
+.plot li span { display: inline-block; width: 1em; height: 0.2em; margin: 0.25em 0.4em; }
+.plot svg { width: 100%; height: 18em; overflow: hidden; }
+.plot polyline { fill: none; stroke-width: 1.5px; vector-effect: non-scaling-stroke; }
+.plot line { stroke: var(--border-color-primary); vector-effect: non-scaling-stroke; }
+.plot .values { display: flex; flex-direction: column; justify-content: space-between; }
+.plot .values { text-align: right; margin: -0.6em 0; }
+.plot .steps { grid-column: 2; display: flex; justify-content: space-between; }
+#gallery .caption-label { display: none; }
+#gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(6.5em, 1fr)); }
+.new-seed { align-self: end; }
 footer { display: none !important; }
 """
+FACTS = {"kind": "made in", "captions": "caption", "num_images": "pictures"}
+"""What settings are called, where the name of their field does not say it."""
 SCRUB = (
     "const all = this.closest('.frames').querySelectorAll('figure');"
     "all.forEach((figure, k) => { figure.hidden = k != this.value; });"
@@ -102,8 +130,24 @@ def frames(prints: Sequence[Print], name: str) -> str:
         f'<div class="frames done"><label>{escape(name)}'
         f'<input type="range" min="0" max="{len(prints) - 1}" value="0" step="1" '
         f'aria-valuetext="{escape(prints[0].label)}" oninput="{escape(SCRUB)}"></label>'
-        f"{''.join(shown)}</div>"
+        f"{''.join(shown)}{strip(prints)}</div>"
     )
+
+
+def strip(prints: Sequence[Print]) -> str:
+    """All pictures small and side by side; screen readers have them from the slider."""
+    small = [f'<img src="{escape(source(one))}" alt="">' for one in prints]
+    return f'<div class="strip" aria-hidden="true">{"".join(small)}</div>'
+
+
+def facts(settings: dict[str, Any]) -> str:
+    """The settings of a picture, as a list of names and values."""
+    rows = []
+    for name, value in settings.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        named = FACTS.get(name, name.replace("_", " "))
+        rows.append(f"<dt>{escape(named)}</dt><dd>{escape(text)}</dd>")
+    return f'<dl class="facts">{"".join(rows)}</dl>'
 
 
 def notes(sentences: Sequence[str]) -> str:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
+from gradio.blocks import Block
+from gradio_client.utils import is_http_url_like
 from PIL import Image
 
 from unclip_pl.studio.picture_files import FORMATS, MOST_BYTES, MOST_PIXELS, as_pil, to_base64
@@ -18,10 +20,29 @@ from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import open_image, png_bytes, to_uint8
 
 
+async def uploads_only(component: Block, path: Any) -> str | None:
+    """Gradio's step for each file that comes in, which would fetch an address for whoever asks."""
+    if is_http_url_like(str(path)):
+        raise UserError("A picture must be uploaded: addresses are not fetched.")
+    moved: str | None = await Block.async_move_resource_to_block_cache(component, path)
+    return moved
+
+
+class DroppedFile(gr.File):
+    """A file, as bytes."""
+
+    is_template = True
+    async_move_resource_to_block_cache = uploads_only
+
+
 class Picture(gr.Image):
-    """A picture to upload, drop, paste or be sent; "" where there is none."""
+    """A picture to upload, drop, paste or be sent; "" where there is none.
+
+    What is wrong with it is a value, too, so that the page can say it in a sentence.
+    """
 
     is_template = True  # Gradio draws it as its parent, and reads its settings off `__init__`
+    async_move_resource_to_block_cache = uploads_only
 
     @classmethod
     def named(cls, label: str, **other: Any) -> "Picture":
@@ -36,8 +57,11 @@ class Picture(gr.Image):
             **other,
         )
 
-    def preprocess(self, payload: Any) -> str:
-        return "" if payload is None else to_base64(file_bytes(payload.path))
+    def preprocess(self, payload: Any) -> str | UserError:
+        try:
+            return "" if payload is None else to_base64(file_bytes(payload.path))
+        except UserError as error:
+            return error
 
 
 class Painted(NamedTuple):
@@ -48,9 +72,12 @@ class Painted(NamedTuple):
 
 
 class PaintedPicture(gr.ImageEditor):
+    """A picture with a mask; None where there is none, and what is wrong as `Picture` has it."""
+
     """A picture to paint a mask on."""
 
     is_template = True
+    async_move_resource_to_block_cache = uploads_only
 
     @classmethod
     def named(cls, label: str) -> "PaintedPicture":
@@ -68,17 +95,32 @@ class PaintedPicture(gr.ImageEditor):
             height=480,
         )
 
-    def preprocess(self, payload: Any) -> Painted | None:
+    def preprocess(self, payload: Any) -> Painted | UserError | None:
         if payload is None or payload.background is None:
             return None
-        image = to_uint8(read(file_bytes(payload.background.path)))
-        height, width = image.shape[1:]
-        painted = np.zeros((height, width), dtype=bool)
-        for layer in payload.layers or []:
-            alpha = open_image(file_bytes(layer.path), alpha_of, FORMATS).resize((width, height))
-            painted |= np.asarray(alpha) > 127
-        mask = Image.fromarray(painted.astype(np.uint8) * 255)
-        return Painted(to_base64(png_bytes(as_pil(image))), to_base64(png_bytes(mask)))
+        try:
+            return painted(payload.background, (payload.layers or [])[:1])  # there is one brush
+        except UserError as error:
+            return error
+
+
+def painted(background: Any, layers: list[Any]) -> Painted:
+    """Files of Gradio's editor as a picture and a mask.
+
+    Raises:
+        UserError: one cannot be read, or is too large.
+    """
+    image = to_uint8(read(file_bytes(background.path)))
+    height, width = image.shape[1:]
+    covered = np.zeros((height, width), dtype=bool)
+    for layer in layers:
+        try:
+            alpha = open_image(file_bytes(layer.path), alpha_of, FORMATS)
+        except (OSError, ValueError, SyntaxError):
+            raise UserError("The mask cannot be read: paint it again.") from None
+        covered |= np.asarray(alpha.resize((width, height))) > 127
+    mask = Image.fromarray(covered.astype(np.uint8) * 255)
+    return Painted(to_base64(png_bytes(as_pil(image))), to_base64(png_bytes(mask)))
 
 
 def alpha_of(image: Image.Image) -> Image.Image:

@@ -17,6 +17,8 @@ from unclip_pl.pipeline.unclip import Prior, UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS, load_stage
 from unclip_pl.probe import PrincipalComponents, principal_components
 from unclip_pl.stages.ar_prior import ARPrior
+from unclip_pl.stages.base import Stage
+from unclip_pl.stages.decoder import Decoder
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.studio.requests import (
     Create,
@@ -25,6 +27,7 @@ from unclip_pl.studio.requests import (
     PriorSettings,
     Request,
     Upsample,
+    UseWeights,
     Vary,
 )
 from unclip_pl.utils.errors import UserError
@@ -33,6 +36,7 @@ from unclip_pl.utils.options import override_sampling
 MOST_PIXELS = 16 * 2**20
 """Of all pictures of one request together."""
 WITHOUT_PRIOR = ("text", "none")
+PRIOR_WORDS = {"diffusion": "diffusion prior", "ar": "autoregressive prior"}
 
 
 class Models:
@@ -52,18 +56,27 @@ class Models:
     ) -> None:
         self.plain = unclip
         self.store = None if store is None else Path(store)
+        self.first: dict[str, Path] = {}
+        """Where the decoder and the priors at the start came from, by name."""
+        self.others: dict[str, str] = {}
+        """What is used in the place of these, by the same names."""
+        self._preparations: list[Callable[[Any], object]] = []
         self.with_prior = {
-            name: UnCLIP(
-                unclip.decoder,
-                prior,
-                unclip.clip,
-                str(unclip.device),
-                unclip.cascade.stages,
-                unclip.offload,
-                unclip.precision,  # type: ignore[arg-type]  # as it was given
-            )
-            for name, prior in (priors or {}).items()
+            name: self._joined(unclip.decoder, prior) for name, prior in (priors or {}).items()
         }
+
+    def _joined(self, decoder: Decoder, prior: Prior | None) -> UnCLIP:
+        """A decoder and a prior with the CLIP and the upsamplers that are here."""
+        own = self.plain
+        return UnCLIP(
+            decoder,
+            prior,
+            own.clip,
+            str(own.device),
+            own.cascade.stages,
+            own.offload,
+            own.precision,  # type: ignore[arg-type]  # as it was given
+        )
 
     @classmethod
     def load(
@@ -100,8 +113,69 @@ class Models:
             paths = list(DEFAULT_PRIORS.values())
         stages: list[Any] = [load_stage(path, DiffusionPrior, ARPrior) for path in paths]
         accelerate_stages([*stages, *unclip.stages], unclip.device, compile, cuda_graphs)
-        priors = {"ar" if isinstance(s, ARPrior) else "diffusion": s for s in stages}
-        return cls(unclip, priors, store)
+        models = cls(unclip, {name_of(stage): stage for stage in stages}, store)
+        models.first = {"decoder": Path(decoder or DEFAULT_DECODER)}
+        models.first |= {name_of(stage): path for stage, path in zip(stages, paths, strict=True)}
+        device = unclip.device  # the lambda would keep all of `unclip` in memory
+        models._preparations.append(
+            lambda stage: accelerate_stages([stage], device, compile, cuda_graphs)
+        )
+        return models
+
+    def prepare_all(self, prepare: Callable[[Any], object]) -> None:
+        """Call `prepare` with each stage that is here, and with those that are loaded later."""
+        for stage in (*self.plain.stages, *(u.prior for u in self.with_prior.values())):
+            prepare(stage)
+        self._preparations.append(prepare)
+
+    def use(self, path: Path, label: str) -> None:
+        """Draw with another decoder or prior from now on; the former one is let go.
+
+        Args:
+            path: a release or a checkpoint.
+            label: what `standing` calls it.
+
+        Raises:
+            UserError: it is no whole checkpoint, another stage, or does not fit the other stages or
+                the page; everything stays as it was.
+        """
+        stage = load_stage(path, Decoder, DiffusionPrior, ARPrior)
+        name, own = name_of(stage), self.plain.decoder
+        if name != "decoder" and name not in self.with_prior:
+            raise UserError(f"{label} is a prior of another kind than this studio has: {name}.")
+        if isinstance(stage, Decoder):
+            theirs = (stage.net_config.image_size, stage.condition)
+            if theirs != (own.net_config.image_size, own.condition):
+                raise UserError(
+                    f"{label} is a decoder of {theirs[0]} pixels and condition {theirs[1]}, other "
+                    "than this studio's: start another one with --decoder."
+                )
+        decoder = stage if isinstance(stage, Decoder) else own
+        priors: dict[str, Any] = {key: unclip.prior for key, unclip in self.with_prior.items()}
+        if name != "decoder":
+            priors[name] = stage
+        plain = self._joined(decoder, None)
+        with_prior = {key: self._joined(decoder, prior) for key, prior in priors.items()}
+        for prepare in self._preparations:
+            prepare(stage)
+        self.plain, self.with_prior = plain, with_prior
+        self.others[name] = label
+
+    def use_first(self) -> None:
+        """Draw with the weights of the start again."""
+        for name in list(self.others):
+            self.use(self.first[name], "")
+            del self.others[name]
+
+    def standing(self) -> str:
+        """Which weights everybody's pictures are drawn with, as a sentence."""
+        if not self.others:
+            return "Everything is drawn with the weights that the studio was started with."
+        parts = " and ".join(
+            f"the {name if name == 'decoder' else PRIOR_WORDS[name]} of {label}"
+            for name, label in self.others.items()
+        )
+        return f"Everything is drawn with {parts}."
 
     @property
     def priors(self) -> tuple[str, ...]:
@@ -147,6 +221,8 @@ class Models:
 
     def check(self, request: Request) -> None:
         """A UserError where these models cannot do what a request asks for."""
+        if isinstance(request, UseWeights):
+            return
         self.upsampling(request)
         if isinstance(request, Upsample):
             return
@@ -192,3 +268,10 @@ class Models:
         finally:
             for stage in stages:
                 stage.watch = None
+
+
+def name_of(stage: Stage) -> str:
+    """Under which name a decoder or a prior is known here."""
+    if isinstance(stage, Decoder):
+        return "decoder"
+    return "ar" if isinstance(stage, ARPrior) else "diffusion"

@@ -11,15 +11,20 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 import gradio as gr
 
 from unclip_pl.studio import html, tabs
-from unclip_pl.studio.album import Album, Print
+from unclip_pl.studio.album import Album
 from unclip_pl.studio.engine import Engine
-from unclip_pl.studio.picture_files import MOST_BYTES, settings_in
+from unclip_pl.studio.inputs import DroppedFile
+from unclip_pl.studio.picture_files import MOST_BYTES
+from unclip_pl.studio.restore import picked, wire_restoring
 from unclip_pl.studio.tabs import Tab
 from unclip_pl.studio.training import training
 from unclip_pl.utils.errors import UserError
 
 FONT = ("system-ui", "sans-serif")
 """Of whoever looks: none is loaded."""
+UPLOADS_KEPT = (600, 2 * 60 * 60)
+"""Seconds between two looks for old uploads, and for which they are kept."""
+HINT = "Pictures that you draw come here. Choose one to see its settings and to send it to a tab."
 TABS: dict[str, Callable[[Engine], Tab]] = {
     "Create": tabs.create,
     "Vary": tabs.vary,
@@ -51,7 +56,9 @@ def page(engine: Engine, album: Album, runs: Path | None = None) -> gr.Blocks:
         album: keeps the pictures.
         runs: a folder of training runs to show in a tab; None: there is no such tab.
     """
-    with gr.Blocks(title="unCLIP studio", analytics_enabled=False, fill_width=True) as blocks:
+    with gr.Blocks(
+        title="unCLIP studio", analytics_enabled=False, fill_width=True, delete_cache=UPLOADS_KEPT
+    ) as blocks:
         gr.Markdown("# unCLIP studio")
         made: dict[str, Tab] = {}
         with gr.Tabs() as all_tabs:
@@ -61,11 +68,12 @@ def page(engine: Engine, album: Album, runs: Path | None = None) -> gr.Blocks:
                 with gr.Tab(name, id=name):
                     made[name] = make(engine)
             if runs is not None:
-                with gr.Tab("Training", id="Training"):
-                    training(runs)
+                with gr.Tab("Training", id="Training") as tab:
+                    training(engine, runs, tab)
         gr.Markdown("## Your pictures")
         with gr.Row():
-            with gr.Column(scale=2):
+            with gr.Column(scale=2, min_width=300):
+                said = gr.HTML(html.said(HINT))
                 gallery = gr.Gallery(
                     label="Your pictures",
                     show_label=False,
@@ -73,29 +81,30 @@ def page(engine: Engine, album: Album, runs: Path | None = None) -> gr.Blocks:
                     height=360,
                     object_fit="contain",
                     interactive=False,
+                    visible=False,  # until there is one
                     buttons=["download", "fullscreen"],
                     elem_id="gallery",
                 )
-            with gr.Column():
+            with gr.Column(min_width=300):
                 chosen = gr.State(None)  # the path of a picture
-                said = gr.HTML(html.said("Choose a picture to see its settings and to send it on."))
-                settings = gr.JSON(label="Settings", visible=False)
-                targets = [said for said, (tab, _) in TARGETS.items() if tab in made]
-                target = gr.Dropdown(targets, value=targets[0], label="Send the picture to")
-                with gr.Row():
-                    send = gr.Button("Send")
-                    restore = gr.Button("Use its settings")
-                dropped = gr.File(
-                    label="Or drop a PNG that was made here, to use its settings",
+                with gr.Column(visible=False) as details:
+                    settings = gr.HTML("", elem_classes="chosen")
+                    targets = [said for said, (tab, _) in TARGETS.items() if tab in made]
+                    target = gr.Dropdown(targets, value=targets[0], label="Send the picture to")
+                    with gr.Row():
+                        send = gr.Button("Send", min_width=80)
+                        restore = gr.Button("Use its settings", min_width=140)
+                dropped = DroppedFile(
+                    label="Drop a PNG to use its settings",
                     file_types=[".png"],
                     type="binary",
-                    height=180,
+                    height=170,
                 )
         for tab in made.values():
             tab.wire(album, gallery)
-        wire_gallery(album, gallery, chosen, said, settings)
+        wire_gallery(album, gallery, chosen, said, settings, details)
         wire_sending(album, made, all_tabs, chosen, target, send, said)
-        wire_restoring(album, made["Create"], all_tabs, chosen, restore, dropped, said)
+        wire_restoring(album, made, all_tabs, chosen, restore, dropped, said)
 
         async def leave(request: gr.Request) -> None:
             person = str(request.session_hash)
@@ -108,27 +117,27 @@ def page(engine: Engine, album: Album, runs: Path | None = None) -> gr.Blocks:
     return blocks
 
 
-def wire_gallery(album: Album, gallery: Any, chosen: Any, said: Any, settings: Any) -> None:
-    """Choosing a picture shows its settings."""
+def wire_gallery(
+    album: Album, gallery: Any, chosen: Any, said: Any, settings: Any, details: Any
+) -> None:
+    """Choosing a picture shows its settings, and what can be done with it."""
 
-    def choose(event: gr.SelectData, request: gr.Request) -> tuple[Any, str, Any]:
+    def choose(event: gr.SelectData, request: gr.Request) -> list[Any]:
         prints = album.of(str(request.session_hash))
         if event.index >= len(prints):
-            return None, html.failed("This picture is gone: choose another."), gr.skip()
+            text = html.failed("This picture is gone: choose another.")
+            return [None, text, "", gr.update(visible=False)]
         one = prints[event.index]
-        return str(one.path), html.said(one.label), gr.update(value=one.settings, visible=True)
+        shown = html.facts(one.settings)
+        return [str(one.path), html.said(one.label), shown, gr.update(visible=True)]
 
     gallery.select(
-        choose, None, [chosen, said, settings], show_progress="hidden", api_visibility="private"
+        choose,
+        None,
+        [chosen, said, settings, details],
+        show_progress="hidden",
+        api_visibility="private",
     )
-
-
-def picked(album: Album, request: gr.Request, path: str | None) -> Print:
-    """The chosen picture; a UserError where there is none."""
-    for one in album.of(str(request.session_hash)):
-        if str(one.path) == path:
-            return one
-    raise UserError("No picture is chosen: choose one of yours.")
 
 
 def wire_sending(
@@ -160,42 +169,6 @@ def wire_sending(
         show_progress="hidden",
         api_visibility="private",
     )
-
-
-def wire_restoring(
-    album: Album, create: Tab, all_tabs: Any, chosen: Any, restore: Any, dropped: Any, said: Any
-) -> None:
-    """The settings of a picture fill the form from which it came, if that is of captions."""
-    form = create.form
-
-    def filled(settings: dict[str, Any]) -> list[Any]:
-        if settings.get("kind") != "create":
-            raise UserError(
-                f'These are settings of "{settings.get("kind")}", which begins with a picture: '
-                "send the picture there instead."
-            )
-        values = form.values(settings)
-        return [html.said("The settings are in Create."), gr.Tabs(selected="Create"), *values]
-
-    def refused(error: UserError) -> list[Any]:
-        return [html.failed(str(error)), gr.skip(), *[gr.skip() for _ in form.fields]]
-
-    def of_chosen(request: gr.Request, path: str | None) -> list[Any]:
-        try:
-            return filled(picked(album, request, path).settings)
-        except UserError as error:
-            return refused(error)
-
-    def of_file(data: bytes | None) -> list[Any]:
-        try:
-            return refused(UserError("")) if data is None else filled(settings_in(data))
-        except UserError as error:
-            return refused(error)
-
-    outputs = [said, all_tabs, *form.components()]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    restore.click(of_chosen, chosen, outputs, **quiet)
-    dropped.upload(of_file, dropped, outputs, **quiet)
 
 
 def mount(app: Any, blocks: gr.Blocks) -> None:

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import re
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -94,12 +95,33 @@ def settings_in(data: bytes) -> dict[str, Any]:
         UserError: it is no picture, or has no settings.
     """
     read_picture(data)
-    texts = open_image(data, lambda image: (image.load(), dict(getattr(image, "text", {})))[1])
+    texts = open_image(
+        data, lambda image: (image.load(), dict(getattr(image, "text", {})))[1], FORMATS
+    )
     try:
         if CHUNK in texts:
             return dict(json.loads(texts[CHUNK]))
-        return {"kind": "create", "captions": [texts["prompt"]], "seed": int(texts["seed"])}
-    except (KeyError, ValueError):
+        return settings_of_command(texts)
+    except (KeyError, ValueError, TypeError, RecursionError):
         raise UserError(
             "This picture has no settings: drop a PNG that was made here, as it was downloaded."
         ) from None
+
+
+def settings_of_command(texts: dict[str, str]) -> dict[str, Any]:
+    """Caption, seed and condition in the texts of a PNG that `unclip generate` wrote.
+
+    Raises:
+        UserError: another command wrote it.
+        KeyError, ValueError: no command wrote it.
+    """
+    command, _, rest = texts.get("unclip", "generate").partition(",")
+    if command != "generate":
+        raise UserError(
+            f"This picture was made by `unclip {command[:20]}`, whose PNG files have no settings "
+            f"for a tab; they say: {texts['unclip'][:200]}."
+        )
+    settings = {"kind": "create", "captions": [texts["prompt"]], "seed": int(texts["seed"])}
+    found = re.search(r"condition (\w+)", rest)
+    prior = {"caption": "none", "text": "text"}.get(found[1] if found else "")
+    return settings | ({"prior": prior} if prior else {})

@@ -7,7 +7,10 @@ do as well. Values that only a model can judge, such as a size, are judged by `d
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.text import repair_text
@@ -38,7 +41,7 @@ def between(name: str, value: float | None, least: float, most: float) -> None:
 def caption(name: str, text: str, needed: bool = True) -> str:
     """`text` without spaces around it; a UserError where it is too long, or empty if needed."""
     text = repair_text(text).strip()
-    require(bool(text) or not needed, f"The {name} is empty: write what the picture shall show.")
+    require(bool(text) or not needed, f"The {name} is empty: write what the picture should show.")
     require(
         len(text) <= MOST_CHARACTERS,
         f"The {name} has {len(text)} characters: give at most {MOST_CHARACTERS}.",
@@ -118,7 +121,7 @@ class Create(PriorSettings, Drawing):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_prior()
-        require(bool(self.captions), "There is no caption: write what the picture shall show.")
+        require(bool(self.captions), "There is no caption: write what the picture should show.")
         self._set(captions=tuple(caption("caption", text) for text in self.captions))
         between("num_images", self.num_images, 1, MOST_PICTURES)
         between("eta", self.eta, 0, 1)
@@ -181,9 +184,9 @@ class Edit(Drawing):
 
     image: str
     source: str = "a photo"
-    """What the picture is; empty: left out."""
+    """What the picture shows; empty: left out."""
     target: str
-    """What it shall be."""
+    """What it should show."""
     theta: tuple[float, ...] = (0.0, 0.125, 0.25, 0.375, 0.5)
     """How far to go, 0 to 1: a picture for each."""
 
@@ -213,7 +216,7 @@ class Inpaint(PriorSettings, Drawing):
     mask: str
     """A picture of the same size, white where to draw."""
     caption: str = ""
-    """What the whole picture shall show; empty: what CLIP sees in it now."""
+    """What the whole picture should show; empty: what CLIP sees in it now."""
     num_images: int = 4
 
     def __post_init__(self) -> None:
@@ -292,7 +295,18 @@ class Typographic(Drawing):
         return (1 + len(self.labels)) * self.num_images
 
 
-Request = Create | Vary | Interpolate | Edit | Inpaint | Upsample | PCA | Typographic
+@dataclass(frozen=True, kw_only=True)
+class UseWeights:
+    """Other weights for all that is drawn from now on; only the page can ask for it."""
+
+    run: Path | None
+    """The folder of a training run, whose newest checkpoint is loaded; None: the first weights."""
+
+    def pictures(self) -> int:
+        return 0
+
+
+Request = Create | Vary | Interpolate | Edit | Inpaint | Upsample | PCA | Typographic | UseWeights
 KINDS: dict[str, type] = {
     kind.__name__.lower(): kind
     for kind in (Create, Vary, Interpolate, Edit, Inpaint, Upsample, PCA, Typographic)
@@ -300,6 +314,28 @@ KINDS: dict[str, type] = {
 """By the names under which the API has them."""
 PICTURES = ("image", "other", "mask")
 """The fields that hold pictures."""
+
+
+def request_of(settings: dict[str, Any]) -> Request:
+    """The request that `described` describes, with empty pictures.
+
+    Raises:
+        UserError: it is none, or asks for what cannot be.
+    """
+    values = dict(settings)
+    kind = KINDS.get(str(values.pop("kind", "")))
+    if kind is None:
+        raise UserError("The settings in this picture are of no tab of the studio: give another.")
+    names = {field.name for field in dataclasses.fields(kind)}
+    values |= {name: "" for name in PICTURES if name in names}
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"The settings in this picture cannot be used ({where}: {first['msg']}): give another."
+        ) from None
 
 
 def described(request: Request) -> dict[str, Any]:

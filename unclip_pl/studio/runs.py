@@ -54,15 +54,23 @@ class Runs:
                     found[name] = max(found.get(name, 0), path.stat().st_mtime)
         return sorted(found, key=lambda name: -found[name])
 
-    def read(self, name: str) -> Run:
-        """A run as it stands.
+    def folder_of(self, name: str) -> Path:
+        """The folder of a run.
 
         Raises:
             UserError: there is no such run.
         """
         if name not in self.names():
             raise UserError(f"There is no run {name} in the folder of runs: choose another.")
-        folder = self.folder / name
+        return self.folder / name
+
+    def read(self, name: str) -> Run:
+        """A run as it stands.
+
+        Raises:
+            UserError: there is no such run.
+        """
+        folder = self.folder_of(name)
         pictures = sorted((folder / "pictures").glob("step-*.png"))
         return Run(
             name,

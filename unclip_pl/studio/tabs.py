@@ -12,7 +12,7 @@ from unclip_pl.probe import paper_dimensions, paste_label
 from unclip_pl.studio import html
 from unclip_pl.studio.album import Album, Print
 from unclip_pl.studio.engine import Engine, State, Ticket
-from unclip_pl.studio.forms import Form
+from unclip_pl.studio.forms import AROUND, Form
 from unclip_pl.studio.inputs import PaintedPicture, Picture
 from unclip_pl.studio.picture_files import from_base64, read_picture
 from unclip_pl.studio.requests import (
@@ -33,11 +33,11 @@ Show = Callable[[Sequence[Print]], str]
 
 
 class Tab:
-    """A form, and what comes of it. Made inside of Gradio's tab; `wire` gives it life.
+    """A form, its buttons and what comes of it. Made inside of Gradio's tab; `wire` gives it life.
 
     Args:
         engine: what draws.
-        form: the settings, whose components are there already.
+        form: the settings; those that are needed are there already, others may follow.
         button: what the button says.
         show: how finished pictures are shown.
     """
@@ -45,13 +45,14 @@ class Tab:
     def __init__(self, engine: Engine, form: Form, button: str, show: Show = html.pictures) -> None:
         self.engine, self.form, self.show = engine, form, show
         with gr.Row():
-            self.button = gr.Button(button, variant="primary")
-            self.stop = gr.Button("Stop", variant="stop")
+            self.button = gr.Button(button, variant="primary", scale=3, min_width=160)
+            self.stop = gr.Button("Stop", scale=1, min_width=80)
 
     def output(self) -> None:
-        """Where the pictures come."""
-        self.status = gr.HTML(html.said("Nothing has been drawn yet."))
-        self.live = gr.HTML("", elem_classes="live")
+        """Where the pictures come: beside the form, on a phone right below its button."""
+        with gr.Column(elem_classes="output"):
+            self.status = gr.HTML(html.said("Nothing has been drawn yet."))
+            self.live = gr.HTML("", elem_classes="live")
 
     def wire(self, album: Album, gallery: gr.Gallery) -> None:
         """Let the buttons do what they say; finished pictures go to the gallery as well."""
@@ -70,7 +71,7 @@ class Tab:
             if ticket.state is State.DONE:
                 prints = await asyncio.to_thread(album.add, person, ticket)
                 live = self.show(prints) + html.notes(ticket.notes)
-                yield html.said("Done."), live, shown_in_gallery(album.of(person))
+                yield html.said(done(ticket)), live, shown_in_gallery(album.of(person))
 
         async def stop(request: gr.Request) -> None:
             self.engine.cancel_all(f"{request.session_hash}/{name}")
@@ -91,7 +92,8 @@ class Tab:
 
 def shown_in_gallery(prints: Sequence[Print]) -> Any:
     """Pictures in Gradio's gallery, of which none is open: their numbers are new."""
-    return gr.Gallery([(str(one.path), one.label) for one in prints], selected_index=None)
+    pictures = [(str(one.path), one.label) for one in prints]
+    return gr.Gallery(pictures, selected_index=None, visible=True)
 
 
 async def follow(engine: Engine, ticket: Ticket) -> AsyncIterator[tuple[Any, Any]]:
@@ -126,104 +128,117 @@ def standing(ticket: Ticket, place: int) -> str:
     return html.progress(text, ticket.step, ticket.steps)
 
 
+def done(ticket: Ticket) -> str:
+    """How long a finished ticket took, and with what."""
+    took = {stage: seconds for stage, seconds in ticket.seconds.items() if seconds >= 0.05}
+    parts = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in took.items())
+    return f"Done: {parts}." if parts else "Done."
+
+
+def two_columns() -> gr.Row:
+    """Around a form and its pictures."""
+    return gr.Row(elem_classes="form-and-pictures")
+
+
 def create(engine: Engine) -> Tab:
     """Pictures from captions."""
     form = Form(Create, engine.models)
-    with gr.Row():
+    with two_columns():
         with gr.Column():
             form.add(
                 "captions",
                 gr.Textbox(
                     label="Captions, one per line",
-                    placeholder="woman firefighter, dark skin tone",
+                    placeholder="such as: woman firefighter, dark skin tone",
                     lines=2,
                     autofocus=True,
                 ),
             )
             tab = Tab(engine, form, "Draw")
+        tab.output()
+        with gr.Column(elem_classes="settings"):
             form.prior()
-            form.count(4)
+            form.count(4, label="Pictures per caption")
             form.seed()
+            form.size()
             form.sampling(prior=True, eta=True)
-        with gr.Column():
-            tab.output()
     return tab
 
 
 def vary(engine: Engine) -> Tab:
     """Variations of a picture."""
     form = Form(Vary, engine.models)
-    with gr.Row():
+    with two_columns():
         with gr.Column():
             form.add("image", Picture.named("Picture"))
             tab = Tab(engine, form, "Vary")
-            noise = gr.Radio(
-                [("fresh: all that CLIP sees the same in", False), ("of the picture itself", True)],
-                value=False,
-                label="Noise to start from",
-            )
-            eta = gr.Slider(
-                0, 1, value=0.5, step=0.05, label="eta: 0 is the picture again", visible=False
-            )
-            chosen = gr.Number(None, visible=False)
-            form.add("eta", chosen)
-            gr.on(
-                [noise.change, eta.change],
-                lambda own, value: (gr.update(visible=own), value if own else None),
-                [noise, eta],
-                [eta, chosen],
+        tab.output()
+        with gr.Column(elem_classes="settings"):
+            noise = [("new noise: free variations", False), ("its own noise: close to it", True)]
+            around = form.add(AROUND, gr.Radio(noise, value=False, label="Start from"))
+            label = "eta: 0 draws the picture again, 1 is furthest from it"
+            eta = gr.Slider(0, 1, value=0.5, step=0.05, label=label, visible=False)
+            form.add("eta", eta)
+            around.change(
+                lambda own: gr.update(visible=own),
+                around,
+                eta,
                 show_progress="hidden",
                 api_visibility="private",
             )
-            form.add("caption", gr.Textbox(label="Caption to draw with, if any"))
+            form.add("caption", gr.Textbox(label="Caption to draw with (optional)"))
             form.count(4)
             form.seed()
+            form.size()
             form.sampling()
-        with gr.Column():
-            tab.output()
     return tab
 
 
 def interpolate(engine: Engine) -> Tab:
     """The way from one picture to another."""
     form = Form(Interpolate, engine.models)
-    with gr.Row():
+    with two_columns():
         with gr.Column():
             with gr.Row():
                 form.add("image", Picture.named("From", min_width=120))
                 form.add("other", Picture.named("To", min_width=120))
             tab = Tab(engine, form, "Interpolate", lambda p: html.frames(p, "Between the pictures"))
+        tab.output()
+        with gr.Column(elem_classes="settings"):
             form.add("frames", gr.Slider(2, 33, value=9, step=1, label="Frames"))
-            choices = [("of the pictures", "inverted"), ("fresh, of the seed", "fresh")]
-            form.add("noise", gr.Radio(choices, value="inverted", label="Noise to start from"))
+            choices = [
+                ("the pictures' own noise: the ends are the pictures", "inverted"),
+                ("one noise, from the seed", "fresh"),
+            ]
+            form.add("noise", gr.Radio(choices, value="inverted", label="Start from"))
             form.seed()
+            form.size()
             form.sampling()
-        with gr.Column():
-            tab.output()
     return tab
 
 
 def edit(engine: Engine) -> Tab:
     """A picture changed as captions say."""
     form = Form(Edit, engine.models)
-    with gr.Row():
+    with two_columns():
         with gr.Column():
             form.add("image", Picture.named("Picture"))
-            form.add("source", gr.Textbox("a photo", label="From: what the picture is"))
-            form.add("target", gr.Textbox(label="To: what it shall be"))
+            form.add("source", gr.Textbox("a photo", label="From: what the picture shows"))
+            form.add("target", gr.Textbox(label="To: what it should show"))
             tab = Tab(engine, form, "Edit", lambda p: html.frames(p, "How far to go"))
+        tab.output()
+        with gr.Column(elem_classes="settings"):
             form.add(
                 "theta",
                 gr.Radio(
-                    [(f"to theta {most:g}", thetas(most)) for most in (0.25, 0.5, 1)],
+                    [(f"theta {most:g}", thetas(most)) for most in (0.25, 0.5, 1)],
                     value=thetas(0.5),
-                    label="How far at most",
+                    label="How far at most: theta 0 is the picture itself",
                 ),
             )
             form.seed()
+            form.size()
             form.sampling()
-        with gr.Column():
-            tab.output()
     return tab
 
 
@@ -235,36 +250,40 @@ def thetas(most: float) -> str:
 def inpaint(engine: Engine) -> Tab:
     """A part of a picture drawn again."""
     form = Form(Inpaint, engine.models)
-    with gr.Row():
+    with two_columns():
         with gr.Column():
-            form.add("painted", PaintedPicture.named("Paint over what shall be drawn again"))
+            form.add("painted", PaintedPicture.named("Paint over what to draw again"))
             form.add(
                 "caption",
-                gr.Textbox(label="Caption of the whole picture", placeholder="as it is now"),
+                gr.Textbox(
+                    label="Caption of the whole picture (optional)",
+                    placeholder="empty: what CLIP sees in it now",
+                ),
             )
             tab = Tab(engine, form, "Inpaint")
+        tab.output()
+        with gr.Column(elem_classes="settings"):
             form.prior()
             form.count(4)
             form.seed()
+            form.size()
             form.sampling(prior=True)
-        with gr.Column():
-            tab.output()
     return tab
 
 
 def upsample(engine: Engine) -> Tab:
     """A picture drawn larger."""
     form = Form(Upsample, engine.models)
-    with gr.Row():
+    with two_columns():
         with gr.Column():
-            form.add("image", Picture.named("Picture, of any size and shape"))
+            form.add("image", Picture.named("Picture of any size and shape"))
             tab = Tab(engine, form, "Enlarge")
+        tab.output()
+        with gr.Column(elem_classes="settings"):
             times = [4**k for k in range(1, len(engine.models.sizes))]
             choices = [(f"{factor} times", factor) for factor in times]
             form.add("times", gr.Radio(choices, value=times[0], label="How much larger"))
-            form.add("seed", gr.Number(0, label="Seed", precision=0, minimum=0))
-        with gr.Column():
-            tab.output()
+            form.seed()
     return tab
 
 
@@ -273,37 +292,47 @@ def pca(engine: Engine) -> Tab:
     form = Form(PCA, engine.models)
     dim = engine.models.plain.decoder.net_config.embed_dim
     counts = ", ".join(map(str, [*paper_dimensions(dim), dim]))
-    with gr.Row():
+    with two_columns():
         with gr.Column():
             form.add("image", Picture.named("Picture"))
             tab = Tab(engine, form, "Probe", lambda p: html.frames(p, "Principal components"))
+        tab.output()
+        with gr.Column(elem_classes="settings"):
             form.add(
                 "components",
-                gr.Textbox(label="Numbers of principal components", placeholder=counts),
+                gr.Textbox(label="Numbers of principal components (optional)", placeholder=counts),
             )
             form.seed()
+            form.size()
             form.sampling()
-        with gr.Column():
-            tab.output()
     return tab
 
 
 def typographic(engine: Engine) -> Tab:
     """The typographic attack: type on the picture, and see what CLIP makes of it."""
     form = Form(Typographic, engine.models)
-    with gr.Row():
+    with two_columns():
         with gr.Column():
             image = form.add("image", Picture.named("Picture"))
-            form.add("object", gr.Textbox(label="What the picture shows"))
+            form.add(
+                "object",
+                gr.Textbox(label="What the picture shows", placeholder="such as: red apple"),
+            )
             labels = form.add(
-                "labels", gr.Textbox(label="Labels to paste on it, one per line", lines=2)
+                "labels",
+                gr.Textbox(
+                    label="Labels to paste on it, one per line",
+                    placeholder="such as: pizza",
+                    lines=2,
+                ),
             )
             tab = Tab(engine, form, "Attack")
-            form.count(2, 4)
+        tab.output()
+        with gr.Column(elem_classes="settings"):
+            form.count(2, 4, "Pictures per label")
             form.seed()
+            form.size()
             form.sampling()
-        with gr.Column():
-            tab.output()
     gr.on(
         [labels.input, image.change],
         typed,
@@ -316,12 +345,14 @@ def typographic(engine: Engine) -> Tab:
     return tab
 
 
-def typed(image: str, labels: str) -> Any:
+def typed(image: str | UserError, labels: str) -> Any:
     """The picture with each label on it, while they are typed."""
     lines = [line for line in labels.splitlines() if line.strip()][:4]
     if not image or not lines:
         return gr.skip()
     try:
+        if isinstance(image, UserError):
+            raise image
         picture = read_picture(from_base64(image))
     except UserError as error:
         return html.failed(str(error))
