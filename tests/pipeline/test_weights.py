@@ -69,8 +69,14 @@ def test_damaged_newer_and_foreign_folders_are_sentences(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"format": 99}))
     with pytest.raises(UserError, match="format 99"):
         release.read(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="damaged"):
+        release.read(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
+        release.read(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model.safetensors is missing"):
         release.read(folder)
     torch.save({"model": 1}, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="not a checkpoint"):
