@@ -1,6 +1,7 @@
 """Stages of ours in diffusers: a folder loads there, draws the same, and comes back to the bit."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
 from unclip_pl.networks.text import TextConfig
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.pipeline import release
+from unclip_pl.pipeline.interop import exporting
 from unclip_pl.pipeline.interop.importing import import_karlo
 from unclip_pl.pipeline.release import Release
 from unclip_pl.pipeline.unclip import UnCLIP
@@ -216,6 +218,21 @@ def test_a_decoder_that_diffusers_cannot_hold(change, setting, tmp_path, capsys)
 def test_an_upsampler_that_diffusers_cannot_hold(change, setting, tmp_path, capsys):
     said = refusal(Upsampler256(**(UPSAMPLER | change)), tmp_path, capsys)
     assert f"Upsampler256 has model.{setting}, which" in said
+
+
+def test_one_stage_is_in_memory_at_a_time(home, tmp_path, monkeypatch):
+    loaded: list[weakref.ref] = []
+
+    def watched(path, *kinds):
+        assert not any(stage() for stage in loaded)
+        stage = load_stage(path, *kinds)
+        loaded.append(weakref.ref(stage))
+        return stage
+
+    monkeypatch.setattr(exporting, "load_stage", watched)
+    parts = [home / "ours" / name for name in ("prior", "decoder", "upsampler-256")]
+    exporting.export_diffusers(parts, tmp_path / "out")
+    assert len(loaded) == 3 and (tmp_path / "out" / "model_index.json").is_file()
 
 
 def test_stages_that_diffusers_does_not_know(home, tmp_path, capsys):

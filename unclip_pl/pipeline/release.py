@@ -105,9 +105,17 @@ def read(folder: str | os.PathLike) -> Release:
         UserError: the folder is not a release, is damaged, or was written by a newer version.
     """
     folder = Path(folder)
-    require_files(folder, "a release", "config.json", "model.safetensors")
+    require_files(folder, "a release", "config.json")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "parts" in config:
+            raise UserError(
+                f"{folder} is a whole model, and a release is needed: give one of those in it, "
+                f"such as {folder / 'decoder'}."
+            )
+        require_files(folder, "a release", "model.safetensors")
+        if not isinstance(config["hyper_parameters"], dict):
+            raise TypeError("its hyper_parameters have no names")
         tensors = load_file(folder / "model.safetensors")
         if config["format"] > FORMAT:
             raise UserError(
@@ -124,7 +132,7 @@ def read(folder: str | os.PathLike) -> Release:
             tensors,
             config["steps"],
         )
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"The release {folder} is damaged ({error}): fetch or export it again."
         ) from error

@@ -59,6 +59,8 @@ def read_weights(path: str | os.PathLike) -> Release:
         weights = release.read(path)
         hyper_parameters = complete_hyper_parameters(weights.stage, weights.hyper_parameters)
         return replace(weights, hyper_parameters=hyper_parameters)
+    if not path.exists():
+        raise UserError(f"There is no {path}: give the path of a release or of a checkpoint.")
     checkpoint = read_checkpoint(path, target=whole_tensors("state_dict"))
     missing = [key for key in ("stage", "hyper_parameters", "state_dict") if key not in checkpoint]
     if missing:
@@ -120,7 +122,13 @@ def load_stage(path: str | os.PathLike, *kinds: type[StageT]) -> StageT:
             f"{path} holds a {weights.stage}, and a {' or '.join(classes)} is needed here: give "
             "another path."
         )
-    stage = classes[weights.stage](**weights.hyper_parameters)
+    try:
+        stage = classes[weights.stage](**weights.hyper_parameters)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} has settings that make no {weights.stage} here ({error}): it was changed, or "
+            "a newer unclip_pl wrote it, so update that."
+        ) from None
     try:
         stage.load_state_dict(weights.tensors)
     except RuntimeError as error:
