@@ -1,7 +1,7 @@
-"""AdamW whose state takes 8 bits per number (Dettmers et al. 2022, arXiv 2110.02861), by
-bitsandbytes.
+"""AdamW whose state takes 8 bits per number, by bitsandbytes (Dettmers et al. 2022).
 
-Tensors of fewer than 4096 numbers keep a float32 state. Weights lose the channels_last format.
+The paper is arXiv 2110.02861. Tensors of fewer than 4096 numbers keep a float32 state. Weights lose
+the channels_last format.
 """
 
 from collections.abc import Callable

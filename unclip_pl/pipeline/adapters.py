@@ -1,5 +1,4 @@
-"""Adapters (LoRA) of a fine-tune without the weights that they adapt: a small folder that peft
-reads.
+"""Adapters (LoRA) of a fine-tune without the weights that they adapt, as peft keeps them.
 
 adapter_config.json          peft's settings; base_model_name_or_path: the release that they adapt
 adapter_model.safetensors    the adapters by peft's names, of the stage's `net`
@@ -81,6 +80,7 @@ def digest_of(tensors: Mapping[str, Tensor], but: Collection[str] = ()) -> str:
     """A digest of weights by name, the same for float32 weights and their copy in float16.
 
     Args:
+        tensors: by name.
         but: names of tensors that do not count.
     """
     digest = hashlib.sha256()
@@ -88,7 +88,7 @@ def digest_of(tensors: Mapping[str, Tensor], but: Collection[str] = ()) -> str:
         value = tensors[name]
         value = value.half() if value.is_floating_point() else value
         digest.update(f"{name} {tuple(value.shape)} ".encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
