@@ -207,7 +207,7 @@ def build_on_meta(stage: str, overlays: list[str]) -> tuple[Any, Any, int]:
         words += [f"--trainer.{key}", value]
     with quiet(), torch.device("meta"):
         cli = build_cli(words, run=False)
-        for callback in cli.trainer.callbacks:
+        for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]  # set outside of it
             if isinstance(callback, LoRA):  # decides what is trained
                 callback.setup(cli.trainer, cli.model, "fit")
     if not isinstance(cli.model, Stage) or not hasattr(cli.model, "net_config"):
