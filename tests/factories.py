@@ -174,7 +174,8 @@ def write_release(folder: Path, stage: Stage, steps: int = 1) -> Path:
         stage.state_dict(),
         steps,
     )
-    return release.write(folder, weights, "# a card\n")
+    buffers = [name for name, _ in stage.named_buffers()]
+    return release.write(folder, weights, "# a card\n", exact=buffers)
 
 
 def write_checkpoint(path: Path, stage: Stage, steps: int = 7) -> Path:

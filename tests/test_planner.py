@@ -67,7 +67,8 @@ def test_selective_checkpointing_lies_between_none_and_full():
 
 
 def test_state_is_20_bytes_per_parameter_and_fsdp_shards_it():
-    estimate = ResourceEstimate(10**9, 10**8, 10**7, 1e12, {"none": 1e9, "full": 1e8})
+    activations = {"none": 1e9, "full": 1e8}
+    estimate = ResourceEstimate(10**9, 10**8, 10**7, 1e12, activations, optimizer=8e9)
     ddp, fsdp = (
         estimate_run(estimate, 8, kind, 2048, 1000, mfu=0.4, peak=1e15, memory=20e9)
         for kind in ("ddp", "fsdp")
@@ -85,7 +86,7 @@ def test_a_network_that_is_not_trained_takes_no_gradients_and_no_optimizer_state
     stage, data, _ = build_on_meta("stages/karlo/upsampler_256.yaml", [])
     estimate = estimate_resources(stage, data.crop)
     one = sum(parameter.numel() for parameter in stage.net.parameters())
-    assert (estimate.parameters, estimate.frozen) == (2 * one, one)
+    assert (estimate.parameters, estimate.frozen, estimate.idle) == (2 * one, one, one)
     for kind, shards in (("ddp", 1), ("fsdp", 4)):
         run = estimate_run(estimate, 4, kind, 128, 1000, mfu=0.4, peak=1e15, memory=72e9)
         assert run.weights == run.ema == 8 * one / shards  # the average holds both
@@ -96,6 +97,33 @@ def test_a_network_that_is_not_trained_takes_no_gradients_and_no_optimizer_state
     for memory, fitting in ((needed - 1, 0), (needed + 1, 1)):
         run = estimate_run(estimate, 1, "ddp", 1, 1000, memory=memory, **settings)
         assert run.micro_batch == fitting
+
+
+def test_adapters_leave_weights_and_average_and_little_else(tmp_path):
+    plain, tuned = (
+        estimate_resources(build_on_meta("stages/karlo/decoder.yaml", overlays)[0])
+        for overlays in ([], ["lightning_config/lora.yaml"])
+    )
+    adapters = tuned.parameters - plain.parameters
+    # rank 16 of each layer's inputs and outputs: under 1 % of a network of this width
+    assert 0 < adapters < 0.01 * plain.parameters
+    assert tuned.frozen == plain.parameters and tuned.optimizer == 8 * adapters
+    assert tuned.idle < 1e5  # what is frozen computes all the same
+    assert tuned.activations["none"] < plain.activations["none"]
+
+
+def test_the_state_is_that_of_the_optimizer(tmp_path):
+    sizes = {}
+    for name in ("adamw", "adamw8bit", "muon"):
+        overlay = tmp_path / f"{name}.yaml"
+        overlay.write_text(f"model: {{init_args: {{optimizer: {{name: {name}}}}}}}\n")
+        stage, _, _ = build_on_meta("stages/karlo/diffusion_prior.yaml", [str(overlay)])
+        sizes[name] = estimate_resources(stage).optimizer
+    count = sum(parameter.numel() for parameter in stage.parameters())
+    assert sizes["adamw"] == 8 * count
+    # two bytes of a number, and two float32 scales of 256; float32 where a tensor is small
+    assert sizes["adamw8bit"] == pytest.approx(count * (2 + 8 / 256), rel=0.001)
+    assert 4 * count < sizes["muon"] < 4.2 * count  # almost all of it is in blocks
 
 
 def test_a_clip_in_the_loop_takes_memory_and_time():

@@ -20,7 +20,7 @@ import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lig
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,7 +53,11 @@ class ResourceEstimate:
     clip: float = 0.0
     """Bytes of the CLIP that computes token states at each step, whole on every GPU."""
     frozen: int = 0
-    """Parameters that training leaves as they are: weights and average, but nothing else."""
+    """Parameters that training leaves as they are: they have no gradients and no state."""
+    idle: int = 0
+    """Those of them that training does not compute with either."""
+    optimizer: float = 0.0
+    """Bytes of the optimiser's state."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,12 @@ def estimate_resources(
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks.values()]
     parameters = sum(p.numel() for p in stage.parameters())
     frozen = sum(p.numel() for p in stage.parameters() if not p.requires_grad)
+    ran: set[nn.Module] = set()
+    hooks = [m.register_forward_pre_hook(lambda m, _: ran.add(m)) for m in stage.modules()]
     saved, flops = _count_saved(stage, blocks, crop)
+    for hook in hooks:
+        hook.remove()
+    unused = [p for m in stage.modules() if m not in ran for p in m.parameters(recurse=False)]
 
     between = saved.inputs | saved.tensors.pop("")
     everything = dict(between)
@@ -211,6 +220,8 @@ def estimate_resources(
         activations=activations,
         clip=clip_bytes,
         frozen=frozen,
+        idle=sum(p.numel() for p in unused if not p.requires_grad),
+        optimizer=cast(Any, stage).optimizer_bytes,
     )
 
 
@@ -310,7 +321,7 @@ def estimate_run(
 ) -> RunEstimate:
     """Estimate the memory and the time of a run.
 
-    Weights, gradients and the average are float32, and AdamW has two numbers per trained weight.
+    Weights, gradients and the average are float32.
 
     Args:
         estimate: what the stage needs.
@@ -326,16 +337,19 @@ def estimate_run(
     shards = gpus if strategy == "fsdp" else 1
     trained = estimate.parameters - estimate.frozen
     weights, gradients = 4 * estimate.parameters / shards, 4 * trained / shards
+    optimizer = estimate.optimizer / shards
     largest = estimate.largest_block
     if strategy == "fsdp":
         # What is outside of blocks in float32; two blocks, one of them being gathered, in bfloat16;
         # and gradients that are not sharded yet.
         gathered = 8.0 * estimate.outside + 2 * (2 + 2) * largest + 4 * largest
     else:  # autocast's copies of the weights in use
-        gathered = 2.0 * (trained if checkpointing == "none" else largest)
+        gathered = 2.0 * (
+            estimate.parameters - estimate.idle if checkpointing == "none" else largest
+        )
     sample = estimate.activations[checkpointing]
     samples = math.ceil(batch / gpus)
-    free = memory - 2 * weights - 3 * gradients - estimate.clip - gathered
+    free = memory - 2 * weights - gradients - optimizer - estimate.clip - gathered
     fitting = int(max(0.0, free) // sample)
     accumulate = math.ceil(samples / fitting) if fitting else 0
     micro_batch = math.ceil(samples / accumulate) if fitting else 0
@@ -345,7 +359,7 @@ def estimate_run(
         strategy,
         weights=weights,
         gradients=gradients,
-        optimizer=2 * gradients,
+        optimizer=optimizer,
         ema=weights,
         clip=estimate.clip,
         gathered=gathered,

@@ -148,6 +148,26 @@ def test_settings_that_karlo_does_not_have(folders, capsys, part, setting, value
     assert f"{part}/config.json has {setting} {value}" in said
 
 
+@pytest.mark.parametrize(
+    ("part", "setting", "value"),
+    [
+        ("prior", "num_layers", "two"),
+        ("prior", "num_attention_heads", 0),
+        ("decoder", "block_out_channels", [33, 66, 99, 132]),
+        ("decoder", "sample_size", None),
+        ("super_res_last", "layers_per_block", -1),
+        ("text_encoder", "num_hidden_layers", None),
+        ("text_encoder", "num_attention_heads", 0),
+        ("image_encoder", "patch_size", "x"),
+        ("image_encoder", "hidden_size", {}),
+    ],
+)
+def test_settings_that_make_no_network(folders, capsys, part, setting, value):
+    file = own_copy(folders / "diffusers" / part / "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value}))
+    refused(folders / "diffusers", capsys)
+
+
 def test_code_in_a_pickle_does_not_run(folders, capsys):
     prior = folders / "diffusers" / "prior"
     tensors = load_file(weights(prior))
@@ -192,8 +212,9 @@ def test_karlos_own_files_broken(folders, capsys, file):
     torch.save({"state_dict": Touch(folders / "ran")}, path)
     said = refused(folders / "own", capsys, *given)
     assert "could run code when loaded" in said and not (folders / "ran").exists()
-    torch.save({"weights": 1}, path)
-    assert path.name in refused(folders / "own", capsys, *given)
+    for other in ({"weights": 1}, (1.0, 2.0), {"state_dict": {"a": 1}}):
+        torch.save(other, path)
+        assert path.name in refused(folders / "own", capsys, *given)
     if isinstance(held, dict):
         prefix = next(iter(held["state_dict"])).split(".")[0]
         torch.save({"state_dict": {f"{prefix}.conv.weight": torch.ones(2)}}, path)

@@ -1,6 +1,7 @@
 """Stages of ours in diffusers: a folder loads there, draws the same, and comes back to the bit."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
 from unclip_pl.networks.text import TextConfig
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.pipeline import release
+from unclip_pl.pipeline.interop import exporting
 from unclip_pl.pipeline.interop.importing import import_karlo
 from unclip_pl.pipeline.release import Release
 from unclip_pl.pipeline.unclip import UnCLIP
@@ -218,6 +220,21 @@ def test_an_upsampler_that_diffusers_cannot_hold(change, setting, tmp_path, caps
     assert f"Upsampler256 has model.{setting}, which" in said
 
 
+def test_one_stage_is_in_memory_at_a_time(home, tmp_path, monkeypatch):
+    loaded: list[weakref.ref] = []
+
+    def watched(path, *kinds):
+        assert not any(stage() for stage in loaded)
+        stage = load_stage(path, *kinds)
+        loaded.append(weakref.ref(stage))
+        return stage
+
+    monkeypatch.setattr(exporting, "load_stage", watched)
+    parts = [home / "ours" / name for name in ("prior", "decoder", "upsampler-256")]
+    exporting.export_diffusers(parts, tmp_path / "out")
+    assert len(loaded) == 3 and (tmp_path / "out" / "model_index.json").is_file()
+
+
 def test_stages_that_diffusers_does_not_know(home, tmp_path, capsys):
     assert "no counterpart of Upsampler1024" in refusal(
         Upsampler1024(**UPSAMPLER), tmp_path, capsys
@@ -232,7 +249,7 @@ def test_stages_that_diffusers_does_not_know(home, tmp_path, capsys):
     assert main([*words, "--to", "diffusers"]) == 1
     assert "a second Decoder" in capsys.readouterr().err
     assert main(words) == 1
-    assert "A release is made of one checkpoint" in capsys.readouterr().err
+    assert "is made of one checkpoint" in capsys.readouterr().err
     with pytest.raises(UserError, match="exists already"):
         from unclip_pl.pipeline.interop.exporting import export_diffusers
 

@@ -116,12 +116,26 @@ def test_what_is_no_model_is_refused_in_a_sentence(small, tmp_path, monkeypatch)
         ({"parts": ["decoder", "../../etc"]}, "which make no model"),
         ({"parts": ["upsampler-256"]}, "which make no model"),
         ({"format": 2}, "has format 2"),
+        ({"parts": 5}, "names no parts"),
+        ({"parts": None}, "names no parts"),
+        ({"format": "new"}, "names no parts"),
     ):
         (folder / "config.json").write_text(json.dumps(config | broken))
         with pytest.raises(UserError, match=said):
             read_parts(folder)
     with pytest.raises(UserError, match="is no whole model"):
         UnCLIP.from_pretrained(folder / "decoder")
+
+
+@pytest.mark.parametrize("name", ["../mine", "-a/b", "a/b.git", "a--b/c", "", "mine", "/a/b"])
+def test_names_that_the_hub_cannot_have(name, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        UnCLIP.from_pretrained(name, cache_dir=tmp_path)
+    assert one_sentence(error)
+    with pytest.raises(UserError) as error:
+        small.push_to_hub(name, token="hf_test")
+    assert one_sentence(error)
 
 
 def test_a_hub_that_does_not_answer(hub, small, tmp_path):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from unclip_pl.pipeline.weights import load_pretrained, load_stage, read_weights
 from unclip_pl.stages.decoder import Decoder
 from unclip_pl.training.run_folder import find_checkpoint
 from unclip_pl.training.trainer import check_options
-from unclip_pl.utils import remote
+from unclip_pl.utils import remote, remote_copies
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import cache_dir
 
@@ -86,3 +87,29 @@ def test_what_is_not_written_there_is_refused():
     ):
         with pytest.raises(UserError, match="is remote, and only shards, releases and checkpoints"):
             refused()
+
+
+@pytest.mark.parametrize("part", ["../../../x", "a/../../x", "/x"])
+def test_an_object_whose_name_leads_out_of_the_cache_is_refused(part, monkeypatch):
+    found = {"config.json": "memory://model/config.json", part: "memory://model/x"}
+    monkeypatch.setattr(remote_copies, "find_below", lambda url: found)
+    with pytest.raises(UserError, match="is no place in a folder"):
+        remote_copies.local_path("memory://model")
+
+
+def test_a_folder_that_changes_while_it_is_read_is_not_kept(monkeypatch):
+    files = fsspec.filesystem("memory")
+    files.pipe({"/changing/a": b"old", "/changing/b": b"old"})
+    read = remote_copies.open_remote
+
+    def replaced(url):
+        opened = read(url)
+        files.pipe("/changing/a", b"newer")
+        return opened
+
+    monkeypatch.setattr(remote_copies, "open_remote", replaced)
+    with pytest.raises(UserError, match="was changed while it was read"):
+        remote_copies.local_path("memory://changing")
+    assert not list(cache_dir().rglob("a"))
+    copy = remote_copies.local_path("memory://changing")  # which has settled
+    assert ((copy / "a").read_bytes(), (copy / "b").read_bytes()) == (b"newer", b"old")

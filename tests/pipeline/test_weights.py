@@ -10,6 +10,7 @@ from tests.factories import package_decoder, write_checkpoint, write_release
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.pipeline import release
+from unclip_pl.pipeline.hub import write_parts
 from unclip_pl.pipeline.release import Release
 from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_pretrained, load_stage, read_weights
 from unclip_pl.stages.base import OptimizerConfig
@@ -69,8 +70,15 @@ def test_damaged_newer_and_foreign_folders_are_sentences(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"format": 99}))
     with pytest.raises(UserError, match="format 99"):
         release.read(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="damaged"):
+        release.read(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
+        release.read(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model.safetensors is missing"):
         release.read(folder)
     torch.save({"model": 1}, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="not a checkpoint"):
@@ -83,6 +91,33 @@ def test_weights_that_do_not_fit_are_refused(folder):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="does not fit"):
         load_stage(folder, Decoder)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"newer": 1}, {"net": 5}, {"net": {"newer": 1}}, {"net": {"width": 33}}]
+)
+def test_settings_that_make_no_stage_are_a_sentence(folder, settings):
+    config = json.loads((folder / "config.json").read_text())
+    config["hyper_parameters"] |= settings
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has settings that make no Decoder"):
+        load_stage(folder, Decoder)
+
+
+@pytest.mark.parametrize("part", ["hyper_parameters", "clip_fingerprint"])
+def test_a_release_whose_parts_are_of_another_kind_is_damaged(folder, part):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {part: 5}))
+    with pytest.raises(UserError, match="is damaged"):
+        read_weights(folder)
+
+
+def test_a_whole_model_and_nothing_at_all_are_told_from_a_release(folder, tmp_path):
+    write_parts(tmp_path, ["decoder"], "# a card")
+    with pytest.raises(UserError, match="is a whole model"):
+        read_weights(tmp_path)
+    with pytest.raises(UserError, match="There is no .*nowhere"):
+        read_weights(tmp_path / "nowhere")
 
 
 def test_training_starts_from_the_weights_of_a_release_or_checkpoint_and_keeps_its_settings(

@@ -29,6 +29,12 @@ def add(command: AddCommand) -> None:
         "--to", choices=["diffusers"], help="a folder for diffusers' unCLIP pipelines instead"
     )
     parser.add_argument(
+        "--adapters",
+        metavar="BASE",
+        type=path_or_url,
+        help="only the adapters (LoRA), as peft keeps them; BASE is what --init gave that run",
+    )
+    parser.add_argument(
         "--precision",
         choices=["fp16", "fp32"],
         default="fp16",
@@ -37,15 +43,31 @@ def add(command: AddCommand) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.to and arguments.adapters:
+        raise UserError("--adapters and --to diffusers are two kinds of export: leave one out.")
     if arguments.to:
         to_diffusers(arguments)
         return
     if len(arguments.checkpoint) > 1 or arguments.precision != "fp16":
         raise UserError(
-            "A release is made of one checkpoint, in fp16: give one, without --precision, or add "
-            "--to diffusers."
+            "A release (or a folder of adapters) is made of one checkpoint, without --precision: "
+            "give one, or add --to diffusers."
         )
+    if arguments.adapters:
+        to_adapters(arguments)
+        return
     to_release(arguments.checkpoint[0], arguments.out, arguments.card)
+
+
+def to_adapters(arguments: argparse.Namespace) -> None:
+    """The adapters in a checkpoint, without the weights that they adapt."""
+    from unclip_pl.pipeline.interop.adapters import export_adapters
+
+    card = arguments.card.read_text(encoding="utf-8") if arguments.card else None
+    (checkpoint,) = arguments.checkpoint
+    made = export_adapters(checkpoint, arguments.adapters, arguments.out, card)
+    size = sum(file.stat().st_size for file in arguments.out.iterdir()) / 1e6
+    print(f"{arguments.out}: adapters of a {made.stage} after {made.steps} steps, {size:.1f} MB")
 
 
 def to_diffusers(arguments: argparse.Namespace) -> None:

@@ -195,6 +195,7 @@ def build_on_meta(stage: str, overlays: list[str]) -> tuple[Any, Any, int]:
 
     from unclip_pl.cli.lightning_cli import build_cli
     from unclip_pl.stages.base import Stage
+    from unclip_pl.training.lora import LoRA
 
     find_config(stage)
     path = Path(stage)
@@ -206,6 +207,9 @@ def build_on_meta(stage: str, overlays: list[str]) -> tuple[Any, Any, int]:
         words += [f"--trainer.{key}", value]
     with quiet(), torch.device("meta"):
         cli = build_cli(words, run=False)
+        for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]  # set outside of it
+            if isinstance(callback, LoRA):  # decides what is trained
+                callback.setup(cli.trainer, cli.model, "fit")
     if not isinstance(cli.model, Stage) or not hasattr(cli.model, "net_config"):
         raise UserError(
             f"{stage} trains a {type(cli.model).__name__}, which cannot be planned: give a "

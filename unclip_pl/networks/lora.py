@@ -4,6 +4,7 @@ They are merged into the layers that they adapt.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -33,3 +34,9 @@ def merged(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
             delta = (up.flatten(1) @ down.flatten(1)).view_as(value)
             found[f"{layer}.weight"] = (value.float() + scale * delta).to(value.dtype)
     return found
+
+
+def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The `state_dict` of a checkpoint, with its adapters merged if it has some."""
+    tensors = checkpoint["state_dict"]
+    return merged(tensors, checkpoint["lora_scale"]) if "lora_scale" in checkpoint else tensors

@@ -213,7 +213,7 @@ def read_parts(folder: Path) -> list[str]:
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        parts, version = config["parts"], config["format"]
+        parts, version = list(config["parts"]), int(config["format"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{folder} is no whole model (its config.json names no parts): give a folder that "
@@ -283,6 +283,11 @@ def _explained(name: str, revision: str | None = None) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except errors.HFValidationError as error:
+        raise UserError(
+            f"There is no folder {name}, and no model of the hub can be named so "
+            f"({str(error).rstrip('.')}): give a folder, or org/name."
+        ) from None
     except errors.GatedRepoError:
         raise UserError(
             f"{name} is given only to those who accept its terms: do so on its page, log in with "

@@ -105,8 +105,17 @@ def read(folder: str | os.PathLike) -> Release:
         UserError: the folder is not a release, is damaged, or was written by a newer version.
     """
     folder = Path(folder)
+    require_files(folder, "a release", "config.json")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "parts" in config:
+            raise UserError(
+                f"{folder} is a whole model, and a release is needed: give one of those in it, "
+                f"such as {folder / 'decoder'}."
+            )
+        require_files(folder, "a release", "model.safetensors")
+        if not isinstance(config["hyper_parameters"], dict):
+            raise TypeError("its hyper_parameters have no names")
         tensors = load_file(folder / "model.safetensors")
         if config["format"] > FORMAT:
             raise UserError(
@@ -123,15 +132,19 @@ def read(folder: str | os.PathLike) -> Release:
             tensors,
             config["steps"],
         )
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} is not a release ({Path(error.filename).name} is missing): give a folder "
-            "that `unclip export` wrote."
-        ) from None
-    except (KeyError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"The release {folder} is damaged ({error}): fetch or export it again."
         ) from error
+
+
+def require_files(folder: Path, kind: str, *names: str) -> None:
+    """UserError where one of these files of a folder is missing."""
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(
+            f"{folder} is not {kind} ({missing[0]} is missing): give a folder that `unclip export` "
+            "wrote."
+        )
 
 
 def locate_clip(fingerprint: dict | None, folder: Path) -> dict | None:

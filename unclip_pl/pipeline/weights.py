@@ -1,6 +1,6 @@
-"""Reading trained stages: releases and Lightning checkpoints, and the weights in the package.
+"""Reading trained stages: releases, Lightning checkpoints and adapters, and the package's weights.
 
-Both kinds of file are read as a `Release`, so that nothing else needs to know which one it was.
+All kinds of files are read as a `Release`, so that nothing else needs to know which one it was.
 """
 
 import os
@@ -14,9 +14,9 @@ import torch
 from unclip_pl.cluster.checkpoint_io import read_checkpoint
 from unclip_pl.cluster.sharded_checkpoint import META_FILE, whole_tensors
 from unclip_pl.diffusion.process import DiffusionConfig
-from unclip_pl.networks.lora import merged
+from unclip_pl.networks.lora import weights_of
 from unclip_pl.networks.renamed import rename, rename_settings
-from unclip_pl.pipeline import release
+from unclip_pl.pipeline import adapters, release
 from unclip_pl.pipeline.release import Release
 from unclip_pl.stages.base import Stage
 from unclip_pl.stages.settings import as_config, plain, require_same_model, settings_of
@@ -42,17 +42,25 @@ def read_weights(path: str | os.PathLike) -> Release:
 
     A checkpoint is a file, or a folder of shards.
 
-    Of a checkpoint, the weights are the EMA's. Hyperparameters that are younger than the weights
-    are filled in.
+    Of a checkpoint, the weights are the EMA's. Adapters (LoRA) are merged, those of a checkpoint
+    and those in a folder of their own. Hyperparameters that are younger than the weights are filled
+    in.
 
     Raises:
-        UserError: there is nothing there, or it is neither of the two.
+        UserError: there is nothing there, or it is none of these.
     """
     path = local_path(path)
+    if adapters.is_adapters(path):
+        found = adapters.read(path)
+        tuned = found.onto(_adapted_weights(found.base, path))
+        hyper_parameters = complete_hyper_parameters(tuned.stage, tuned.hyper_parameters)
+        return replace(tuned, hyper_parameters=hyper_parameters)
     if path.is_dir() and not (path / META_FILE).exists():
         weights = release.read(path)
         hyper_parameters = complete_hyper_parameters(weights.stage, weights.hyper_parameters)
         return replace(weights, hyper_parameters=hyper_parameters)
+    if not path.exists():
+        raise UserError(f"There is no {path}: give the path of a release or of a checkpoint.")
     checkpoint = read_checkpoint(path, target=whole_tensors("state_dict"))
     missing = [key for key in ("stage", "hyper_parameters", "state_dict") if key not in checkpoint]
     if missing:
@@ -61,9 +69,7 @@ def read_weights(path: str | os.PathLike) -> Release:
             "of `lightning fit`, or a release."
         )
     stage = checkpoint["stage"]
-    tensors = rename(stage, checkpoint["state_dict"])
-    if "lora_scale" in checkpoint:
-        tensors = merged(tensors, checkpoint["lora_scale"])
+    tensors = rename(stage, weights_of(checkpoint))
     return Release(
         stage,
         complete_hyper_parameters(stage, checkpoint["hyper_parameters"]),
@@ -71,6 +77,19 @@ def read_weights(path: str | os.PathLike) -> Release:
         tensors,
         checkpoint["global_step"],
     )
+
+
+def _adapted_weights(base: str, folder: Path) -> Release:
+    """The weights that the adapters in a folder belong to."""
+    place = local_path(base)
+    if not place.exists() or adapters.is_adapters(place):
+        fault = "holds adapters as well" if place.exists() else "is not there"
+        raise UserError(
+            f"The adapters {folder} belong to {base}, which {fault}: set base_model_name_or_path "
+            f"in their {adapters.CONFIG_FILE} to the release or checkpoint that they were trained "
+            "on."
+        )
+    return read_weights(place)
 
 
 def complete_hyper_parameters(stage: str, hyper_parameters: dict) -> dict:
@@ -103,7 +122,13 @@ def load_stage(path: str | os.PathLike, *kinds: type[StageT]) -> StageT:
             f"{path} holds a {weights.stage}, and a {' or '.join(classes)} is needed here: give "
             "another path."
         )
-    stage = classes[weights.stage](**weights.hyper_parameters)
+    try:
+        stage = classes[weights.stage](**weights.hyper_parameters)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} has settings that make no {weights.stage} here ({error}): it was changed, or "
+            "a newer unclip_pl wrote it, so update that."
+        ) from None
     try:
         stage.load_state_dict(weights.tensors)
     except RuntimeError as error:

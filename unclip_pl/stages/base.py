@@ -25,7 +25,7 @@ from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.watch import watched
 from unclip_pl.networks.compilation import compile_blocks
 from unclip_pl.networks.renamed import rename
-from unclip_pl.stages.optimization import OptimizerConfig, build_optimizer
+from unclip_pl.stages.optimization import OptimizerConfig, build_optimizer, state_bytes
 from unclip_pl.stages.resume import keep_patience, use_own_settings
 from unclip_pl.stages.settings import (
     as_config,
@@ -173,6 +173,11 @@ class Stage(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    @property
+    def optimizer_bytes(self) -> float:
+        """Bytes of the state that the optimizer comes to hold, over all shards."""
+        return state_bytes(self, self.optimizer_config)
 
     @property
     def lr(self) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from unclip_pl.optim.adamw8bit import adamw_8bit, bytes_8bit
 from unclip_pl.optim.muon import Muon, hidden_weights
 from unclip_pl.utils.errors import UserError
 
@@ -19,8 +20,9 @@ class OptimizerConfig:
     `betas`, `eps` and `weight_decay` are AdamW's, as in Table 3 of the paper.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """"muon": Muon trains the kernels and matrices of the blocks, AdamW everything else."""
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """"adamw8bit": AdamW with a state of 8 bits, by bitsandbytes; "muon": Muon trains the kernels
+    and matrices of the blocks, AdamW everything else."""
     lr: float = 1e-4
     muon_lr: float = 0.02
     """muon: learning rate of the weights that Muon trains."""
@@ -35,8 +37,10 @@ class OptimizerConfig:
     """Gradients are scaled down to this norm, taken over all of them together."""
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "muon"):
-            raise ValueError(f'There is no optimizer "{self.name}": choose "adamw" or "muon".')
+        if self.name not in ("adamw", "adamw8bit", "muon"):
+            raise ValueError(
+                f'There is no optimizer "{self.name}": choose "adamw", "adamw8bit" or "muon".'
+            )
         for name in ("lr", "muon_lr", "eps", "weight_decay", "warmup_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}: give 0 or more.")
@@ -77,13 +81,17 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
     Norms, biases and other vectors have no weight decay.
 
     Raises:
-        UserError: Muon, and the module's weights are sharded.
+        UserError: Muon or 8 bits with sharded weights; 8 bits on a CPU, or without bitsandbytes.
     """
     muon = config.name == "muon"
-    if muon and any(isinstance(p, DTensor) for p in module.parameters()):
+    if config.name != "adamw" and any(isinstance(p, DTensor) for p in module.parameters()):
         raise UserError(
-            "optimizer.name muon needs whole weights, and this run shards them: train with "
-            "lightning_config/ddp.yaml, or with optimizer.name adamw."
+            f"optimizer.name {config.name} needs whole weights, and this run shards them: train "
+            "with lightning_config/ddp.yaml, or with optimizer.name adamw."
+        )
+    if config.name == "adamw8bit" and any(p.device.type == "cpu" for p in module.parameters()):
+        raise UserError(
+            "optimizer.name adamw8bit needs a GPU, and this run is on the CPU: set it to adamw."
         )
     hidden = hidden_weights(module) if muon else []
     hidden_ids = {id(p) for p in hidden}
@@ -103,10 +111,21 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
     optimizer: torch.optim.Optimizer
     if muon:
         optimizer = Muon(groups, **settings)
+    elif config.name == "adamw8bit":
+        optimizer = adamw_8bit(groups, **settings)
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **settings)
     optimizer.register_load_state_dict_post_hook(follow_layout)
     return optimizer
+
+
+def state_bytes(module: nn.Module, config: OptimizerConfig) -> float:
+    """Bytes of the state that `build_optimizer` comes to hold for a module's float32 weights."""
+    trained = [p.numel() for p in module.parameters() if p.requires_grad]
+    if config.name == "adamw8bit":
+        return sum(map(bytes_8bit, trained))
+    hidden = hidden_weights(module) if config.name == "muon" else []
+    return 8.0 * sum(trained) - 4.0 * sum(p.numel() for p in hidden)
 
 
 def follow_layout(optimizer: torch.optim.Optimizer) -> None:

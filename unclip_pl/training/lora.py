@@ -60,25 +60,38 @@ class LoRA(Callback):
             raise UserError(
                 "LoRA needs the package peft, which is missing: pip install 'unclip_pl[lora]'."
             ) from None
+        layers = adaptable(net)
+        targets = [name for name in layers if name.rpartition(".")[2] in self.targets]
+        if not targets:
+            known = {name.rpartition(".")[2] for name in layers} - {""}
+            raise UserError(
+                f"LoRA finds no layers {', '.join(self.targets)} in the network: set targets to "
+                f"some of {', '.join(sorted(known))}."
+            )
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # any number divides
-            target_modules=list(self.targets),
+            target_modules=targets,
             lora_dropout=self.dropout,
         )
-        try:
-            inject_adapter_in_model(config, net)
-        except ValueError:
-            layers = [
-                name for name, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
-            ]
-            known = {name.rpartition(".")[2] for name in layers}
-            raise UserError(
-                f"LoRA finds no layers {', '.join(self.targets)} in the network: set targets to "
-                f"some of {', '.join(sorted(known - {''}))}."
-            ) from None
+        inject_adapter_in_model(config, net)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["lora_scale"] = self.alpha / self.rank
+
+
+def adaptable(net: nn.Module) -> list[str]:
+    """Names of the layers that can have adapters: linear layers and convolutions that are called.
+
+    torch's MultiheadAttention takes the weights of its layers without calling them.
+    """
+    found: list[str] = []
+    inside: tuple[str, ...] = ()
+    for name, module in net.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            inside += (f"{name}.",)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith(inside):
+            found.append(name)
+    return found

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unclip_pl.cluster.checkpoint_io import change_checkpoint, checkpoint_folder, read_checkpoint
 from unclip_pl.cluster.sharded_checkpoint import whole_tensors
+from unclip_pl.networks.lora import weights_of
 from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
 from unclip_pl.training.ema import EMA
 from unclip_pl.training.protocols import SupportsAnalyticVariance
@@ -88,11 +89,11 @@ def add_variance(
 
     Args:
         path: a checkpoint of `stage`'s class and sizes.
-        stage: receives the checkpoint's (EMA) weights.
+        stage: receives the checkpoint's (EMA) weights, with adapters merged.
         batches: of training data, on the stage's device.
         draws: how often each timestep is evaluated per sample.
     """
-    stage.load_state_dict(read_checkpoint(path, target=whole_tensors("state_dict"))["state_dict"])
+    stage.load_state_dict(weights_of(read_checkpoint(path, target=whole_tensors("state_dict"))))
     estimator = cast(SupportsAnalyticVariance, stage)
     estimator.estimate_variance(batches, draws)
     _write(path, estimator.x0_error)

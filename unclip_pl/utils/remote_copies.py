@@ -7,7 +7,14 @@ from pathlib import Path
 
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_folder, cache_dir, file_lock
-from unclip_pl.utils.remote import find_below, is_remote, open_remote, scheme_of, stat
+from unclip_pl.utils.remote import (
+    RemoteError,
+    find_below,
+    is_remote,
+    open_remote,
+    scheme_of,
+    stat,
+)
 
 
 def path_or_url(text: str) -> Path | str:
@@ -42,7 +49,7 @@ def local_path(path: str | os.PathLike) -> Path:
         return Path(path)
     url = str(path).rstrip("/")
     objects = _objects(url)
-    versions = [f"{part} {stat(one)}" for part, one in objects.items()]
+    versions = _versions(objects)
     version = hashlib.sha256("\n".join([url, *versions]).encode()).hexdigest()[:16]
     scheme, _, name = url.partition("://")
     folder = cache_dir() / "remote" / version
@@ -57,7 +64,14 @@ def local_path(path: str | os.PathLike) -> Path:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with open_remote(one) as source, target.open("wb") as file:
                         shutil.copyfileobj(source, file, 1 << 20)
+                if _versions(objects) != versions:  # a mixture of old and new parts
+                    raise RemoteError(f"{url} was changed while it was read: run again.")
     return copy
+
+
+def _versions(objects: dict[str, str]) -> list[str]:
+    """What changes when one of the objects does."""
+    return [f"{part} {stat(one)}" for part, one in objects.items()]
 
 
 def _objects(url: str) -> dict[str, str]:
@@ -66,7 +80,13 @@ def _objects(url: str) -> dict[str, str]:
         stat(url)
         return {"": url}
     except FileNotFoundError:
-        objects = {} if scheme_of(url) in ("http", "https") else find_below(url)
+        below = {} if scheme_of(url) in ("http", "https") else find_below(url)
+    objects = {part: one for part, one in below.items() if part and not part.endswith("/")}
     if not objects:
         raise UserError(f"There is no {url}: give the URL of a release or of a checkpoint.")
+    if bad := [part for part in objects if {"", ".", ".."} & set(part.split("/"))]:
+        raise UserError(
+            f"{url} holds an object named {bad[0]}, which is no place in a folder: remove it, or "
+            "give another URL."
+        )
     return objects

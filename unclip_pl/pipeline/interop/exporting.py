@@ -62,33 +62,42 @@ def export_diffusers(
     if out.exists():
         raise UserError(f"{out} exists already: choose another folder, or remove it first.")
     kinds = (DiffusionPrior, ARPrior, Decoder, Upsampler256, Upsampler1024)
-    stages: dict[type, Exchangeable] = {}
-    for path in checkpoints:
-        stage: Stage = load_stage(path, *kinds)
-        if type(stage) in stages:
-            raise UserError(f"{path} is a second {type(stage).__name__}: give one of each stage.")
-        stages[type(stage)] = exchange.check(stage)
-    frozen = _clip_of(list(stages.values()), clip)
-    whole = Decoder in stages and Upsampler256 in stages
-    with atomic_folder(out) as temporary:
-        for stage in stages.values():
-            _write(stage, temporary, DTYPES[precision])
-        if whole and frozen is not None:
-            write_towers(frozen, temporary)
-            names = _pipeline(DiffusionPrior in stages)
-            _write_json(temporary / "model_index.json", names)
-    return [note for stage in stages.values() for note in _notes(stage)]
-
-
-def _clip_of(stages: list[Exchangeable], clip: CLIPConfig | None) -> FrozenCLIP | None:
-    """The CLIP of all stages that have one."""
+    written: set[type] = set()
+    notes: list[str] = []
     frozen: FrozenCLIP | None = None
-    for stage in stages:
-        if stage.clip_fingerprint is None:
-            continue
-        if frozen is None:
-            frozen = FrozenCLIP(clip or CLIPConfig.of_fingerprint(stage.clip_fingerprint))
-        require_same(stage.clip_fingerprint, frozen.fingerprint(), f"The {type(stage).__name__}")
+    with atomic_folder(out) as temporary:
+        for path in checkpoints:  # one stage in memory at a time
+            loaded: Stage = load_stage(path, *kinds)
+            if type(loaded) in written:
+                raise UserError(
+                    f"{path} is a second {type(loaded).__name__}: give one of each stage."
+                )
+            stage = exchange.check(loaded)
+            frozen = _clip_of(stage, clip, frozen)
+            _write(stage, temporary, DTYPES[precision])
+            notes += _notes(stage)
+            written.add(type(stage))
+            del loaded, stage
+        if {Decoder, Upsampler256} <= written and frozen is not None:
+            write_towers(frozen, temporary)
+            names = _pipeline(DiffusionPrior in written)
+            _write_json(temporary / "model_index.json", names)
+    return notes
+
+
+def _clip_of(
+    stage: Exchangeable, clip: CLIPConfig | None, frozen: FrozenCLIP | None
+) -> FrozenCLIP | None:
+    """The CLIP of a stage: `frozen`, that of the stages before it, or the first one.
+
+    Raises:
+        UserError: the stage was trained with another CLIP than those.
+    """
+    if stage.clip_fingerprint is None:
+        return frozen
+    if frozen is None:
+        frozen = FrozenCLIP(clip or CLIPConfig.of_fingerprint(stage.clip_fingerprint))
+    require_same(stage.clip_fingerprint, frozen.fingerprint(), f"The {type(stage).__name__}")
     return frozen
 
 

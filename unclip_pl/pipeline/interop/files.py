@@ -175,6 +175,19 @@ def _read_bins(*files: Path, where: str | None = None) -> Tensors:
 
 
 @contextmanager
+def sensible(where: str) -> Iterator[None]:
+    """Settings and shapes that make no network become one sentence about their source."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        said = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise UserError(
+            f"{where} has settings or weights that make no network ({said}): it is another model, "
+            "or damaged, so give the files as their authors published them."
+        ) from error
+
+
+@contextmanager
 def explained(where: str) -> Iterator[None]:
     """What goes wrong while a file is read becomes one sentence about it."""
     try:

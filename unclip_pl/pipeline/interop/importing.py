@@ -15,6 +15,7 @@ from unclip_pl.pipeline import release
 from unclip_pl.pipeline.hub import SIBLING_CLIP, copy_clip, model_card, write_parts
 from unclip_pl.pipeline.interop import kandinsky, karlo, karlo_original
 from unclip_pl.pipeline.interop.cards import kandinsky_card, karlo_card
+from unclip_pl.pipeline.interop.files import sensible
 from unclip_pl.pipeline.interop.karlo import Part
 from unclip_pl.pipeline.interop.keys import (
     Layout,
@@ -56,7 +57,8 @@ def import_karlo(
     """
     _check_places(folder, out)
     original = not (folder / "model_index.json").exists() and karlo_original.is_original(folder)
-    parts = karlo_original.read_files(folder) if original else karlo.read_folder(folder)
+    with sensible(str(folder)):
+        parts = karlo_original.read_files(folder) if original else karlo.read_folder(folder)
     layout: Layout = "karlo" if original else "diffusers"
     with atomic_folder(out) as temporary:
         _write_clip(folder, temporary / "clip", clip)
@@ -81,7 +83,8 @@ def import_kandinsky_prior(folder: Path, out: Path, precision: Precision = "fp16
         UserError: one sentence says what is missing, damaged, or of another model.
     """
     _check_places(folder, out)
-    parts = kandinsky.read_folder(folder)
+    with sensible(str(folder)):
+        parts = kandinsky.read_folder(folder)
     with atomic_folder(out) as temporary:
         convert_towers(folder / "text_encoder", folder / "image_encoder", temporary / "clip")
         _write_parts(parts, "diffusers", temporary, precision, partial(kandinsky_card, folder))

@@ -85,7 +85,8 @@ def _count(source: Tensors, prefix: str) -> int:
 def _prior(source: Tensors, folder: Path) -> Part:
     file = _only(folder, STATISTICS, "statistics")
     held = unpickle(file)
-    if not isinstance(held, (tuple, list)) or len(held) != 2:
+    pair = isinstance(held, (tuple, list)) and len(held) == 2
+    if not pair or not all(isinstance(value, Tensor) for value in held):
         raise UserError(f"{file} does not hold a mean and a std: get the file again.")
     width, embed_dim = source["clip_img_proj.weight"].shape
     length = source["positional_embedding"].shape[-2] - STEP_TOKENS

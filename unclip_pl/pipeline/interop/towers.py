@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unclip_pl.clip.config import CONFIG_FILE, WEIGHTS_FILE
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.clip.loading import import_open_clip
-from unclip_pl.pipeline.interop.files import read_json, read_network
+from unclip_pl.pipeline.interop.files import read_json, read_network, sensible
 from unclip_pl.pipeline.interop.keys import Names, fill
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_folder
@@ -88,8 +88,8 @@ def read_tower(folder: Path, tower: str) -> tuple[dict[str, Any], dict[str, Tens
             f"{config.get('layer_norm_eps')}, which open_clip's CLIP does not have: use another."
         )
     source = source.without(".position_ids")  # 0, 1, 2, ..., which older versions saved
-    names = tower_names(config["num_hidden_layers"], tower)
-    with torch.device("meta"):
+    with sensible(str(folder)), torch.device("meta"):
+        names = tower_names(config["num_hidden_layers"], tower)
         model = import_open_clip().model.CLIP(**_model_config(config, config))
     ours = {name: tensor for name, tensor in model.state_dict().items() if name in names}
     ours |= {name: ours[name].T for name in TRANSPOSED if name in ours}
