@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from unclip_pl.cli.config_checks import check_settings
 from unclip_pl.cli.configs import config_folder
 from unclip_pl.cli.messages import to_sentence
 from unclip_pl.cluster.checkpoint_io import read_settings
@@ -93,6 +94,7 @@ class UnclipCLI(LightningCLI):
         if not (subcommand := self.config.get("subcommand")):
             return
         config = self.config[subcommand]
+        check_settings(config.as_dict())
         wanted = str(config.get("ckpt_path") or "") or None
         folder = Path(config.trainer.default_root_dir or ".")
         checkpoint = find_checkpoint(wanted, folder)
