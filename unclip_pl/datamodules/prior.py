@@ -78,9 +78,11 @@ class PriorData(ImageEmbeddingData):
 
         It is possible where the tars are gone and the store has their rows.
         """
-        if not self.store_folder or not (Path(self.store_folder) / "manifest.json").is_file():
+        if not self.store_folder:
             return False
         store = EmbeddingStore(self.store_folder)
+        if not store.files.exists("manifest.json"):
+            return False
         manifest = store.manifest
         train, val = _names_in(self.train, manifest), _names_in(self.val, manifest)
         shards = train + val
