@@ -57,11 +57,12 @@ def test_a_killed_run_goes_on_on_another_machine(faults, tmp_path, capsys):
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stderr=subprocess.DEVNULL,
     )
-    while not [name for name in names_below("run") if "newest" in name]:
+    while "mirror.json" not in names_below("run") or not whole_checkpoints():
         assert process.poll() is None
         time.sleep(0.1)
     process.kill()
     process.wait()
+    remote.upload(f"{URL}/newest-step=9999.ckpt", b"a part")  # as one that was not yet named
     shutil.rmtree(tmp_path / "first")
     faults.plan = ["", "503", "cut", "slow"] * 9
     (before,) = whole_checkpoints()
@@ -104,6 +105,7 @@ def test_two_runs_never_share_a_place(faults, tmp_path):
     before = whole_checkpoints()
     with pytest.raises(SharedError, match="holds a run already"):
         train(tmp_path / "second", 1)
+    (tmp_path / "second").mkdir()
     torch.save({}, tmp_path / "second" / "newest-step=9.ckpt")
     with pytest.raises(SharedError, match="holds a run already"):
         Mirror(URL, tmp_path / "second").fetch_newest()
@@ -115,9 +117,9 @@ def test_two_runs_never_share_a_place(faults, tmp_path):
 
 def test_two_at_one_time_are_refused_and_a_dead_one_is_not(faults, tmp_path):
     first, second = (Mirror(URL, tmp_path / name) for name in ("a", "b"))
-    with mirrored(first, True):
-        with pytest.raises(SharedError, match="Another run"), mirrored(second, True):
-            pass
+    refused = pytest.raises(SharedError, match="Another run")
+    with mirrored(first, True), refused, mirrored(second, True):
+        pass
     dead = json.dumps({"id": "x", "host": "gone", "boot": "", "pid": 1}).encode()
     remote.upload(f"{URL}/.lease", dead)
     with pytest.raises(UserError, match="Another run writes"), mirrored(first, True):

@@ -24,12 +24,21 @@ from typing import Any
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, step_of
 from unclip_pl.utils.errors import SharedError, UserError
 from unclip_pl.utils.files import atomic_file, atomic_folder, file_lock
-from unclip_pl.utils.remote import create, delete, open_remote, read, require_writable, upload
+from unclip_pl.utils.remote import (
+    create,
+    delete,
+    find_below,
+    open_remote,
+    read,
+    require_writable,
+    upload,
+)
 from unclip_pl.utils.signals import stop_state
 
 log = logging.getLogger(__name__)
 MANIFEST = "mirror.json"
 LEASE = ".lease"
+KINDS = ("newest-", "best-")  # how the names of checkpoints that are copied begin
 LOOK_EVERY = 5.0  # seconds between two looks at the run's folder
 RENEW_EVERY = 20.0  # seconds between two renewals of the lease
 LEASE_ENDS = 60.0  # seconds without a renewal after which its holder is taken for dead
@@ -112,10 +121,18 @@ class Mirror:
                     f"{self.url} holds a run that goes on to {newest}, and {self.folder} does not: "
                     "go on with that run by --resume auto, or give this one a --mirror of its own."
                 )
+            self._remove_leftovers(manifest)
             return
         manifest["id"] = manifest["id"] or uuid.uuid4().hex
         self._remember(manifest["id"])
         self._write(manifest)
+
+    def _remove_leftovers(self, manifest: dict[str, Any]) -> None:
+        """Remove what a run that was killed had not copied as a whole."""
+        for part, url in find_below(self.url).items():
+            name = part.partition("/")[0]
+            if name.startswith(KINDS) and name not in manifest["checkpoints"]:
+                delete(url)
 
     def _require_same_run(self, manifest: dict[str, Any]) -> None:
         own = self.folder / MANIFEST
@@ -150,9 +167,7 @@ class Mirror:
 
     def _copy(self) -> None:
         paths = {
-            path.name: path
-            for prefix in ("newest-", "best-")
-            if (path := newest_checkpoint(self.folder, prefix))
+            path.name: path for prefix in KINDS if (path := newest_checkpoint(self.folder, prefix))
         }
         if paths.keys() == self._copied:
             return
@@ -162,7 +177,7 @@ class Mirror:
             if name not in known:
                 known[name] = self._upload(path)
                 self._write(manifest)
-        for name in [name for name in known if name not in paths and newest_or_best(name, paths)]:
+        for name in [name for name in known if name not in paths and is_replaced(name, paths)]:
             files = known.pop(name)
             self._write(manifest)
             for part in files:
@@ -215,8 +230,8 @@ class Mirror:
             delete(url)
 
 
-def newest_or_best(name: str, paths: dict[str, Path]) -> bool:
-    """Whether a checkpoint was replaced by another one of its kind."""
+def is_replaced(name: str, paths: dict[str, Path]) -> bool:
+    """Whether there is another checkpoint of the kind of this one."""
     kind = name.partition("-")[0]
     return any(other.startswith(f"{kind}-") for other in paths)
 
