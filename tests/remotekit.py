@@ -95,8 +95,8 @@ def faults(s3_server: Faults) -> Iterator[Faults]:
 
 
 def _serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    pytest.importorskip("s3fs", reason="needs s3fs: pip install -e '.[remote,test-remote]'")
-    moto = pytest.importorskip("moto.server", reason="needs moto: pip install -e '.[test-remote]'")
+    pytest.importorskip("s3fs", reason="needs s3fs: pip install -e '.[test]'")
+    moto = pytest.importorskip("moto.server", reason="needs moto: pip install -e '.[test]'")
     import s3fs
 
     from unclip_pl.utils import remote
