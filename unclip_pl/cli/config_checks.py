@@ -110,8 +110,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 def _require_groups(part: str, settings: Mapping[str, Any]) -> None:
     """UserError if a setting that is a group of its own, such as `model.net`, is null."""
     module, _, name = settings["class_path"].rpartition(".")
-    types = typing.get_type_hints(getattr(import_module(module), name).__init__)
-    for name, value in settings["init_args"].items():
+    try:
+        types = typing.get_type_hints(getattr(import_module(module), name).__init__)
+    except NameError:  # a user's own class may name types that are not imported
+        return
+    for name, value in (settings.get("init_args") or {}).items():
         if value is None and dataclasses.is_dataclass(types.get(name)):
             raise UserError(
                 f"{part}.{name} is null, and it is a group of settings: leave it out to have "

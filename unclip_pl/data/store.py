@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from unclip_pl.data.captions import MissingCaptions
 from unclip_pl.data.shard_rows import UNREADABLE, ShardRows, describe_shard, map_safetensors
 from unclip_pl.data.shards import decode_batches
 from unclip_pl.data.store_files import BucketFiles, LocalFiles
+from unclip_pl.data.store_statistics import Statistics
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import remove_leftovers
 from unclip_pl.utils.remote import is_remote
@@ -44,23 +44,6 @@ FORMAT_VERSION = 1
 FILL = "fill it with `lightning predict -c stages/embed.yaml`"
 DAY = 86400.0
 CAPTION_SHARDS = 64  # shards whose rows are checked for captions
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Statistics of the image embeddings, in float64.
-
-    `count`, `mean` (D,), and `covariance` (D, D), divided by N, not N - 1.
-    """
-
-    count: int
-    mean: torch.Tensor
-    covariance: torch.Tensor
-
-    @property
-    def std(self) -> torch.Tensor:
-        """(D,)"""
-        return self.covariance.diagonal().clamp(min=0).sqrt()
 
 
 class EmbeddingStore:
@@ -111,8 +94,10 @@ class EmbeddingStore:
         return manifest
 
     def file_of(self, shard: str) -> str:
-        """The name of a shard's file. It follows from the shard's whole name, as the settings give
-        it."""
+        """The name of a shard's file.
+
+        It follows from the shard's whole name, as the settings give it.
+        """
         stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(shard).stem)[:64]
         digest = hashlib.sha256(os.fsencode(shard)).hexdigest()[:8]
         return f"{stem}-{digest}.safetensors"

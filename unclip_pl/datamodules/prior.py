@@ -15,7 +15,8 @@ from unclip_pl.data.embedding_loader import (
 )
 from unclip_pl.data.loader_config import EmbeddingLoaderConfig
 from unclip_pl.data.names import is_url
-from unclip_pl.data.store import EmbeddingStore, Statistics
+from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.data.store_statistics import Statistics
 from unclip_pl.data.text_tokens import ensure_text_tokens
 from unclip_pl.datamodules.base import Spec
 from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
