@@ -208,8 +208,8 @@ def read(url: str) -> bytes:
         FileNotFoundError: there is none.
         UserError: see `open_remote`.
     """
-    with open_remote(url) as file:
-        return file.read()
+    # One request: between two, another process may write an object of another length
+    return _try(url, lambda: _file_system(url).cat_file(url))
 
 
 def delete(url: str) -> None:
