@@ -73,6 +73,11 @@ setup(
             "peft>=0.15",
             "pyarrow>=14",
             "opencv-python-headless>=4.8",
+            # an S3 server on this machine; all of moto[server] would be 30 packages more
+            "s3fs",
+            "moto[s3]>=5",
+            "flask",
+            "flask-cors",
             *FONTS,
             # the studio's page in a browser of this machine (Chromium or Chrome, if there is one)
             *WEB,
@@ -82,8 +87,6 @@ setup(
         "lora": ["peft>=0.15"],  # fine-tuning by low-rank adapters
         # buckets as `s3://`, `gs://` and `hf://`
         "remote": ["s3fs", "gcsfs", "huggingface_hub"],
-        # their tests, against an S3 server on this machine
-        "test-remote": ["s3fs", "moto[server]>=5"],
         # Noto, for captions of other scripts than Latin, Greek, Cyrillic, Hebrew and Arabic
         "fonts": FONTS,
         "dev": ["ruff", "mypy", "codespell", "pre-commit"],

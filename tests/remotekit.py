@@ -57,16 +57,17 @@ def _handler(port: int, faults: Faults) -> type[http.server.BaseHTTPRequestHandl
             server.request(self.command, self.path, content, dict(self.headers))
             answer = server.getresponse()
             body = answer.read()
+            server.close()
             self.send_response(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in ("content-length", "transfer-encoding", "connection"):
                     self.send_header(name, value)
             length = answer.getheader("Content-Length") if self.command == "HEAD" else len(body)
             self.send_header("Content-Length", str(length or 0))
+            # A connection that is kept open would be shared with forked readers
+            self.send_header("Connection", "close")
             self.end_headers()
             self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
-            if fault == "cut":
-                self.close_connection = True
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
 
@@ -94,8 +95,8 @@ def faults(s3_server: Faults) -> Iterator[Faults]:
 
 
 def _serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    pytest.importorskip("s3fs", reason="needs s3fs: pip install -e '.[remote,test-remote]'")
-    moto = pytest.importorskip("moto.server", reason="needs moto: pip install -e '.[test-remote]'")
+    pytest.importorskip("s3fs", reason="needs s3fs: pip install -e '.[test]'")
+    moto = pytest.importorskip("moto.server", reason="needs moto: pip install -e '.[test]'")
     import s3fs
 
     from unclip_pl.utils import remote
@@ -133,3 +134,11 @@ def put(local: object, name: str) -> str:
 
     s3fs.S3FileSystem().put(str(local), f"{BUCKET}/{name}", recursive=True)
     return f"s3://{BUCKET}/{name}"
+
+
+def names_below(folder: str) -> list[str]:
+    """The names of the objects in a folder of the bucket."""
+    import s3fs
+
+    found = s3fs.S3FileSystem(use_listings_cache=False).find(f"{BUCKET}/{folder}")
+    return sorted(name.removeprefix(f"{BUCKET}/{folder}/") for name in found)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.factories import package_decoder
-from unclip_pl.data.store import Statistics
+from unclip_pl.data.store_statistics import Statistics
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.probe import PrincipalComponents, paper_dimensions, paste_label, zero_shot
 from unclip_pl.utils.errors import UserError

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from unclip_pl.clip.fingerprint import require_same
 from unclip_pl.clip.frozen import FrozenCLIP
-from unclip_pl.data.store import EmbeddingStore, Statistics
+from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.data.store_statistics import Statistics
 from unclip_pl.networks.quantizer import pca
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.utils.errors import UserError

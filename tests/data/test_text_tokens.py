@@ -10,7 +10,7 @@ from tests.data.fitkit import data_of
 from tests.data.shardkit import picture, write_tar
 from unclip_pl.clip.loading import tokenize_bpe
 from unclip_pl.data.loader_config import EmbeddingLoaderConfig
-from unclip_pl.data.text_tokens import ensure_text_tokens, read_text_tokens, text_tokens_path
+from unclip_pl.data.text_tokens import ensure_text_tokens, read_text_tokens, text_tokens_file
 from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
 from unclip_pl.datamodules.prior import PriorData
 from unclip_pl.utils.errors import UserError
@@ -23,6 +23,10 @@ def long_caption(number: int, last: str = "end") -> str:
     words = ["red", "blue", "small", "wide", "old", "round", "soft", "dark"]
     said = " and ".join(f"{words[i % 8]} thing {(number + i) % 10}" for i in range(36))
     return f"{said} {last}"
+
+
+def captions_path(store, shard):
+    return store.files.place(text_tokens_file(store, shard, LENGTH))
 
 
 def write_long(path, count: int = 6, last: str = "end") -> str:
@@ -75,7 +79,7 @@ def test_a_batch_holds_whole_captions_of_its_own_samples(kind, shard, tmp_path):
 def test_captions_are_tokenised_once_and_again_where_the_tar_has_changed(shard, tmp_path):
     data = prior_data(shard, tmp_path / "store")
     data.prepare_data()
-    path = text_tokens_path(data.store, shard, LENGTH)
+    path = captions_path(data.store, shard)
     before = path.stat().st_mtime_ns
     data.prepare_data()
     assert path.stat().st_mtime_ns == before
@@ -93,12 +97,12 @@ def test_captions_that_are_not_there_or_are_of_other_rows_are_sentences(shard, t
     data = prior_data(shard, tmp_path / "store", None)
     data.train = [shard, other]
     data.prepare_data()
-    store, path = data.store, text_tokens_path(data.store, shard, LENGTH)
+    store, path = data.store, captions_path(data.store, shard)
     with pytest.raises(UserError, match=r"no captions of 256 tokens .*--data\.text_length 256"):
         read_text_tokens(store, shard, LENGTH)
     ensure_text_tokens(store, [shard, other], LENGTH)
     content = path.read_bytes()
-    shutil.copy(text_tokens_path(store, other, LENGTH), path)
+    shutil.copy(captions_path(store, other), path)
     with pytest.raises(UserError, match="delete it"):
         read_text_tokens(store, shard, LENGTH)
     path.write_bytes(content[: len(content) // 2])

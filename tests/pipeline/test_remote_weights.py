@@ -9,7 +9,6 @@ import torch
 from tests.factories import package_decoder, write_checkpoint, write_release
 from tests.remotekit import put
 from unclip_pl.cli.unclip import main
-from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.pipeline.weights import load_pretrained, load_stage, read_weights
 from unclip_pl.stages.decoder import Decoder
 from unclip_pl.training.run_folder import find_checkpoint
@@ -17,6 +16,7 @@ from unclip_pl.training.trainer import check_options
 from unclip_pl.utils import remote, remote_copies
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import cache_dir
+from unclip_pl.utils.remote_copies import local_folder
 
 
 @pytest.fixture(autouse=True)
@@ -81,12 +81,10 @@ def test_what_is_bad_there_is_named(tmp_path, decoder, faults, monkeypatch):
 
 
 def test_what_is_not_written_there_is_refused():
-    for refused in (
-        lambda: EmbeddingStore("s3://bucket/store"),
-        lambda: check_options({"default_root_dir": "gs://bucket/run"}),
-    ):
-        with pytest.raises(UserError, match="is remote, and only shards, releases and checkpoints"):
-            refused()
+    with pytest.raises(UserError, match="--mirror gs://bucket/run"):
+        check_options({"default_root_dir": "gs://bucket/run"})
+    with pytest.raises(UserError, match="is remote"):
+        local_folder("s3://bucket/out")
 
 
 @pytest.mark.parametrize("part", ["../../../x", "a/../../x", "/x"])

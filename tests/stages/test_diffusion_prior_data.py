@@ -11,7 +11,7 @@ from tests.stages.tiny_diffusion_prior import batch, prior
 from tests.training.toy import trainer
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.data.loader_config import EmbeddingLoaderConfig
-from unclip_pl.data.store import Statistics
+from unclip_pl.data.store_statistics import Statistics
 from unclip_pl.datamodules.prior import PriorData
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig

@@ -1,11 +1,18 @@
-"""What is wrong with the files and flags of `lightning` and can be said better before they are
-parsed."""
+"""What is wrong with the files and flags of `lightning` and can be said better here than by what
+reads them next."""
 
+import dataclasses
+import math
+import typing
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from unclip_pl.networks.renamed import SETTINGS
 from unclip_pl.utils.errors import UserError
+
+MAY_BE_INFINITE = "model.optimizer.clip_norm"
 
 
 def check_configs(arguments: list[str]) -> None:
@@ -83,3 +90,46 @@ def _mapping(content: Any, key: str) -> dict[str, Any]:
     """The mapping under a key of a YAML document; empty if there is none."""
     value = content.get(key) if isinstance(content, dict) else None
     return value if isinstance(value, dict) else {}
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check the parsed settings of a run: of all files and flags together.
+
+    Raises:
+        UserError: a number is not finite, or a group of settings is null.
+    """
+    for option, value in _leaves(settings):
+        is_allowed = option == MAY_BE_INFINITE and value == math.inf
+        if isinstance(value, float) and not math.isfinite(value) and not is_allowed:
+            raise UserError(f"{option} is {value}: give a finite number.")
+    for part in ("model", "data"):
+        if settings.get(part):
+            _require_groups(part, settings[part])
+
+
+def _require_groups(part: str, settings: Mapping[str, Any]) -> None:
+    """UserError if a setting that is a group of its own, such as `model.net`, is null."""
+    module, _, name = settings["class_path"].rpartition(".")
+    try:
+        types = typing.get_type_hints(getattr(import_module(module), name).__init__)
+    except NameError:  # a user's own class may name types that are not imported
+        return
+    for name, value in (settings.get("init_args") or {}).items():
+        if value is None and dataclasses.is_dataclass(types.get(name)):
+            raise UserError(
+                f"{part}.{name} is null, and it is a group of settings: leave it out to have "
+                "their defaults, or give those that differ."
+            )
+
+
+def _leaves(settings: Any, option: str = "") -> Iterator[tuple[str, Any]]:
+    """All single values in the settings, with the names of their options."""
+    if isinstance(settings, (list, tuple)):
+        for value in settings:
+            yield from _leaves(value, option)
+    elif isinstance(settings, Mapping):
+        for name, value in settings.items():
+            is_part = name != "init_args"
+            yield from _leaves(value, f"{option}.{name}".lstrip(".") if is_part else option)
+    else:
+        yield option, settings

@@ -6,7 +6,7 @@ from pathlib import Path
 from unclip_pl.cli.options import AddCommand
 from unclip_pl.utils.devices import pick_device
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.remote_copies import local_folder
+from unclip_pl.utils.remote_copies import path_or_url
 
 
 def add(command: AddCommand) -> None:
@@ -27,7 +27,7 @@ def add(command: AddCommand) -> None:
         run_verify,
         "Read an embedding store back and name every missing, doubled, non-finite or stale row.",
     )
-    verify.add_argument("store", type=local_folder, help="the store's folder")
+    verify.add_argument("store", type=path_or_url, help="the store's folder")
     verify.add_argument(
         "--shards",
         nargs="+",
@@ -47,7 +47,7 @@ def add(command: AddCommand) -> None:
     )
     importing.add_argument(
         "--store",
-        type=local_folder,
+        type=path_or_url,
         required=True,
         help="the store's folder; goes on where it stopped",
     )
@@ -105,8 +105,10 @@ def run_verify(arguments: argparse.Namespace) -> None:
     from unclip_pl.data.verify import verify
 
     shards = expand(arguments.shards) if arguments.shards else None
-    if arguments.store.suffix == ".tar" or (
-        not (arguments.store / "manifest.json").exists() and any(arguments.store.glob("*.tar*"))
+    store = arguments.store
+    if isinstance(store, Path) and (
+        store.suffix == ".tar"
+        or (not (store / "manifest.json").exists() and any(store.glob("*.tar*")))
     ):
         raise UserError(
             f"{arguments.store} is shards and no embedding store: name the store that "

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from unclip_pl.cli.config_checks import check_settings
 from unclip_pl.cli.configs import config_folder
 from unclip_pl.cli.messages import to_sentence
 from unclip_pl.cluster.checkpoint_io import read_settings
@@ -36,6 +37,7 @@ from unclip_pl.stages.settings import settings_of
 from unclip_pl.training.arguments import add_model_flags
 from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
 from unclip_pl.training.ema import EMA
+from unclip_pl.training.mirror import Mirror, mirrored
 from unclip_pl.training.monitored import require_logged
 from unclip_pl.training.pictures import Pictures
 from unclip_pl.training.run_folder import RunConfig, claim_folder, find_checkpoint, refuse_search
@@ -80,6 +82,12 @@ class UnclipCLI(LightningCLI):
             help="a release or checkpoint of the same stage whose weights training starts from",
         )
         parser.add_argument(
+            "--mirror",
+            type=str | None,
+            help="a folder in a bucket (s3://, gs://) to which checkpoints are copied, and from "
+            "which --resume auto takes a newer one",
+        )
+        parser.add_argument(
             "--compile",
             type=bool,
             default=False,
@@ -93,8 +101,14 @@ class UnclipCLI(LightningCLI):
         if not (subcommand := self.config.get("subcommand")):
             return
         config = self.config[subcommand]
+        check_settings(config.as_dict())
         wanted = str(config.get("ckpt_path") or "") or None
         folder = Path(config.trainer.default_root_dir or ".")
+        if config.get("mirror"):
+            if subcommand != "fit":
+                raise UserError(f"--mirror is for `lightning fit`: leave it out of {subcommand}.")
+            if wanted == "resume:auto":
+                Mirror(config.mirror, folder).fetch_newest()
         checkpoint = find_checkpoint(wanted, folder)
         if checkpoint and subcommand != "fit" and config.get("model"):
             stage, settings = read_settings(checkpoint)
@@ -188,7 +202,9 @@ class UnclipCLI(LightningCLI):
         folder = Path(self.trainer.default_root_dir)
         if source:
             refuse_search(trainer.callbacks, folder)
-        with claim_folder(folder, source, self.trainer.is_global_zero):
+        url, is_writer = self.config[self.subcommand].get("mirror"), self.trainer.is_global_zero
+        mirror = Mirror(url, folder) if url else None
+        with claim_folder(folder, source, is_writer), mirrored(mirror, is_writer):
             self.trainer.fit(**kwargs)
 
 

@@ -11,6 +11,7 @@ from unclip_pl.cli.options import AddCommand, require_minimum
 from unclip_pl.cli.pictures import enlarge_like, require_files
 from unclip_pl.cli.session import Session, add_session_options
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.remote_copies import path_or_url
 
 
 def add(command: AddCommand) -> None:
@@ -33,7 +34,7 @@ def add(command: AddCommand) -> None:
     )
     pca.add_argument(
         "--store",
-        type=Path,
+        type=path_or_url,
         help="the embedding store whose components are taken; by default OpenMoji's, which is made "
         "if it is missing",
     )

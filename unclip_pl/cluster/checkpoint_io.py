@@ -25,6 +25,8 @@ from unclip_pl.cluster.sharded_checkpoint import (
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import DISK_ERRORS, atomic_file, remove, underlying_os_error
 
+RELEASE_FILE = "config.json"  # of a folder of `unclip export`
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's plugin for checkpoints, with atomic writes.
@@ -86,14 +88,11 @@ def read_checkpoint(
         UserError: there is no such checkpoint, it is incomplete, it is no checkpoint, or loading it
             would execute code.
     """
+    require_checkpoint(Path(path))
     try:
         if Path(path).is_dir():
             return read_folder(Path(path), target, all_ranks)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except FileNotFoundError:
-        raise UserError(
-            f"There is no checkpoint {path}: check the path, or leave it out to start from scratch."
-        ) from None
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} was refused: it holds Python objects that would run code on loading, which no "
@@ -111,6 +110,44 @@ def read_checkpoint(
             "`lightning fit` wrote."
         )
     return checkpoint
+
+
+def require_checkpoint(path: Path) -> None:
+    """Check that a path is a checkpoint, as far as can be seen without reading all of it.
+
+    Raises:
+        UserError: there is nothing, or it is something else.
+    """
+    if not path.exists():
+        raise UserError(f"There is no checkpoint {path}: check the path.")
+    if not path.is_dir():
+        if not zipfile.is_zipfile(path):
+            raise UserError(
+                f"{path} is no whole checkpoint (it has another format, or it is cut off): give a "
+                ".ckpt file that `lightning fit` wrote, an earlier one if this one is damaged."
+            )
+        with zipfile.ZipFile(path) as archive:
+            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+                raise UserError(
+                    f"{path} is no checkpoint but another archive: give a .ckpt file that "
+                    "`lightning fit` wrote."
+                )
+    elif (path / META_FILE).exists():
+        return
+    elif newest := newest_checkpoint(path):
+        raise UserError(
+            f"{path} is the folder of a run and no checkpoint: give one of its files, such as "
+            f"{newest}."
+        )
+    elif (path / RELEASE_FILE).exists():
+        raise UserError(
+            f"{path} is a release, from which no run can go on: give it to --init to start from "
+            "its weights."
+        )
+    else:
+        raise UserError(
+            f"{path} is a folder without a checkpoint: give a .ckpt that `lightning fit` wrote."
+        )
 
 
 def _unsharded_file(path: str | os.PathLike) -> Path:

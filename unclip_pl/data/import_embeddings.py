@@ -61,8 +61,7 @@ class Importer(EmbeddingStore):
 
         A new folder is claimed when its first shard has passed the comparison.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if any(self.folder.glob("*.json")) or any(self.folder.glob("*.safetensors")):
+        if self.files.exists("clip.json") or self.files.exists("manifest.json") or self.has_rows():
             super()._claim(clip)
 
     def _embed(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -15,15 +15,19 @@ import torch
 from unclip_pl.data.bad_samples import too_many_files
 from unclip_pl.data.names import is_streamed
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.remote import is_remote, stat
+from unclip_pl.utils.remote import is_remote, open_remote, stat
 
 UNREADABLE = (OSError, ValueError, KeyError)
 """What `map_safetensors` and `ShardRows.open` raise where a file is not whole."""
 MIB = 1 << 20
+HEADER_BLOCK = 1 << 18  # bytes of an object that are asked for at least
 
 
-def map_safetensors(path: Path) -> tuple[dict[str, Any], Callable[[str, str], np.ndarray]]:
+def map_safetensors(path: Path | str) -> tuple[dict[str, Any], Callable[[str, str], np.ndarray]]:
     """Map a safetensors file of the store.
+
+    Of an object at a URL the header is read, and each array by a range of bytes when it is asked
+    for.
 
     Returns:
         Its metadata `rows`, and a function (name, numpy type) -> array.
@@ -31,21 +35,15 @@ def map_safetensors(path: Path) -> tuple[dict[str, Any], Callable[[str, str], np
     Raises:
         ValueError, KeyError, OSError: the file is not whole.
     """
+    if isinstance(path, str):
+        return _read_ranges(path)
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if length > size:
-                raise ValueError("it is shorter than its header says")
-            header = json.loads(file.read(length))
+            header, start, end = _read_header(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise too_many_files(error) or error from None
     meta = json.loads(header.pop("__metadata__")["rows"])
 
-    start = 8 + length
-    end = start + max(entry["data_offsets"][1] for entry in header.values())
-    if size < end:
-        raise ValueError("it is cut short")
     # torch closes the file that it maps. np.memmap keeps one open for each array, and a thousand
     # of them is the usual limit.
     content = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8).numpy()
@@ -57,6 +55,40 @@ def map_safetensors(path: Path) -> tuple[dict[str, Any], Callable[[str, str], np
         return data.view(kind).reshape(header[name]["shape"])
 
     return meta, array
+
+
+def _read_ranges(url: str) -> tuple[dict[str, Any], Callable[[str, str], np.ndarray]]:
+    """`map_safetensors` of an object at a URL."""
+    file = open_remote(url, HEADER_BLOCK)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    header, start, _ = _read_header(file, size)
+    meta = json.loads(header.pop("__metadata__")["rows"])
+
+    def array(name: str, kind: str) -> np.ndarray:
+        first, last = header[name]["data_offsets"]
+        file.seek(start + first)
+        return np.frombuffer(file.read(last - first), kind).reshape(header[name]["shape"])
+
+    return meta, array
+
+
+def _read_header(file: IO[bytes], size: int) -> tuple[dict[str, Any], int, int]:
+    """The header of a safetensors file of `size` bytes; where its data start, and where they end.
+
+    Raises:
+        ValueError, KeyError: the file is not whole.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if length > size:
+        raise ValueError("it is shorter than its header says")
+    header = json.loads(file.read(length))
+    start = 8 + length
+    parts = [entry for name, entry in header.items() if name != "__metadata__"]
+    end = start + max(entry["data_offsets"][1] for entry in parts)
+    if size < end:
+        raise ValueError("it is cut short")
+    return header, start, end
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,13 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
@@ -33,11 +31,13 @@ from unclip_pl.clip.fingerprint import require_same
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.bad_samples import BadSampleCounter, too_many_files
 from unclip_pl.data.captions import MissingCaptions
-from unclip_pl.data.shard_rows import UNREADABLE, ShardRows, describe_shard
+from unclip_pl.data.shard_rows import UNREADABLE, ShardRows, describe_shard, map_safetensors
 from unclip_pl.data.shards import decode_batches
+from unclip_pl.data.store_files import BucketFiles, LocalFiles
+from unclip_pl.data.store_statistics import Statistics
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.files import atomic_file, file_lock, remove_leftovers
-from unclip_pl.utils.remote_copies import local_folder
+from unclip_pl.utils.files import remove_leftovers
+from unclip_pl.utils.remote import is_remote
 
 log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
@@ -46,34 +46,20 @@ DAY = 86400.0
 CAPTION_SHARDS = 64  # shards whose rows are checked for captions
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Statistics of the image embeddings, in float64.
-
-    `count`, `mean` (D,), and `covariance` (D, D), divided by N, not N - 1.
-    """
-
-    count: int
-    mean: torch.Tensor
-    covariance: torch.Tensor
-
-    @property
-    def std(self) -> torch.Tensor:
-        """(D,)"""
-        return self.covariance.diagonal().clamp(min=0).sqrt()
-
-
 class EmbeddingStore:
     """A folder of embeddings: `ensure` makes what is missing, `shard` reads.
 
     It may be sent to another process.
 
     Args:
-        folder: on a local disk; made on demand.
+        folder: on a local disk, made on demand; or the URL of one in a bucket. Of one in a bucket,
+            rows are read from copies in the cache, and what takes less by ranges of bytes.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        self.folder = local_folder(folder)
+        is_bucket = is_remote(folder)
+        self.folder: Path | str = str(folder) if is_bucket else Path(folder)
+        self.files = BucketFiles(str(folder)) if is_bucket else LocalFiles(Path(folder))
         self._open: dict[str, ShardRows] = {}
         self._started = 0.0
         self._captions = MissingCaptions()
@@ -97,7 +83,7 @@ class EmbeddingStore:
 
     def _read_manifest(self) -> dict[str, Any]:
         try:
-            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = json.loads(self.files.read("manifest.json"))
         except OSError as error:
             raise too_many_files(error) or error from None
         if (version := manifest["format"]) != FORMAT_VERSION:
@@ -107,11 +93,18 @@ class EmbeddingStore:
             )
         return manifest
 
-    def path(self, shard: str) -> Path:
-        """The file of a shard. It depends on the shard's whole name, as the settings give it."""
+    def file_of(self, shard: str) -> str:
+        """The name of a shard's file.
+
+        It follows from the shard's whole name, as the settings give it.
+        """
         stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(shard).stem)[:64]
         digest = hashlib.sha256(os.fsencode(shard)).hexdigest()[:8]
-        return self.folder / f"{stem}-{digest}.safetensors"
+        return f"{stem}-{digest}.safetensors"
+
+    def path(self, shard: str) -> Path | str:
+        """The path or URL of a shard's file."""
+        return self.files.place(self.file_of(shard))
 
     def shard(self, shard: str) -> ShardRows:
         """The rows of a shard, mapped at the first call.
@@ -123,17 +116,35 @@ class EmbeddingStore:
             self._open[shard] = self._map(shard)
         return self._open[shard]
 
+    def open_rows(self, shard: str) -> ShardRows:
+        """Map the rows of a shard.
+
+        Raises:
+            ValueError, KeyError, OSError: the store has no whole rows for it.
+        """
+        return ShardRows.open(self.files.mapped(self.file_of(shard)))
+
     def _map(self, shard: str) -> ShardRows:
         try:
-            return ShardRows.open(self.path(shard))
+            return self.open_rows(shard)
         except UNREADABLE as error:
-            raise UserError(
-                f"The store {self.folder} has no whole rows for {shard} ({error}): {FILL}."
-            ) from None
+            raise self._no_rows(shard, error) from None
+
+    def _part(self, shard: str) -> tuple[dict[str, Any], Callable[[str, str], np.ndarray]]:
+        """See `map_safetensors`: of a store in a bucket no more is read than is used."""
+        try:
+            return map_safetensors(self.path(shard))
+        except UNREADABLE as error:
+            raise self._no_rows(shard, error) from None
+
+    def _no_rows(self, shard: str, error: Exception) -> UserError:
+        return UserError(
+            f"The store {self.folder} has no whole rows for {shard} ({error}): {FILL}."
+        )
 
     def row_counts(self, shards: Sequence[str]) -> list[int]:
         """How many rows each of `shards` has."""
-        return [len(self._map(shard).keys) for shard in shards]
+        return [len(self._part(shard)[0]["keys"]) for shard in shards]
 
     def missing_captions(self, shards: Sequence[str], blank: np.ndarray) -> MissingCaptions:
         """Count the rows of `shards` that have the tokens `blank` (L,) of no caption.
@@ -142,7 +153,7 @@ class EmbeddingStore:
         """
         missing = MissingCaptions()
         for shard in shards[:: max(1, len(shards) // CAPTION_SHARDS)]:
-            tokens = self._map(shard).tokens
+            tokens = self._part(shard)[1]("tokens", "<i4")
             missing.seen += len(tokens)
             missing.missing += int((tokens == blank).all(1).sum())
         return missing
@@ -151,7 +162,7 @@ class EmbeddingStore:
         """Whether the shard's file is whole and made from the tar as it is now."""
         source = describe_shard(shard)
         try:
-            return ShardRows.open(self.path(shard)).source == source
+            return map_safetensors(self.path(shard))[0]["source"] == source
         except UNREADABLE:
             return False
 
@@ -224,11 +235,9 @@ class EmbeddingStore:
         """
         if self._new_manifest(shards, clip) == self._old_manifest():
             return  # so that a whole store may be read-only
-        with (
-            file_lock(self.folder / ".manifest.lock"),
-            atomic_file(self.folder / "manifest.json", "w") as file,
-        ):
-            file.write(json.dumps(self._new_manifest(shards, clip), indent=1) + "\n")
+        with self.files.lock("manifest"):
+            manifest = json.dumps(self._new_manifest(shards, clip), indent=1) + "\n"
+            self.files.write("manifest.json", manifest.encode())
 
     def _old_manifest(self) -> dict[str, Any]:
         """The manifest that is there, or one without shards where there is none or it is damaged.
@@ -242,15 +251,12 @@ class EmbeddingStore:
             return {"shards": {}}
 
     def _new_manifest(self, shards: Sequence[str], clip: FrozenCLIP) -> dict[str, Any]:
-        old = self._old_manifest()
-        entries = {
-            shard: entry
-            for shard, entry in old["shards"].items()
-            if (self.folder / entry["file"]).is_file()
-        }
+        old, names = self._old_manifest(), set(self.files.names())
+        entries = {shard: entry for shard, entry in old["shards"].items() if entry["file"] in names}
         for shard in shards:
-            rows = self._map(shard)
-            entries[shard] = {"file": rows.path.name, "rows": len(rows.keys), **rows.source}
+            rows, _ = self._part(shard)
+            count = len(rows["keys"])
+            entries[shard] = {"file": self.file_of(shard), "rows": count, **rows["source"]}
         return {
             "format": FORMAT_VERSION,
             "clip": old.get("clip") or clip.fingerprint(),
@@ -269,16 +275,16 @@ class EmbeddingStore:
         count = 0
         mean = scatter = torch.zeros((), dtype=torch.float64)
         for shard in self.manifest["shards"] if shards is None else shards:
-            n = len(self._map(shard).keys)
-            path = self.path(shard)
+            rows, array = self._part(shard)
+            n = len(rows["keys"])
             try:
-                with safe_open(path, "pt") as file:
-                    shard_mean = file.get_tensor("mean")
-                    shard_scatter = file.get_tensor("scatter")
-            except SafetensorError as error:
+                shard_mean, shard_scatter = (
+                    torch.from_numpy(array(name, "<f8").copy()) for name in ("mean", "scatter")
+                )
+            except KeyError as error:
                 raise UserError(
-                    f"The store {self.folder} has no statistics of {shard} ({error}): delete "
-                    f"{path} and {FILL}."
+                    f"The store {self.folder} has no statistics of {shard} ({error} is missing): "
+                    f"delete {self.path(shard)} and {FILL}."
                 ) from None
             delta, total = shard_mean - mean, count + n
             scatter = scatter + shard_scatter + torch.outer(delta, delta) * (count * n / total)
@@ -287,31 +293,33 @@ class EmbeddingStore:
 
     def _claim(self, clip: FrozenCLIP) -> None:
         """Claim an empty folder for a CLIP, or compare with the one that it belongs to."""
-        claim, manifest = self.folder / "clip.json", self.folder / "manifest.json"
         where = f"The embedding store {self.folder}"
         self._old_manifest()  # one of another version is refused before any work
-        if claim.is_file():
+        if self.files.exists("clip.json"):
             try:
-                theirs = json.loads(claim.read_text(encoding="utf-8"))
+                theirs = json.loads(self.files.read("clip.json"))
             except (OSError, ValueError) as error:
                 raise too_many_files(error) or UserError(
-                    f"{claim} cannot be read ({error}): fill a new store."
+                    f"{self.files.place('clip.json')} cannot be read ({error}): fill a new store."
                 ) from None
             require_same(theirs, clip.fingerprint(), where)
             return
-        with file_lock(self.folder / ".clip.lock"):
-            if claim.is_file():
+        with self.files.lock("clip"):
+            if self.files.exists("clip.json"):
                 self._claim(clip)
-            elif manifest.is_file():
+            elif self.files.exists("manifest.json"):
                 require_same(self.manifest["clip"], clip.fingerprint(), where)
-            elif any(self.folder.glob("*.safetensors")):
+            elif self.has_rows():
                 raise UserError(
                     f"The store {self.folder} has embeddings but neither clip.json nor "
                     "manifest.json to say of which CLIP: fill a new folder."
                 )
             else:
-                with atomic_file(claim, "w") as file:
-                    json.dump(clip.fingerprint(), file)
+                self.files.write("clip.json", json.dumps(clip.fingerprint()).encode())
+
+    def has_rows(self) -> bool:
+        """Whether there is any file with rows, whole or not."""
+        return any(name.endswith(".safetensors") for name in self.files.names())
 
     def _embed_locked(
         self,
@@ -327,17 +335,18 @@ class EmbeddingStore:
 
         None if another process has been working on it for longer than `wait` seconds.
         """
-        lock = self.folder / f".{self.path(shard).stem}.lock"
+        file = self.file_of(shard)
         with ExitStack() as stack:
             try:
-                stack.enter_context(file_lock(lock, timeout=wait))
+                stack.enter_context(self.files.lock(file.removesuffix(".safetensors"), wait))
             except UserError:
                 if wait:
                     raise
                 return None
             before, embedded = bar.n, not self.is_done(shard)
             if embedded:
-                remove_leftovers(self.folder, self.path(shard).name)
+                if isinstance(self.folder, Path):
+                    remove_leftovers(self.folder, file)
                 self._embed(shard, clip, batch_size, counter, bar)
             shown = bar.n - before
             bar.update((describe_shard(shard)["size"] or shown) - shown)
@@ -382,6 +391,6 @@ class EmbeddingStore:
         rows = tensors["image_embed"].double()
         tensors["mean"] = rows.mean(0)
         tensors["scatter"] = (rows - tensors["mean"]).T @ (rows - tensors["mean"])
-        with atomic_file(self.path(shard)) as file:
-            file.write(save(tensors, {"rows": json.dumps({"keys": keys, "source": source})}))
+        content = save(tensors, {"rows": json.dumps({"keys": keys, "source": source})})
+        self.files.write(self.file_of(shard), content)
         self._open.pop(shard, None)

@@ -8,7 +8,6 @@ needs no CLIP, and leaves the embeddings as they are.
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,14 +20,13 @@ from unclip_pl.data.shard_rows import UNREADABLE, map_safetensors
 from unclip_pl.data.shards import raw_samples
 from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.files import atomic_file, file_lock
 
 BATCH = 1024  # captions that are tokenised at a time
 
 
-def text_tokens_path(store: EmbeddingStore, shard: str, length: int) -> Path:
-    """The file of a shard's captions."""
-    return store.path(shard).with_suffix(f".text-{length}.safetensors")
+def text_tokens_file(store: EmbeddingStore, shard: str, length: int) -> str:
+    """The name of the file of a shard's captions."""
+    return store.file_of(shard).removesuffix("safetensors") + f"text-{length}.safetensors"
 
 
 def read_text_tokens(store: EmbeddingStore, shard: str, length: int) -> np.ndarray:
@@ -37,9 +35,9 @@ def read_text_tokens(store: EmbeddingStore, shard: str, length: int) -> np.ndarr
     Raises:
         UserError: there are none, or they are not of the store's rows.
     """
-    path, rows = text_tokens_path(store, shard, length), store.shard(shard)
+    name, rows = text_tokens_file(store, shard, length), store.shard(shard)
     try:
-        meta, array = map_safetensors(path)
+        meta, array = map_safetensors(store.files.mapped(name))
         tokens = array("text_tokens", "<u2")
     except UNREADABLE as error:
         raise UserError(
@@ -48,7 +46,7 @@ def read_text_tokens(store: EmbeddingStore, shard: str, length: int) -> np.ndarr
             "tars are."
         ) from None
     if meta["source"] != rows.source or tokens.shape != (len(rows.keys), length):
-        raise UserError(f"{path} is not of the rows next to it: delete it.")
+        raise UserError(f"{store.files.place(name)} is not of the rows next to it: delete it.")
     return tokens
 
 
@@ -62,10 +60,9 @@ def ensure_text_tokens(store: EmbeddingStore, shards: Sequence[str], length: int
     """
     missing = [shard for shard in shards if not _is_done(store, shard, length)]
     for shard in tqdm(missing, desc="tokenising", unit=" shards", file=sys.stderr, disable=None):
-        path = text_tokens_path(store, shard, length)
-        with file_lock(store.folder / f".{path.stem}.lock"):
+        with store.files.lock(text_tokens_file(store, shard, length).removesuffix(".safetensors")):
             if not _is_done(store, shard, length):
-                _write(store, shard, length, path)
+                _write(store, shard, length)
     return len(missing)
 
 
@@ -77,7 +74,7 @@ def _is_done(store: EmbeddingStore, shard: str, length: int) -> bool:
     return True
 
 
-def _write(store: EmbeddingStore, shard: str, length: int, path: Path) -> None:
+def _write(store: EmbeddingStore, shard: str, length: int) -> None:
     rows = store.shard(shard)
     captions: list[str | None] = [None] * len(rows.keys)
     for sample in raw_samples(shard, BadSampleCounter(1.0), whole=True):
@@ -93,6 +90,5 @@ def _write(store: EmbeddingStore, shard: str, length: int, path: Path) -> None:
     for first in range(0, len(captions), BATCH):
         part = [caption or "" for caption in captions[first : first + BATCH]]
         table[first : first + BATCH] = tokenize_bpe(part, length).to(torch.int32).numpy()
-    with atomic_file(path) as file:
-        meta = {"rows": json.dumps({"source": rows.source})}
-        file.write(save({"text_tokens": table}, meta))
+    meta = {"rows": json.dumps({"source": rows.source})}
+    store.files.write(text_tokens_file(store, shard, length), save({"text_tokens": table}, meta))

@@ -66,7 +66,7 @@ def verify(
             problems.append(str(error))
             continue
         try:
-            rows = ShardRows.open(path)
+            rows = store.open_rows(shard)
         except UNREADABLE as error:
             problems.append(f"{path}: the rows of {shard} cannot be checked ({error})")
             continue
@@ -102,7 +102,7 @@ def _check_rows(rows: ShardRows) -> list[str]:
     return lines
 
 
-def _check_pairs(rows: ShardRows, path: Path, shard: str) -> tuple[list[str], list[str]]:
+def _check_pairs(rows: ShardRows, path: Path | str, shard: str) -> tuple[list[str], list[str]]:
     """(problems of rows and images that do not pair up, notes on images that cannot be used)."""
     lines: list[str] = []
     notes: list[str] = []

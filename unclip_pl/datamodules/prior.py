@@ -15,7 +15,8 @@ from unclip_pl.data.embedding_loader import (
 )
 from unclip_pl.data.loader_config import EmbeddingLoaderConfig
 from unclip_pl.data.names import is_url
-from unclip_pl.data.store import EmbeddingStore, Statistics
+from unclip_pl.data.store import EmbeddingStore
+from unclip_pl.data.store_statistics import Statistics
 from unclip_pl.data.text_tokens import ensure_text_tokens
 from unclip_pl.datamodules.base import Spec
 from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
@@ -78,9 +79,11 @@ class PriorData(ImageEmbeddingData):
 
         It is possible where the tars are gone and the store has their rows.
         """
-        if not self.store_folder or not (Path(self.store_folder) / "manifest.json").is_file():
+        if not self.store_folder:
             return False
         store = EmbeddingStore(self.store_folder)
+        if not store.files.exists("manifest.json"):
+            return False
         manifest = store.manifest
         train, val = _names_in(self.train, manifest), _names_in(self.val, manifest)
         shards = train + val

@@ -11,10 +11,9 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from unclip_pl.cluster.checkpoint_io import newest_checkpoint, step_of
+from unclip_pl.cluster.checkpoint_io import newest_checkpoint, require_checkpoint, step_of
 from unclip_pl.utils.errors import SharedError, UserError
 from unclip_pl.utils.files import LockTimeout, atomic_file, file_lock
-from unclip_pl.utils.remote import is_remote
 from unclip_pl.utils.remote_copies import local_path
 
 CONFIG = "config.yaml"
@@ -38,7 +37,7 @@ def find_checkpoint(option: str | None, folder: Path) -> Path | None:
         folder: of the run.
 
     Raises:
-        UserError: there is no such checkpoint.
+        UserError: there is no such checkpoint, or it is something else.
     """
     if option is None:
         return None
@@ -58,14 +57,9 @@ def find_checkpoint(option: str | None, folder: Path) -> Path | None:
             f"--ckpt_path takes no {value}: name a file, last or best; to go on where a run "
             "stopped, also on a cluster, give --resume auto."
         )
-    if is_remote(value):
-        return local_path(value)
-    if not Path(value).exists():
-        raise UserError(
-            f"There is no checkpoint {value}: check the path, or leave it out to start from "
-            "scratch."
-        )
-    return Path(value)
+    checkpoint = local_path(value)
+    require_checkpoint(checkpoint)
+    return checkpoint
 
 
 @contextlib.contextmanager

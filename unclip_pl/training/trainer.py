@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import DISK_ERRORS
 from unclip_pl.utils.precision import training_precision
-from unclip_pl.utils.remote_copies import local_folder
+from unclip_pl.utils.remote import is_remote
 
 
 class Trainer(pl.Trainer):
@@ -90,7 +90,11 @@ def check_options(options: dict[str, Any]) -> None:
                 f"trainer.{name} has no effect here: the norm of the gradients is held to "
                 "model.optimizer.clip_norm, set that instead."
             )
-    local_folder(options.get("default_root_dir") or ".")
+    if is_remote(folder := options.get("default_root_dir") or "."):
+        raise UserError(
+            f"trainer.default_root_dir is {folder}, and a run works in a local folder: give one, "
+            f"and --mirror {folder} for copies of its checkpoints there."
+        )
     if options.get("enable_checkpointing") is False:
         raise UserError(
             "trainer.enable_checkpointing is false, and a run here always writes checkpoints: for "

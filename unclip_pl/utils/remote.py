@@ -1,5 +1,8 @@
 """Objects in buckets and on servers, by fsspec: `s3://`, `gs://`, `hf://`, `https://` and others.
 
+All of these are read. S3 and Google Cloud Storage are written too, for there an object appears
+under its name when it is whole.
+
 Credentials come from where fsspec's packages look for them: environment variables, their own files,
 the machine's role. What fails for a moment is tried again: a range of bytes, not the whole object.
 An object that cannot be read in the end is named, and never taken for a shorter one.
@@ -12,7 +15,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
 from unclip_pl.utils.errors import UserError
@@ -29,6 +32,7 @@ PACKAGES = {
     "https": "aiohttp",
 }
 NOT_REMOTE = ("file", "local")
+WRITABLE = ("s3", "s3a", "gs", "gcs")
 TRIES = 6
 FIRST_WAIT = 0.5  # seconds; doubled before each further try
 PATIENCE = 300.0  # seconds after which there is no further try
@@ -65,14 +69,18 @@ def is_remote(path: object) -> bool:
     return scheme_of(path) is not None
 
 
-def open_remote(url: str) -> IO[bytes]:
+def open_remote(url: str, block: int | None = None) -> IO[bytes]:
     """An object for reading, by ranges of bytes, with `seek`.
+
+    Args:
+        url: of the object.
+        block: how many bytes are asked for at least; by default `BLOCK`.
 
     Raises:
         FileNotFoundError: there is none.
         UserError: it may not be read, a package is missing, or all tries failed.
     """
-    return io.BufferedReader(_Ranges(url), BLOCK)
+    return io.BufferedReader(_Ranges(url), block or BLOCK)
 
 
 def stat(url: str) -> RemoteStat:
@@ -122,6 +130,98 @@ def find_below(url: str) -> dict[str, str]:
     found = _try(url, lambda: files.find(url))
     root = files._strip_protocol(url).rstrip("/") + "/"
     return {name.removeprefix(root): files.unstrip_protocol(name) for name in sorted(found)}
+
+
+def require_writable(url: str) -> None:
+    """Check that objects can be written below a URL.
+
+    Raises:
+        UserError: it is not in S3 or Google Cloud Storage.
+    """
+    if scheme_of(url) not in WRITABLE:
+        raise UserError(
+            f"{url} cannot be written to: give a local path, or one that begins with s3:// or "
+            "gs://."
+        )
+
+
+def upload(url: str, source: bytes | Path) -> None:
+    """Write an object, which appears when it is whole and replaces one of the same name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: there is no such bucket, it may not be written, or all tries failed.
+    """
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+
+    def write() -> None:
+        files = _file_system(url)
+        if isinstance(source, bytes):
+            files.pipe_file(url, source)
+        else:
+            files.put_file(str(source), url)
+        if (found := files.info(url)["size"]) != size:
+            raise OSError(f"{found} of {size} bytes arrived")
+
+    try:
+        _try(url, write)
+    except FileNotFoundError:
+        if isinstance(source, Path) and not source.exists():
+            raise
+        raise _no_bucket(url) from None
+
+
+def create(url: str, content: bytes) -> bool:
+    """Write a small object unless there is one of this name; returns whether it was written.
+
+    Of several that do so at one time, one succeeds.
+
+    Raises:
+        UserError: there is no such bucket, it may not be written, or all tries failed.
+    """
+
+    def write() -> bool:
+        try:
+            _file_system(url).pipe_file(url, content, mode="create")
+        except Exception as error:
+            statuses = (_status(error), _status(error.__cause__))
+            if not isinstance(error, FileExistsError) and 412 not in statuses:
+                raise
+            return False
+        return True
+
+    try:
+        # An answer that was lost leaves the object of the first try
+        return _try(url, write) or read(url) == content
+    except FileNotFoundError:
+        raise _no_bucket(url) from None
+
+
+def _no_bucket(url: str) -> UserError:
+    return UserError(f"{url} cannot be written: there is no such bucket, check its name.")
+
+
+def read(url: str) -> bytes:
+    """The contents of a small object.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: see `open_remote`.
+    """
+    # One request: between two, another process may write an object of another length
+    return _try(url, lambda: _file_system(url).cat_file(url))
+
+
+def delete(url: str) -> None:
+    """Remove an object, if there is one.
+
+    Raises:
+        UserError: it may not be removed, or all tries failed.
+    """
+    try:
+        _try(url, lambda: _file_system(url).rm_file(url))
+    except FileNotFoundError:
+        pass
 
 
 def _visible(url: str, entries: Callable[[Any], Any]) -> list[str]:

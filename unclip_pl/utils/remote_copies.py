@@ -30,8 +30,8 @@ def local_folder(path: str | os.PathLike) -> Path:
     """
     if is_remote(path):
         raise UserError(
-            f"{path} is remote, and only shards, releases and checkpoints are read from there: "
-            "write into a local folder, and copy that when it is whole."
+            f"{path} is remote, and this is written here: give a local folder, and copy that when "
+            "it is whole."
         )
     return Path(path)
 
