@@ -23,12 +23,12 @@ from unclip_pl.cli.config_checks import check_configs
 from unclip_pl.cli.configs import find_config, find_configs
 from unclip_pl.cli.lightning import expand_resume, main
 from unclip_pl.cli.lightning_cli import build_cli
-from unclip_pl.cli.messages import to_sentence
 from unclip_pl.cluster.sharded import ShardedStrategy
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.stages.decoder import Decoder
 from unclip_pl.training.arguments import add_model_flags
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.messages import to_sentence
 
 
 def stems(folder: str) -> list[str]:
@@ -290,7 +290,7 @@ def test_stage_files_are_found_from_any_folder(tmp_path, monkeypatch):
 
 def test_other_messages_are_one_line():
     message = 'Parser key "lr":\n  Expected a float. Got value: fast'
-    assert to_sentence(message) == 'Parser key "lr": Expected a float. Got value: fast'
+    assert to_sentence(message) == "lr is fast: give float."
 
 
 def test_impossible_value_is_one_sentence(capsys):

@@ -1,5 +1,7 @@
-"""What is wrong with the files and flags of `lightning` and can be said better before they are
-parsed."""
+"""Checks of the files and flags of `lightning` before they are parsed.
+
+What is wrong with them can be said better here.
+"""
 
 from pathlib import Path
 from typing import Any

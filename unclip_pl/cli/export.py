@@ -1,67 +1,59 @@
 """`unclip export`: a release from a checkpoint, or a folder of diffusers from several."""
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from unclip_pl.cli.options import AddCommand
+from unclip_pl.cli.options import Folder
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.remote_copies import local_folder, path_or_url
 
 
-def add(command: AddCommand) -> None:
-    parser = command(
-        "export",
-        run,
-        "Make a release (or, of a CLIP stage, an open_clip folder) from a checkpoint: EMA weights, "
-        "no code in it. Or a folder of diffusers from several.",
-    )
-    parser.add_argument(
-        "checkpoint",
-        type=path_or_url,
-        nargs="+",
-        help="or a release; with --to diffusers one of each stage: prior, decoder, upsampler",
-    )
-    parser.add_argument("--out", type=local_folder, required=True, help="the new folder")
-    parser.add_argument(
-        "--card", type=Path, help="a Markdown file that becomes the release's README.md"
-    )
-    parser.add_argument(
-        "--to", choices=["diffusers"], help="a folder for diffusers' unCLIP pipelines instead"
-    )
-    parser.add_argument(
-        "--precision",
-        choices=["fp16", "fp32"],
-        default="fp16",
-        help="of the weights; with --to diffusers",
-    )
+def export(
+    checkpoint: Sequence[str],
+    *,
+    out: Folder,
+    card: Path | None = None,
+    to: Literal["diffusers"] | None = None,
+    precision: Literal["fp16", "fp32"] = "fp16",
+) -> None:
+    """Make a release (or, of a CLIP stage, an open_clip folder) from a checkpoint.
 
+    It has the EMA weights and no code. Or make a folder of diffusers from several.
 
-def run(arguments: argparse.Namespace) -> None:
-    if arguments.to:
-        to_diffusers(arguments)
+    Args:
+        checkpoint: or a release; with --to diffusers one of each stage: prior, decoder, upsampler
+        out: the new folder
+        card: a Markdown file that becomes the release's README.md
+        to: a folder for diffusers' unCLIP pipelines instead
+        precision: of the weights; with --to diffusers
+    """
+    if to:
+        if card:
+            raise UserError(
+                "--card is for a release, and --to diffusers writes none: leave it out."
+            )
+        to_diffusers(checkpoint, out, precision)
         return
-    if len(arguments.checkpoint) > 1 or arguments.precision != "fp16":
+    if len(checkpoint) > 1 or precision != "fp16":
         raise UserError(
             "A release is made of one checkpoint, in fp16: give one, without --precision, or add "
             "--to diffusers."
         )
-    to_release(arguments.checkpoint[0], arguments.out, arguments.card)
+    to_release(checkpoint[0], out, card)
 
 
-def to_diffusers(arguments: argparse.Namespace) -> None:
+def to_diffusers(checkpoints: Sequence[str], out: Path, precision: str) -> None:
     """Several stages as one folder of diffusers."""
     from unclip_pl.pipeline.interop.exporting import export_diffusers
 
-    if arguments.card:
-        raise UserError("--card is for a release, and --to diffusers writes none: leave it out.")
-    notes = export_diffusers(arguments.checkpoint, arguments.out, precision=arguments.precision)
-    files = [file for file in arguments.out.rglob("*") if file.is_file()]
-    print(f"{arguments.out}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
+    notes = export_diffusers(checkpoints, out, precision=precision)
+    files = [file for file in out.rglob("*") if file.is_file()]
+    print(f"{out}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
     for note in notes:
         print(note)
 
 
-def to_release(checkpoint: Path | str, out: Path, card_file: Path | None) -> None:
+def to_release(checkpoint: str, out: Path, card_file: Path | None) -> None:
     """One checkpoint as a release."""
     from unclip_pl.clip.folder import save_clip
     from unclip_pl.pipeline import release
