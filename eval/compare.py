@@ -152,9 +152,9 @@ def load_prior(
     path = DEFAULT_PRIORS.get(given, Path(given))
     prior, decoder, clip = load_stage(path, kind), model.unclip.decoder, model.unclip.clip
     unclip = UnCLIP(decoder, prior, clip, model.device, precision=model.precision)
-    given = {field: getattr(options, field) for field in settings}
-    changes = {
-        field: default if given[field] is None else given[field]
+    asked = {field: getattr(options, field) for field in settings}
+    changes: dict[str, Any] = {
+        field: default if asked[field] is None else asked[field]
         for field, default in settings.items()
     }
     own = PriorSamplingOptions(**changes)

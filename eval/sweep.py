@@ -76,7 +76,7 @@ def build_curves(sweep: SweepOptions, sampling: GuidedSamplingOptions, decoder: 
     own = point()
     scales = sorted({*sweep.guidance_scales})
     curves = {"guidance": [point(guidance_scale=scale) for scale in scales]}
-    samplers = sweep.sweep_samplers or ([own.sampler] if sweep.sweep_steps else [])
+    samplers: Sequence[str] = sweep.sweep_samplers or ([own.sampler] if sweep.sweep_steps else [])
     for sampler in samplers:
         spacings = dict.fromkeys(sweep.sweep_steps or [own.steps])
         curve = [point(sampler=sampler, steps=steps) for steps in spacings]
@@ -175,8 +175,8 @@ def run(
                 figures |= paired_kid(all_real, every)
             reached = floor.reached_by(figures) if floor else []
             if reached and images.reference is None:
-                others = reached_on_other_pictures(all_real, every, key, options.seed)
-                reached = [name for name in reached if name in others]
+                elsewhere = reached_on_other_pictures(all_real, every, key, options.seed)
+                reached = [name for name in reached if name in elsewhere]
             figures["at_floor"] = reached
             steps = {"step_count": count_steps(stage, sampling)}
             results[name].append(asdict(sampling) | steps | figures)

@@ -7,6 +7,8 @@ from typing import Literal
 from unclip_pl.cli.options import Folder
 from unclip_pl.utils.errors import UserError
 
+Precision = Literal["fp16", "fp32"]
+
 
 def export(
     checkpoint: Sequence[str],
@@ -14,7 +16,7 @@ def export(
     out: Folder,
     card: Path | None = None,
     to: Literal["diffusers"] | None = None,
-    precision: Literal["fp16", "fp32"] = "fp16",
+    precision: Precision = "fp16",
 ) -> None:
     """Make a release (or, of a CLIP stage, an open_clip folder) from a checkpoint.
 
@@ -42,11 +44,11 @@ def export(
     to_release(checkpoint[0], out, card)
 
 
-def to_diffusers(checkpoints: Sequence[str], out: Path, precision: str) -> None:
+def to_diffusers(checkpoints: Sequence[str], out: Path, precision: Precision) -> None:
     """Several stages as one folder of diffusers."""
     from unclip_pl.pipeline.interop.exporting import export_diffusers
 
-    notes = export_diffusers(checkpoints, out, precision=precision)
+    notes = export_diffusers([*checkpoints], out, precision=precision)
     files = [file for file in out.rglob("*") if file.is_file()]
     print(f"{out}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
     for note in notes:

@@ -120,18 +120,17 @@ def generate(
                 callback=report,
             )
             for (prompt, number), image in zip(batch, drawn.cpu(), strict=True):
-                path = out / f"{names[prompt]}-{number}.png"
-                images.save_png(image, path, prompt=prompt, seed=str(number), unclip=settings)
-                bar.write(str(path), file=sys.stdout)
+                file_out = out / f"{names[prompt]}-{number}.png"
+                images.save_png(image, file_out, prompt=prompt, seed=str(number), unclip=settings)
+                bar.write(str(file_out), file=sys.stdout)
                 if grid:
                     cells.append(images.shrink(image[None], cell))
             bar.update(len(drawn))
     if grid:
         rows = list(torch.cat(cells).split(num_images))
-        path = out / "grid.png"
         metadata = {"prompt": "; ".join(captions), "seed": str(seed), "unclip": settings}
         figure = images.grid(rows, captions, max_width=GRID_PIXELS)
-        print(images.save_png(figure, path, **metadata))
+        print(images.save_png(figure, out / "grid.png", **metadata))
 
 
 def read_prompts(words: Sequence[str], file: Path | None) -> list[str]:

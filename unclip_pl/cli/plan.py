@@ -16,6 +16,7 @@ from unclip_pl.utils.options import Count
 if TYPE_CHECKING:
     from unclip_pl.planner import RunEstimate
 
+Checkpointing = Literal["none", "selective", "full"]
 COLUMNS = (
     "GPUs",
     "strategy",
@@ -76,7 +77,7 @@ def plan(
     config: Annotated[Sequence[str], Option(alias="-c", repeat=True)] = (),
     all: bool = False,
     batch: Count | None = None,
-    checkpointing: Literal["none", "selective", "full"] = "full",
+    checkpointing: Checkpointing = "full",
     hardware: HardwareOptions,
 ) -> None:
     """Memory of each GPU and time of a training run, counted without one.
@@ -111,7 +112,7 @@ def report(
     stage: str,
     overlays: Sequence[str],
     batch: int | None,
-    checkpointing: str,
+    checkpointing: Checkpointing,
     hardware: HardwareOptions,
 ) -> str:
     """The stage's paragraph and table, as Markdown."""

@@ -26,9 +26,9 @@ from unclip_pl.cli import (
     upsample,
     vary,
 )
-from unclip_pl.utils.commands import CommandParser, UsageError, exit_code
+from unclip_pl.utils.commands import Command, CommandParser, UsageError, exit_code
 
-COMMANDS = {
+COMMANDS: dict[str, Command] = {
     "generate": generate.generate,
     "invert": invert.invert,
     "vary": vary.vary,

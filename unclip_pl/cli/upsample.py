@@ -51,7 +51,7 @@ def upsample(
     if times is not None and size is not None:
         raise UsageError("--times and --size both say how large: give one of them.")
     pictures = [load_image(path)[None] for path in images]
-    factors = []
+    factors: list[int] = []
     for path, image in zip(images, pictures):
         if size is None:
             factors.append(times or 4)

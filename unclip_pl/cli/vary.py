@@ -34,12 +34,10 @@ def vary(
     """
     noise = noise or ("inverted" if eta else "fresh")
     inverted = noise == "inverted"
-    etas = eta or ([0.0] if inverted else [None])
-    for value in eta or ():
-        if not 0 <= value <= 1:
-            raise UserError(
-                f"--eta is {value}: give 0 (no noise on the way) to 1 (as much as DDPM)."
-            )
+    etas: Sequence[float | None] = eta or ([0.0] if inverted else [None])
+    for one in eta or ():
+        if not 0 <= one <= 1:
+            raise UserError(f"--eta is {one}: give 0 (no noise on the way) to 1 (as much as DDPM).")
     require_files(images)
     session = Session(options)
     seeds = options.seeds(num_images)

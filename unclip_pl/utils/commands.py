@@ -189,7 +189,7 @@ class CommandParser(Parser):
                 continue
             if isinstance(hint, type) and dataclasses.is_dataclass(hint):
                 words, options = self._build(hint, config)
-                value = hint(*words, **options)
+                value: Any = hint(*words, **options)
             else:
                 value = config.get((prefix + parameter.name).rstrip("_"), parameter.default)
                 value = tuple(value) if isinstance(value, list) else value

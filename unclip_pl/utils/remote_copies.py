@@ -10,11 +10,6 @@ from unclip_pl.utils.files import atomic_folder, cache_dir, file_lock
 from unclip_pl.utils.remote import find_below, is_remote, open_remote, scheme_of, stat
 
 
-def path_or_url(text: str) -> Path | str:
-    """A local path; a remote URL as it is, for a Path would lose one of its slashes."""
-    return text if is_remote(text) else Path(text)
-
-
 def local_folder(path: str | os.PathLike) -> Path:
     """A folder to write into.
 
