@@ -1,69 +1,63 @@
-"""How well images show their captions, as a CLIP sees them.
+"""`python -m eval.clip_score`: how well images show their captions."""
 
-Figures are the mean of 100 max(cosine, 0), and the rank of an image's own caption among all
-captions.
-
-The images are those of a folder or of shards (--images), or drawn by a model (--decoder). Captions
-of a folder: --captions FILE.txt with a caption per line, in the order of the files' names, or
-KEY.txt next to KEY.png.
-"""
-
-import argparse
 import logging
 import sys
 
-from eval.commands import Figures, aligned, command_parser, progress, run_command
+from eval.commands import Figures, RunOptions, aligned, progress, run_command
 from eval.evaluator import (
-    add_score_clip_option,
+    ScoreClip,
     choose_score_clip,
     on_ranks_device,
     shared_clip_warnings,
 )
 from eval.features import clip_config, clip_features
 from eval.metrics import CLIPScore, RetrievalRank
-from eval.source import add_source_options, conditioning_clip, drawn_settings, open_source
+from eval.source import SourceOptions, conditioning_clip, drawn_settings, open_source
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.utils.distributed import rank
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.options import add_renamed
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Make the parser: which images, which captions, and which CLIP scores them."""
-    parser = command_parser(__doc__, "eval.clip_score")
-    add_source_options(parser)
-    add_score_clip_option(parser)
-    add_renamed(parser, "--clip", "--score-clip")
-    return parser
+def run(*, source: SourceOptions, score_clip: ScoreClip = None, options: RunOptions) -> Figures:
+    """How well images show their captions, by a CLIP.
 
+    The mean of 100 max(cosine, 0), and the rank of an image's own caption among all of them. The
+    images are those of a folder or of shards (--images), or drawn by a model (--decoder). Captions
+    of a folder: --captions FILE.txt with a caption per line, in the order of the files' names, or
+    KEY.txt next to KEY.png.
 
-def run(arguments: argparse.Namespace) -> Figures:
-    """The figures over all ranks; rank 0 prints them as a table."""
-    source = open_source(arguments)
-    conditioning = conditioning_clip(source)
-    name = choose_score_clip(arguments.score_clip, conditioning)
-    clip = FrozenCLIP(clip_config(name, arguments.precision), arguments.device)
+    Args:
+        score_clip: the CLIP that scores, not the one that conditions: openmoji-judge (the default
+            for images from the embedded CLIP's embeddings), NAME/TAG of open_clip, or
+            local-dir:/folder
+        source: which images are evaluated
+        options: where and how it runs
+    """
+    images = open_source(source, options)
+    conditioning = conditioning_clip(images)
+    name = choose_score_clip(score_clip, conditioning)
+    clip = FrozenCLIP(clip_config(name, options.precision), options.device)
     network = clip_features(clip)
     notes = shared_clip_warnings(conditioning, scores=network.fingerprint)
     metrics = [on_ranks_device(CLIPScore()), on_ranks_device(RetrievalRank(clip.embed_dim))]
-    for batch in progress(source.batches(arguments.batch_size), len(source), "images"):
+    for batch in progress(images.batches(options.batch_size), len(images), "images"):
         for key, caption in zip(batch["keys"], batch["captions"], strict=True):
             if not caption:
                 raise UserError(
-                    f"Image {key} of {source.name} has no caption: put it into {key}.txt, or give "
+                    f"Image {key} of {images.name} has no caption: put it into {key}.txt, or give "
                     "all of them with --captions."
                 )
         text = clip.embed_text(clip.tokenize(batch["captions"])).embed
-        images = network(batch["images"])
+        seen = network(batch["images"])
         for metric in metrics:
-            metric.update(images, text)
-    figures: Figures = {"images": source.name, "clip": str(clip.config)}
+            metric.update(seen, text)
+    figures: Figures = {"images": images.name, "clip": str(clip.config)}
     for metric in metrics:
         figures |= metric.compute()
-    figures["bad"] = len(source) - figures["n"]
+    figures["bad"] = len(images) - figures["n"]
     if rank() == 0:
         print("\n".join([aligned(rows(figures)), *notes]))
-    return figures | {"notes": notes, "drawn": drawn_settings(source)}
+    return figures | {"notes": notes, "drawn": drawn_settings(images)}
 
 
 def rows(figures: Figures) -> list[tuple[str, str]]:
@@ -82,7 +76,7 @@ def rows(figures: Figures) -> list[tuple[str, str]]:
 def main(words: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    return run_command(build_parser(), run, words)
+    return run_command(run, "eval.clip_score", words)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,26 @@
-"""Zero-shot MS-COCO as in Table 2 of the paper: FID and CLIP score of images of 256 pixels.
+"""`python -m eval.coco`: zero-shot MS-COCO as in Table 2 of the paper."""
 
-One caption of each of --num-captions validation pictures is drawn by each prior at each guidance
-scale, and compared with all validation pictures, cut to the same side. Images are kept in
-OUT/samples: a run that was stopped goes on with those that are missing, and ranks (of torchrun or
-srun) share them.
-"""
-
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Annotated, Literal, cast
 
 import torch
 from torch import Tensor
 
 from eval import report
 from eval.captions import Caption, one_per_picture, read_coco
-from eval.coco_images import build_points
+from eval.coco_images import Point, build_points, load_priors
 from eval.commands import (
+    FeatureOptions,
     Figures,
-    add_features_options,
-    add_resamples_option,
+    ReportOptions,
+    Resamples,
     choose_features,
-    command_parser,
     progress,
     run_command,
-    settings_from,
 )
 from eval.evaluator import compute_distances, on_ranks_device, shared_clip_warnings
 from eval.extract import reference_features
@@ -38,80 +30,66 @@ from eval.source import Model, decoder_path
 from eval.stored import ImageSource, StoredImages
 from eval.tables import clip_score
 from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.utils.commands import Option
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.options import (
-    add_prior_sampling_options,
-    add_renamed,
-    add_sampling_options,
-    positive_int,
-)
+from unclip_pl.utils.options import Count, PriorSamplingOptions, SamplingOptions
 
 log = logging.getLogger(__name__)
 SIDE = 256
 """Side of the images of the paper's table, in pixels."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Make the parser: the annotations, the pictures, and the models to evaluate on them."""
-    parser = command_parser(__doc__, "eval.coco", batch_size=32)
-    parser.set_defaults(out=Path("out/coco"))
-    parser.add_argument(
-        "--annotations", required=True, help="MS-COCO's captions: captions_val2014.json"
-    )
-    parser.add_argument("--images", required=True, help="the folder of its pictures: val2014/")
-    parser.add_argument(
-        "--num-captions",
-        type=positive_int,
-        default=30000,
-        help="how many pictures have one of their captions drawn",
-    )
-    add_renamed(parser, "--count", "--num-captions")
-    parser.add_argument(
-        "--reference",
-        choices=["all", "drawn"],
-        default="all",
-        help="compare with all pictures, as the paper does, or with those whose captions are drawn",
-    )
-    parser.add_argument(
-        "--decoder",
-        "--ckpt",
-        default="openmoji",
-        help='a checkpoint or release; "openmoji" is the one in the package',
-    )
-    parser.add_argument(
-        "--priors",
-        nargs="+",
-        default=["diffusion", "ar"],
-        metavar="PRIOR",
-        help='"diffusion", "ar", those in the package; or checkpoints or releases, any number',
-    )
-    parser.add_argument(
-        "--upsamplers",
-        nargs="*",
-        default=["256"],
-        metavar="UPSAMPLER",
-        help='"256", the one in the package; or checkpoints or releases, in order; '
-        "nothing: the decoder's own images",
-    )
-    parser.add_argument(
-        "--guidance-scales",
-        type=float,
-        nargs="+",
-        default=[1.25],
-        help="of the decoder: the paper's, or several to sweep",
-    )
-    add_sampling_options(parser, guidance=False)
-    add_prior_sampling_options(parser)
-    add_features_options(parser)
-    parser.add_argument(
-        "--score-clip",
-        default="ViT-B-32-quickgelu/openai",
-        help="the CLIP that scores, not the one that conditions: NAME/TAG of open_clip, "
-        "local-dir:/folder, or openmoji (the embedded one)",
-    )
-    add_resamples_option(parser, default=100)
-    return parser
+@dataclass(frozen=True)
+class SelectionOptions:
+    """What is drawn, and what it is compared with.
+
+    Args:
+        annotations: MS-COCO's captions: captions_val2014.json
+        images: the folder of its pictures: val2014/
+        num_captions: how many pictures have one of their captions drawn
+        reference: compare with all pictures, as the paper does, or with those whose captions are
+            drawn
+    """
+
+    annotations: str
+    images: str
+    num_captions: Annotated[Count, Option(renamed="--count")] = 30000
+    reference: Literal["all", "drawn"] = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions:
+    """What draws.
+
+    Args:
+        decoder: a checkpoint or release; "openmoji" is the one in the package
+        priors: "diffusion", "ar", those in the package; or checkpoints or releases, any number
+        upsamplers: "256", the one in the package; or checkpoints or releases, in order; nothing:
+            the decoder's own images
+        guidance_scales: of the decoder: the paper's, or several to sweep
+    """
+
+    decoder: Annotated[str, Option(alias="--ckpt")] = "openmoji"
+    priors: Sequence[str] = ("diffusion", "ar")
+    upsamplers: Annotated[Sequence[str], Option(may_be_empty=True)] = ("256",)
+    guidance_scales: Sequence[float] = (1.25,)
+    sampling: SamplingOptions
+    prior_sampling: PriorSamplingOptions
+
+    def points(
+        self, model: Model, captions: Sequence[Caption], options: ReportOptions
+    ) -> list[Point]:
+        """The images of each prior at each guidance scale."""
+        samplings = [
+            self.sampling.of(model.unclip.decoder, guidance_scale=scale)
+            for scale in sorted({*self.guidance_scales})
+        ]
+        priors = load_priors(self.priors, self.prior_sampling, model)
+        return build_points(priors, samplings, captions, model, options)
+
+
+DEFAULTS = ReportOptions(out=Path("out/coco"))
 
 
 @dataclass
@@ -166,26 +144,50 @@ def select(
     return Selection(folder, captions, pictures, real)
 
 
-def run(arguments: argparse.Namespace) -> Figures:
-    """Draw and evaluate each point; rank 0 writes the table."""
+def run(
+    *,
+    selected: SelectionOptions,
+    drawing: DrawingOptions,
+    judging: FeatureOptions,
+    score_clip: str = "ViT-B-32-quickgelu/openai",
+    resamples: Resamples = 100,
+    options: ReportOptions = DEFAULTS,
+) -> Figures:
+    """Zero-shot MS-COCO as in Table 2 of the paper: FID and CLIP score of images of 256 pixels.
+
+    One caption of each of --num-captions validation pictures is drawn by each prior at each
+    guidance scale, and compared with all validation pictures, cut to the same side. Images are
+    kept in OUT/samples: a run that was stopped goes on with those that are missing, and ranks (of
+    torchrun or srun) share them.
+
+    Args:
+        score_clip: the CLIP that scores, not the one that conditions: NAME/TAG of open_clip,
+            local-dir:/folder, or openmoji (the embedded one)
+        resamples: random halves of the sets, for the interval of the Frechet distance; 0: no
+            interval
+        selected: what is drawn, and what it is compared with
+        drawing: what is drawn and how
+        judging: how images are compared with real ones
+        options: where and how it runs
+    """
     selection = select(
-        arguments.annotations,
-        arguments.images,
-        arguments.num_captions,
-        arguments.reference,
-        arguments.seed,
+        selected.annotations,
+        selected.images,
+        selected.num_captions,
+        selected.reference,
+        options.seed,
     )
     network = load_features(
-        choose_features(arguments.features, captions=None), arguments.device, arguments.precision
+        choose_features(judging.features, captions=None), options.device, options.precision
     )
-    clip = FrozenCLIP(clip_config(arguments.score_clip, arguments.precision), arguments.device)
-    model = settings_from(Model, arguments, decoder=decoder_path(arguments.decoder))
-    points = build_points(arguments, model, selection.captions)
-    size = arguments.reference_size or model.size
+    clip = FrozenCLIP(clip_config(score_clip, options.precision), options.device)
+    model = Model.of(options, decoder_path(drawing.decoder), upsamplers=drawing.upsamplers)
+    points = drawing.points(model, selection.captions, options)
+    size = judging.reference_size or model.size
     notes = size_warnings(model.size, size)
     conditioning = model.unclip.clip.fingerprint()
     notes += shared_clip_warnings(conditioning, network.fingerprint, clip.fingerprint())
-    batch_size = arguments.batch_size
+    batch_size = options.batch_size
 
     def stored(names: Sequence[str], captions: Sequence[str] | None = None) -> StoredImages:
         return StoredImages(
@@ -202,16 +204,14 @@ def run(arguments: argparse.Namespace) -> Figures:
     _, real_score = evaluate(stored(selection.pictures, texts), batch_size, None, clip)
     results: list[Figures] = []
     for point in points:
-        features, score = evaluate(point.images, batch_size, network, clip)
-        distances = compute_distances(
-            network, real, features, arguments.resamples, arguments.seed, arguments.device
-        )
+        rows, score = evaluate(point.images, batch_size, network, clip)
+        distances = compute_distances(network, real, rows, resamples, options.seed, options.device)
         place = {"prior": point.prior, "guidance_scale": point.guidance_scale}
         results.append(place | distances | score)
     settings = {
-        "annotations": arguments.annotations,
+        "annotations": selected.annotations,
         "captions": len(texts),
-        "reference": f"{arguments.reference} ({len(selection.reference)})",
+        "reference": f"{selected.reference} ({len(selection.reference)})",
         "reference_size": size,
         "features": network.name,
         "score_clip": str(clip.config),
@@ -219,11 +219,11 @@ def run(arguments: argparse.Namespace) -> Figures:
     if rank() == 0:
         real_note = f"CLIP score of the captions' own pictures: {clip_score(real_score)}."
         lines = [real_note, *notes, *results[0]["notes"]]
-        rows = [table_row(figures) for figures in results]
-        table = report.markdown(table_headers(network.frechet), rows)
+        lines_of_points = [table_row(figures) for figures in results]
+        table = report.markdown(table_headers(network.frechet), lines_of_points)
         table += "".join(f"\n{text}\n" for text in lines)
         print(table)
-        report.write_report(arguments.out / "coco.md", "Zero-shot MS-COCO", table, {}, settings)
+        report.write_report(options.out / "coco.md", "Zero-shot MS-COCO", table, {}, settings)
     settings["drawn"] = {point.images.folder.name: point.images.settings for point in points}
     return {"points": results, "real": real_score, "notes": notes, "settings": settings}
 
@@ -289,7 +289,7 @@ def table_row(figures: Figures) -> list[str]:
 def main(words: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    return run_command(build_parser(), run, words)
+    return run_command(run, "eval.coco", words)
 
 
 if __name__ == "__main__":

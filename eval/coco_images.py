@@ -1,6 +1,5 @@
 """What `eval.coco` draws: the captions by each prior, at each guidance scale of the decoder."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from eval.captions import Caption
+from eval.commands import ReportOptions
 from eval.conditioning import cache_embeddings
 from eval.generated import Draw, GeneratedImages
 from eval.source import Model, describe_weights
@@ -18,7 +18,7 @@ from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.options import override_sampling
+from unclip_pl.utils.options import PriorSamplingOptions
 
 
 @dataclass
@@ -66,36 +66,22 @@ class PriorModel:
         return [sampler(sampling) for sampling in samplings]
 
 
-def load_priors(arguments: argparse.Namespace, model: Model) -> list[PriorModel]:
+def load_priors(
+    names: Sequence[str], sampling: PriorSamplingOptions, model: Model
+) -> list[PriorModel]:
     """The priors, all loaded and their settings checked before anything is drawn."""
-    paths = [DEFAULT_PRIORS.get(name, name) for name in arguments.priors]
+    paths = [DEFAULT_PRIORS.get(name, name) for name in names]
     stages: list[Any] = [load_stage(path, DiffusionPrior, ARPrior) for path in paths]
     weights = [describe_weights(path) for path in paths]
     if len({described["sha256"] for described in weights}) < len(weights):
         raise UserError("Two of --priors are the same prior: name each once.")
     decoder, clip, priors = model.unclip.decoder, model.unclip.clip, []
-    for name, stage, described in zip(arguments.priors, stages, weights, strict=True):
+    for name, stage, described in zip(names, stages, weights, strict=True):
         unclip = UnCLIP(decoder, stage, clip, model.device, precision=model.precision)
-        options = prior_options(vars(arguments), stage, stages)
-        sampling = override_sampling(stage, options, "prior_")
-        settings = {"prior": described, "prior_sampling": asdict(sampling)}
-        priors.append(PriorModel(name, model.unclip, unclip, sampling, settings))
+        own = sampling.among(stage, stages).of(stage)
+        settings = {"prior": described, "prior_sampling": asdict(own)}
+        priors.append(PriorModel(name, model.unclip, unclip, own, settings))
     return priors
-
-
-def prior_options(options: dict[str, Any], prior: Any, priors: Sequence[Any]) -> dict[str, Any]:
-    """The options of priors for one of several: not those that only another of them has."""
-
-    def belongs(name: str) -> bool:
-        setting = name.removeprefix("prior_")
-        of_another = any(hasattr(other.sampling, setting) for other in priors)
-        return hasattr(prior.sampling, setting) or not of_another
-
-    return {
-        name: value
-        for name, value in options.items()
-        if name.startswith("prior_") and belongs(name)
-    }
 
 
 @dataclass
@@ -108,23 +94,22 @@ class Point:
 
 
 def build_points(
-    arguments: argparse.Namespace, model: Model, captions: Sequence[Caption]
+    priors: Sequence[PriorModel],
+    samplings: Sequence[DecoderSamplingConfig],
+    captions: Sequence[Caption],
+    model: Model,
+    options: ReportOptions,
 ) -> list[Point]:
-    """All that is to be drawn: the priors in their order, each at all guidance scales."""
-    decoder, seed = model.unclip.decoder, arguments.seed
-    samplings = [
-        override_sampling(decoder, vars(arguments) | {"guidance_scale": scale})
-        for scale in sorted({*arguments.guidance_scales})
-    ]
-    points = []
-    for prior in load_priors(arguments, model):
+    """All that is to be drawn: the priors in their order, each with all settings of the decoder."""
+    points, seed = [], options.seed
+    for prior in priors:
         samplers = prior.samplers(captions, seed, samplings)
         for sampling, draw in zip(samplings, samplers, strict=True):
             scale, weights = sampling.guidance_scale, prior.settings["prior"]
             name = f"{weights['name']}-{weights['sha256'][:8]}-{scale:g}"
             settings = model.settings | prior.settings
             images = GeneratedImages(
-                arguments.out / "samples" / name,
+                options.out / "samples" / name,
                 captions,
                 draw,
                 settings | {"sampling": asdict(sampling), "seed": seed},

@@ -3,98 +3,82 @@
 Figures appear as a table and, at the end, as one JSON line.
 """
 
-import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
-from unclip_pl.utils.devices import pick_device
+from unclip_pl.utils.commands import CommandParser, Option, exit_code
+from unclip_pl.utils.devices import announce_compiling, pick_device
 from unclip_pl.utils.distributed import local_rank, rank, world_size
-from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file
-from unclip_pl.utils.options import HelpFormatter, add_renamed, positive_int, seed
+from unclip_pl.utils.options import Count, Seed
+from unclip_pl.utils.precision import Precision
 
 Figures = dict[str, Any]
 """Figures by name, with what they were computed from: plain values that JSON can hold."""
 RANK_TIMEOUT = timedelta(days=1)
 """How long ranks that have drawn their images wait for the others."""
-Settings = TypeVar("Settings")
 
 
-def command_parser(doc: str | None, prog: str, batch_size: int = 64) -> argparse.ArgumentParser:
-    """Make a command's parser, with the options that all commands have.
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how it runs.
 
-    These are --device, --precision, --compile, --batch-size, --seed and --out.
+    Args:
+        device: cpu, cuda, cuda:1 ...; with several ranks each takes its own GPU
+        precision: of the networks; distances are always float64
+        compile: compile the networks that draw (torch.compile): minutes at first, faster on GPUs
+        batch_size: images per batch, on each rank
+        seed: image k is drawn with seed + k; also of random subsets
+        out: a folder for the figures as a file; by default they are only printed
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {prog}", description=doc, formatter_class=HelpFormatter
-    )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="cpu, cuda, cuda:1 ...; with several ranks each takes its own GPU",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=["fp32", "bf16"],
-        default="fp32",
-        help="of the networks; distances are always float64",
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the networks that draw (torch.compile): minutes at first, faster on GPUs",
-    )
-    parser.add_argument(
-        "--batch-size", type=positive_int, default=batch_size, help="images per batch, on each rank"
-    )
-    parser.add_argument(
-        "--seed",
-        type=seed,
-        default=0,
-        help="image k is drawn with seed + k; also of random subsets",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="a folder for the figures as a file; by default they are only printed",
-    )
-    return parser
+
+    device: str = "auto"
+    precision: Precision = "fp32"
+    compile: bool = False
+    batch_size: Count = 64
+    seed: Seed = 0
+    out: Path | None = None
 
 
-def add_features_options(parser: argparse.ArgumentParser) -> None:
-    """How images are compared with real ones: --features and --reference-size."""
-    parser.add_argument(
-        "--features",
-        help="of the distances: inception (clean-fid's, for FID), openmoji-judge (the embedded "
-        "CLIP that scores), clip (the embedded one that conditions), NAME/TAG of open_clip, or "
-        "local-dir:/folder; by default openmoji-judge for the embedded drawings (captions "
-        "openmoji, openmoji-line) and inception for everything else",
-    )
-    parser.add_argument(
-        "--reference-size",
-        type=positive_int,
-        help="side of the real images in pixels: the short side is resized to it and the centre "
-        "is cut out; by default the side of the images that are evaluated",
-    )
+@dataclass(frozen=True)
+class ReportOptions(RunOptions):
+    """Where and how it runs.
+
+    Args:
+        out: a folder for the report, the figures and the images
+    """
+
+    batch_size: Count = 32
+    out: Path = Path("out")
 
 
-def add_resamples_option(parser: argparse.ArgumentParser, default: int) -> None:
-    """How many random subsets the interval of the Frechet distance is from: --resamples."""
-    parser.add_argument(
-        "--resamples",
-        type=int,
-        default=default,
-        help="random halves of the sets, for the interval of the Frechet distance; 0: no interval",
-    )
-    add_renamed(parser, "--bootstrap", "--resamples")
+@dataclass(frozen=True)
+class FeatureOptions:
+    """How images are compared with real ones.
+
+    Args:
+        features: of the distances: inception (clean-fid's, for FID), openmoji-judge (the embedded
+            CLIP that scores), clip (the embedded one that conditions), NAME/TAG of open_clip, or
+            local-dir:/folder; by default openmoji-judge for the embedded drawings (captions
+            openmoji, openmoji-line) and inception for everything else
+        reference_size: side of the real images in pixels: the short side is resized to it and the
+            centre is cut out; by default the side of the images that are evaluated
+    """
+
+    features: str | None = None
+    reference_size: Count | None = None
+
+
+Resamples = Annotated[int, Option(renamed="--bootstrap")]
+"""How many random subsets the interval of the Frechet distance is from; 0: no interval."""
 
 
 def choose_features(features: str | None, captions: str | None) -> str:
@@ -109,58 +93,39 @@ def choose_features(features: str | None, captions: str | None) -> str:
     return features or ("openmoji-judge" if captions in STYLES else "inception")
 
 
-def settings_from(kind: type[Settings], arguments: argparse.Namespace, **values: Any) -> Settings:
-    """The dataclass `kind` from the options with the names of its fields, and from `values`.
-
-    Raises:
-        UserError: the dataclass refuses a value.
-    """
-    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    options = {name: value for name, value in vars(arguments).items() if name in names}
-    try:
-        return kind(**options | values)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def run_command(
-    parser: argparse.ArgumentParser,
-    run: Callable[[argparse.Namespace], Figures],
-    words: list[str] | None = None,
-) -> int:
-    """Parse the words, run on all ranks, and print what `run` returns as one JSON line.
+def run_command(command: Callable[..., Figures], prog: str, words: list[str] | None = None) -> int:
+    """Run a command on all ranks, and print what it returns as one JSON line.
 
     It is the last line of the output.
-
     With --out the same line is written to OUT/NAME.json, NAME being the command's. A UserError is
     one sentence on stderr.
+
+    Args:
+        command: a function of `options: RunOptions` and others, see `unclip_pl.utils.commands`.
+        prog: its module, such as "eval.fid".
+        words: of the command line; None: those of the process.
 
     Returns:
         The exit code.
     """
-    arguments = parser.parse_args(words)
-    name = parser.prog.rpartition(".")[2]
-    try:
-        with process_group(arguments.device) as arguments.device:
-            figures = run(arguments)
+    name = prog.rpartition(".")[2]
+
+    def run() -> None:
+        bound = CommandParser(command, f"python -m {prog}").bind(words)
+        options: RunOptions = bound.keywords["options"]
+        with process_group(options.device) as device:
+            if options.compile and rank() == 0:
+                announce_compiling(device)
+            figures = bound(options=replace(options, device=device))
             if rank() == 0:
                 line = json.dumps({"command": name, **finite(figures)}, allow_nan=False)
-                if arguments.out:
-                    with atomic_file(arguments.out / f"{name}.json", "w") as file:
+                if options.out:
+                    with atomic_file(options.out / f"{name}.json", "w") as file:
                         file.write(line + "\n")
                 sys.stdout.flush()
                 print(line, flush=True)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(
-            f"{parser.prog}: {error.filename or 'A file'} cannot be used "
-            f"({error.strerror or error}): check the path and the rights to it.",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+
+    return exit_code(f"python -m {prog}", run)
 
 
 def finite(figures: Any) -> Any:

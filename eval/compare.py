@@ -1,37 +1,22 @@
-"""Does it help to draw a CLIP image embedding first? (unCLIP, section 5.1)
+"""`python -m eval.compare`: does it help to draw a CLIP image embedding first?"""
 
-The same captions, seeds and noise under six conditions: the caption only; the text embedding
-instead of the image embedding; a decoder trained on text embeddings; the AR prior; the diffusion
-prior; the true image embedding, an upper bound. The table says what reaches the decoder in each.
-The guidance of the priors and of the decoder is swept: one table has all conditions at one
-guidance, another has each at its best.
-"""
-
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from eval import conditioning, report
-from eval.captions import Caption, read_captions
-from eval.commands import Figures, choose_features, command_parser, run_command, settings_from
+from eval.captions import Caption
+from eval.commands import Figures, RunOptions, run_command
 from eval.comparison import Comparison, ComparisonSettings, Differences, Results
 from eval.conditioning import TITLES, Conditioning
-from eval.evaluator import Evaluator, add_evaluator_options, choose_score_clip, metric_titles
-from eval.floor import NO_FLOOR, RealImages, add_reference_options
+from eval.evaluator import EvaluatorOptions, metric_titles
+from eval.floor import NO_FLOOR, ReferenceOptions
 from eval.generated import captions_digest
 from eval.metrics import FRECHET
-from eval.source import (
-    PRIOR_OPTIONS,
-    Model,
-    add_generation_options,
-    decoder_path,
-    describe_weights,
-    refuse_options,
-)
+from eval.source import DrawingOptions, Model, decoder_path, describe_weights, refuse_options
 from eval.tables import (
     Section,
     body,
@@ -47,10 +32,11 @@ from unclip_pl.pipeline.unclip import Prior, UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
+from unclip_pl.utils.commands import Option
 from unclip_pl.utils.distributed import rank
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import save_png
-from unclip_pl.utils.options import add_renamed, override_sampling, positive_int
+from unclip_pl.utils.options import PriorSamplingOptions
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 CHOSEN = (
@@ -67,33 +53,39 @@ is the prior's own. Both priors draw from what they have learned: the same guida
 off."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Make the parser: the models, the guidance scales to sweep, and the reference."""
-    parser = command_parser(__doc__, "eval.compare", batch_size=32)
-    parser.set_defaults(out=Path("out/compare"))
-    add = parser.add_argument
-    decoder_help = 'a checkpoint or release; "openmoji": the package\'s'
-    add("--decoder", "--ckpt", default="openmoji", help=decoder_help)
-    add("--text-decoder", help="one trained on text embeddings; by default it is left out")
-    add("--diffusion-prior", default="diffusion", help='a checkpoint or release, or "none"')
-    add("--ar-prior", default="ar", help='a checkpoint or release, or "none"')
-    add_generation_options(parser, own="1")
-    add("--num-images", type=positive_int, default=1, help="per caption; figures are their means")
-    add_renamed(parser, "--seeds", "--num-images")
-    scales: dict[str, Any] = {"type": float, "nargs": "*", "default": list(SCALES)}
-    add("--guidance-scales", **scales, help="the decoder's, to sweep; none: no sweep")
-    add("--prior-guidance-scales", **scales, help="both priors', to sweep first; none: no sweep")
-    add("--sweep-captions", type=positive_int, help="sweep the first so many; by default all")
-    add_reference_options(parser)
-    add_evaluator_options(parser)
-    add("--baseline", default="diffusion", help="the condition that others are compared with")
-    add("--resamples", type=positive_int, default=200, help="random halves, for the intervals")
-    add("--pictures", type=positive_int, default=8, help="columns of the picture side by side")
-    return parser
+@dataclass(frozen=True)
+class ConditionOptions:
+    """What is compared.
+
+    Args:
+        decoder: a checkpoint or release; "openmoji": the package's
+        text_decoder: one trained on text embeddings; by default it is left out
+        diffusion_prior: a checkpoint or release, or "none"
+        ar_prior: a checkpoint or release, or "none"
+    """
+
+    decoder: Annotated[str, Option(alias="--ckpt")] = "openmoji"
+    text_decoder: str | None = None
+    diffusion_prior: str = "diffusion"
+    ar_prior: str = "ar"
+
+    @property
+    def priors(self) -> dict[str, str]:
+        """The priors by the names of their conditions; "none" where one is left out."""
+        return {"ar": self.ar_prior, "diffusion": self.diffusion_prior}
+
+
+DEFAULTS = ComparisonSettings(
+    out=Path("out/compare"), guidance_scales=SCALES, prior_guidance_scales=SCALES
+)
 
 
 def load_conditions(
-    arguments: argparse.Namespace, model: Model, captions: Sequence[Caption]
+    asked: ConditionOptions,
+    drawing: DrawingOptions,
+    options: ComparisonSettings,
+    model: Model,
+    captions: Sequence[Caption],
 ) -> tuple[list[Conditioning], list[str]]:
     """The conditions in the paper's order, and a sentence for each that is left out."""
     if model.unclip.decoder.condition != "image":
@@ -101,74 +93,82 @@ def load_conditions(
             f"The decoder {model.decoder} was trained on text embeddings: give it as "
             "--text-decoder, and as --decoder one trained on images."
         )
-    place, notes = (captions, arguments.seed), []
+    place, notes = (captions, options.seed), []
     conditions = [
         conditioning.from_caption(model, *place),
         conditioning.from_text(model, *place),
     ]
-    if arguments.text_decoder:
-        text_model = load_text_decoder(arguments, model)
+    if asked.text_decoder:
+        text_model = load_text_decoder(asked.text_decoder, options, model)
         conditions.append(conditioning.from_text(text_model, *place, "text-decoder"))
     else:
         notes.append(
             "No decoder trained on text embeddings was given (--text-decoder), so that condition "
             "is left out."
         )
-    check_prior_options(arguments)
-    for name in PRIORS:
-        if getattr(arguments, f"{name}_prior") == "none":
+    check_prior_options(asked, drawing.prior_sampling, options)
+    for name, path in asked.priors.items():
+        if path == "none":
             notes.append(f"The condition of the {TITLES[name]} is left out, as asked.")
         else:
-            conditions.append(load_prior(name, arguments, model, captions))
+            conditions.append(
+                load_prior(name, path, drawing.prior_sampling, model, captions, options.seed)
+            )
     if all(caption.image for caption in captions):
         conditions.append(conditioning.from_image(model, *place))
     else:
         notes.append(
-            f"The captions of {arguments.captions} have no pictures, so the condition of the true "
+            f"The captions of {drawing.captions} have no pictures, so the condition of the true "
             "image embedding is left out."
         )
     return conditions, notes
 
 
-def check_prior_options(arguments: argparse.Namespace) -> None:
+def check_prior_options(
+    asked: ConditionOptions, sampling: PriorSamplingOptions, options: ComparisonSettings
+) -> None:
     """UserError where an option is given that no prior of this comparison has."""
-    drawing = [name for name in PRIORS if getattr(arguments, f"{name}_prior") != "none"]
-    useful = {f"prior_{field}" for name in drawing for field in PRIORS[name][1]}
-    useless = [name for name in PRIOR_OPTIONS if name not in useful]
+    drawing = [name for name, path in asked.priors.items() if path != "none"]
+    useful = {f"--prior-{field.replace('_', '-')}" for name in drawing for field in PRIORS[name][1]}
+    useless = [option for option in sampling.given() if option not in useful]
     left_out = " and ".join(f"--{name}-prior none" for name in PRIORS if name not in drawing)
-    refuse_options(arguments, useless, f"is for a prior that {left_out} leaves out")
-    if not drawing and {*arguments.prior_guidance_scales} - {*SCALES}:
+    refuse_options(useless, f"is for a prior that {left_out} leaves out")
+    if not drawing and {*options.prior_guidance_scales} - {*SCALES}:
         raise UserError(
             "--prior-guidance-scales is for priors, and both are left out: leave it out as well."
         )
 
 
 def load_prior(
-    name: str, arguments: argparse.Namespace, model: Model, captions: Sequence[Caption]
+    name: str,
+    given: str,
+    options: PriorSamplingOptions,
+    model: Model,
+    captions: Sequence[Caption],
+    seed: int,
 ) -> Conditioning:
     """The condition of a prior, with the settings that the options ask for."""
     kind, settings = PRIORS[name]
-    path = getattr(arguments, f"{name}_prior")
-    path = DEFAULT_PRIORS.get(path, Path(path))
+    path = DEFAULT_PRIORS.get(given, Path(given))
     prior, decoder, clip = load_stage(path, kind), model.unclip.decoder, model.unclip.clip
     unclip = UnCLIP(decoder, prior, clip, model.device, precision=model.precision)
-    given = {field: getattr(arguments, f"prior_{field}") for field in settings}
-    options = {
-        f"prior_{field}": default if given[field] is None else given[field]
+    asked = {field: getattr(options, field) for field in settings}
+    changes: dict[str, Any] = {
+        field: default if asked[field] is None else asked[field]
         for field, default in settings.items()
     }
-    sampling = override_sampling(prior, options, "prior_")
+    own = PriorSamplingOptions(**changes)
     weights = describe_weights(path)
-    return conditioning.from_prior(name, model, unclip, weights, sampling, captions, arguments.seed)
+    return conditioning.from_prior(name, model, unclip, weights, own.of(prior), captions, seed)
 
 
-def load_text_decoder(arguments: argparse.Namespace, model: Model) -> Model:
+def load_text_decoder(path: str, options: RunOptions, model: Model) -> Model:
     """The decoder trained on text embeddings.
 
     Raises:
         UserError: it cannot be compared with `model`.
     """
-    other = settings_from(Model, arguments, decoder=arguments.text_decoder)
+    other = Model.of(options, path, upsamplers=model.upsamplers)
     if other.unclip.decoder.condition != "text":
         raise UserError(
             f"The decoder {other.decoder} was trained on image embeddings: give --text-decoder one "
@@ -184,30 +184,50 @@ def load_text_decoder(arguments: argparse.Namespace, model: Model) -> Model:
     return other
 
 
-def run(arguments: argparse.Namespace) -> Figures:
-    """Draw, evaluate, compare; rank 0 writes the tables, the curves and the pictures."""
-    settings = settings_from(ComparisonSettings, arguments)
-    model = settings_from(Model, arguments, decoder=decoder_path(arguments.decoder))
-    captions = read_captions(arguments.captions, arguments.num_captions, model.size)
-    conditions, notes = load_conditions(arguments, model, captions)
+def run(
+    *,
+    asked: ConditionOptions,
+    drawing: DrawingOptions,
+    real: ReferenceOptions,
+    evaluation: EvaluatorOptions,
+    options: ComparisonSettings = DEFAULTS,
+) -> Figures:
+    """Does it help to draw a CLIP image embedding first? (unCLIP, section 5.1)
+
+    The same captions, seeds and noise under six conditions: the caption only; the text embedding
+    instead of the image embedding; a decoder trained on text embeddings; the AR prior; the
+    diffusion prior; the true image embedding, an upper bound. The table says what reaches the
+    decoder in each. The guidance of the priors and of the decoder is swept: one table has all
+    conditions at one guidance, another has each at its best.
+
+    Args:
+        prior_guidance_scale: 1: no guidance; by default 1
+        prior_temperature: of an autoregressive prior: divides its logits; by default 1
+        prior_top_p: of an autoregressive prior: share of the likeliest codes drawn from; by
+            default 1
+        asked: the models
+        drawing: what is drawn and how
+        real: which images are the real ones
+        evaluation: what evaluates
+        options: where and how it runs
+    """
+    model = Model.of(options, decoder_path(asked.decoder), upsamplers=drawing.upsamplers)
+    captions = drawing.read_captions(model.size)
+    conditions, notes = load_conditions(asked, drawing, options, model, captions)
     names = [condition.name for condition in conditions]
-    if settings.baseline not in names:
+    if options.baseline not in names:
         raise UserError(
-            f"--baseline is {settings.baseline}, and the conditions are {', '.join(names)}: name "
+            f"--baseline is {options.baseline}, and the conditions are {', '.join(names)}: name "
             "one of them."
         )
-    real = settings_from(RealImages, arguments, size=arguments.reference_size or model.size)
-    real.check(captions)
-    fixed = override_sampling(model.unclip.decoder, vars(arguments))
+    size = evaluation.reference_size or model.size
+    images = real.images(drawing.captions, size, options)
+    images.check(captions)
+    fixed = drawing.sampling.of(model.unclip.decoder)
     conditioning_clip = model.unclip.clip.fingerprint()
-    evaluator = Evaluator(
-        choose_features(arguments.features, arguments.captions),
-        choose_score_clip(arguments.score_clip, conditioning_clip),
-        arguments.device,
-        arguments.precision,
-    )
+    evaluator = evaluation.load(drawing.captions, conditioning_clip, options)
     notes += evaluator.shared_clip_warnings(conditioning_clip)
-    comparison = Comparison(settings, conditions, captions, evaluator, fixed, real)
+    comparison = Comparison(options, conditions, captions, evaluator, fixed, images)
     results = comparison.results()
     differences = comparison.differences(results)
     real_figures = None
@@ -219,7 +239,7 @@ def run(arguments: argparse.Namespace) -> Figures:
     notes += results[names[0]]["fixed"]["notes"]
     if comparison.sweeps:
         notes.append(CHOSEN)
-    description = describe(arguments, comparison)
+    description = describe(drawing, comparison)
     if rank() == 0:
         sections = build_sections(comparison, results, real_figures, differences)
         write(comparison, results, body(sections, notes), description)
@@ -228,13 +248,13 @@ def run(arguments: argparse.Namespace) -> Figures:
         "real": real_figures,
         "floor": None if floor is None else asdict(floor),
         "differences": as_plain(differences),
-        "baseline": settings.baseline,
+        "baseline": options.baseline,
         "notes": notes,
         "settings": description,
     }
 
 
-def describe(arguments: argparse.Namespace, comparison: Comparison) -> dict[str, Any]:
+def describe(drawing: DrawingOptions, comparison: Comparison) -> dict[str, Any]:
     """All that the figures depend on: weights with their digests, settings, real images."""
     by_name = {condition.name: condition for condition in comparison.conditions}
     model, text = by_name["caption"].model, by_name.get("text-decoder")
@@ -251,7 +271,7 @@ def describe(arguments: argparse.Namespace, comparison: Comparison) -> dict[str,
         "upsamplers": model.settings["upsamplers"],
         "precision": model.precision,
         "size": model.size,
-        "captions": f"{arguments.captions} ({len(comparison.captions)})",
+        "captions": f"{drawing.captions} ({len(comparison.captions)})",
         "captions sha256": captions_digest(comparison.captions),
         "images per caption": settings.num_images,
         **asdict(comparison.fixed),
@@ -264,7 +284,7 @@ def describe(arguments: argparse.Namespace, comparison: Comparison) -> dict[str,
         "features": comparison.evaluator.network.name,
         "CLIP that scores": str(comparison.evaluator.clip.config),
         "resamples": settings.resamples,
-        "seed": arguments.seed,
+        "seed": settings.seed,
     }
 
 
@@ -351,7 +371,7 @@ def write(
 def main(words: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    return run_command(build_parser(), run, words)
+    return run_command(run, "eval.compare", words)
 
 
 if __name__ == "__main__":

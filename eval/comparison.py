@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from PIL import Image
 
 from eval.captions import Caption
-from eval.commands import Figures
+from eval.commands import Figures, ReportOptions
 from eval.conditioning import TITLES, Conditioning
 from eval.evaluator import Evaluator, ImageFeatures, gather_ranks
 from eval.floor import Floor, RealImages, compute_floor, reached_on_other_pictures
@@ -24,7 +23,9 @@ from eval.paired import (
 )
 from unclip_pl.data.decoding import decode
 from unclip_pl.stages.decoder import DecoderSamplingConfig
+from unclip_pl.utils.commands import Option
 from unclip_pl.utils.images import grid
+from unclip_pl.utils.options import Count
 
 Results = dict[str, dict[str, Any]]
 """By condition: `title`, `decoder_sees`, `fixed`, and where guidance is swept `sweep` and `best`,
@@ -34,34 +35,26 @@ Differences = dict[str, dict[str, dict[str, Difference]]]
 
 
 @dataclass(frozen=True)
-class ComparisonSettings:
-    """How conditions are compared.
+class ComparisonSettings(ReportOptions):
+    """How conditions are compared, where it runs and where to it writes.
 
     Args:
-        out: folder for the images.
-        baseline: the condition from which the others' differences are computed.
-        num_images: per caption; figures are means over them.
-        guidance_scales: the decoder's, to sweep; empty: no sweep.
-        prior_guidance_scales: the priors', to sweep before the decoder's; empty: no sweep.
-        sweep_captions: a sweep has only the first so many captions; None: all.
-        resamples: random halves of the captions, for the intervals.
-        pictures: columns of the picture with the conditions side by side.
-        seed: of the random halves.
-        batch_size: images per batch.
-        device: of the ranks' exchange.
+        baseline: the condition from which the others' differences are computed
+        num_images: images of each caption; figures are means over them
+        guidance_scales: the decoder's, to sweep; none: no sweep
+        prior_guidance_scales: both priors', to sweep before the decoder's; none: no sweep
+        sweep_captions: sweep only the first so many captions; by default all
+        resamples: random halves of the captions, for the intervals
+        pictures: columns of the picture with the conditions side by side
     """
 
-    out: Path
     baseline: str = "diffusion"
-    num_images: int = 1
-    guidance_scales: Sequence[float] = ()
-    prior_guidance_scales: Sequence[float] = ()
-    sweep_captions: int | None = None
-    resamples: int = 200
-    pictures: int = 8
-    seed: int = 0
-    batch_size: int = 32
-    device: str = "cpu"
+    num_images: Annotated[Count, Option(renamed="--seeds")] = 1
+    guidance_scales: Annotated[Sequence[float], Option(may_be_empty=True)] = ()
+    prior_guidance_scales: Annotated[Sequence[float], Option(may_be_empty=True)] = ()
+    sweep_captions: Count | None = None
+    resamples: Count = 200
+    pictures: Count = 8
 
     def __post_init__(self) -> None:
         for name in ("guidance_scales", "prior_guidance_scales"):

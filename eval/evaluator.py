@@ -4,23 +4,24 @@ Which two is the user's choice. By default neither is the CLIP whose embeddings 
 from, which would find in them what it asked for.
 """
 
-import argparse
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from eval import metrics
 from eval.captions import Caption
-from eval.commands import Figures, add_features_options
+from eval.commands import FeatureOptions, Figures, RunOptions, choose_features
 from eval.features import Features, clip_config, clip_features, load_features
 from eval.stored import Batch
 from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.clip.fingerprint import ClipMismatch, Fingerprint, require_same
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.decoding import decode
+from unclip_pl.utils.commands import Option
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import to_uint8
@@ -62,19 +63,29 @@ class ImageFeatures(NamedTuple):
         return ImageFeatures(*(rows[self.number < count] for rows in self))
 
 
-def add_evaluator_options(parser: argparse.ArgumentParser) -> None:
-    """What evaluates: --features, --reference-size and --score-clip."""
-    add_features_options(parser)
-    add_score_clip_option(parser)
+ScoreClip = Annotated[str | None, Option(renamed="--clip")]
 
 
-def add_score_clip_option(parser: argparse.ArgumentParser) -> None:
-    """Which CLIP scores: --score-clip."""
-    parser.add_argument(
-        "--score-clip",
-        help="the CLIP that scores, not the one that conditions: openmoji-judge (the default for "
-        "images from the embedded CLIP's embeddings), NAME/TAG of open_clip, or local-dir:/folder",
-    )
+@dataclass(frozen=True)
+class EvaluatorOptions(FeatureOptions):
+    """What evaluates.
+
+    Args:
+        score_clip: the CLIP that scores, not the one that conditions: openmoji-judge (the default
+            for images from the embedded CLIP's embeddings), NAME/TAG of open_clip, or
+            local-dir:/folder
+    """
+
+    score_clip: ScoreClip = None
+
+    def load(self, captions: str, fingerprint: Fingerprint, options: RunOptions) -> "Evaluator":
+        """The networks for what is drawn for `captions` from embeddings of a CLIP."""
+        return Evaluator(
+            choose_features(self.features, captions),
+            choose_score_clip(self.score_clip, fingerprint),
+            options.device,
+            options.precision,
+        )
 
 
 def choose_score_clip(name: str | None, fingerprint: Fingerprint | None) -> str:

@@ -1,23 +1,15 @@
-"""How far generated images are from a reference.
+"""`python -m eval.fid`: how far generated images lie from a reference."""
 
-Figures are the Frechet distance of their features (FID with Inception's features), KID, CMMD,
-precision and recall.
-
-The images are those of a folder or of shards (--images), or drawn by a model (--decoder) for
-captions.
-"""
-
-import argparse
 import logging
 import sys
 
 from eval.commands import (
+    FeatureOptions,
     Figures,
-    add_features_options,
-    add_resamples_option,
+    Resamples,
+    RunOptions,
     aligned,
     choose_features,
-    command_parser,
     run_command,
 )
 from eval.evaluator import compute_distances, shared_clip_warnings
@@ -27,7 +19,7 @@ from eval.generated import GeneratedImages
 from eval.metrics import FRECHET, frechet_key
 from eval.source import (
     DEFAULT_CAPTIONS,
-    add_source_options,
+    SourceOptions,
     conditioning_clip,
     drawn_settings,
     open_source,
@@ -39,39 +31,46 @@ from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Make the parser: which images, which reference, and which features."""
-    parser = command_parser(__doc__, "eval.fid")
-    add_source_options(parser)
-    parser.add_argument(
-        "--reference",
-        help="the real images: a folder or shards; with --decoder by default those of the "
-        "captions' shards",
-    )
-    add_features_options(parser)
-    add_resamples_option(parser, default=100)
-    return parser
+def run(
+    *,
+    source: SourceOptions,
+    reference: str | None = None,
+    judging: FeatureOptions,
+    resamples: Resamples = 100,
+    options: RunOptions,
+) -> Figures:
+    """How far generated images lie from a reference.
 
+    The Frechet distance of their features (FID with Inception's features), KID, CMMD, precision
+    and recall. The images are those of a folder or of shards (--images), or drawn by a model
+    (--decoder) for captions.
 
-def run(arguments: argparse.Namespace) -> Figures:
-    """The figures of both sets, over all ranks; rank 0 prints them as a table."""
-    source = open_source(arguments)
-    real = open_reference(arguments, source)
-    captions = None if arguments.images else arguments.captions or DEFAULT_CAPTIONS
+    Args:
+        reference: the real images: a folder or shards; with --decoder by default those of the
+            captions' shards
+        resamples: random halves of the sets, for the interval of the Frechet distance; 0: no
+            interval
+        source: which images are evaluated
+        judging: how images are compared with real ones
+        options: where and how it runs
+    """
+    images = open_source(source, options)
+    real = open_reference(reference, judging.reference_size, source, images)
+    captions = None if source.images else source.captions or DEFAULT_CAPTIONS
     network = load_features(
-        choose_features(arguments.features, captions), arguments.device, arguments.precision
+        choose_features(judging.features, captions), options.device, options.precision
     )
-    notes = shared_clip_warnings(conditioning_clip(source), features=network.fingerprint)
+    notes = shared_clip_warnings(conditioning_clip(images), features=network.fingerprint)
     figures = compute_distances(
         network,
-        reference_features(network, real, arguments.batch_size),
-        extract_features(network, source, arguments.batch_size, "images"),
-        arguments.resamples,
-        arguments.seed,
-        arguments.device,
+        reference_features(network, real, options.batch_size),
+        extract_features(network, images, options.batch_size, "images"),
+        resamples,
+        options.seed,
+        options.device,
     )
     settings = {
-        "images": source.name,
+        "images": images.name,
         "reference": real.name,
         "reference_size": real.size,
         "features": network.name,
@@ -82,22 +81,23 @@ def run(arguments: argparse.Namespace) -> Figures:
         lines = [(name, str(value)) for name, value in settings.items()] + rows(figures)
         print("\n".join([aligned(lines), *notes]))
     bad = {
-        "bad": len(source) - figures["n_fake"],
+        "bad": len(images) - figures["n_fake"],
         "bad_reference": len(real) - figures["n_real"],
     }
-    return settings | figures | bad | {"notes": notes, "drawn": drawn_settings(source)}
+    return settings | figures | bad | {"notes": notes, "drawn": drawn_settings(images)}
 
 
-def open_reference(arguments: argparse.Namespace, source: ImageSource) -> StoredImages:
+def open_reference(
+    path: str | None, size: int | None, source: SourceOptions, images: ImageSource
+) -> StoredImages:
     """The real images: those of --reference, else those that belong to the captions.
 
     They are cut to --reference-size, else to the side of the images that are evaluated.
     """
-    path = arguments.reference
-    if path is None and isinstance(source, GeneratedImages):
-        captions = arguments.captions or DEFAULT_CAPTIONS
+    if path is None and isinstance(images, GeneratedImages):
+        captions = source.captions or DEFAULT_CAPTIONS
         if captions in STYLES:
-            path = str(openmoji_shards(source.size, name=captions) / "val-*.tar")
+            path = str(openmoji_shards(images.size, name=captions) / "val-*.tar")
         elif not captions.endswith((".txt", ".json")):
             path = captions
     if path is None:
@@ -105,12 +105,11 @@ def open_reference(arguments: argparse.Namespace, source: ImageSource) -> Stored
             "There is nothing to compare the images with: name the real ones with --reference, a "
             "folder or shards."
         )
-    if isinstance(source, GeneratedImages):
-        side: int | None = source.size
+    if isinstance(images, GeneratedImages):
+        side: int | None = images.size
     else:
-        side = getattr(source, "side", None)
-    size = arguments.reference_size or side
-    return StoredImages(path, rank(), world_size(), arguments.max_bad_rate, size=size)
+        side = getattr(images, "side", None)
+    return StoredImages(path, rank(), world_size(), source.max_bad_rate, size=size or side)
 
 
 def rows(figures: Figures) -> list[tuple[str, str]]:
@@ -136,7 +135,7 @@ def rows(figures: Figures) -> list[tuple[str, str]]:
 def main(words: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    return run_command(build_parser(), run, words)
+    return run_command(run, "eval.fid", words)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ A Frechet distance of finite sets is never 0, and KID spreads about 0. These fig
 distinguish images at the floor from real ones, and of two sets at the floor none is called better.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from eval import distances
 from eval.captions import Caption
-from eval.commands import progress
+from eval.commands import RunOptions, progress
 from eval.evaluator import Evaluator, ImageFeatures, caption_images, gather_ranks, number_rows
 from eval.extract import reference_features
 from eval.stored import StoredImages
@@ -119,17 +118,25 @@ def _floor(count: int, reference: int, values: Sequence[Mapping[str, float]]) ->
     return Floor(count, reference, mean, high)
 
 
-def add_reference_options(parser: argparse.ArgumentParser) -> None:
-    """Which images are the real ones: --reference and --floor."""
-    parser.add_argument(
-        "--reference", help="real images, a folder or shards; by default the captions' own"
-    )
-    parser.add_argument(
-        "--floor",
-        help="more real images, a folder or shards, for the figures of real ones against real "
-        "ones; by default those of --reference, else OpenMoji's training drawings with its "
-        "captions",
-    )
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """Which images are the real ones.
+
+    Args:
+        reference: real images, a folder or shards; by default the captions' own
+        floor: more real images, a folder or shards, for the figures of real ones against real
+            ones; by default those of --reference, else OpenMoji's training drawings with its
+            captions
+    """
+
+    reference: str | None = None
+    floor: str | None = None
+
+    def images(self, captions: str, size: int, options: RunOptions) -> "RealImages":
+        """The real images for what is drawn, `captions`, cut to `size` pixels."""
+        return RealImages(
+            captions, size, self.reference, self.floor, options.batch_size, options.device
+        )
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ class RealImages:
         captions: what is drawn, as `eval.captions.read_captions` has it.
         size: side in pixels that they are cut to.
         reference: a folder or shards; None: the captions' own pictures.
-        floor: a folder or shards of more; None: see `add_reference_options`.
+        floor: a folder or shards of more; None: see `ReferenceOptions`.
         batch_size: images per batch.
         device: of the ranks' exchange.
     """

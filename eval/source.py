@@ -1,6 +1,5 @@
 """One source of images for every metric: a folder, image shards, or what a model draws."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -8,57 +7,31 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from torch import Tensor
 
 from eval.captions import Caption, read_captions
-from eval.commands import settings_from
+from eval.commands import RunOptions
 from eval.generated import SHARD_SIZE, GeneratedImages, captions_digest
 from eval.stored import MAX_BAD_RATE, ImageSource, StoredImages
 from unclip_pl.clip.fingerprint import Fingerprint
-from unclip_pl.pipeline.unclip import CONDITIONS, Condition, UnCLIP
+from unclip_pl.pipeline.unclip import Condition, UnCLIP
 from unclip_pl.pipeline.weights import (
     DEFAULT_DECODER,
     DEFAULT_PRIORS,
     DEFAULT_UPSAMPLERS,
     read_weights,
 )
+from unclip_pl.utils.commands import Option
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import cache_dir
-from unclip_pl.utils.options import (
-    add_prior_option,
-    add_prior_sampling_options,
-    add_sampling_options,
-    override_sampling,
-    positive_int,
-)
+from unclip_pl.utils.options import Count, GuidedSamplingOptions, PriorSamplingOptions
 from unclip_pl.utils.precision import Precision, supported_precision
 from unclip_pl.utils.remote_copies import local_path
 
 DEFAULT_CAPTIONS = "openmoji"
-PRIOR_OPTIONS = (
-    "prior_guidance_scale",
-    "prior_steps",
-    "prior_sampler",
-    "prior_temperature",
-    "prior_top_p",
-)
-"""Options that only a prior can have."""
-MODEL_OPTIONS = (
-    "samples",
-    "num_captions",
-    "condition",
-    "prior",
-    "guidance_scale",
-    "upsamplers",
-    "sampler",
-    "steps",
-    "eta",
-    *PRIOR_OPTIONS,
-)
-"""Options that only images drawn by a model can have."""
 
 
 def describe_weights(path: str | os.PathLike) -> dict[str, str]:
@@ -74,100 +47,106 @@ def describe_weights(path: str | os.PathLike) -> dict[str, str]:
     return {"name": path.name, "sha256": digest.hexdigest()[:16]}
 
 
-def add_source_options(parser: argparse.ArgumentParser) -> None:
-    """Which images are evaluated."""
-    parser.add_argument(
-        "--images", help="evaluate these: a folder of images, or shards (a folder, a pattern)"
-    )
-    parser.add_argument(
-        "--decoder",
-        "--ckpt",
-        help="evaluate what this decoder draws: a checkpoint or release; "
-        '"openmoji" is the one in the package',
-    )
-    parser.add_argument(
-        "--samples",
-        type=Path,
-        help="folder for the images that are drawn; by default one in the cache",
-    )
-    add_generation_options(parser)
-    parser.set_defaults(captions=None)
-    parser.add_argument(
-        "--max-bad-rate",
-        type=float,
-        default=MAX_BAD_RATE,
-        help="largest share of images that may be unreadable",
-    )
-    parser.add_argument(
-        "--condition",
-        choices=CONDITIONS,
-        help="what the decoder has for an image embedding; by default the prior's, or the text's "
-        "for a decoder that was trained on text embeddings",
-    )
-    add_prior_option(parser)
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """What is drawn and how.
+
+    Args:
+        captions: FILE.txt (one per line), MS-COCO's annotations (.json), image shards, openmoji,
+            or openmoji-line
+        num_captions: how many of the captions; by default all
+        upsamplers: "256", "1024", those in the package; or checkpoints or releases, in order
+    """
+
+    num_captions: Count | None = None
+    sampling: GuidedSamplingOptions
+    prior_sampling: PriorSamplingOptions
+    upsamplers: Sequence[str] | None = None
 
 
-def add_generation_options(parser: argparse.ArgumentParser, own: str = "its own") -> None:
-    """What is drawn and how, for all commands that draw; `own`: for the priors' help."""
-    parser.add_argument(
-        "--captions",
-        default=DEFAULT_CAPTIONS,
-        help="FILE.txt (one per line), MS-COCO's annotations (.json), image shards, openmoji, or "
-        "openmoji-line",
-    )
-    parser.add_argument(
-        "--num-captions", type=positive_int, help="how many of the captions; by default all"
-    )
-    add_sampling_options(parser)
-    add_prior_sampling_options(parser, own)
-    parser.add_argument(
-        "--upsamplers",
-        nargs="+",
-        metavar="UPSAMPLER",
-        help='"256", "1024", those in the package; or checkpoints or releases, in order',
-    )
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions(GenerationOptions):
+    """What is drawn and how."""
+
+    captions: str = DEFAULT_CAPTIONS
+
+    def read_captions(self, size: int) -> list[Caption]:
+        """The captions, with pictures of `size` pixels where they have any."""
+        return read_captions(self.captions, self.num_captions, size)
 
 
-def open_source(arguments: argparse.Namespace) -> ImageSource:
-    """The images that the options of `add_source_options` ask for, this rank's share of them.
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(GenerationOptions):
+    """Which images are evaluated.
+
+    Args:
+        images: evaluate these: a folder of images, or shards (a folder, a pattern)
+        decoder: evaluate what this decoder draws: a checkpoint or release; "openmoji" is the one
+            in the package
+        samples: folder for the images that are drawn; by default one in the cache
+        max_bad_rate: largest share of images that may be unreadable
+        condition: what the decoder has for an image embedding; by default the prior's, or the
+            text's for a decoder that was trained on text embeddings
+        prior: "diffusion" (the default) or "ar", those in the package; or a checkpoint or release
+    """
+
+    images: str | None = None
+    decoder: Annotated[str | None, Option(alias="--ckpt")] = None
+    samples: Path | None = None
+    captions: str | None = None
+    max_bad_rate: float = MAX_BAD_RATE
+    condition: Condition | None = None
+    prior: str | None = None
+
+    def of_a_model(self) -> list[str]:
+        """The names of the given options that only images drawn by a model can have."""
+        names = ("samples", "num_captions", "condition", "prior", "upsamplers")
+        own = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
+        return own + self.sampling.given() + self.prior_sampling.given()
+
+
+def open_source(source: SourceOptions, options: RunOptions) -> ImageSource:
+    """The images that the options ask for, this rank's share of them.
 
     Raises:
         UserError: neither or both of --images and --decoder are given, or options that are of no
             use for what was chosen.
     """
-    if bool(arguments.images) == bool(arguments.decoder):
-        raise UserError(
-            "Say what is to be evaluated, and only one: --images FOLDER, or --decoder DECODER "
-            "(with --prior)."
-        )
-    return _stored(arguments) if arguments.images else _generated(arguments)
-
-
-def _stored(arguments: argparse.Namespace) -> StoredImages:
-    reason = "is for images that a model draws, and --images names images that are there"
-    refuse_options(arguments, MODEL_OPTIONS, reason)
-    captions = None
-    if arguments.captions:
-        captions = [caption.text for caption in read_captions(arguments.captions)]
-    return StoredImages(arguments.images, rank(), world_size(), arguments.max_bad_rate, captions)
-
-
-def _generated(arguments: argparse.Namespace) -> GeneratedImages:
-    decoder = decoder_path(arguments.decoder)
-    condition: Condition = arguments.condition or default_condition(decoder)
-    prior = choose_prior(arguments, condition)
-    model = settings_from(Model, arguments, decoder=decoder, prior=prior)
-    unclip = model.unclip
-    captions = read_captions(
-        arguments.captions or DEFAULT_CAPTIONS, arguments.num_captions, model.size
+    if source.images and not source.decoder:
+        return _stored(source, source.images)
+    if source.decoder and not source.images:
+        return _generated(source, source.decoder, options)
+    raise UserError(
+        "Say what is to be evaluated, and only one: --images FOLDER, or --decoder DECODER (with "
+        "--prior)."
     )
-    sampling = override_sampling(unclip.decoder, vars(arguments))
-    prior_sampling = None
-    if unclip.prior:
-        prior_sampling = override_sampling(unclip.prior, vars(arguments), "prior_")
+
+
+def _stored(source: SourceOptions, images: str) -> StoredImages:
+    reason = "is for images that a model draws, and --images names images that are there"
+    refuse_options(source.of_a_model(), reason)
+    captions = None
+    if source.captions:
+        captions = [caption.text for caption in read_captions(source.captions)]
+    return StoredImages(images, rank(), world_size(), source.max_bad_rate, captions)
+
+
+def _generated(source: SourceOptions, name: str, options: RunOptions) -> GeneratedImages:
+    decoder = decoder_path(name)
+    condition: Condition = source.condition or default_condition(decoder)
+    model = Model.of(
+        options,
+        decoder,
+        choose_prior(source.prior, source.prior_sampling, condition),
+        source.upsamplers,
+    )
+    unclip = model.unclip
+    captions = read_captions(source.captions or DEFAULT_CAPTIONS, source.num_captions, model.size)
+    sampling = source.sampling.of(unclip.decoder)
+    prior_sampling = source.prior_sampling.of(unclip.prior) if unclip.prior else None
     settings = model.settings | {
         "condition": condition,
-        "seed": arguments.seed,
+        "seed": options.seed,
         "sampling": asdict(sampling),
         "prior_sampling": asdict(prior_sampling) if prior_sampling else None,
     }
@@ -175,14 +154,14 @@ def _generated(arguments: argparse.Namespace) -> GeneratedImages:
     def draw(indices: Sequence[int]) -> Tensor:
         return unclip.generate(
             [captions[k].text for k in indices],
-            [arguments.seed + k for k in indices],
+            [options.seed + k for k in indices],
             condition,
             sampling=sampling,
             prior_sampling=prior_sampling,
         )
 
     return GeneratedImages(
-        arguments.samples or default_folder(settings, captions),
+        source.samples or default_folder(settings, captions),
         captions,
         draw,
         settings,
@@ -216,24 +195,25 @@ def default_condition(decoder: str) -> Condition:
     return "text" if trained_on == "text" else "prior"
 
 
-def choose_prior(arguments: argparse.Namespace, condition: str) -> str | None:
+def choose_prior(prior: str | None, sampling: PriorSamplingOptions, condition: str) -> str | None:
     """The prior of --prior, by default "diffusion"; None for conditions without one.
 
     Raises:
         UserError: there is an option of a prior, and the condition has none.
     """
     if condition == "prior":
-        return arguments.prior or "diffusion"
-    reason = f"is for a prior, and --condition {condition} uses none"
-    refuse_options(arguments, ["prior", *PRIOR_OPTIONS], reason)
+        return prior or "diffusion"
+    given = ["--prior"] if prior else []
+    refuse_options(
+        given + sampling.given(), f"is for a prior, and --condition {condition} uses none"
+    )
     return None
 
 
-def refuse_options(arguments: argparse.Namespace, names: Sequence[str], reason: str) -> None:
-    """UserError for the first of these options that is given; `reason` says why it is of no use."""
-    for name in names:
-        if getattr(arguments, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} {reason}: leave one of them out.")
+def refuse_options(options: Sequence[str], reason: str) -> None:
+    """UserError for the first of these options; `reason` says why it is of no use."""
+    for option in options:
+        raise UserError(f"{option} {reason}: leave one of them out.")
 
 
 def default_folder(settings: dict[str, Any], captions: Sequence[Caption]) -> Path:
@@ -269,6 +249,18 @@ class Model:
         # The settings of images name the precision that they were really computed in.
         self.precision = cast(Precision, supported_precision(self.precision, self.device))
         self.upsamplers = tuple(self.upsamplers or ())
+
+    @classmethod
+    def of(
+        cls,
+        options: RunOptions,
+        decoder: str,
+        prior: str | None = None,
+        upsamplers: Sequence[str] | None = None,
+    ) -> "Model":
+        """A model that runs as the options say."""
+        precision, compile = options.precision, options.compile
+        return cls(decoder, prior, options.device, precision, upsamplers, compile)
 
     @cached_property
     def unclip(self) -> UnCLIP:

@@ -1,104 +1,69 @@
-"""Frechet distance, CLIP score, precision and recall of a decoder over guidance scales.
+"""`python -m eval.sweep`: the figures of a decoder over guidance scales, steps and samplers."""
 
-Fig. 11 and 13 of the paper; and over sampling steps and samplers.
-"""
-
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from eval import conditioning, report
-from eval.captions import Caption, read_captions
-from eval.commands import Figures, choose_features, command_parser, run_command, settings_from
+from eval.captions import Caption
+from eval.commands import Figures, ReportOptions, run_command
 from eval.conditioning import Conditioning
 from eval.evaluator import (
     METRIC_TITLES,
-    Evaluator,
-    add_evaluator_options,
-    choose_score_clip,
+    EvaluatorOptions,
     gather_ranks,
     metric_titles,
 )
-from eval.floor import (
-    NO_FLOOR,
-    RealImages,
-    add_reference_options,
-    compute_floor,
-    reached_on_other_pictures,
-)
+from eval.floor import NO_FLOOR, ReferenceOptions, compute_floor, reached_on_other_pictures
 from eval.generated import GeneratedImages, captions_digest
 from eval.paired import paired_kid
 from eval.source import (
+    DrawingOptions,
     Model,
-    add_generation_options,
     choose_prior,
     decoder_path,
     default_condition,
     describe_weights,
 )
 from eval.tables import Section, body, floor_row
-from unclip_pl.pipeline.unclip import CONDITIONS
 from unclip_pl.pipeline.weights import DEFAULT_PRIORS
 from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
+from unclip_pl.utils.commands import Option
 from unclip_pl.utils.distributed import rank
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import grid, save_png
-from unclip_pl.utils.options import (
-    SAMPLERS,
-    SPACING_HELP,
-    add_prior_option,
-    override_sampling,
-    spacing,
-)
+from unclip_pl.utils.options import GuidedSamplingOptions, Sampler, Spacing
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 SETTINGS_HEADERS = ("sampler", "steps", "guidance")
 """The first columns of the table."""
 PICTURES = 8
 """Columns of the picture with all points side by side."""
+DEFAULTS = ReportOptions(out=Path("out/sweep"))
+SweepCondition = Literal["prior", "text", "caption", "image"]
 Curves = dict[str, list[DecoderSamplingConfig]]
 """The points of each curve: "guidance", and one per sampler over steps."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Make the parser: the model, its condition, and the settings to sweep."""
-    parser = command_parser(__doc__, "eval.sweep", batch_size=32)
-    parser.set_defaults(out=Path("out/sweep"))
-    add = parser.add_argument
-    add(
-        "--decoder",
-        "--ckpt",
-        default="openmoji",
-        help='a checkpoint or release; "openmoji": the package\'s',
-    )
-    add_prior_option(parser)
-    add(
-        "--condition",
-        choices=[*CONDITIONS, "image"],
-        help="what the decoder has for an image embedding; image: that of the caption's picture; "
-        "by default the prior's, or the text's for a decoder that was trained on text embeddings",
-    )
-    add_generation_options(parser)
-    add_reference_options(parser)
-    scales: dict[str, Any] = {"type": float, "nargs": "*", "default": list(SCALES)}
-    add("--guidance-scales", **scales, help="to sweep; none: no such curve")
-    add("--sweep-steps", type=spacing, nargs="*", default=[], help=SPACING_HELP)
-    add(
-        "--sweep-samplers",
-        nargs="*",
-        default=[],
-        choices=SAMPLERS,
-        help="samplers, each with all of --sweep-steps",
-    )
-    add_evaluator_options(parser)
-    return parser
+@dataclass(frozen=True)
+class SweepOptions:
+    """What is swept.
+
+    Args:
+        guidance_scales: to sweep; none: no such curve
+        sweep_steps: spacings of the sampling steps, each as of --steps
+        sweep_samplers: samplers, each with all of --sweep-steps
+    """
+
+    guidance_scales: Annotated[Sequence[float], Option(may_be_empty=True)] = SCALES
+    sweep_steps: Sequence[Spacing] = ()
+    sweep_samplers: Sequence[Sampler] = ()
 
 
-def build_curves(arguments: argparse.Namespace, decoder: Decoder) -> Curves:
+def build_curves(sweep: SweepOptions, sampling: GuidedSamplingOptions, decoder: Decoder) -> Curves:
     """The settings of all points, by curve.
 
     Raises:
@@ -106,16 +71,16 @@ def build_curves(arguments: argparse.Namespace, decoder: Decoder) -> Curves:
     """
 
     def point(**settings: Any) -> DecoderSamplingConfig:
-        return override_sampling(decoder, vars(arguments) | settings)
+        return sampling.of(decoder, **settings)
 
     own = point()
-    scales = sorted({*arguments.guidance_scales})
+    scales = sorted({*sweep.guidance_scales})
     curves = {"guidance": [point(guidance_scale=scale) for scale in scales]}
-    samplers = arguments.sweep_samplers or ([own.sampler] if arguments.sweep_steps else [])
+    samplers: Sequence[str] = sweep.sweep_samplers or ([own.sampler] if sweep.sweep_steps else [])
     for sampler in samplers:
-        spacings = dict.fromkeys(arguments.sweep_steps or [own.steps])
+        spacings = dict.fromkeys(sweep.sweep_steps or [own.steps])
         curve = [point(sampler=sampler, steps=steps) for steps in spacings]
-        curves[sampler] = sorted(curve, key=lambda sampling: count_steps(decoder, sampling))
+        curves[sampler] = sorted(curve, key=lambda one: count_steps(decoder, one))
     curves = {name: curve for name, curve in curves.items() if curve}
     if not curves:
         raise UserError(
@@ -125,94 +90,118 @@ def build_curves(arguments: argparse.Namespace, decoder: Decoder) -> Curves:
 
 
 def load_condition(
-    arguments: argparse.Namespace, captions: Sequence[Caption], model: Model
+    name: SweepCondition,
+    drawing: DrawingOptions,
+    captions: Sequence[Caption],
+    model: Model,
+    seed: int,
 ) -> Conditioning:
     """The condition under which the decoder is swept."""
-    place = (captions, arguments.seed)
-    if arguments.condition == "caption":
+    place = (captions, seed)
+    if name == "caption":
         return conditioning.from_caption(model, *place)
-    if arguments.condition == "text":
+    if name == "text":
         return conditioning.from_text(model, *place)
-    if arguments.condition == "image":
+    if name == "image":
         if not all(caption.image for caption in captions):
             raise UserError(
-                f"The captions of {arguments.captions} have no pictures whose embeddings could be "
+                f"The captions of {drawing.captions} have no pictures whose embeddings could be "
                 "taken: choose another --condition."
             )
         return conditioning.from_image(model, *place)
-    sampling = override_sampling(model.unclip.prior, vars(arguments), "prior_")
-    name = str(model.prior)
-    weights = describe_weights(DEFAULT_PRIORS.get(name, Path(name)))
+    sampling = drawing.prior_sampling.of(model.unclip.prior)
+    prior = str(model.prior)
+    weights = describe_weights(DEFAULT_PRIORS.get(prior, Path(prior)))
     return conditioning.from_prior("prior", model, model.unclip, weights, sampling, *place)
 
 
-def run(arguments: argparse.Namespace) -> Figures:
-    """Draw and evaluate each point; rank 0 writes the table, the curves and the pictures."""
-    decoder_folder = decoder_path(arguments.decoder)
-    arguments.condition = arguments.condition or default_condition(decoder_folder)
-    prior = choose_prior(arguments, arguments.condition)
-    model = settings_from(Model, arguments, decoder=decoder_folder, prior=prior)
-    captions = read_captions(arguments.captions, arguments.num_captions, model.size)
-    real = settings_from(RealImages, arguments, size=arguments.reference_size or model.size)
-    real.check(captions)
-    decoder = model.unclip.decoder
-    curves = build_curves(arguments, decoder)
-    condition = load_condition(arguments, captions, model)
+def run(
+    *,
+    decoder: Annotated[str, Option(alias="--ckpt")] = "openmoji",
+    prior: str | None = None,
+    condition: SweepCondition | None = None,
+    drawing: DrawingOptions,
+    real: ReferenceOptions,
+    sweep: SweepOptions,
+    evaluation: EvaluatorOptions,
+    options: ReportOptions = DEFAULTS,
+) -> Figures:
+    """Frechet distance, CLIP score, precision and recall of a decoder over guidance scales.
+
+    Fig. 11 and 13 of the paper; and over sampling steps and samplers.
+
+    Args:
+        decoder: a checkpoint or release; "openmoji": the package's
+        prior: "diffusion" (the default) or "ar", those in the package; or a checkpoint or release
+        condition: what the decoder has for an image embedding; image: that of the caption's
+            picture; by default the prior's, or the text's for a decoder that was trained on text
+            embeddings
+        drawing: what is drawn and how
+        real: which images are the real ones
+        sweep: what is swept
+        evaluation: what evaluates
+        options: where and how it runs
+    """
+    path = decoder_path(decoder)
+    condition = condition or default_condition(path)
+    prior = choose_prior(prior, drawing.prior_sampling, condition)
+    model = Model.of(options, path, prior, drawing.upsamplers)
+    captions = drawing.read_captions(model.size)
+    images = real.images(drawing.captions, evaluation.reference_size or model.size, options)
+    images.check(captions)
+    stage = model.unclip.decoder
+    curves = build_curves(sweep, drawing.sampling, stage)
+    inputs = load_condition(condition, drawing, captions, model, options.seed)
     conditioning_clip = model.unclip.clip.fingerprint()
-    evaluator = Evaluator(
-        choose_features(arguments.features, arguments.captions),
-        choose_score_clip(arguments.score_clip, conditioning_clip),
-        arguments.device,
-        arguments.precision,
-    )
+    evaluator = evaluation.load(drawing.captions, conditioning_clip, options)
     notes = evaluator.shared_clip_warnings(conditioning_clip)
-    text, reference = evaluator.embed_captions(captions), real.features(evaluator, captions)
-    all_real = gather_ranks(reference, arguments.device).features
+    text, reference = evaluator.embed_captions(captions), images.features(evaluator, captions)
+    all_real = gather_ranks(reference, options.device).features
     key, count = evaluator.network.frechet, len(all_real)
-    floor, others = None, real.floor_features(evaluator)
+    floor, others = None, images.floor_features(evaluator)
     if others is not None:
-        floor = compute_floor(others, len(captions), count, key, arguments.seed)
+        floor = compute_floor(others, len(captions), count, key, options.seed)
     if floor is None:
         notes.append(NO_FLOOR.format(len(captions) + count))
     results: dict[str, list[Figures]] = {name: [] for name in curves}
-    rows, images = [], {}
+    rows, points = [], {}
     for name, curve in curves.items():
         for sampling in curve:
-            drawn = condition.generate(arguments.out / "samples" / folder_name(sampling), sampling)
-            features = evaluator.extract(drawn.batches(arguments.batch_size))
+            drawn = inputs.generate(options.out / "samples" / folder_name(sampling), sampling)
+            features = evaluator.extract(drawn.batches(options.batch_size))
             figures = evaluator.compute(reference.features, features, text)
-            every = [gather_ranks(features, arguments.device)]
-            if real.reference is None:
+            every = [gather_ranks(features, options.device)]
+            if images.reference is None:
                 figures |= paired_kid(all_real, every)
             reached = floor.reached_by(figures) if floor else []
-            if reached and real.reference is None:
-                others = reached_on_other_pictures(all_real, every, key, arguments.seed)
-                reached = [name for name in reached if name in others]
+            if reached and images.reference is None:
+                elsewhere = reached_on_other_pictures(all_real, every, key, options.seed)
+                reached = [name for name in reached if name in elsewhere]
             figures["at_floor"] = reached
-            steps = {"step_count": count_steps(decoder, sampling)}
+            steps = {"step_count": count_steps(stage, sampling)}
             results[name].append(asdict(sampling) | steps | figures)
-            images[f"{sampling.sampler} {sampling.steps}, {sampling.guidance_scale:g}"] = drawn
+            points[f"{sampling.sampler} {sampling.steps}, {sampling.guidance_scale:g}"] = drawn
             rows.append(table_row(sampling, figures, key))
     rows.append(floor_row(floor, key))
     notes += figures["notes"]
     settings = model.settings | {
         "size": model.size,
-        "condition": arguments.condition,
-        "the decoder sees": str(condition.inputs),
-        "prior sampling": condition.settings.get("prior_sampling"),
-        "captions": f"{arguments.captions} ({len(captions)})",
+        "condition": condition,
+        "the decoder sees": str(inputs.inputs),
+        "prior sampling": inputs.settings.get("prior_sampling"),
+        "captions": f"{drawing.captions} ({len(captions)})",
         "captions sha256": captions_digest(captions),
-        "reference": real.reference or "the captions' own pictures",
-        "reference size": real.size,
-        "floor": real.floor_path,
+        "reference": images.reference or "the captions' own pictures",
+        "reference size": images.size,
+        "floor": images.floor_path,
         "features": evaluator.network.name,
         "CLIP that scores": str(evaluator.clip.config),
-        "seed": arguments.seed,
+        "seed": options.seed,
     }
     if rank() == 0:
         table = Section("Sweep", [*SETTINGS_HEADERS, *metric_titles(key).values()], rows)
-        save_side_by_side(arguments.out / "sweep.png", images, captions)
-        write(arguments.out, results, body([table], notes), settings, key)
+        save_side_by_side(options.out / "sweep.png", points, captions)
+        write(options.out, results, body([table], notes), settings, key)
     return {
         "curves": results,
         "floor": None if floor is None else asdict(floor),
@@ -293,7 +282,7 @@ def write(
 def main(words: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    return run_command(build_parser(), run, words)
+    return run_command(run, "eval.sweep", words)
 
 
 if __name__ == "__main__":

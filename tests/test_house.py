@@ -200,16 +200,10 @@ check()
 
 def test_help_of_every_command_answers_without_heavy_imports():
     code = """
-import argparse
-from unclip_pl.cli.unclip import parser
-def show(parser):
-    parser.format_help()
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, child in action.choices.items():
-                print(name)
-                show(child)
-show(parser())
+from unclip_pl.cli.unclip import COMMANDS
+from unclip_pl.utils.commands import CommandParser
+for name, command in COMMANDS.items():
+    print(name, CommandParser(command, name).format_help())
 check()
 """
     assert {"generate", "upsample", "verify", "pca"} <= set(run_python(code).split())

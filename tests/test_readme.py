@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unclip_pl.cli.configs import find_config
-from unclip_pl.cli.unclip import parser
+from unclip_pl.cli.unclip import bind
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
@@ -27,7 +27,7 @@ def test_configurations_exist(line):
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("unclip ")])
 def test_unclip_commands_parse(line):
-    assert parser().parse_args(shlex.split(line)[1:]).run
+    assert bind(shlex.split(line)[1:])
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("make ")])

@@ -3,9 +3,9 @@
 Reconstructions from the first principal components, and typographic attacks.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import ImageDraw, ImageFont
@@ -91,12 +91,14 @@ class PrincipalComponents:
         return (self.mean + z @ basis.T @ basis).to(image_embed.device, image_embed.dtype)
 
 
-def principal_components(clip: FrozenCLIP, store: Path | None = None) -> PrincipalComponents:
+def principal_components(
+    clip: FrozenCLIP, store: str | os.PathLike | None = None
+) -> PrincipalComponents:
     """The principal components of a store's image embeddings.
 
     Args:
         clip: the CLIP that the store must be of.
-        store: its folder; None: OpenMoji's, which is made if it is missing.
+        store: its folder or URL; None: OpenMoji's, which is made if it is missing.
 
     Raises:
         UserError: the store is damaged, or of another CLIP.

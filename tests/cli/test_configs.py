@@ -23,12 +23,12 @@ from unclip_pl.cli.config_checks import check_configs
 from unclip_pl.cli.configs import find_config, find_configs
 from unclip_pl.cli.lightning import expand_resume, main
 from unclip_pl.cli.lightning_cli import build_cli
-from unclip_pl.cli.messages import to_sentence
 from unclip_pl.cluster.sharded import ShardedStrategy
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.stages.decoder import Decoder
 from unclip_pl.training.arguments import add_model_flags
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.messages import to_sentence
 
 
 def stems(folder: str) -> list[str]:
@@ -185,7 +185,8 @@ def test_decoder_on_text_embeddings_differs_from_the_decoder_only_in_its_conditi
 
 
 def test_a_checkpoints_own_model_stands_over_the_files_and_under_the_flags():
-    settings = Decoder(UNetConfig(width=32, mults=(1,), attention=(), head_width=32)).hparams
+    net = UNetConfig(width=32, mults=(1,), attention=(), head_width=32, embed_dim=256)
+    settings = Decoder(net).hparams
     given = ["-c", "stages/decoder.yaml", "--model.net.dropout", "0.3", "--ema.decay", "0.5"]
     net = build(*add_model_flags(given, dict(settings))).model.hparams["net"]
     assert net == settings["net"] | {"dropout": 0.3}
@@ -290,7 +291,7 @@ def test_stage_files_are_found_from_any_folder(tmp_path, monkeypatch):
 
 def test_other_messages_are_one_line():
     message = 'Parser key "lr":\n  Expected a float. Got value: fast'
-    assert to_sentence(message) == 'Parser key "lr": Expected a float. Got value: fast'
+    assert to_sentence(message) == "lr is fast: give float."
 
 
 def test_impossible_value_is_one_sentence(capsys):

@@ -38,8 +38,7 @@ def test_prompts_that_look_alike_have_files_of_their_own(folder, tmp_path):
 
 @pytest.mark.parametrize("seed", ["-1", "99999999999999999999999", "x"])
 def test_an_impossible_seed_is_refused(seed, capsys):
-    with pytest.raises(SystemExit):
-        run_unclip(f"generate fox --seed={seed}")
+    assert run_unclip(f"generate fox --seed={seed}") == 2
     assert "--seed" in capsys.readouterr().err
 
 
@@ -92,14 +91,12 @@ def test_a_picture_to_start_from_stays_at_strength_0_and_is_forgotten_at_1(
         ("'  '", "prompt is empty"),
         ("--file gone.txt", "gone.txt"),
         ("--file latin.txt", "UTF-8"),
-        ("apple --num-images 0", "--num-images"),
         ("apple --steps 0", "--steps is 0"),
         ("apple --steps 1001", "--steps is 1001"),
         ("apple --prior-steps 1001", "--prior-steps is 1001"),
         ("apple --prior-steps fast28", "--prior-steps is fast28"),
         ("apple --guidance-scale 0.5", "--guidance-scale is 0.5"),
         ("apple --prior-guidance-scale 0", "--prior-guidance-scale is 0.0"),
-        ("apple --prior-guidance-scale inf", "--prior-guidance-scale is inf"),
         ("apple --prior gone.ckpt", "gone.ckpt"),
         ("apple --prior ar --prior-steps 5", "--prior-steps"),
         ("apple --prior ar --prior-top-p 0", "top_p"),

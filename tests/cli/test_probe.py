@@ -63,7 +63,6 @@ def test_typographic_draws_a_row_for_each_label(run, capsys):
         ("pca a.png --store gone", "gone"),
         ("typographic a.png --object apple --label Apple", "twice"),
         ("typographic a.png --object apple --label ' '", "empty"),
-        ("typographic a.png --object apple --label iPod --num-images 0", "--num-images"),
     ],
 )
 def test_bad_input_is_one_sentence(command, named, place, folder, store, capsys):

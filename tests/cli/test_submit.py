@@ -10,8 +10,8 @@ import pytest
 
 from tests.cli.shell import error_of
 from tests.conftest import ROOT
-from unclip_pl.cli.submit import job_script
-from unclip_pl.cli.unclip import main, parser
+from unclip_pl.cli.submit import JobOptions, job_script
+from unclip_pl.cli.unclip import main
 
 
 def script(capsys, *arguments: str) -> str:
@@ -139,7 +139,7 @@ def run_template(tmp_path, kind, codes, words=(), restarts=2):
     scontrol are recorded.
     """
     stage = "stages/embed.yaml" if kind == "embed" else "stages/decoder.yaml"
-    arguments = ["submit", stage, "--restarts", str(restarts), "--logs", str(tmp_path)]
+    job = JobOptions(restarts=restarts, logs=tmp_path)
     srun = [
         f"n=$(cat {tmp_path}/n 2>/dev/null || echo 0); echo $((n + 1)) >{tmp_path}/n",
         f"set -- {' '.join(map(str, codes))}",
@@ -153,7 +153,7 @@ def run_template(tmp_path, kind, codes, words=(), restarts=2):
     for name, body in commands.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    text = job_script(parser().parse_args(arguments))
+    text = job_script(stage, [], job, validate=False)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "123456"}
     options = {"capture_output": True, "text": True, "timeout": 60}
     return subprocess.run(["bash"], input=text, env=environment, **options)

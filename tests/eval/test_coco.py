@@ -85,11 +85,12 @@ def ran(stages, tmp_path_factory) -> tuple[Path, dict]:
 
 def test_the_paper_s_settings_are_the_defaults():
     words = ["--annotations", "a.json", "--images", "val2014"]
-    arguments = coco.build_parser().parse_args(words)
-    assert (arguments.num_captions, arguments.guidance_scales) == (30000, [1.25])
-    assert (arguments.priors, arguments.upsamplers) == (["diffusion", "ar"], ["256"])
-    assert (arguments.reference, arguments.reference_size) == ("all", None)
-    assert choose_features(arguments.features, None) == "inception" and coco.SIDE == 256
+    found = tiny.arguments(coco, *words)
+    selected, drawing, features = (found[name] for name in ("selected", "drawing", "judging"))
+    assert (selected.num_captions, drawing.guidance_scales) == (30000, (1.25,))
+    assert (drawing.priors, drawing.upsamplers) == (("diffusion", "ar"), ("256",))
+    assert (selected.reference, features.reference_size) == ("all", None)
+    assert choose_features(features.features, None) == "inception" and coco.SIDE == 256
 
 
 def test_each_picture_has_one_of_its_captions_which_the_seed_chooses(stages):

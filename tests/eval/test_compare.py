@@ -83,8 +83,8 @@ def test_both_priors_have_the_same_guidance_and_the_same_sweep(ran):
         sweep = found[name]["prior_sweep"]
         assert sweep["1"]["fd_clip"] != sweep["2"]["fd_clip"]
         assert "prior_guidance_scale" in found[name]["best"]["at_edge"]
-    arguments = compare.build_parser().parse_args([])
-    assert arguments.guidance_scales == arguments.prior_guidance_scales == [1, 1.25, 1.5, 2, 3, 4]
+    options = tiny.arguments(compare)["options"]
+    assert options.guidance_scales == options.prior_guidance_scales == (1, 1.25, 1.5, 2, 3, 4)
 
 
 def test_each_condition_draws_what_the_stages_draw_from_its_embedding_with_the_same_noise(
@@ -285,8 +285,9 @@ def test_captions_without_pictures_leave_the_upper_bound_out(stages, tmp_path):
     file = tmp_path / "captions.txt"
     file.write_text("a dog\na cat\na fox\n")
     more = ["--captions", str(file), "--text-decoder", "", "--ar-prior", "none"]
-    arguments = compare.build_parser().parse_args(words(stages, tmp_path, *more))
+    found = tiny.arguments(compare, *words(stages, tmp_path, *more))
+    asked = [found[name] for name in ("asked", "drawing", "options")]
     model = Model(str(stages["decoder"]))
-    conditions, notes = compare.load_conditions(arguments, model, read_captions(str(file)))
+    conditions, notes = compare.load_conditions(*asked, model, read_captions(str(file)))
     assert [condition.name for condition in conditions] == ["caption", "text", "diffusion"]
     assert len(notes) == 3

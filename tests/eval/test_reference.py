@@ -16,6 +16,7 @@ from eval.stored import StoredImages
 from tests.data.shardkit import write_tar
 from tests.eval import tiny
 from unclip_pl.data.decoding import decode
+from unclip_pl.utils.commands import CommandParser
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import to_uint8
 
@@ -98,8 +99,9 @@ def test_a_folder_of_squares_is_compared_with_squares_and_photographs_with_whole
         (tmp_path / f"wide-{k}.png").write_bytes(photograph(k))
         (tmp_path / f"square-{k}.png").write_bytes(photograph(k, 16, 16))
     for names, size in ((["square-0.png"], 16), (["wide-0.png"], None)):
-        arguments = fid.build_parser().parse_args(["--images", "x", "--reference", str(tmp_path)])
-        assert fid.open_reference(arguments, StoredImages(str(tmp_path), names=names)).size == size
+        source = tiny.arguments(fid, "--images", "x")["source"]
+        images = StoredImages(str(tmp_path), names=names)
+        assert fid.open_reference(str(tmp_path), None, source, images).size == size
 
 
 @pytest.mark.parametrize("name", ["openmoji", "openmoji-line"])
@@ -112,8 +114,8 @@ def test_drawings_are_compared_with_the_held_out_ones_of_their_style(name, tmp_p
 
     monkeypatch.setattr(fid, "openmoji_shards", shards)
     drawn = GeneratedImages(tmp_path, [], lambda indices: torch.zeros(0), {}, size=16)
-    arguments = fid.build_parser().parse_args(["--decoder", "x", "--captions", name])
-    real = fid.open_reference(arguments, drawn)
+    source = tiny.arguments(fid, "--decoder", "x", "--captions", name)["source"]
+    real = fid.open_reference(None, None, source, drawn)
     assert real.shards == [str(tmp_path / f"{name}-16" / "val-00000.tar")] and real.size == 16
 
 
@@ -144,7 +146,7 @@ def test_features_are_inception_s_except_for_the_embedded_drawings(features, cap
 
 @pytest.mark.parametrize("command", [fid, compare, sweep, coco])
 def test_no_command_has_features_of_its_own_by_default(command):
-    assert command.build_parser().get_default("features") is None
+    assert CommandParser(command.run, "eval").get_default("features") is None
 
 
 def test_only_inception_s_distance_is_called_fid(tmp_path, monkeypatch, capsys):

@@ -1,14 +1,15 @@
 """The images that options ask for: a model draws what its pipeline draws."""
 
-import argparse
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from eval import clip_score
 from eval.captions import read_captions
-from eval.source import add_source_options, describe_weights, open_source
+from eval.source import describe_weights, open_source
+from eval.stored import ImageSource
 from tests.eval import tiny
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_PRIORS
@@ -26,11 +27,9 @@ def shard(tmp_path_factory):
     return tiny.shards(tmp_path_factory.mktemp("drawings"), 6)
 
 
-def parse(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_source_options(parser)
-    parser.set_defaults(device="cpu", precision="fp32", compile=False, seed=7)
-    return parser.parse_args(words)
+def open_images(*words: str) -> ImageSource:
+    found = tiny.arguments(clip_score, *words, "--device", "cpu", "--seed", "7")
+    return open_source(found["source"], found["options"])
 
 
 @pytest.mark.parametrize("condition", ["prior", "text", "caption"])
@@ -41,7 +40,7 @@ def test_a_model_draws_what_its_pipeline_draws(release, shard, tmp_path, conditi
     if condition == "prior":
         words += ["--prior-sampler", "ddim", "--prior-steps", "2"]
         prior = DEFAULT_PRIORS["diffusion"]
-    images = torch.cat([batch["images"] for batch in open_source(parse(*words)).batches(8)])
+    images = torch.cat([batch["images"] for batch in open_images(*words).batches(8)])
     captions = [caption.text for caption in read_captions(str(shard))]
     unclip = UnCLIP.load(release, prior)
     if condition == "prior":
@@ -55,7 +54,7 @@ def test_a_model_draws_what_its_pipeline_draws(release, shard, tmp_path, conditi
 def test_samples_lie_in_the_cache_in_a_folder_of_their_settings(release, shard, cache):
     words = ["--decoder", str(release), "--captions", str(shard), "--condition", "caption"]
     folders = [
-        open_source(parse(*words, *more)).folder
+        open_images(*words, *more).folder
         for more in ([], [], ["--guidance-scale", "2"], ["--num-captions", "5"])
     ]
     assert folders[0] == folders[1] and len(set(folders)) == 3
@@ -64,12 +63,12 @@ def test_samples_lie_in_the_cache_in_a_folder_of_their_settings(release, shard, 
 
 def test_a_decoder_on_text_embeddings_is_conditioned_on_them_by_default(tmp_path, shard):
     decoder = tiny.decoder(tmp_path / "text", "text")
-    source = open_source(parse("--decoder", str(decoder), "--captions", str(shard)))
+    source = open_images("--decoder", str(decoder), "--captions", str(shard))
     assert source.settings["condition"] == "text" and source.settings["prior"] is None
 
 
 def test_a_folder_of_images_needs_no_model(shard):
-    batches = open_source(parse("--images", str(shard.parent))).batches(4)
+    batches = open_images("--images", str(shard.parent)).batches(4)
     assert sum(len(batch["keys"]) for batch in batches) == 6
 
 
@@ -92,7 +91,7 @@ def test_a_folder_of_images_needs_no_model(shard):
 def test_what_cannot_be_opened_is_refused(words, keyword, release, shard):
     places = {"shards": shard.parent, "prior": DEFAULT_PRIORS["diffusion"], "decoder": release}
     with pytest.raises(UserError, match=keyword):
-        open_source(parse(*words.format(**places).split()))
+        open_images(*words.format(**places).split())
 
 
 def test_another_file_of_the_same_name_is_another_model(tmp_path):

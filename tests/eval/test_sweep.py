@@ -145,8 +145,8 @@ def test_what_cannot_be_swept_is_one_sentence(more, keyword, stages, tmp_path, c
 def test_spacings_stand_by_the_number_of_their_steps(stages):
     decoder = UnCLIP.load(stages["decoder"]).decoder
     more = ["--guidance-scales", "--sweep-steps", "fast27", "30", "2,1", "2", "30"]
-    arguments = sweep.build_parser().parse_args(words(stages, Path("out"), *more))
-    (curve,) = sweep.build_curves(arguments, decoder).values()
+    found = tiny.arguments(sweep, *words(stages, Path("out"), *more))
+    (curve,) = sweep.build_curves(found["sweep"], found["drawing"].sampling, decoder).values()
     assert [sampling.steps for sampling in curve] == [2, (2, 1), "fast27", 30]
     assert [sweep.count_steps(decoder, sampling) for sampling in curve] == [2, 3, 27, 30]
     assert " " not in sweep.folder_name(curve[1])

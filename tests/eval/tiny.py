@@ -2,6 +2,8 @@
 
 import random
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from unclip_pl.pipeline.release import Release
 from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 from unclip_pl.stages.upsampler import NET as UPSAMPLER_NET
 from unclip_pl.stages.upsampler import Upsampler256, UpsamplingConfig
+from unclip_pl.utils.commands import CommandParser
 
 NET = UNetConfig(
     image_size=16,
@@ -89,3 +92,8 @@ def upsampler(folder: Path, size: int = 64, seed: int = 0) -> Path:
     randomise(stage.net)
     weights = Release("Upsampler256", dict(stage.hparams), None, stage.state_dict(), 1)
     return release.write(folder, weights, "# a card\n")
+
+
+def arguments(command: ModuleType, *words: str) -> dict[str, Any]:
+    """What the function of `python -m COMMAND` gets from the words of a command line."""
+    return CommandParser(command.run, command.__name__).bind(words).keywords

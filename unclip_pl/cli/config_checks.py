@@ -1,5 +1,7 @@
-"""What is wrong with the files and flags of `lightning` and can be said better here than by what
-reads them next."""
+"""Checks of the files and flags of `lightning`, and of the settings parsed from them.
+
+What is wrong with them can be said better here than by what reads them next.
+"""
 
 import dataclasses
 import math

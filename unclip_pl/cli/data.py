@@ -1,166 +1,159 @@
 """`unclip data openmoji | verify | import`: draw, check and import data."""
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-from unclip_pl.cli.options import AddCommand
 from unclip_pl.utils.devices import pick_device
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.remote_copies import path_or_url
+from unclip_pl.utils.remote import is_remote
+
+if TYPE_CHECKING:
+    from unclip_pl.data.import_sources import RetrievalFolder, TarMembers
 
 
-def add(command: AddCommand) -> None:
-    openmoji = command(
-        "openmoji",
-        run_openmoji,
-        "Draw the OpenMoji data set as tar shards (CC BY-SA 4.0, openmoji.org).",
-    )
-    openmoji.add_argument("--image-size", type=int, default=64, help="pixels per side")
-    openmoji.add_argument(
-        "--line", action="store_true", help="their black lines only: the data set openmoji-line"
-    )
-    openmoji.add_argument(
-        "--cache", type=Path, help="folder; by default $UNCLIP_CACHE or ~/.cache/unclip_pl"
-    )
-    verify = command(
-        "verify",
-        run_verify,
-        "Read an embedding store back and name every missing, doubled, non-finite or stale row.",
-    )
-    verify.add_argument("store", type=path_or_url, help="the store's folder")
-    verify.add_argument(
-        "--shards",
-        nargs="+",
-        help="the tar shards it was made from; by default those its manifest names",
-    )
-    importing = command(
-        "import",
-        run_import,
-        "Import raw CLIP embeddings into a store: from clip-retrieval's folder, or from .npy "
-        "members of the tars.",
-    )
-    importing.add_argument(
-        "source",
-        nargs="?",
-        type=Path,
-        help="clip-retrieval's output folder; without it the embeddings are members of the tars",
-    )
-    importing.add_argument(
-        "--store",
-        type=path_or_url,
-        required=True,
-        help="the store's folder; goes on where it stopped",
-    )
-    importing.add_argument(
-        "--shards",
-        nargs="+",
-        required=True,
-        help="the tar shards, spelled as data.train and data.val will spell them",
-    )
-    importing.add_argument(
-        "--key-column", help="the metadata's column of keys, with a source (default: image_path)"
-    )
-    importing.add_argument(
-        "--image-key",
-        help="ending of the image embeddings' members, without a source (default: img_emb.npy)",
-    )
-    importing.add_argument(
-        "--text-key",
-        help="ending of the text embeddings' members, without a source; by default they are "
-        "computed",
-    )
-    importing.add_argument(
-        "--clip-model",
-        default="openmoji",
-        help="as data.clip.model: openmoji, a name of open_clip, or local-dir:/folder",
-    )
-    importing.add_argument(
-        "--clip-pretrained",
-        help="as data.clip.pretrained: a tag or a weights file, with a name of open_clip",
-    )
-    importing.add_argument("--clip-precision", default="fp32", help="as data.clip.precision")
-    importing.add_argument(
-        "--embed-missing",
-        action="store_true",
-        help="embed the samples that have no row, which is an error otherwise",
-    )
-    importing.add_argument(
-        "--max-bad-rate",
-        type=float,
-        default=0.01,
-        help="largest share of samples that cannot be used",
-    )
-    importing.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
+def openmoji(*, image_size: int = 64, line: bool = False, cache: Path | None = None) -> None:
+    """Draw the OpenMoji data set as tar shards (CC BY-SA 4.0, openmoji.org).
 
-
-def run_openmoji(arguments: argparse.Namespace) -> None:
+    Args:
+        image_size: pixels per side
+        line: their black lines only: the data set openmoji-line
+        cache: folder; by default $UNCLIP_CACHE or ~/.cache/unclip_pl
+    """
     from unclip_pl.data.openmoji import openmoji_shards
 
-    name = "openmoji-line" if arguments.line else "openmoji"
-    print(openmoji_shards(arguments.image_size, arguments.cache, name=name))
+    name = "openmoji-line" if line else "openmoji"
+    print(openmoji_shards(image_size, cache, name=name))
 
 
-def run_verify(arguments: argparse.Namespace) -> None:
+def verify(store: str, *, shards: Sequence[str] | None = None) -> None:
+    """Read an embedding store back.
+
+    Every missing, doubled, non-finite or stale row is named.
+
+    Args:
+        store: the store's folder, or its URL
+        shards: the tar shards it was made from; by default those its manifest names
+    """
     from unclip_pl.data.names import expand
     from unclip_pl.data.verify import verify
 
-    shards = expand(arguments.shards) if arguments.shards else None
-    store = arguments.store
-    if isinstance(store, Path) and (
-        store.suffix == ".tar"
-        or (not (store / "manifest.json").exists() and any(store.glob("*.tar*")))
+    folder = Path(store)
+    if not is_remote(store) and (
+        folder.suffix == ".tar"
+        or (not (folder / "manifest.json").exists() and any(folder.glob("*.tar*")))
     ):
         raise UserError(
-            f"{arguments.store} is shards and no embedding store: name the store that "
+            f"{store} is shards and no embedding store: name the store that "
             f"`lightning predict -c stages/embed.yaml` fills from them, with --shards "
-            f"{arguments.store}."
+            f"{store}."
         )
     notes: list[str] = []
-    problems = verify(arguments.store, shards, notes=notes)
+    problems = verify(store, expand(shards) if shards else None, notes=notes)
     for line in [*(f"note: {note}" for note in notes), *problems]:
         print(line)
     if problems:
         raise UserError(
-            f"{len(problems)} problems in {arguments.store}: delete the .safetensors files that "
+            f"{len(problems)} problems in {store}: delete the .safetensors files that "
             "lines begin with, never a .tar, then fill the store again; whole shards are kept."
         )
     exception = ", but for images that cannot be used" if notes else ""
-    print(f"{arguments.store} is whole{exception}.")
+    print(f"{store} is whole{exception}.")
 
 
-def run_import(arguments: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class ImportCLIPOptions:
+    """The CLIP that made the embeddings.
+
+    Args:
+        model: as data.clip.model: openmoji, a name of open_clip, or local-dir:/folder
+        pretrained: as data.clip.pretrained: a tag or a weights file, with a name of open_clip
+        precision: as data.clip.precision
+    """
+
+    PREFIX: ClassVar[str] = "clip_"
+    model: str = "openmoji"
+    pretrained: str | None = None
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where the embeddings are.
+
+    Args:
+        key_column: the metadata's column of keys, with a source (default: image_path)
+        image_key: ending of the image embeddings' members, without a source (default:
+            img_emb.npy)
+        text_key: ending of the text embeddings' members, without a source; by default they are
+            computed
+    """
+
+    key_column: str | None = None
+    image_key: str | None = None
+    text_key: str | None = None
+
+    def open(self, folder: Path | None) -> "RetrievalFolder | TarMembers":
+        """The source: clip-retrieval's folder, or the tars.
+
+        Raises:
+            UserError: an option is for the other kind of source.
+        """
+        from unclip_pl.data.import_sources import RetrievalFolder, TarMembers
+
+        if folder and (self.image_key or self.text_key):
+            raise UserError(
+                "--image-key and --text-key name members of the tars, and "
+                f"{folder} is given as the source: leave one of them out."
+            )
+        if self.key_column and not folder:
+            raise UserError(
+                "--key-column names a column of a source's metadata, and no source is given: give "
+                "clip-retrieval's output folder."
+            )
+        if folder:
+            return RetrievalFolder(folder, self.key_column or "image_path")
+        return TarMembers(self.image_key or "img_emb.npy", self.text_key)
+
+
+def import_(
+    source: Path | None = None,
+    *,
+    store: str,
+    shards: Sequence[str],
+    keys: SourceOptions,
+    clip: ImportCLIPOptions,
+    embed_missing: bool = False,
+    max_bad_rate: float = 0.01,
+    device: str = "auto",
+) -> None:
+    """Import raw CLIP embeddings into a store.
+
+    They are those of clip-retrieval's folder, or .npy members of the tars.
+
+    Args:
+        source: clip-retrieval's output folder; without it the embeddings are members of the tars
+        store: the store's folder or its URL; goes on where it stopped
+        shards: the tar shards, spelled as data.train and data.val will spell them
+        embed_missing: embed the samples that have no row, which is an error otherwise
+        max_bad_rate: largest share of samples that cannot be used
+        device: cpu, cuda, cuda:1 ...
+        keys: where the embeddings are
+        clip: the CLIP that made the embeddings
+    """
     from unclip_pl.clip.config import CLIPConfig
     from unclip_pl.clip.frozen import FrozenCLIP
     from unclip_pl.data.bad_samples import BadSampleCounter
     from unclip_pl.data.import_embeddings import import_embeddings
-    from unclip_pl.data.import_sources import RetrievalFolder, TarMembers
     from unclip_pl.data.names import expand
 
-    if arguments.source and (arguments.image_key or arguments.text_key):
-        raise UserError(
-            "--image-key and --text-key name members of the tars, and "
-            f"{arguments.source} is given as the source: leave one of them out."
-        )
-    if arguments.key_column and not arguments.source:
-        raise UserError(
-            "--key-column names a column of a source's metadata, and no source is given: give "
-            "clip-retrieval's output folder."
-        )
-    shards = expand(arguments.shards)
-    config = CLIPConfig(arguments.clip_model, arguments.clip_pretrained, arguments.clip_precision)
-    clip = FrozenCLIP(config, pick_device(arguments.device))
-    source: RetrievalFolder | TarMembers
-    if arguments.source:
-        source = RetrievalFolder(arguments.source, arguments.key_column or "image_path")
-    else:
-        source = TarMembers(arguments.image_key or "img_emb.npy", arguments.text_key)
-    counter = BadSampleCounter(arguments.max_bad_rate, "--max-bad-rate")
-    store = import_embeddings(
-        arguments.store,
-        shards,
-        source,
-        clip,
-        counter=counter,
-        embed_missing=arguments.embed_missing,
+    members = keys.open(source)
+    names = expand(shards)
+    config = CLIPConfig(clip.model, clip.pretrained, clip.precision)
+    frozen = FrozenCLIP(config, pick_device(device))
+    counter = BadSampleCounter(max_bad_rate, "--max-bad-rate")
+    written = import_embeddings(
+        store, names, members, frozen, counter=counter, embed_missing=embed_missing
     )
-    print(f"{arguments.store} has {sum(store.row_counts(shards))} rows for the shards given.")
+    print(f"{store} has {sum(written.row_counts(names))} rows for the shards given.")

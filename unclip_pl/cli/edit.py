@@ -1,16 +1,15 @@
 """`unclip edit`: text diffs, pictures changed as two captions differ (unCLIP section 3.3)."""
 
-import argparse
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from unclip_pl.cli.options import AddCommand, read_file
-from unclip_pl.cli.pictures import PICTURE_HELP, enlarge_like, require_files
-from unclip_pl.cli.session import Session, add_session_options
+from unclip_pl.cli.options import read_file
+from unclip_pl.cli.pictures import enlarge_like, require_files
+from unclip_pl.cli.session import Session, SessionOptions
+from unclip_pl.utils.commands import UsageError
 from unclip_pl.utils.errors import UserError
-
-DEFAULT_THETA = "0..0.5"
 
 
 class Edit(NamedTuple):
@@ -21,65 +20,61 @@ class Edit(NamedTuple):
     target: str
 
 
-def add(command: AddCommand) -> None:
-    parser = command("edit", run, "Change a picture as the difference of two captions says.")
-    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help=PICTURE_HELP)
-    parser.add_argument(
-        "--from", dest="source", default="a photo", help='what the picture is; "" leaves it out'
-    )
-    parser.add_argument("--to", dest="target", help="what it shall be")
-    parser.add_argument(
-        "--theta",
-        type=parse_range,
-        nargs="+",
-        help="how far to go, 0 to 1: numbers, or a range for five of them; by default "
-        f"{DEFAULT_THETA}",
-    )
-    parser.add_argument(
-        "--file",
-        type=Path,
-        help="a UTF-8 file of edits, one per line: picture, from, to, with tabs between; pictures "
-        "are looked for next to the file",
-    )
-    add_session_options(parser)
+def edit(
+    images: Sequence[Path] = (),
+    *,
+    from_: str = "a photo",
+    to: str | None = None,
+    theta: Sequence[str] | None = None,
+    file: Path | None = None,
+    options: SessionOptions,
+) -> None:
+    """Change a picture as the difference of two captions says.
 
-
-def run(arguments: argparse.Namespace) -> None:
+    Args:
+        images: a picture of any size (its centre square is taken), or a latent that `unclip
+            invert` wrote
+        from_: what the picture is; "" leaves it out
+        to: what it shall be
+        theta: how far to go, 0 to 1: numbers, or a range for five of them; by default 0..0.5
+        file: a UTF-8 file of edits, one per line: picture, from, to, with tabs between; pictures
+            are looked for next to the file
+        options: what draws, from which seed and where to
+    """
     import torch
 
     from unclip_pl.manipulate import check_theta, text_diff
 
-    edits = [Edit(path, arguments.source, arguments.target) for path in arguments.images]
-    if edits and arguments.target is None:
+    thetas = [value for word in theta or ("0..0.5",) for value in parse_range(word)]
+    edits = [Edit(path, from_, to or "") for path in images]
+    if edits and to is None:
         raise UserError("There is no --to: say what the picture shall be.")
-    if arguments.file:
-        edits += read_edits(arguments.file)
+    if file:
+        edits += read_edits(file)
     check_edits(edits)
-    require_files(edit.path for edit in edits)
-    ranges = arguments.theta or [parse_range(DEFAULT_THETA)]
-    thetas = [value for values in ranges for value in values]
-    theta = torch.tensor(thetas)
-    check_theta(theta)
-    session = Session(arguments)
-    paths = dict.fromkeys(edit.path for edit in edits)
+    require_files(one.path for one in edits)
+    steps = torch.tensor(thetas)
+    check_theta(steps)
+    session = Session(options)
+    paths = dict.fromkeys(one.path for one in edits)
     latents = {path: session.load_latent(path) for path in paths}
     rows, labels = [], []
-    for number, edit in enumerate(edits):
-        original, latent = latents[edit.path]
+    for number, one in enumerate(edits):
+        original, latent = latents[one.path]
         sampling = session.inversion_sampling(latent)
         count = len(thetas)
-        source = [edit.source] * count if edit.source.strip() else None
-        target = [edit.target] * count
-        with session.progress(f"{edit.path.name}: {edit.target}") as callback:
+        source = [one.source] * count if one.source.strip() else None
+        target = [one.target] * count
+        with session.progress(f"{one.path.name}: {one.target}") as callback:
             repeated = latent[[0] * count]
-            drawn = text_diff(session.unclip, repeated, source, target, theta, sampling, callback)
-        drawn = session.upsample_to_size(drawn, [arguments.seed] * count)
-        name = edit.path.stem if len(edits) == 1 else f"{number:02d}-{edit.path.stem}"
-        settings = f'edit, from "{edit.source}" to "{edit.target}", {sampling}'
+            drawn = text_diff(session.unclip, repeated, source, target, steps, sampling, callback)
+        drawn = session.upsample_to_size(drawn, [options.seed] * count)
+        name = one.path.stem if len(edits) == 1 else f"{number:02d}-{one.path.stem}"
+        settings = f'edit, from "{one.source}" to "{one.target}", {sampling}'
         for value, image in zip(thetas, drawn):
-            session.save(image, f"{name}-theta{value:g}", source=edit.path.name, unclip=settings)
+            session.save(image, f"{name}-theta{value:g}", source=one.path.name, unclip=settings)
         rows.append(torch.cat([enlarge_like(original, drawn), drawn]))
-        labels.append(f"{edit.source} > {edit.target}" if source else f"> {edit.target}")
+        labels.append(f"{one.source} > {one.target}" if source else f"> {one.target}")
     heads = ["original", *(f"theta {value:g}" for value in thetas)]
     session.save_figure("edits", rows, labels, heads)
 
@@ -91,8 +86,8 @@ def parse_range(text: str) -> list[float]:
         start = float(first)
         end = float(last) if dots else start
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text} is neither a number nor a range: write 0.25 or 0..0.5"
+        raise UsageError(
+            f"--theta: {text} is neither a number nor a range: write 0.25 or 0..0.5."
         ) from None
     return [start + (end - start) * k / 4 for k in range(5)] if dots else [start]
 
@@ -126,13 +121,13 @@ def check_edits(edits: list[Edit]) -> None:
             "There is no picture to edit: name one with --from and --to, or a file with one edit "
             "per line (--file)."
         )
-    for edit in edits:
-        if not edit.target.strip():
+    for one in edits:
+        if not one.target.strip():
             raise UserError(
-                f"The caption to go to is empty for {edit.path}: say what the picture shall be."
+                f"The caption to go to is empty for {one.path}: say what the picture shall be."
             )
-        if edit.source.strip() == edit.target.strip():
+        if one.source.strip() == one.target.strip():
             raise UserError(
-                f'From and to are the same for {edit.path} ("{edit.target}"), which is no change: '
+                f'From and to are the same for {one.path} ("{one.target}"), which is no change: '
                 "make them differ."
             )

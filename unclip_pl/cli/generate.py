@@ -1,170 +1,136 @@
 """`unclip generate`: pictures from captions."""
 
-import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from unclip_pl.cli.options import (
-    AddCommand,
-    add_decoder_option,
-    add_device_options,
-    add_output_options,
-    add_size_option,
-    add_upsampler_options,
-    device_kwargs,
-    override_upsampling,
-    read_file,
-    require_minimum,
-    upsampler_paths,
-)
+from unclip_pl.cli.options import DeviceOptions, Folder, UpsamplerOptions, read_file
 from unclip_pl.cli.pictures import GRID_PIXELS, load_square
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.options import (
-    add_prior_option,
-    add_prior_sampling_options,
-    add_sampling_options,
-    override_sampling,
-)
+from unclip_pl.utils.options import Count, GuidedSamplingOptions, PriorSamplingOptions, Seed
 from unclip_pl.utils.text import repair_text
 
 NAME_BYTES = 150
 """Bytes of a prompt in the name of a file, which has 255 at most."""
 STRENGTH = 0.7
-PRIOR_OPTIONS = (
-    "prior",
-    "prior_guidance_scale",
-    "prior_steps",
-    "prior_sampler",
-    "prior_temperature",
-    "prior_top_p",
-)
 
 
-def add(command: AddCommand) -> None:
-    parser = command(
-        "generate",
-        run,
-        "Draw pictures from captions: a prior makes a CLIP image embedding of each, the decoder "
-        "draws it.",
-    )
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="captions")
-    parser.add_argument("--file", type=Path, help="a UTF-8 text file with one more prompt per line")
-    parser.add_argument(
-        "--condition",
-        choices=["prior", "text", "caption"],
-        default="prior",
-        help="what the decoder gets as its image embedding: the prior's, CLIP's text embedding, "
-        "or none",
-    )
-    add_prior_option(parser)
-    add_prior_sampling_options(parser)
-    parser.add_argument("--num-images", type=int, default=4, help="pictures of each prompt")
-    add_decoder_option(parser)
-    add_sampling_options(parser)
-    add_output_options(parser, "picture k of each prompt uses seed + k", "folder for the PNG files")
-    parser.add_argument(
-        "--init",
-        type=Path,
-        help="a picture to start from, of any size (its centre square is taken)",
-    )
-    parser.add_argument(
-        "--strength",
-        type=float,
-        help="how much of --init is drawn again, 0 (it stays) to 1 (nothing of it stays); by "
-        f"default {STRENGTH}",
-    )
-    add_size_option(parser)
-    add_upsampler_options(parser, "--upsampler-steps")
-    add_device_options(parser)
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures drawn at a time")
-    parser.add_argument(
-        "--grid",
-        action="store_true",
-        help=f"also write grid.png, a row for each prompt, at most {GRID_PIXELS} pixels wide",
-    )
+def generate(
+    prompts: Sequence[str] = (),
+    *,
+    file: Path | None = None,
+    condition: Literal["prior", "text", "caption"] = "prior",
+    prior: str | None = None,
+    prior_sampling: PriorSamplingOptions,
+    num_images: Count = 4,
+    decoder: str | None = None,
+    sampling: GuidedSamplingOptions,
+    seed: Seed = 0,
+    out: Folder = Path("out"),
+    init: Path | None = None,
+    strength: float | None = None,
+    upsamplers: UpsamplerOptions,
+    compute: DeviceOptions,
+    batch_size: Count = 16,
+    grid: bool = False,
+) -> None:
+    """Draw pictures from captions.
 
+    A prior makes a CLIP image embedding of each, the decoder draws it.
 
-def run(arguments: argparse.Namespace) -> None:
+    Args:
+        prompts: captions
+        file: a UTF-8 text file with one more prompt per line
+        condition: what the decoder gets as its image embedding: the prior's, CLIP's text
+            embedding, or none
+        prior: "diffusion" (the default) or "ar", those in the package; or a checkpoint or release
+        num_images: pictures of each prompt
+        decoder: a checkpoint or release; by default the one in the package
+        seed: picture k of each prompt uses seed + k
+        out: folder for the PNG files
+        init: a picture to start from, of any size (its centre square is taken)
+        strength: how much of --init is drawn again, 0 (it stays) to 1 (nothing of it stays); by
+            default 0.7
+        batch_size: pictures drawn at a time
+        grid: also write grid.png, a row for each prompt, at most 2048 pixels wide
+        prior_sampling: how the prior samples
+        sampling: how the decoder samples
+        upsamplers: how large the pictures become
+        compute: where and how the networks run
+    """
     import torch
     from tqdm import tqdm
 
     from unclip_pl.pipeline.unclip import UnCLIP
     from unclip_pl.pipeline.weights import DEFAULT_DECODER
-    from unclip_pl.utils.images import grid, save_png, shrink
+    from unclip_pl.utils import images
 
-    prompts = read_prompts(arguments.prompts, arguments.file)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    require_minimum(arguments, num_images=1, batch_size=1)
-    check_conditions(arguments)
-    prior = (arguments.prior or "diffusion") if arguments.condition == "prior" else None
-    upsamplers = upsampler_paths(arguments)
+    captions = read_prompts(prompts, file)
+    out.mkdir(parents=True, exist_ok=True)
+    check_conditions(condition, prior, prior_sampling)
+    if strength is not None and init is None:
+        raise UserError(
+            "--strength is for --init: name a picture to start from, or leave --strength out."
+        )
+    prior = (prior or "diffusion") if condition == "prior" else None
     unclip = UnCLIP.load(
-        arguments.decoder or DEFAULT_DECODER,
-        prior,
-        upsamplers=upsamplers,
-        **device_kwargs(arguments),
+        decoder or DEFAULT_DECODER, prior, upsamplers=upsamplers.paths, **compute.kwargs()
     )
-    options = vars(arguments)
-    sampling = override_sampling(unclip.decoder, options)
-    upsampling = override_upsampling(unclip.cascade, arguments, "upsampler_")
-    prior_sampling = None
-    if unclip.prior:
-        prior_sampling = override_sampling(unclip.prior, options, "prior_")
-    warn_of_cut_prompts(unclip, prompts)
+    decoding = sampling.of(unclip.decoder)
+    upsampling = upsamplers.sampling(unclip.cascade)
+    drawing_prior = prior_sampling.of(unclip.prior) if unclip.prior else None
+    warn_of_cut_prompts(unclip, captions)
 
     decode, start = None, ""
-    if arguments.init is not None:
-        strength = STRENGTH if arguments.strength is None else arguments.strength
-        decode = decode_from_picture(unclip, arguments.init, strength)
-        start = f"start {arguments.init.name} at strength {strength}, "
-    decoder = arguments.decoder or "of the package"
+    if init is not None:
+        strength = STRENGTH if strength is None else strength
+        decode = decode_from_picture(unclip, init, strength)
+        start = f"start {init.name} at strength {strength}, "
     settings = (
-        f"generate, {start}condition {arguments.condition}, prior {prior} {prior_sampling}, "
-        f"decoder {decoder} {sampling}"
+        f"generate, {start}condition {condition}, prior {prior} {drawing_prior}, "
+        f"decoder {decoder or 'of the package'} {decoding}"
     )
-    for path, stage_sampling in zip(upsamplers, upsampling.values()):
+    for path, stage_sampling in zip(upsamplers.paths, upsampling.values()):
         settings += f", upsampler {path} {stage_sampling}"
 
-    names = file_names(prompts)
-    seeds = range(arguments.seed, arguments.seed + arguments.num_images)
-    samples = [(prompt, seed) for prompt in prompts for seed in seeds]
-    cell = max(unclip.sizes[0], GRID_PIXELS // arguments.num_images)  # more is not shown
+    names = file_names(captions)
+    seeds = range(seed, seed + num_images)
+    samples = [(prompt, number) for prompt in captions for number in seeds]
+    cell = max(unclip.sizes[0], GRID_PIXELS // num_images)  # more is not shown
     cells: list[torch.Tensor] = []
     with tqdm(total=len(samples), unit="picture", file=sys.stderr) as bar:
 
         def report(stage: str, step: int, steps: int) -> None:
             bar.set_postfix_str(f"{stage} step {step}/{steps}")
 
-        for first in range(0, len(samples), arguments.batch_size):
-            batch = samples[first : first + arguments.batch_size]
-            images = unclip.generate(
+        for first in range(0, len(samples), batch_size):
+            batch = samples[first : first + batch_size]
+            drawn = unclip.generate(
                 [prompt for prompt, _ in batch],
-                [seed for _, seed in batch],
-                arguments.condition,
+                [number for _, number in batch],
+                condition,
                 size=unclip.sizes[-1],
-                prior_sampling=prior_sampling,
-                sampling=sampling,
+                prior_sampling=drawing_prior,
+                sampling=decoding,
                 upsampling=upsampling,
                 decode=decode,
                 callback=report,
             )
-            for (prompt, seed), image in zip(batch, images.cpu(), strict=True):
-                path = arguments.out / f"{names[prompt]}-{seed}.png"
-                save_png(image, path, prompt=prompt, seed=str(seed), unclip=settings)
-                bar.write(str(path), file=sys.stdout)
-                if arguments.grid:
-                    cells.append(shrink(image[None], cell))
-            bar.update(len(images))
-    if arguments.grid:
-        rows = list(torch.cat(cells).split(arguments.num_images))
-        path = arguments.out / "grid.png"
-        metadata = {"prompt": "; ".join(prompts), "seed": str(arguments.seed), "unclip": settings}
-        figure = grid(rows, prompts, max_width=GRID_PIXELS)
-        print(save_png(figure, path, **metadata))
+            for (prompt, number), image in zip(batch, drawn.cpu(), strict=True):
+                file_out = out / f"{names[prompt]}-{number}.png"
+                images.save_png(image, file_out, prompt=prompt, seed=str(number), unclip=settings)
+                bar.write(str(file_out), file=sys.stdout)
+                if grid:
+                    cells.append(images.shrink(image[None], cell))
+            bar.update(len(drawn))
+    if grid:
+        rows = list(torch.cat(cells).split(num_images))
+        metadata = {"prompt": "; ".join(captions), "seed": str(seed), "unclip": settings}
+        figure = images.grid(rows, captions, max_width=GRID_PIXELS)
+        print(images.save_png(figure, out / "grid.png", **metadata))
 
 
 def read_prompts(words: Sequence[str], file: Path | None) -> list[str]:
@@ -184,17 +150,14 @@ def read_prompts(words: Sequence[str], file: Path | None) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def check_conditions(arguments: argparse.Namespace) -> None:
-    """Raise a UserError if an option is for something that is not used."""
-    used = [name for name in PRIOR_OPTIONS if getattr(arguments, name) is not None]
-    if used and arguments.condition != "prior":
+def check_conditions(
+    condition: str, prior: str | None, prior_sampling: PriorSamplingOptions
+) -> None:
+    """Raise a UserError if an option is for a prior, and none is used."""
+    used = [*(["--prior"] if prior is not None else []), *prior_sampling.given()]
+    if used and condition != "prior":
         raise UserError(
-            f"--{used[0].replace('_', '-')} is given, and --condition {arguments.condition} uses "
-            "no prior: leave one of them out."
-        )
-    if arguments.strength is not None and arguments.init is None:
-        raise UserError(
-            "--strength is for --init: name a picture to start from, or leave --strength out."
+            f"{used[0]} is given, and --condition {condition} uses no prior: leave one of them out."
         )
 
 

@@ -1,82 +1,73 @@
 """`unclip inpaint`: a part of a picture drawn again."""
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from unclip_pl.cli.options import AddCommand, require_minimum
 from unclip_pl.cli.pictures import enlarge_like
-from unclip_pl.cli.session import Session, add_session_options
+from unclip_pl.cli.session import Session, SessionOptions
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.options import Count
 
 
-def add(command: AddCommand) -> None:
-    parser = command("inpaint", run, "Draw a part of a picture again and keep the rest.")
-    parser.add_argument(
-        "image",
-        type=Path,
-        metavar="IMAGE",
-        help="a picture of any size (its centre square is taken)",
-    )
-    parser.add_argument(
-        "prompt",
-        nargs="?",
-        metavar="PROMPT",
-        help="what the whole picture shall show; without it, what CLIP sees in it now",
-    )
-    parser.add_argument(
-        "--mask", type=Path, required=True, help="a picture of the same size, white where to draw"
-    )
-    parser.add_argument(
-        "--prior",
-        help='for PROMPT: "diffusion" (the default) or "ar", those in the package; or a checkpoint '
-        "or release",
-    )
-    parser.add_argument("--num-images", type=int, default=4, help="picture k uses seed + k")
-    add_session_options(parser)
+def inpaint(
+    image: Path,
+    prompt: str | None = None,
+    *,
+    mask: Path,
+    prior: str | None = None,
+    num_images: Count = 4,
+    options: SessionOptions,
+) -> None:
+    """Draw a part of a picture again and keep the rest.
 
-
-def run(arguments: argparse.Namespace) -> None:
+    Args:
+        image: a picture of any size (its centre square is taken)
+        prompt: what the whole picture shall show; without it, what CLIP sees in it now
+        mask: a picture of the same size, white where to draw
+        prior: for PROMPT: "diffusion" (the default) or "ar", those in the package; or a
+            checkpoint or release
+        num_images: picture k uses seed + k
+        options: what draws, from which seed and where to
+    """
     import torch
 
-    from unclip_pl.manipulate import inpaint
+    from unclip_pl import manipulate
     from unclip_pl.utils.images import load_image
 
-    require_minimum(arguments, num_images=1)
-    if arguments.prior and not arguments.prompt:
+    if prior and not prompt:
         raise UserError(
             "--prior is given, and without a PROMPT no prior is used: write one, or leave --prior "
             "out."
         )
-    check_sizes(arguments.image, arguments.mask)
-    session = Session(arguments, (arguments.prior or "diffusion") if arguments.prompt else None)
+    check_sizes(image, mask)
+    session = Session(options, (prior or "diffusion") if prompt else None)
     unclip, sampling = session.unclip, session.sampling()
     if sampling.sampler == "ddim":  # with noise on the way it fits the known part better
         sampling = replace(sampling, eta=1.0)
-    seeds = [arguments.seed + k for k in range(arguments.num_images)]
-    original, full_size = session.load_picture(arguments.image)
-    mask = load_image(arguments.mask, session.size).mean(0, keepdim=True)[None] > 0
-    if arguments.prompt:
-        captions = [arguments.prompt] * len(seeds)
+    seeds = options.seeds(num_images)
+    original, full_size = session.load_picture(image)
+    white = load_image(mask, session.size).mean(0, keepdim=True)[None] > 0
+    if prompt:
+        captions = [prompt] * len(seeds)
         embed = unclip.sample_prior(captions, seeds)
     else:
         captions = None
         embed = unclip.embed_images(full_size).expand(len(seeds), -1)
     images = original.expand(len(seeds), -1, -1, -1)
-    masks = mask.expand(len(seeds), -1, -1, -1)
-    with session.progress(arguments.image.name) as callback:
-        drawn = inpaint(
+    masks = white.expand(len(seeds), -1, -1, -1)
+    with session.progress(image.name) as callback:
+        drawn = manipulate.inpaint(
             unclip, embed, seeds, captions, sampling, callback, images=images, mask=masks
         )
     drawn = session.upsample_to_size(drawn, seeds)
-    source = arguments.image.name
-    settings = f"inpaint, mask {arguments.mask.name}, prompt {arguments.prompt!r}, {sampling}"
-    for seed, image in zip(seeds, drawn):
-        name = f"{arguments.image.stem}-{seed}"
-        session.save(image, name, source=source, seed=str(seed), unclip=settings)
-    known = torch.where(mask, torch.zeros(()), original)  # grey where it is drawn
+    source = image.name
+    settings = f"inpaint, mask {mask.name}, prompt {prompt!r}, {sampling}"
+    for seed, picture in zip(seeds, drawn):
+        name = f"{image.stem}-{seed}"
+        session.save(picture, name, source=source, seed=str(seed), unclip=settings)
+    known = torch.where(white, torch.zeros(()), original)  # grey where it is drawn
     row = torch.cat([enlarge_like(original, drawn), enlarge_like(known, drawn), drawn])
-    label = arguments.prompt or arguments.image.stem
+    label = prompt or image.stem
     heads = ["original", "known", *(f"seed {seed}" for seed in seeds)]
     session.save_figure("inpainting", [row], [label], heads)
 

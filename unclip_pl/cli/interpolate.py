@@ -1,13 +1,12 @@
 """`unclip interpolate`: pictures between two pictures (unCLIP section 3.2)."""
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from unclip_pl.cli.options import AddCommand, require_minimum
-from unclip_pl.cli.pictures import PICTURE_HELP, enlarge_like, require_files
-from unclip_pl.cli.session import Session, add_session_options
+from unclip_pl.cli.pictures import enlarge_like, require_files
+from unclip_pl.cli.session import Session, SessionOptions
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.options import Count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,58 +14,56 @@ if TYPE_CHECKING:
     from unclip_pl.manipulate import Latent
 
 
-def add(command: AddCommand) -> None:
-    parser = command("interpolate", run, "Draw the way from one picture to another.")
-    parser.add_argument("a", type=Path, metavar="A", help=PICTURE_HELP)
-    parser.add_argument("b", type=Path, metavar="B", help=PICTURE_HELP)
-    parser.add_argument(
-        "--steps", type=int, default=8, help="pictures on the way, both ends included"
-    )
-    parser.add_argument(
-        "--noise",
-        choices=["inverted", "fresh"],
-        default="inverted",
-        help="x_T between those of A and B, so that the ends are A and B; or one noise for all, "
-        "from a seed",
-    )
-    parser.add_argument(
-        "--num-images",
-        type=int,
-        help="ways with fresh noise, a row each: way k uses seed + k; by default 1",
-    )
-    add_session_options(parser, "--sampling-steps")
+def interpolate(
+    a: Path,
+    b: Path,
+    *,
+    num_images: Count = 8,
+    noise: Literal["inverted", "fresh"] = "inverted",
+    num_rows: Count | None = None,
+    options: SessionOptions,
+) -> None:
+    """Draw the way from one picture to another.
 
-
-def run(arguments: argparse.Namespace) -> None:
+    Args:
+        a: a picture of any size (its centre square is taken), or a latent that `unclip invert`
+            wrote
+        b: another
+        num_images: pictures on the way, both ends included
+        noise: x_T between those of A and B, so that the ends are A and B; or one noise for all,
+            from a seed
+        num_rows: ways with fresh noise, a row each: way k uses seed + k; by default 1
+        options: what draws, from which seed and where to
+    """
     import torch
 
-    from unclip_pl.manipulate import interpolate
+    from unclip_pl import manipulate
 
-    require_minimum(arguments, steps=2)
-    fresh = arguments.noise == "fresh"
-    if arguments.num_images is not None:
-        require_minimum(arguments, num_images=1)
-        if not fresh:
-            raise UserError(
-                "--num-images is for --noise fresh: with inverted noise there is one way from A to "
-                "B."
-            )
-    require_files([arguments.a, arguments.b])
-    session = Session(arguments)
-    first, a = load_end(session, arguments.a, fresh)
-    last, b = load_end(session, arguments.b, fresh)
-    sampling = session.sampling() if fresh else session.inversion_sampling(a)
-    count = arguments.steps
-    a, b = a[[0] * count], b[[0] * count]
+    if num_images < 2:
+        raise UserError(f"--num-images is {num_images}: give 2 or more, the ends A and B.")
+    fresh = noise == "fresh"
+    if num_rows is not None and not fresh:
+        raise UserError(
+            "--num-rows is for --noise fresh: with inverted noise there is one way from A to B."
+        )
+    require_files([a, b])
+    session = Session(options)
+    first, start = load_end(session, a, fresh)
+    last, end = load_end(session, b, fresh)
+    sampling = session.sampling() if fresh else session.inversion_sampling(start)
+    count = num_images
+    start, end = start[[0] * count], end[[0] * count]
     theta = torch.linspace(0, 1, count)
-    name = f"{arguments.a.stem}-{arguments.b.stem}"
-    source = f"{arguments.a.name} to {arguments.b.name}"
-    settings = f"interpolate, {arguments.noise} noise, {sampling}"
+    name = f"{a.stem}-{b.stem}"
+    source = f"{a.name} to {b.name}"
+    settings = f"interpolate, {noise} noise, {sampling}"
     rows, labels = [], []
-    for seed in [arguments.seed + k for k in range(arguments.num_images or 1)]:
+    for seed in options.seeds(num_rows or 1):
         with session.progress(source) as callback:
             noise_seed = seed if fresh else None
-            drawn = interpolate(session.unclip, a, b, theta, noise_seed, sampling, callback)
+            drawn = manipulate.interpolate(
+                session.unclip, start, end, theta, noise_seed, sampling, callback
+            )
         drawn = session.upsample_to_size(drawn, [seed] * count)
         for k, image in enumerate(drawn):
             metadata = {"source": source, "seed": str(seed), "unclip": settings}

@@ -4,13 +4,18 @@ Each layer says only what differs: defaults of dataclasses < lightning_config/de
 stage < further -c overlays < flags.
 """
 
+import dataclasses
+import inspect
 import sys
+import typing
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import unclip_pl.utils.torchvision  # noqa: F401
 
+import lightning.pytorch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -19,7 +24,6 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from unclip_pl.cli.config_checks import check_settings
 from unclip_pl.cli.configs import config_folder
-from unclip_pl.cli.messages import to_sentence
 from unclip_pl.cluster.checkpoint_io import read_settings
 from unclip_pl.cluster.preemption import Preemption
 from unclip_pl.cluster.startup import StartupCheck
@@ -42,6 +46,7 @@ from unclip_pl.training.monitored import require_logged
 from unclip_pl.training.pictures import Pictures
 from unclip_pl.training.run_folder import RunConfig, claim_folder, find_checkpoint, refuse_search
 from unclip_pl.training.trainer import Trainer, fix_train_batches
+from unclip_pl.utils.commands import Parser
 from unclip_pl.utils.errors import UserError
 
 CALLBACKS = {
@@ -54,20 +59,26 @@ CALLBACKS = {
     "pictures": Pictures,
 }
 """The callbacks of every run, by their keys in YAMLs and flags."""
+OTHER_NAMES = {
+    "model", "data", "trainer", "seed_everything", "ckpt_path", "init", "compile", "init_args",
+    "class_path", "ema", "newest", "best", "pictures", "preemption", "startup", "watchdog",
+}  # fmt: skip
+"""Names of the command line that are not parameters of a class."""
 IO_PLUGIN = {"class_path": "unclip_pl.cluster.checkpoint_io.AtomicCheckpointIO"}
 
 
-class Parser(LightningArgumentParser):
-    """Errors are a `UserError` of one sentence, and options cannot be abbreviated.
+class TrainingParser(Parser, LightningArgumentParser):
+    """The parser of all commands, for what Lightning adds to it."""
 
-    An abbreviation would take a typo that is the start of an option for that option.
-    """
+    help_command = "lightning fit --help"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, allow_abbrev=False)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(to_sentence(message, CALLBACKS.values())) from ex
+    def option_names(self) -> set[str]:
+        """All names: of the trainer, the callbacks, and our stages and DataModules."""
+        kinds = {lightning.pytorch.Trainer, *CALLBACKS.values()}
+        for base in (Stage, LightningDataModule):
+            kinds |= {kind for kind in _subclasses(base) if kind.__module__.startswith("unclip_pl")}
+        names = {name for kind in kinds for name in _parameter_names(kind)}
+        return (names | OTHER_NAMES) - {"self", "args", "kwargs"}
 
 
 class UnclipCLI(LightningCLI):
@@ -153,7 +164,7 @@ class UnclipCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise UserError(to_sentence(str(error), CALLBACKS.values())) from error
+            self.parser.error(str(error), error)
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.get("compile") and isinstance(self.model, Stage):
             self.model.compile_networks = True
@@ -227,7 +238,7 @@ def build_cli(arguments: list[str], run: bool = True) -> UnclipCLI:
         trainer_class=Trainer,
         run=run,
         args=arguments,
-        parser_class=Parser,
+        parser_class=TrainingParser,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
@@ -236,3 +247,21 @@ def build_cli(arguments: list[str], run: bool = True) -> UnclipCLI:
         trainer_defaults={"plugins": [IO_PLUGIN]},
         parser_kwargs={name: {"default_config_files": [default]} for name in subcommands},
     )
+
+
+def _parameter_names(kind: type) -> Iterator[str]:
+    """The names of a constructor's parameters, and of those of its dataclasses."""
+    constructor = kind.__init__  # type: ignore[misc]  # only its signature is read
+    types = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else constructor)
+    for name in inspect.signature(constructor).parameters:
+        yield name
+        if dataclasses.is_dataclass(types.get(name)):
+            yield from _parameter_names(types[name])
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    """A class and all that derive from it, at any depth."""
+    children: list[type] = kind.__subclasses__()
+    yield kind
+    for child in children:
+        yield from _subclasses(child)

@@ -1,161 +1,104 @@
 """Options that several commands of `unclip` have, and what they mean. No torch until one runs."""
 
-import argparse
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal
 
-from unclip_pl.utils.devices import pick_device
+from unclip_pl.utils.devices import announce_compiling, pick_device
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.options import SPACING_HELP, HelpFormatter, override_sampling, seed, spacing
-from unclip_pl.utils.remote_copies import local_folder, path_or_url
+from unclip_pl.utils.options import Spacing, override_sampling
+from unclip_pl.utils.remote_copies import local_folder
 
-Run = Callable[[argparse.Namespace], None]
-SIZES = (64, 256, 1024)
-
-
-class AddCommand(Protocol):
-    """Adds a command: its name, the function that runs it, its help. Returns its parser."""
-
-    def __call__(self, name: str, run: Run, help: str) -> argparse.ArgumentParser: ...
+Folder = Annotated[Path, local_folder]
+"""A folder to write into."""
 
 
-def command_adder(group: argparse._SubParsersAction) -> AddCommand:
-    """An `AddCommand` for a group of subcommands."""
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Where and how the networks run.
 
-    def add_command(name: str, run: Run, help: str) -> argparse.ArgumentParser:
-        parser = group.add_parser(name, help=help, description=help, formatter_class=HelpFormatter)
-        parser.set_defaults(run=run)
-        return parser
-
-    return add_command
-
-
-def add_decoder_option(parser: argparse.ArgumentParser) -> None:
-    """Which decoder draws: --decoder."""
-    parser.add_argument(
-        "--decoder",
-        type=path_or_url,
-        help="a checkpoint or release; by default the one in the package",
-    )
-
-
-def add_output_options(parser: argparse.ArgumentParser, seed_help: str, out_help: str) -> None:
-    """From which seed and where to: --seed, --out."""
-    parser.add_argument("--seed", type=seed, default=0, help=seed_help)
-    parser.add_argument("--out", type=local_folder, default=Path("out"), help=out_help)
-
-
-def add_size_option(parser: argparse.ArgumentParser) -> None:
-    """How large the pictures become: --size."""
-    parser.add_argument(
-        "--size",
-        type=int,
-        choices=SIZES,
-        default=64,
-        help="pixels per side; upsamplers draw the decoder's 64 larger",
-    )
-
-
-def add_upsampler_options(parser: argparse.ArgumentParser, steps: str) -> None:
-    """Which upsamplers draw: --upsampler-256, --upsampler-1024.
-
-    `steps` is the name of the option for their sampling steps.
+    Args:
+        device: cpu, cuda, cuda:1 ...
+        offload: keep only the stage that works on the device: less memory there, some time for
+            moves
+        precision: bf16: networks compute in bfloat16, on devices that have it
+        compile: compile the networks (torch.compile): minutes at the first picture, faster on GPUs
+        cuda_graphs: on a GPU, record each denoising step and replay it: for small networks
     """
-    for source, target in ((64, 256), (256, 1024)):
-        parser.add_argument(
-            f"--upsampler-{target}",
-            type=path_or_url,
-            help=f"a checkpoint or release of the upsampler {source} to {target}; by default the "
-            "one in the package",
-        )
-    parser.add_argument(
-        steps, type=spacing, help=f"{SPACING_HELP} of each upsampler; by default its own"
-    )
 
+    device: str = "auto"
+    offload: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    cuda_graphs: bool = False
 
-def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """Where and how the networks run; `device_kwargs` reads these."""
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
-    parser.add_argument(
-        "--offload",
-        action="store_true",
-        help="keep only the stage that works on the device: less memory there, some time for moves",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=["fp32", "bf16"],
-        default="fp32",
-        help="bf16: networks compute in bfloat16, on devices that have it",
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the networks (torch.compile): minutes at the first picture, faster on GPUs",
-    )
-    parser.add_argument(
-        "--cuda-graphs",
-        action="store_true",
-        help="on a GPU, record each denoising step and replay it: for small networks",
-    )
+    def kwargs(self) -> dict[str, Any]:
+        """The arguments of `UnCLIP.load` and `Cascade`.
 
-
-def device_kwargs(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_device_options` as arguments of `UnCLIP.load` and `Cascade`.
-
-    Raises:
-        UserError: there is no such device, or --offload without another device than the CPU.
-    """
-    device = pick_device(arguments.device)
-    if arguments.offload and device == "cpu":
-        raise UserError(
-            "--offload lets stages wait in the CPU's memory, and they run on the CPU here: leave "
-            "it out, or choose another --device."
-        )
-    return {
-        "device": device,
-        "offload": arguments.offload,
-        "precision": arguments.precision,
-        "compile": arguments.compile,
-        "cuda_graphs": arguments.cuda_graphs,
-    }
-
-
-def upsampler_paths(arguments: argparse.Namespace) -> list[str | Path]:
-    """The upsamplers that --size needs, as `UnCLIP.load` takes them.
-
-    Raises:
-        UserError: an option is for an upsampler that --size does not need.
-    """
-    paths = {256: arguments.upsampler_256, 1024: arguments.upsampler_1024}
-    needed = [size for size in paths if arguments.size >= size]
-    unused = {f"--upsampler-{size}": path for size, path in paths.items() if size not in needed}
-    if not needed:
-        unused["--upsampler-steps"] = arguments.upsampler_steps
-    for option, value in unused.items():
-        if value is not None:
+        Raises:
+            UserError: there is no such device, or --offload without another device than the CPU.
+        """
+        device = pick_device(self.device)
+        if self.offload and device == "cpu":
             raise UserError(
-                f"{option} is given, and pictures of {arguments.size} pixels need no such "
-                "upsampler: leave it out, or ask for a larger --size."
+                "--offload lets stages wait in the CPU's memory, and they run on the CPU here: "
+                "leave it out, or choose another --device."
             )
-    return [paths[size] or str(size) for size in needed]
+        if self.compile:
+            announce_compiling(device)
+        return {
+            "device": device,
+            "offload": self.offload,
+            "precision": self.precision,
+            "compile": self.compile,
+            "cuda_graphs": self.cuda_graphs,
+        }
 
 
-def override_upsampling(
-    cascade: Any, arguments: argparse.Namespace, prefix: str = ""
-) -> dict[int, Any]:
-    """The sampling settings of each upsampler by its target size, changed by the options."""
-    options = vars(arguments)
-    stages = zip(cascade.sizes, cascade.stages)
-    return {size: override_sampling(stage, options, prefix) for size, stage in stages}
+@dataclass(frozen=True)
+class UpsamplerOptions:
+    """How large the pictures become.
 
+    Args:
+        size: pixels per side; upsamplers draw the decoder's 64 larger
+        upsampler_256: a checkpoint or release of the upsampler 64 to 256; by default the one in
+            the package
+        upsampler_1024: a checkpoint or release of the upsampler 256 to 1024; by default the one in
+            the package
+        upsampler_steps: sampling steps of each upsampler, as of --steps; by default its own
+    """
 
-def require_minimum(arguments: argparse.Namespace, **minimum: int) -> None:
-    """Raise a UserError if an option is below its smallest value: `num_images=1`."""
-    for name, value in minimum.items():
-        if getattr(arguments, name) < value:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} is {getattr(arguments, name)}: give {value} or more.")
+    size: Literal[64, 256, 1024] = 64
+    upsampler_256: str | None = None
+    upsampler_1024: str | None = None
+    upsampler_steps: Spacing | None = None
+
+    def __post_init__(self) -> None:
+        unused = {
+            "--upsampler-256": self.upsampler_256 if self.size < 256 else None,
+            "--upsampler-1024": self.upsampler_1024 if self.size < 1024 else None,
+            "--upsampler-steps": self.upsampler_steps if self.size == 64 else None,
+        }
+        for option, value in unused.items():
+            if value is not None:
+                raise UserError(
+                    f"{option} is given, and pictures of {self.size} pixels need no such "
+                    "upsampler: leave it out, or ask for a larger --size."
+                )
+
+    @property
+    def paths(self) -> list[str]:
+        """The upsamplers that --size needs, as `UnCLIP.load` takes them."""
+        paths = {256: self.upsampler_256, 1024: self.upsampler_1024}
+        return [path or str(size) for size, path in paths.items() if self.size >= size]
+
+    def sampling(self, cascade: Any) -> dict[int, Any]:
+        """The sampling settings of each upsampler by its target size, changed by the options."""
+        return {size: self.sampling_of(stage) for size, stage in zip(cascade.sizes, cascade.stages)}
+
+    def sampling_of(self, stage: Any) -> Any:
+        """The sampling settings of an upsampler, changed by the options."""
+        return override_sampling(stage, {"upsampler_steps": self.upsampler_steps}, "upsampler_")
 
 
 def read_file(path: Path, content: str) -> str:

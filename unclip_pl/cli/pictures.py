@@ -12,9 +12,6 @@ if TYPE_CHECKING:
 
 GRID_PIXELS = 2048
 """How wide a figure of pictures and their labels may be."""
-PICTURE_HELP = (
-    "a picture of any size (its centre square is taken), or a latent that `unclip invert` wrote"
-)
 
 
 def require_files(paths: Iterable[Path]) -> None:

@@ -1,20 +1,22 @@
 """`unclip plan`: what a run of a stage needs on so many GPUs, before one of them is paid for."""
 
-import argparse
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from unclip_pl.cli.configs import config_folder, find_config, find_configs
-from unclip_pl.cli.options import AddCommand
+from unclip_pl.utils.commands import Option
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.options import Count
 
 if TYPE_CHECKING:
     from unclip_pl.planner import RunEstimate
 
+Checkpointing = Literal["none", "selective", "full"]
 COLUMNS = (
     "GPUs",
     "strategy",
@@ -41,85 +43,85 @@ HERE = {
 """Settings of the trainer with which a stage is built on this machine, without training it."""
 
 
-def add(command: AddCommand) -> None:
-    parser = command(
-        "plan",
-        run,
-        "Memory of each GPU and time of a training run, counted without one: parameters, "
-        "operations, activations.",
-    )
-    parser.add_argument(
-        "stage",
-        nargs="?",
-        help="a stage's YAML, such as stages/paper/decoder.yaml, which goes over its small stage",
-    )
-    parser.add_argument(
-        "-c",
-        "--config",
-        action="append",
-        default=[],
-        help="a further YAML to lay over it; may be repeated",
-    )
-    parser.add_argument("--all", action="store_true", help="all the paper's stages")
-    parser.add_argument(
-        "--gpus", type=int, nargs="+", default=[8], help="how many; several numbers give a row each"
-    )
-    parser.add_argument(
-        "--batch",
-        type=int,
-        help="samples per step, over all GPUs; by default data.loader.batch_size",
-    )
-    parser.add_argument(
-        "--mfu", type=float, default=0.4, help="share of the GPUs' peak that is reached"
-    )
-    parser.add_argument(
-        "--peak-tflops",
-        type=float,
-        default=989.0,
-        help="of one GPU: 989 is an H100 SXM in dense bfloat16",
-    )
-    parser.add_argument(
-        "--gpu-memory",
-        type=float,
-        default=80.0,
-        help="GB of one GPU, of which nine tenths are used",
-    )
-    parser.add_argument(
-        "--checkpointing",
-        choices=["none", "selective", "full"],
-        default="full",
-        help="which activations are computed again in the backward pass",
-    )
+@dataclass(frozen=True)
+class HardwareOptions:
+    """The machine.
+
+    Args:
+        gpus: how many; several numbers give a row each
+        mfu: share of the GPUs' peak that is reached
+        peak_tflops: of one GPU: 989 is an H100 SXM in dense bfloat16
+        gpu_memory: GB of one GPU, of which nine tenths are used
+    """
+
+    gpus: Sequence[int] = (8,)
+    mfu: float = 0.4
+    peak_tflops: float = 989.0
+    gpu_memory: float = 80.0
+
+    def __post_init__(self) -> None:
+        if (
+            min(self.gpus) < 1
+            or not 0 < self.mfu <= 1
+            or min(self.peak_tflops, self.gpu_memory) <= 0
+        ):
+            raise UserError(
+                "unclip plan needs --gpus of at least 1, an --mfu above 0 and up to 1, and a "
+                "--peak-tflops and --gpu-memory above 0."
+            )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    if bool(arguments.stage) == arguments.all:
+def plan(
+    stage: str | None = None,
+    *,
+    config: Annotated[Sequence[str], Option(alias="-c", repeat=True)] = (),
+    all: bool = False,
+    batch: Count | None = None,
+    checkpointing: Checkpointing = "full",
+    hardware: HardwareOptions,
+) -> None:
+    """Memory of each GPU and time of a training run, counted without one.
+
+    It counts parameters, operations and activations.
+
+    Args:
+        stage: a stage's YAML, such as stages/paper/decoder.yaml, which goes over its small stage
+        config: a further YAML to lay over it; may be repeated
+        all: all the paper's stages
+        batch: samples per step, over all GPUs; by default data.loader.batch_size
+        checkpointing: which activations are computed again in the backward pass
+        hardware: the GPUs
+    """
+    if bool(stage) == all:
         raise UserError(
             "unclip plan takes a stage's YAML, such as stages/paper/decoder.yaml, or --all: give "
             "one of the two."
         )
-    positive = (arguments.peak_tflops, arguments.gpu_memory, arguments.batch or 1)
-    if min(arguments.gpus) < 1 or not 0 < arguments.mfu <= 1 or min(positive) <= 0:
-        raise UserError(
-            "unclip plan needs --gpus of at least 1, an --mfu above 0 and up to 1, and a "
-            "--peak-tflops, --gpu-memory and --batch above 0."
-        )
-    stages = [arguments.stage]
-    if arguments.all:
-        paths = sorted((config_folder("stages") / "paper").glob("*.yaml"))
-        stages = [f"stages/paper/{path.name}" for path in paths]
-    for stage in stages:
-        print(report(stage, arguments))
+    stages = [stage] if stage else paper_stages()
+    for path in stages:
+        print(report(path, config, batch, checkpointing, hardware))
 
 
-def report(stage: str, arguments: argparse.Namespace) -> str:
+def paper_stages() -> list[str]:
+    """The YAMLs of the paper's stages."""
+    paths = sorted((config_folder("stages") / "paper").glob("*.yaml"))
+    return [f"stages/paper/{path.name}" for path in paths]
+
+
+def report(
+    stage: str,
+    overlays: Sequence[str],
+    batch: int | None,
+    checkpointing: Checkpointing,
+    hardware: HardwareOptions,
+) -> str:
     """The stage's paragraph and table, as Markdown."""
     from unclip_pl.stages import load_all
 
     load_all()  # first, so that lightning can import torchvision
     from unclip_pl import planner
 
-    model, data, steps = build_on_meta(stage, arguments.config)
+    model, data, steps = build_on_meta(stage, overlays)
     if steps < 1:
         raise UserError(
             f"{stage} does not say how long it trains: lay a file with trainer.max_steps over it "
@@ -127,7 +129,7 @@ def report(stage: str, arguments: argparse.Namespace) -> str:
         )
     clip = data.clip.config if getattr(data, "text_states", False) else None
     estimate = planner.estimate_resources(model, getattr(data, "crop", None), clip)
-    batch = arguments.batch or data.config.batch_size
+    batch = batch or data.config.batch_size
     megabytes = {kind: f"{size / 1e6:,.0f} MB" for kind, size in estimate.activations.items()}
     lines = [
         f"**{Path(stage).stem}**: {estimate.parameters / 1e6:,.0f} M parameters; "
@@ -137,7 +139,7 @@ def report(stage: str, arguments: argparse.Namespace) -> str:
         table_line(COLUMNS),
         "|---" * len(COLUMNS) + "|",
     ]
-    for gpus in arguments.gpus:
+    for gpus in hardware.gpus:
         for strategy in ("ddp", "fsdp") if gpus > 1 else ("ddp",):
             row = planner.estimate_run(
                 estimate,
@@ -145,10 +147,10 @@ def report(stage: str, arguments: argparse.Namespace) -> str:
                 strategy,
                 batch,
                 steps,
-                mfu=arguments.mfu,
-                peak=arguments.peak_tflops * 1e12,
-                memory=0.9e9 * arguments.gpu_memory,
-                checkpointing=arguments.checkpointing,
+                mfu=hardware.mfu,
+                peak=hardware.peak_tflops * 1e12,
+                memory=0.9e9 * hardware.gpu_memory,
+                checkpointing=checkpointing,
             )
             lines.append(table_line(cells(row)))
     return "\n".join([*lines, ""])
@@ -182,7 +184,7 @@ def cells(row: "RunEstimate") -> list[str]:
     ]
 
 
-def build_on_meta(stage: str, overlays: list[str]) -> tuple[Any, Any, int]:
+def build_on_meta(stage: str, overlays: Sequence[str]) -> tuple[Any, Any, int]:
     """The stage on the meta device, its DataModule, and the optimiser steps of its run.
 
     A YAML of `stages/paper/` is laid over the small stage of the same name. Nothing is read and

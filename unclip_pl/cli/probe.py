@@ -3,117 +3,97 @@
 Both show it by what a decoder draws from the embedding.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from unclip_pl.cli.options import AddCommand, require_minimum
 from unclip_pl.cli.pictures import enlarge_like, require_files
-from unclip_pl.cli.session import Session, add_session_options
+from unclip_pl.cli.session import Session, SessionOptions
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.remote_copies import path_or_url
+from unclip_pl.utils.options import Count
 
 
-def add(command: AddCommand) -> None:
-    pca = command(
-        "pca", run_pca, "Draw pictures from the first principal components of their CLIP embedding."
-    )
-    pca.add_argument(
-        "images",
-        nargs="+",
-        type=Path,
-        metavar="IMAGE",
-        help="pictures of any size (the centre square is taken)",
-    )
-    pca.add_argument(
-        "--components",
-        type=int,
-        nargs="+",
-        help="how many; by default the paper's 20 to 320 of 1024 scaled to the CLIP's dimensions, "
-        "and all",
-    )
-    pca.add_argument(
-        "--store",
-        type=path_or_url,
-        help="the embedding store whose components are taken; by default OpenMoji's, which is made "
-        "if it is missing",
-    )
-    add_session_options(pca)
+def pca(
+    images: Sequence[Path],
+    *,
+    components: Sequence[int] | None = None,
+    store: str | None = None,
+    options: SessionOptions,
+) -> None:
+    """Draw pictures from the first principal components of their CLIP embedding.
 
-    typographic = command(
-        "typographic",
-        run_typographic,
-        "Paste labels over a picture: what CLIP takes it for, next to what the decoder draws from "
-        "its embedding.",
-    )
-    typographic.add_argument(
-        "image",
-        type=Path,
-        metavar="IMAGE",
-        help="a picture of any size (the centre square is taken)",
-    )
-    typographic.add_argument("--object", required=True, help="what the picture shows, as a caption")
-    typographic.add_argument(
-        "--label",
-        nargs="+",
-        required=True,
-        help="what to paste: each on its own copy, and each a caption that CLIP may choose",
-    )
-    typographic.add_argument(
-        "--num-images", type=int, default=4, help="variations of each copy; picture k uses seed + k"
-    )
-    add_session_options(typographic)
-
-
-def run_pca(arguments: argparse.Namespace) -> None:
+    Args:
+        images: pictures of any size (the centre square is taken)
+        components: how many; by default the paper's 20 to 320 of 1024 scaled to the CLIP's
+            dimensions, and all
+        store: the embedding store whose components are taken; by default OpenMoji's, which is made
+            if it is missing
+        options: what draws, from which seed and where to
+    """
     import torch
 
     from unclip_pl.probe import paper_dimensions, principal_components
 
-    require_files(arguments.images)
-    session = Session(arguments)
+    require_files(images)
+    session = Session(options)
     unclip, sampling = session.unclip, session.sampling()
-    principal = principal_components(unclip.clip, arguments.store)
-    counts = arguments.components or [*paper_dimensions(principal.dim), principal.dim]
-    seeds = [arguments.seed] * len(counts)  # one noise, so that only the components differ
+    principal = principal_components(unclip.clip, store)
+    counts = components or [*paper_dimensions(principal.dim), principal.dim]
+    seeds = [options.seed] * len(counts)  # one noise, so that only the components differ
     settings = f"probe pca, {sampling}"
     rows = []
-    for path in arguments.images:
+    for path in images:
         original, z = session.embed(path)
         embeds = torch.cat([principal.reconstruct(z, k) for k in counts])
         with session.progress(path.name) as callback:
             drawn = unclip.decode(embeds, seeds, None, sampling, callback)
         similarities = unclip.clip.similarity(unclip.embed_images(drawn), z)[:, 0].tolist()
         drawn = session.upsample_to_size(drawn, seeds)
-        for k, image, similarity in zip(counts, drawn, similarities, strict=True):
-            metadata = {"source": path.name, "seed": str(arguments.seed), "unclip": settings}
-            session.save(image, f"{path.stem}-pca{k}", **metadata)
+        for k, picture, similarity in zip(counts, drawn, similarities, strict=True):
+            metadata = {"source": path.name, "seed": str(options.seed), "unclip": settings}
+            session.save(picture, f"{path.stem}-pca{k}", **metadata)
             print(
                 f"{path.name}: {k} components ({principal.explained_variance(k):.1%} of the "
                 f"variance): CLIP similarity of what is drawn {similarity:.3f}"
             )
         rows.append(torch.cat([drawn, enlarge_like(original, drawn)]))
-    labels = [path.stem for path in arguments.images]
+    labels = [path.stem for path in images]
     session.save_figure("pca", rows, labels, [*map(str, counts), "original"])
 
 
-def run_typographic(arguments: argparse.Namespace) -> None:
+def typographic(
+    image: Path,
+    *,
+    object: str,
+    label: Sequence[str],
+    num_images: Count = 4,
+    options: SessionOptions,
+) -> None:
+    """Paste labels over a picture and ask CLIP what it is.
+
+    Shows what CLIP takes it for, next to what the decoder draws from its embedding.
+
+    Args:
+        image: a picture of any size (the centre square is taken)
+        object: what the picture shows, as a caption
+        label: what to paste: each on its own copy, and each a caption that CLIP may choose
+        num_images: variations of each copy; picture k uses seed + k
+        options: what draws, from which seed and where to
+    """
     import torch
     from torch.nn.functional import interpolate
 
     from unclip_pl.probe import paste_label, zero_shot
 
-    require_minimum(arguments, num_images=1)
-    captions = [arguments.object, *arguments.label]
+    captions = [object, *label]
     check_distinct(captions)
-    require_files([arguments.image])
-    session = Session(arguments)
+    require_files([image])
+    session = Session(options)
     unclip, sampling = session.unclip, session.sampling()
-    _, image = session.load_picture(arguments.image)
-    pasted = [paste_label(image[0], text) for text in arguments.label]
-    copies = [image[0], *pasted]
-    names = ["no label", *arguments.label]
-    seeds = [arguments.seed + k for k in range(arguments.num_images)]
+    _, whole = session.load_picture(image)
+    pasted = [paste_label(whole[0], text) for text in label]
+    copies = [whole[0], *pasted]
+    names = ["no label", *label]
+    seeds = options.seeds(num_images)
     rows, labels = [], []
     for copy, name in zip(copies, names, strict=True):
         z = unclip.embed_images(copy[None])
@@ -124,8 +104,8 @@ def run_typographic(arguments: argparse.Namespace) -> None:
         drawn = session.upsample_to_size(drawn, seeds)
         settings = f"probe typographic, label {name}, {sampling}"
         for seed, variation in zip(seeds, drawn):
-            metadata = {"source": arguments.image.name, "unclip": settings}
-            session.save(variation, f"{arguments.image.stem}-{name}-{seed}", **metadata)
+            metadata = {"source": image.name, "unclip": settings}
+            session.save(variation, f"{image.stem}-{name}-{seed}", **metadata)
         print(
             f"{name}: CLIP says {', '.join(seen)}; of the variations "
             + ", ".join(percentages(captions, variations))

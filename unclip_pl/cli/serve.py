@@ -1,109 +1,82 @@
 """`unclip serve`: a studio in the browser, and an API."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip_pl.cli.options import (
-    SIZES,
-    AddCommand,
-    add_decoder_option,
-    add_device_options,
-    add_upsampler_options,
-    device_kwargs,
-    upsampler_paths,
-)
+from unclip_pl.cli.options import DeviceOptions, UpsamplerOptions
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.options import (
-    add_prior_option,
-    add_prior_sampling_options,
-    add_sampling_options,
-    override_sampling,
-    positive_int,
-)
+from unclip_pl.utils.options import Count, GuidedSamplingOptions, PriorSamplingOptions
 
 if TYPE_CHECKING:
     from unclip_pl.studio.models import Models
+LARGEST = UpsamplerOptions(size=1024)
 
 
-def add(command: AddCommand) -> None:
-    serve = command(
-        "serve",
-        run,
-        "Open a studio in the browser: draw pictures from captions, vary, interpolate, edit, "
-        'inpaint, enlarge and probe them. Needs the extra "web".',
-    )
-    add_decoder_option(serve)
-    add_prior_option(serve)
-    add_sampling_options(serve)
-    add_prior_sampling_options(serve)
-    serve.add_argument(
-        "--size",
-        type=int,
-        choices=SIZES,
-        default=1024,
-        help="pixels per side of the largest pictures that may be asked for",
-    )
-    add_upsampler_options(serve, "--upsampler-steps")
-    add_device_options(serve)
-    serve.add_argument(
-        "--store",
-        type=Path,
-        help="the embedding store whose principal components are probed; by default OpenMoji's",
-    )
-    serve.add_argument("--runs", type=Path, help="a folder of training runs to watch")
-    serve.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="the address to listen at; 0.0.0.0: every one of this machine, for others to come in",
-    )
-    serve.add_argument("--port", type=int, default=7860, help="0: any that is free")
-    serve.add_argument(
-        "--auth",
-        type=Path,
-        metavar="FILE",
-        help="who may come in: a UTF-8 file with one name:password per line",
-    )
-    serve.add_argument(
-        "--queue", type=positive_int, default=64, help="requests that may wait at a time"
-    )
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What draws.
+
+    Args:
+        decoder: a checkpoint or release; by default the one in the package
+        prior: "diffusion" (the default) or "ar", those in the package; or a checkpoint or release
+        store: the embedding store whose principal components are probed; by default OpenMoji's
+    """
+
+    decoder: str | None = None
+    prior: str | None = None
+    sampling: GuidedSamplingOptions
+    prior_sampling: PriorSamplingOptions
+    upsamplers: UpsamplerOptions = LARGEST
+    compute: DeviceOptions
+    store: Path | None = None
+
+    def load(self) -> "Models":
+        """The models, with the sampling settings of the options as those of the stages."""
+        from unclip_pl.stages.decoder import Decoder
+        from unclip_pl.stages.upsampler import Upsampler
+        from unclip_pl.studio.models import Models
+
+        models = Models.load(
+            self.decoder, self.prior, self.upsamplers.paths, self.store, **self.compute.kwargs()
+        )
+        priors: list[Any] = [unclip.prior for unclip in models.with_prior.values()]
+
+        def as_options_say(stage: Any) -> None:
+            if isinstance(stage, Decoder):
+                stage.sampling = self.sampling.of(stage)
+            elif isinstance(stage, Upsampler):
+                stage.sampling = self.upsamplers.sampling_of(stage)
+            else:
+                stage.sampling = self.prior_sampling.among(stage, priors).of(stage)
+
+        models.prepare_all(as_options_say)
+        return models
 
 
-def load_models(arguments: argparse.Namespace) -> "Models":
-    """The models of the options, with their sampling settings as those of the stages."""
-    from unclip_pl.stages.ar_prior import ARPrior
-    from unclip_pl.stages.decoder import Decoder
-    from unclip_pl.stages.upsampler import Upsampler
-    from unclip_pl.studio.models import Models
+def serve(
+    *,
+    models: ModelOptions,
+    runs: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    auth: Path | None = None,
+    queue: Count = 64,
+) -> None:
+    """Open a studio in the browser.
 
-    models = Models.load(
-        arguments.decoder,
-        arguments.prior,
-        upsampler_paths(arguments),
-        arguments.store,
-        **device_kwargs(arguments),
-    )
-    options, of_ar = vars(arguments), ("prior_temperature", "prior_top_p")
+    Draw pictures from captions, vary, interpolate, edit, inpaint, enlarge and probe them. Needs
+    the extra "web".
 
-    def as_options_say(stage: Any) -> None:
-        if isinstance(stage, Decoder):
-            stage.sampling = override_sampling(stage, options)
-            return
-        if isinstance(stage, Upsampler):
-            stage.sampling = override_sampling(stage, options, "upsampler_")
-            return
-        own = {
-            name: value
-            for name, value in options.items()
-            if arguments.prior is not None or (name in of_ar) == isinstance(stage, ARPrior)
-        }
-        stage.sampling = override_sampling(stage, own, "prior_")
-
-    models.prepare_all(as_options_say)
-    return models
-
-
-def run(arguments: argparse.Namespace) -> None:
+    Args:
+        size: pixels per side of the largest pictures that may be asked for
+        runs: a folder of training runs to watch
+        host: the address to listen at; 0.0.0.0: every one of this machine, for others to come in
+        port: 0: any that is free
+        auth: who may come in: a UTF-8 file with one name:password per line
+        queue: requests that may wait at a time
+        models: what draws
+    """
     try:
         from unclip_pl.studio import server
     except ModuleNotFoundError as error:
@@ -114,16 +87,17 @@ def run(arguments: argparse.Namespace) -> None:
     from unclip_pl.studio.engine import Engine
     from unclip_pl.studio.guard import read_users
 
-    if arguments.runs is not None and not arguments.runs.is_dir():
-        raise UserError(f"There is no folder {arguments.runs}: check --runs.")
-    users = None if arguments.auth is None else read_users(arguments.auth)
-    listener = server.bound(arguments.host, arguments.port)
-    engine = Engine(load_models(arguments), arguments.queue)
-    app = server.build(engine, arguments.runs, users)
-    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    port = listener.getsockname()[1]
+    if runs is not None and not runs.is_dir():
+        raise UserError(f"There is no folder {runs}: check --runs.")
+    users = None if auth is None else read_users(auth)
+    listener = server.bound(host, port)
+    engine = Engine(models.load(), queue)
+    app = server.build(engine, runs, users)
+    address = f"[{host}]" if ":" in host else host
+    listening = listener.getsockname()[1]
     print(
-        f"The studio is at http://{host}:{port}, its API at /api/docs. Ctrl-C ends it.", flush=True
+        f"The studio is at http://{address}:{listening}, its API at /api/docs. Ctrl-C ends it.",
+        flush=True,
     )
     server.serve(app, listener)
     print("The studio is closed.", flush=True)

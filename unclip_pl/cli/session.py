@@ -3,26 +3,18 @@
 They read pictures and latents, draw with one pipeline, and write single PNGs and a labelled figure.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from unclip_pl.cli.options import (
-    add_decoder_option,
-    add_device_options,
-    add_output_options,
-    add_size_option,
-    add_upsampler_options,
-    device_kwargs,
-    override_upsampling,
-    upsampler_paths,
-)
+from unclip_pl.cli.options import DeviceOptions, Folder, UpsamplerOptions
 from unclip_pl.cli.pictures import GRID_PIXELS, load_square
-from unclip_pl.utils.options import SAMPLERS, SPACING_HELP, override_sampling, spacing
+from unclip_pl.utils.commands import Option
+from unclip_pl.utils.options import Sampler, Seed, Spacing, override_sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,62 +28,64 @@ STEPS = 50
 """Sampling steps of an inversion and of the way back, unless an option says otherwise."""
 
 
-def add_session_options(parser: argparse.ArgumentParser, steps: str = "--steps") -> None:
-    """The options that a `Session` reads; `steps` is the name of the sampling steps."""
-    add_decoder_option(parser)
-    parser.add_argument(
-        "--sampler",
-        choices=SAMPLERS,
-        help="by default ddim from inverted noise, and the decoder's own from fresh",
-    )
-    parser.add_argument(
-        steps,
-        dest="sampling_steps",
-        type=spacing,
-        help=f"{SPACING_HELP}; by default {STEPS} from inverted noise, and the decoder's own from "
-        "fresh",
-    )
-    parser.add_argument(
-        "--guidance-scale",
-        type=float,
-        help="by default 1 (none) from inverted noise, and the decoder's own from fresh",
-    )
-    add_output_options(parser, "of everything random", "folder for the PNG files and the figure")
-    add_size_option(parser)
-    add_upsampler_options(parser, "--upsampler-steps")
-    add_device_options(parser)
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """What draws.
+
+    Args:
+        decoder: a checkpoint or release; by default the one in the package
+        sampler: by default ddim from inverted noise, and the decoder's own from fresh
+        steps: sampling steps: a number, 10,10,3,2,2 (numbers for equal sections), fast27 or
+            ddim25; by default 50 from inverted noise, and the decoder's own from fresh
+        guidance_scale: by default 1 (none) from inverted noise, and the decoder's own from fresh
+        seed: of everything random
+        out: folder for the PNG files and the figure
+    """
+
+    decoder: str | None = None
+    sampler: Sampler | None = None
+    steps: Annotated[Spacing | None, Option(renamed="--sampling-steps")] = None
+    guidance_scale: float | None = None
+    seed: Seed = 0
+    out: Folder = Path("out")
+    upsamplers: UpsamplerOptions
+    compute: DeviceOptions
+
+    def seeds(self, count: int) -> list[int]:
+        """One for each of `count` pictures."""
+        return [self.seed + k for k in range(count)]
 
 
 class Session:
     """A pipeline with the options of one command.
 
     Args:
-        arguments: parsed options, those of `add_session_options` among them.
+        options: those of the command.
         prior: as for `UnCLIP.load`.
     """
 
-    def __init__(self, arguments: argparse.Namespace, prior: str | None = None) -> None:
+    def __init__(self, options: SessionOptions, prior: str | None = None) -> None:
         from unclip_pl.pipeline.unclip import UnCLIP
         from unclip_pl.pipeline.weights import DEFAULT_DECODER
 
-        self.arguments = arguments
-        self.out: Path = arguments.out
+        self.options = options
         self.unclip = UnCLIP.load(
-            arguments.decoder or DEFAULT_DECODER,
+            options.decoder or DEFAULT_DECODER,
             prior,
-            upsamplers=upsampler_paths(arguments),
-            **device_kwargs(arguments),
+            upsamplers=options.upsamplers.paths,
+            **options.compute.kwargs(),
         )
-        self.upsampling = override_upsampling(self.unclip.cascade, arguments, "upsampler_")
+        self.upsampling = options.upsamplers.sampling(self.unclip.cascade)
         self.size = self.unclip.decoder.net_config.image_size
+        self.out = options.out
         self.out.mkdir(parents=True, exist_ok=True)
 
     def _options(self, eta: float | None) -> dict[str, Any]:
         """The options of sampling, by the names of the settings; None where there is none."""
         return {
-            "sampler": self.arguments.sampler,
-            "steps": self.arguments.sampling_steps,
-            "guidance_scale": self.arguments.guidance_scale,
+            "sampler": self.options.sampler,
+            "steps": self.options.steps,
+            "guidance_scale": self.options.guidance_scale,
             "eta": eta,
         }
 
@@ -133,7 +127,7 @@ class Session:
             latent = Latent.load(path, self.unclip)
             with self.progress(f"draw {path.name}") as callback:
                 return reconstruct(self.unclip, latent, callback).cpu(), latent
-        steps = STEPS if self.arguments.sampling_steps is None else self.sampling().steps
+        steps = STEPS if self.options.steps is None else self.sampling().steps
         image, full_size = self.load_picture(path)
         embed = self.unclip.embed_images(full_size)
         with self.progress(f"invert {path.name}") as callback:
@@ -177,7 +171,7 @@ class Session:
         from unclip_pl.utils.images import save_png
 
         path = self.out / f"{re.sub(UNSAFE, '-', name)}.png"
-        decoder = str(self.arguments.decoder or "of the package")
+        decoder = str(self.options.decoder or "of the package")
         print(save_png(image, path, decoder=decoder, **metadata))
 
     def save_figure(

@@ -1,17 +1,17 @@
 """`unclip submit`: Slurm jobs from the templates in `lightning_config/slurm/`."""
 
-import argparse
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from unclip_pl.cli.configs import config_folder, find_config
-from unclip_pl.cli.options import AddCommand
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.options import positive_int
+from unclip_pl.utils.options import Count
 
 RESERVED = ("--trainer.num_nodes", "--trainer.devices", "--resume", "--ckpt_path")
 """Flags that the job itself passes to `lightning`."""
@@ -19,122 +19,116 @@ SUBCOMMANDS = {"train": "fit", "embed": "predict", "eval": "validate"}
 """The subcommand of `lightning` for each kind of job."""
 
 
-def add(command: AddCommand) -> None:
-    parser = command(
-        "submit",
-        run,
-        "Train, validate or embed on a Slurm cluster: fills in a job script, shows it and submits "
-        "it.",
-    )
-    parser.add_argument(
-        "stage", help="a stage's YAML, such as stages/decoder.yaml or stages/embed.yaml"
-    )
-    parser.add_argument("--nodes", type=positive_int, default=1)
-    parser.add_argument(
-        "--gpus", type=int, default=1, help="of a node, one rank each; 0: nodes without GPUs"
-    )
-    parser.add_argument(
-        "--ranks", type=positive_int, default=1, help="of a node, where --gpus is 0"
-    )
-    parser.add_argument(
-        "--cpus",
-        type=positive_int,
-        default=8,
-        help="of a rank: its thread and its loader's workers",
-    )
-    parser.add_argument("--mem", help="memory of a node, such as 200G; by default the partition's")
-    parser.add_argument(
-        "--time", default="24:00:00", help="until the job is warned, saves and is queued again"
-    )
-    parser.add_argument(
-        "--warn",
-        type=positive_int,
-        default=120,
-        help="seconds before the time limit for the last checkpoint",
-    )
-    parser.add_argument("--partition")
-    parser.add_argument("--account")
-    parser.add_argument("--name", help="of the job; by default the stage's")
-    parser.add_argument(
-        "--restarts",
-        type=int,
-        default=3,
-        help="after failures; preemptions and time limits are not counted",
-    )
-    parser.add_argument(
-        "--array",
-        type=positive_int,
-        help="of an embedding job: the number of jobs that fill one store together",
-    )
-    parser.add_argument(
-        "--validate",
-        action="store_true",
-        help="validate the run's newest checkpoint instead of training",
-    )
-    parser.add_argument(
-        "--logs",
-        type=Path,
-        default=Path("slurm"),
-        help="folder, on a disk that all nodes share, of the jobs' output",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="show the script, submit nothing")
-    parser.set_defaults(flags=[])
-    parser.allow_abbrev = False
-    parser.epilog = (
-        "Whatever else follows the stage goes to `lightning`: -c overlays, --model.lr 1e-4, "
-        "--trainer.max_steps 100000 ..."
-    )
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """What a job asks Slurm for.
+
+    Args:
+        nodes: of the cluster
+        gpus: of a node, one rank each; 0: nodes without GPUs
+        ranks: of a node, where --gpus is 0
+        cpus: of a rank: its thread and its loader's workers
+        mem: memory of a node, such as 200G; by default the partition's
+        time: until the job is warned, saves and is queued again
+        warn: seconds before the time limit for the last checkpoint
+        partition: by default the cluster's
+        account: by default the user's
+        name: of the job; by default the stage's
+        restarts: after failures; preemptions and time limits are not counted
+        array: of an embedding job: the number of jobs that fill one store together
+        logs: folder, on a disk that all nodes share, of the jobs' output
+    """
+
+    nodes: Count = 1
+    gpus: int = 1
+    ranks: Count = 1
+    cpus: Count = 8
+    mem: str | None = None
+    time: str = "24:00:00"
+    warn: Count = 120
+    partition: str | None = None
+    account: str | None = None
+    name: str | None = None
+    restarts: int = 3
+    array: Count | None = None
+    logs: Path = Path("slurm")
+
+    def __post_init__(self) -> None:
+        if self.gpus < 0:
+            raise UserError(
+                f"--gpus is {self.gpus}: give 1 or more of a node, or 0 for nodes without GPUs."
+            )
+        if self.name in ("bash", "interactive"):
+            raise UserError(
+                f"Lightning ignores jobs called {self.name}, and the ranks would wait for each "
+                "other for ever: give another --name."
+            )
+
+    @property
+    def ranks_per_node(self) -> int:
+        """One for each GPU, or --ranks on nodes without GPUs."""
+        return self.gpus or self.ranks
 
 
-def run(arguments: argparse.Namespace) -> None:
-    script = job_script(arguments)
-    print(script)
-    if arguments.dry_run:
-        return
-    if not shutil.which("sbatch"):
+def submit(
+    stage: str, *flags: str, job: JobOptions, validate: bool = False, dry_run: bool = False
+) -> None:
+    """Train, validate or embed on a Slurm cluster.
+
+    Fills in a job script, shows it and submits it. Whatever else follows the stage goes to
+    `lightning`: -c overlays, --model.lr 1e-4, --trainer.max_steps 100000 ...
+
+    Args:
+        stage: a stage's YAML, such as stages/decoder.yaml or stages/embed.yaml
+        flags: for `lightning`
+        validate: validate the run's newest checkpoint instead of training
+        dry_run: show the script, submit nothing
+        job: what Slurm is asked for
+    """
+    script = job_script(stage, flags, job, validate)
+    if not dry_run and not shutil.which("sbatch"):
         raise UserError(
             "There is no sbatch here: run this on a login node of a Slurm cluster, or look at the "
             "script with --dry-run."
         )
-    arguments.logs.mkdir(parents=True, exist_ok=True)
-    job = subprocess.run(["sbatch"], input=script, capture_output=True, text=True, check=False)
-    if job.returncode:
+    print(script)
+    if dry_run:
+        return
+    job.logs.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["sbatch"], input=script, capture_output=True, text=True, check=False)
+    if done.returncode:
         raise UserError(
-            f"sbatch refused the job ({job.stderr.strip()}): change the options, which are passed "
+            f"sbatch refused the job ({done.stderr.strip()}): change the options, which are passed "
             "to it as shown above."
         )
-    print(job.stdout.strip())
+    print(done.stdout.strip())
 
 
-def job_script(arguments: argparse.Namespace) -> str:
+def job_script(stage: str, flags: Sequence[str], job: JobOptions, validate: bool) -> str:
     """The template of this kind of job with its placeholders filled in.
 
     Raises:
         UserError: options that contradict each other, or flags that the job sets itself.
     """
-    stage = Path(find_config(arguments.stage))
-    if arguments.gpus < 0:
-        raise UserError(
-            f"--gpus is {arguments.gpus}: give 1 or more of a node, or 0 for nodes without GPUs."
-        )
-    for flag in arguments.flags:
+    path = Path(find_config(stage))
+    for flag in flags:
         if flag.partition("=")[0] in RESERVED:
             raise UserError(
                 f"{flag} is set by the job itself: leave it out, and see --nodes, --gpus and "
                 "--ranks."
             )
-    kind = "eval" if arguments.validate else kind_of(stage)
-    if arguments.array and kind != "embed":
+    kind = "eval" if validate else kind_of(path)
+    if job.array and kind != "embed":
         raise UserError(
             "--array is for an embedding job: one run of a stage is one job, on as many --nodes as "
             "you like."
         )
     values = {
-        "{{resources}}": resources(arguments, arguments.name or f"{kind}-{stage.stem}"),
-        "{{command}}": command_line(arguments, kind),
-        "{{logs}}": str(arguments.logs.resolve()),
-        "{{restarts}}": str(arguments.restarts),
-        "{{warn}}": str(arguments.warn),
+        "{{resources}}": resources(job, job.name or f"{kind}-{path.stem}"),
+        "{{command}}": command_line(stage, flags, job, kind),
+        "{{logs}}": str(job.logs.resolve()),
+        "{{restarts}}": str(job.restarts),
+        "{{warn}}": str(job.warn),
     }
     script = read_template(kind)
     for placeholder, value in values.items():
@@ -155,41 +149,36 @@ def read_template(kind: str) -> str:
     return f"{shebang}\n{rest[start:]}"
 
 
-def resources(arguments: argparse.Namespace, name: str) -> str:
+def resources(job: JobOptions, name: str) -> str:
     """The #SBATCH lines of a job called `name`."""
-    if name in ("bash", "interactive"):
-        raise UserError(
-            f"Lightning ignores jobs called {name}, and the ranks would wait for each other for "
-            "ever: give another --name."
-        )
     options = {
         "job-name": name,
         "chdir": Path.cwd(),
-        "output": arguments.logs.resolve() / "%x-%j.out",
-        "nodes": arguments.nodes,
-        "ntasks-per-node": arguments.gpus or arguments.ranks,
-        "gpus-per-node": arguments.gpus or None,
-        "cpus-per-task": arguments.cpus,
-        "mem": arguments.mem,
-        "time": arguments.time,
-        "partition": arguments.partition,
-        "account": arguments.account,
-        "array": f"0-{arguments.array - 1}" if arguments.array else None,
+        "output": job.logs.resolve() / "%x-%j.out",
+        "nodes": job.nodes,
+        "ntasks-per-node": job.ranks_per_node,
+        "gpus-per-node": job.gpus or None,
+        "cpus-per-task": job.cpus,
+        "mem": job.mem,
+        "time": job.time,
+        "partition": job.partition,
+        "account": job.account,
+        "array": f"0-{job.array - 1}" if job.array else None,
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
     return "\n".join(lines)
 
 
-def command_line(arguments: argparse.Namespace, kind: str) -> str:
+def command_line(stage: str, flags: Sequence[str], job: JobOptions, kind: str) -> str:
     """What each rank runs: the stage, overlays for the resources, then the user's own flags."""
-    ranks = arguments.gpus or arguments.ranks
-    command = [sys.executable, "-m", "unclip_pl", SUBCOMMANDS[kind], "-c", arguments.stage]
-    if arguments.gpus:
+    ranks = job.ranks_per_node
+    command = [sys.executable, "-m", "unclip_pl", SUBCOMMANDS[kind], "-c", stage]
+    if job.gpus:
         command += ["-c", "lightning_config/gpu.yaml"]
     else:
         command += ["--trainer.accelerator", "cpu"]
-    if arguments.nodes * ranks > 1:
+    if job.nodes * ranks > 1:
         command += ["-c", "lightning_config/ddp.yaml"]
-    command += arguments.flags
-    command += ["--trainer.num_nodes", str(arguments.nodes), "--trainer.devices", str(ranks)]
+    command += flags
+    command += ["--trainer.num_nodes", str(job.nodes), "--trainer.devices", str(ranks)]
     return shlex.join(os.fspath(part) for part in command)

@@ -1,9 +1,13 @@
 """The command `unclip`: draw with trained stages, and look after data and cluster jobs."""
 
-import argparse
+import difflib
+import functools
+import inspect
 import io
 import os
 import sys
+import textwrap
+from collections.abc import Sequence
 
 from unclip_pl import __version__
 from unclip_pl.cli import (
@@ -22,58 +26,89 @@ from unclip_pl.cli import (
     upsample,
     vary,
 )
-from unclip_pl.cli.options import command_adder
-from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.commands import Command, CommandParser, UsageError, exit_code
 
-COMMANDS = (
-    generate, invert, vary, interpolate, edit, inpaint, upsample, serve, export, plan, submit
-)  # fmt: skip
+COMMANDS: dict[str, Command] = {
+    "generate": generate.generate,
+    "invert": invert.invert,
+    "vary": vary.vary,
+    "interpolate": interpolate.interpolate,
+    "edit": edit.edit,
+    "inpaint": inpaint.inpaint,
+    "upsample": upsample.upsample,
+    "serve": serve.serve,
+    "export": export.export,
+    "plan": plan.plan,
+    "submit": submit.submit,
+    "import karlo": import_weights.karlo,
+    "import kandinsky-prior": import_weights.kandinsky_prior,
+    "data openmoji": data.openmoji,
+    "data verify": data.verify,
+    "data import": data.import_,
+    "probe pca": probe.pca,
+    "probe typographic": probe.typographic,
+}
 GROUPS = {
-    "import": (import_weights, "Make releases of other projects' weights."),
-    "data": (data, "Draw, check and import data."),
-    "probe": (probe, "Look into CLIP's embedding of a picture."),
+    "": "Draw with unCLIP and look after its data. Training: see `lightning --help`.",
+    "import": "Make releases of other projects' weights.",
+    "data": "Draw, check and import data.",
+    "probe": "Look into CLIP's embedding of a picture.",
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line of `unclip`."""
-    root = argparse.ArgumentParser(
-        prog="unclip",
-        description="Draw with unCLIP and look after its data. Training: see `lightning --help`.",
-    )
-    root.add_argument("--version", action="version", version=f"unclip_pl {__version__}")
-    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in COMMANDS:
-        module.add(command_adder(commands))
-    for name, (module, help) in GROUPS.items():
-        group = commands.add_parser(name, help=help, description=help)
-        subcommands = group.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
-        module.add(command_adder(subcommands))
-    return root
+def bind(words: Sequence[str]) -> functools.partial:
+    """The function of a command line with its arguments.
+
+    Raises:
+        UsageError: there is no such command, or its options are wrong.
+    """
+    name = " ".join(words[: 2 if words[0] in GROUPS else 1])
+    if name not in COMMANDS:
+        similar = difflib.get_close_matches(name, [*COMMANDS, *GROUPS], 1, 0.6)
+        hint = f": did you mean {similar[0]}?" if similar else "; `unclip --help` lists them all."
+        raise UsageError(f"There is no command {name}{hint}")
+    return CommandParser(COMMANDS[name], f"unclip {name}").bind(words[len(name.split()) :])
 
 
-def main(arguments: list[str] | None = None) -> int:
+def help_page(group: str) -> str:
+    """What a group of commands, or "" for `unclip` itself, shows for --help."""
+    program = f"unclip {group}".strip()
+    rows = {}
+    for name, command in COMMANDS.items():
+        first, _, second = name.partition(" ")
+        if group and first == group:
+            rows[second] = (inspect.getdoc(command) or "").splitlines()[0]
+        elif not group:
+            rows[first] = GROUPS.get(first) or (inspect.getdoc(command) or "").splitlines()[0]
+    width = max(map(len, rows)) + 4
+    lines = [f"usage: {program} COMMAND ...", "", GROUPS[group], ""]
+    for name, text in rows.items():
+        gap = " " * width
+        lines += textwrap.wrap(
+            text, 98, initial_indent=f"  {name}".ljust(width), subsequent_indent=gap
+        )
+    return "\n".join([*lines, "", f"`{program} COMMAND --help` shows the options of a command."])
+
+
+def run(words: Sequence[str]) -> None:
+    """Carry out a command line, or show a page of help."""
+    group = words[0] if words and words[0] in GROUPS else ""
+    rest = words[1:] if group else words
+    if rest == ["--version"]:
+        print(f"unclip_pl {__version__}")
+    elif rest and rest[0] not in ("-h", "--help"):
+        bind(words)()
+    else:
+        print(help_page(group))
+        if not rest:
+            raise UsageError("Which command? They are listed above.")
+
+
+def main(words: list[str] | None = None) -> int:
     """Entry point of `unclip`; returns the exit code."""
     # Before torch is imported: waiting threads sleep soon (docs/cluster.md, "CPUs").
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     for stream in (sys.stdout, sys.stderr):  # do not fail on names that it cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    root = parser()
-    parsed, flags = root.parse_known_args(arguments)
-    if flags and not hasattr(parsed, "flags"):  # only commands that pass flags on have it
-        root.error(f"unrecognized arguments: {' '.join(flags)}")
-    parsed.flags = flags
-    try:
-        parsed.run(parsed)
-    except UserError as error:
-        print(f"unclip: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        file, reason = error.filename or "A file", error.strerror or error
-        print(
-            f"unclip: {file} cannot be used ({reason}): check the path and the rights to it.",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    return exit_code("unclip", lambda: run(sys.argv[1:] if words is None else words))

@@ -1,94 +1,92 @@
 """`unclip upsample`: pictures of one's own, drawn larger by the upsamplers."""
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from unclip_pl.cli.options import (
-    AddCommand,
-    add_device_options,
-    add_output_options,
-    add_upsampler_options,
-    device_kwargs,
-    override_upsampling,
-)
+from unclip_pl.cli.options import DeviceOptions, Folder
+from unclip_pl.utils.commands import UsageError
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.options import Seed, Spacing, override_sampling
 
 
-def add(command: AddCommand) -> None:
-    parser = command(
-        "upsample",
-        run,
-        "Draw pictures larger, whole and in their own shape: 4 times by one upsampler, 16 times by "
-        "both.",
-    )
-    parser.add_argument(
-        "images",
-        nargs="+",
-        type=Path,
-        metavar="IMAGE",
-        help="picture files of any size; transparency becomes white",
-    )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--times",
-        type=int,
-        choices=[4, 16],
-        help="4 (the default): by the upsampler made for the nearest size, 64 or 256 pixels",
-    )
-    size.add_argument(
-        "--size",
-        type=int,
-        help="pixels of the longer side instead: drawn 4 or 16 times as large, then shrunk to this",
-    )
-    add_upsampler_options(parser, "--steps")
-    add_device_options(parser)
-    out_help = "folder for the PNG files, IMAGE-WIDTHxHEIGHT.png"
-    add_output_options(parser, "the same for every picture", out_help)
+def upsample(
+    images: Sequence[Path],
+    *,
+    times: Literal[4, 16] | None = None,
+    size: int | None = None,
+    upsampler_256: str | None = None,
+    upsampler_1024: str | None = None,
+    steps: Spacing | None = None,
+    compute: DeviceOptions,
+    seed: Seed = 0,
+    out: Folder = Path("out"),
+) -> None:
+    """Draw pictures larger, whole and in their own shape.
 
+    4 times as large by one upsampler, 16 times by both.
 
-def run(arguments: argparse.Namespace) -> None:
+    Args:
+        images: picture files of any size; transparency becomes white
+        times: 4 (the default): by the upsampler made for the nearest size, 64 or 256 pixels
+        size: pixels of the longer side instead of --times: drawn 4 or 16 times as large, then
+            shrunk to this
+        upsampler_256: a checkpoint or release of the upsampler 64 to 256; by default the one in
+            the package
+        upsampler_1024: a checkpoint or release of the upsampler 256 to 1024; by default the one in
+            the package
+        steps: sampling steps: a number, 10,10,3,2,2 (numbers for equal sections), fast27 or
+            ddim25; of each upsampler, by default its own
+        seed: the same for every picture
+        out: folder for the PNG files, IMAGE-WIDTHxHEIGHT.png
+        compute: where and how the networks run
+    """
     from tqdm import tqdm
 
     from unclip_pl.pipeline.cascade import Cascade
     from unclip_pl.pipeline.weights import load_upsamplers
     from unclip_pl.utils.images import load_image, save_png, shrink
 
-    images = [load_image(path)[None] for path in arguments.images]
-    factors = []
-    for path, image in zip(arguments.images, images):
-        if arguments.size is None:
-            factors.append(arguments.times or 4)
+    if times is not None and size is not None:
+        raise UsageError("--times and --size both say how large: give one of them.")
+    pictures = [load_image(path)[None] for path in images]
+    factors: list[int] = []
+    for path, image in zip(images, pictures):
+        if size is None:
+            factors.append(times or 4)
         else:
-            factors.append(factor_for(path, max(image.shape[-2:]), arguments.size))
-    paths = {256: arguments.upsampler_256 or "256", 1024: arguments.upsampler_1024 or "1024"}
-    kwargs = device_kwargs(arguments)
-    cascade = Cascade(load_upsamplers(list(paths.values())), **kwargs)
-    sampling = override_upsampling(cascade, arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+            factors.append(factor_for(path, max(image.shape[-2:]), size))
+    paths = {256: upsampler_256 or "256", 1024: upsampler_1024 or "1024"}
+    cascade = Cascade(load_upsamplers(list(paths.values())), **compute.kwargs())
+    sampling = {
+        side: override_sampling(stage, {"steps": steps})
+        for side, stage in zip(cascade.sizes, cascade.stages)
+    }
+    out.mkdir(parents=True, exist_ok=True)
     written: set[Path] = set()
-    for path, image, factor in zip(arguments.images, images, factors):
+    for path, image, factor in zip(images, pictures, factors):
         stages = cascade.route(max(image.shape[-2:]), factor)
-        sizes = [stage.net_config.image_size for stage in stages]
-        total = sum(stage.count_steps(sampling[size]) for stage, size in zip(stages, sizes))
+        sides = [stage.net_config.image_size for stage in stages]
+        total = sum(stage.count_steps(sampling[side]) for stage, side in zip(stages, sides))
         with tqdm(desc=path.name, total=total, unit="step", file=sys.stderr) as bar:
 
             def report(stage: str, step: int, steps: int, bar: tqdm = bar) -> None:
                 bar.set_postfix_str(f"{stage} step {step}/{steps}")
                 bar.update(1)
 
-            drawn = cascade.upsample(image, [arguments.seed], factor, sampling, report).cpu()
-        if arguments.size is not None:
-            drawn = shrink(drawn, arguments.size)
+            drawn = cascade.upsample(image, [seed], factor, sampling, report).cpu()
+        if size is not None:
+            drawn = shrink(drawn, size)
         name = f"{path.stem}-{drawn.shape[-1]}x{drawn.shape[-2]}"
-        target = arguments.out / f"{name}.png"
+        target = out / f"{name}.png"
         if target in written:  # another picture of the same name, from another folder
-            target = arguments.out / f"{name}-{len(written) + 1}.png"
+            target = out / f"{name}-{len(written) + 1}.png"
         written.add(target)
         settings = f"upsample {factor} times"
-        for size in sizes:
-            settings += f", upsampler {paths[size]} {sampling[size]}"
-        metadata = {"source": path.name, "seed": str(arguments.seed), "unclip": settings}
+        for side in sides:
+            settings += f", upsampler {paths[side]} {sampling[side]}"
+        metadata = {"source": path.name, "seed": str(seed), "unclip": settings}
         print(save_png(drawn[0], target, **metadata))
 
 

@@ -1,72 +1,61 @@
 """`unclip vary`: variations of pictures (unCLIP section 3.1)."""
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from unclip_pl.cli.options import AddCommand, require_minimum
-from unclip_pl.cli.pictures import PICTURE_HELP, require_files
-from unclip_pl.cli.session import Session, add_session_options
+from unclip_pl.cli.pictures import require_files
+from unclip_pl.cli.session import Session, SessionOptions
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.options import Count
 
 
-def add(command: AddCommand) -> None:
-    parser = command(
-        "vary",
-        run,
-        "Draw variations of pictures: around the picture itself (--eta), or of all that CLIP sees "
-        "the same in.",
-    )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help=PICTURE_HELP)
-    parser.add_argument(
-        "--eta",
-        type=float,
-        nargs="+",
-        help="noise of DDIM, 0 (the picture again) to 1: a row of the figure for each",
-    )
-    parser.add_argument(
-        "--noise",
-        choices=["inverted", "fresh"],
-        help="start from the inverted picture or from fresh noise; by default inverted with --eta",
-    )
-    parser.add_argument(
-        "--num-images",
-        type=int,
-        default=4,
-        help="variations of each picture (and each eta); picture k uses seed + k",
-    )
-    parser.add_argument(
-        "--caption", help="a caption to draw with; without it only the picture decides"
-    )
-    add_session_options(parser)
+def vary(
+    images: Sequence[Path],
+    *,
+    eta: Sequence[float] | None = None,
+    noise: Literal["inverted", "fresh"] | None = None,
+    num_images: Count = 4,
+    caption: str | None = None,
+    options: SessionOptions,
+) -> None:
+    """Draw variations of pictures.
 
+    They lie around the picture itself (--eta), or are of all that CLIP sees the same in.
 
-def run(arguments: argparse.Namespace) -> None:
-    require_minimum(arguments, num_images=1)
-    noise = arguments.noise or ("inverted" if arguments.eta else "fresh")
+    Args:
+        images: a picture of any size (its centre square is taken), or a latent that `unclip
+            invert` wrote
+        eta: noise of DDIM, 0 (the picture again) to 1: a row of the figure for each
+        noise: start from the inverted picture or from fresh noise; by default inverted with --eta
+        num_images: variations of each picture (and each eta); picture k uses seed + k
+        caption: a caption to draw with; without it only the picture decides
+        options: what draws, from which seed and where to
+    """
+    noise = noise or ("inverted" if eta else "fresh")
     inverted = noise == "inverted"
-    etas = arguments.eta or ([0.0] if inverted else [None])
-    for eta in etas:
-        if eta is not None and not 0 <= eta <= 1:
-            raise UserError(f"--eta is {eta}: give 0 (no noise on the way) to 1 (as much as DDPM).")
-    require_files(arguments.images)
-    session = Session(arguments)
-    seeds = [arguments.seed + k for k in range(arguments.num_images)]
-    captions = [arguments.caption] * len(seeds) if arguments.caption else None
+    etas: Sequence[float | None] = eta or ([0.0] if inverted else [None])
+    for one in eta or ():
+        if not 0 <= one <= 1:
+            raise UserError(f"--eta is {one}: give 0 (no noise on the way) to 1 (as much as DDPM).")
+    require_files(images)
+    session = Session(options)
+    seeds = options.seeds(num_images)
+    captions = [caption] * len(seeds) if caption else None
     rows, labels = [], []
-    for path in arguments.images:
+    for path in images:
         original, start = session.load_latent(path) if inverted else session.embed(path)
         rows.append(original)
         labels.append(path.stem)
-        for eta in etas:
-            drawn, sampling = draw(session, path, start, seeds, captions, eta)
-            suffix = f"-eta{eta:g}" if len(etas) > 1 else ""
-            settings = f"vary, {noise} noise, {sampling}, caption {arguments.caption!r}"
+        for value in etas:
+            drawn, sampling = draw(session, path, start, seeds, captions, value)
+            suffix = f"-eta{value:g}" if len(etas) > 1 else ""
+            settings = f"vary, {noise} noise, {sampling}, caption {caption!r}"
             for seed, image in zip(seeds, drawn):
                 name = f"{path.stem}{suffix}-{seed}"
                 session.save(image, name, source=path.name, seed=str(seed), unclip=settings)
             rows.append(drawn)
-            labels.append("variations" if eta is None else f"eta {eta:g}")
+            labels.append("variations" if value is None else f"eta {value:g}")
     session.save_figure("variations", rows, labels)
 
 

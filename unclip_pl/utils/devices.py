@@ -1,5 +1,7 @@
 """Which device a command works on."""
 
+import sys
+
 from unclip_pl.utils.errors import UserError
 
 
@@ -26,3 +28,12 @@ def pick_device(name: str = "auto") -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def announce_compiling(device: str) -> None:
+    """Say on stderr that a CPU compiles for minutes, in which nothing else is seen."""
+    if device == "cpu":
+        print(
+            "The networks are compiled now (--compile), which takes minutes on a CPU.",
+            file=sys.stderr,
+        )

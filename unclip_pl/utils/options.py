@@ -1,135 +1,126 @@
-"""Options of command lines that `unclip` and `eval` share: one name for one thing. No torch."""
+"""Options of commands that `unclip` and `eval` share: one name for one thing. No torch."""
 
-import argparse
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from unclip_pl.utils.errors import UserError
 
-SAMPLERS = ("ddpm", "ddim", "dpm_solver_pp")
-SPACING_HELP = (
-    "sampling steps: a number, 10,10,3,2,2 (numbers for equal sections), fast27 or ddim25"
-)
-"""Help of the options of type `spacing`."""
+Sampler = Literal["ddpm", "ddim", "dpm_solver_pp"]
+SAMPLERS = get_args(Sampler)
 SAMPLING_OPTIONS = ("sampler", "steps", "guidance_scale", "eta", "temperature", "top_p")
 """The fields of sampling settings that have an option."""
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Names defaults, except None and empty lists, for which the help says what happens."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default == []:
-            return action.help
-        return super()._get_help_string(action)
-
-
-class _Renamed(argparse.Action):
-    """Ends the command with a sentence that says the new name."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option_string: str | None = None,
-    ) -> None:
-        parser.error(f"{option_string} is now called {self.const}: use that name.")
+def whole(value: Any) -> int:
+    """An integer, from a word too."""
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{value} is no whole number") from None
 
 
-def add_renamed(parser: argparse.ArgumentParser, old: str, new: str) -> None:
-    """An option's old name, which only says the new one."""
-    parser.add_argument(
-        old,
-        action=_Renamed,
-        const=new,
-        nargs="*",
-        help=argparse.SUPPRESS,
-        default=argparse.SUPPRESS,
-    )
-
-
-def positive_int(text: str) -> int:
+def positive_int(value: Any) -> int:
     """An integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is too small: give 1 or more")
-    return value
+    if whole(value) < 1:
+        raise ValueError(f"{value} is too small: give 1 or more")
+    return int(value)
 
 
-def seed(text: str) -> int:
+def seed(value: Any) -> int:
     """A seed that torch's generators take, with room for some more after it."""
-    value = int(text)
-    if not 0 <= value < 1 << 62:
-        raise argparse.ArgumentTypeError(f"{value} is no seed: give an integer from 0 to 2^62 - 1")
-    return value
+    if not 0 <= whole(value) < 1 << 62:
+        raise ValueError(f"{value} is no seed: give an integer from 0 to 2^62 - 1")
+    return int(value)
 
 
-def spacing(text: str) -> int | tuple[int, ...] | str:
+def spacing(value: Any) -> int | tuple[int, ...] | str:
     """Sampling steps: a number, numbers for equal sections with commas between them, or a name."""
     try:
-        counts = tuple(int(count) for count in text.strip("[]").split(","))
+        counts = tuple(int(count) for count in str(value).strip("[()]").split(","))
     except ValueError:
-        return text
+        return str(value)
     return counts[0] if len(counts) == 1 else counts
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, guidance: bool = True) -> None:
-    """How the decoder samples: --sampler, --steps, --eta and with `guidance` --guidance-scale."""
-    parser.add_argument("--sampler", choices=SAMPLERS, help="by default the decoder's own")
-    parser.add_argument(
-        "--steps", type=spacing, help=f"{SPACING_HELP}; by default the decoder's own"
-    )
-    parser.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1")
-    if guidance:
-        parser.add_argument(
-            "--guidance-scale", type=float, help="1: no guidance; by default the decoder's own"
-        )
+Count = Annotated[int, positive_int]
+Seed = Annotated[int, seed]
+Spacing = Annotated[int | tuple[int, ...] | str, spacing]
 
 
-def add_prior_option(parser: argparse.ArgumentParser) -> None:
-    """Which prior draws the image embeddings: --prior."""
-    parser.add_argument(
-        "--prior",
-        help='"diffusion" (the default) or "ar", those in the package; or a checkpoint or release',
-    )
+@dataclass(frozen=True)
+class StageOptions:
+    """Options for the sampling settings of a stage; None: the stage's own."""
+
+    PREFIX: ClassVar[str] = ""
+
+    def of(self, stage: Any, **changes: Any) -> Any:
+        """The sampling settings of a stage, with these options and then `changes` in their place.
+
+        Raises:
+            UserError: as `override_sampling`.
+        """
+        options = {self.PREFIX + name: value for name, value in (asdict(self) | changes).items()}
+        return override_sampling(stage, options, self.PREFIX)
+
+    def given(self) -> list[str]:
+        """The names of the options that are given: "--prior-steps"."""
+        names = [name for name, value in asdict(self).items() if value is not None]
+        return [f"--{(self.PREFIX + name).replace('_', '-')}" for name in names]
+
+    def among(self, stage: Any, stages: Iterable[Any]) -> Self:
+        """The same options without those that only another of several stages has."""
+        others = {name for other in stages for name in vars(other.sampling)}
+        missing = others - vars(stage.sampling).keys()
+        return replace(self, **dict.fromkeys(missing & vars(self).keys()))
 
 
-def add_prior_sampling_options(parser: argparse.ArgumentParser, own: str = "its own") -> None:
-    """Add the options for how a prior samples.
-
-    --prior-guidance-scale, --prior-steps, --prior-sampler, --prior-temperature, --prior-top-p.
+@dataclass(frozen=True)
+class SamplingOptions(StageOptions):
+    """How the decoder samples.
 
     Args:
-        parser: the options are added to it.
-        own: what guidance scale, temperature and top-p are by default, for the help.
+        sampler: by default the decoder's own
+        steps: sampling steps: a number, 10,10,3,2,2 (numbers for equal sections), fast27 or
+            ddim25; by default the decoder's own
+        eta: noise of DDIM, 0 to 1
     """
-    parser.add_argument(
-        "--prior-guidance-scale",
-        type=float,
-        help=f"of a prior: 1 is no guidance; by default {own}",
-    )
-    parser.add_argument(
-        "--prior-steps",
-        type=spacing,
-        help=f"{SPACING_HELP} of a diffusion prior; by default its own",
-    )
-    parser.add_argument(
-        "--prior-sampler",
-        choices=["analytic", *SAMPLERS],
-        help="of a diffusion prior; by default its own",
-    )
-    parser.add_argument(
-        "--prior-temperature",
-        type=float,
-        help=f"of an autoregressive prior: divides its logits; by default {own}",
-    )
-    parser.add_argument(
-        "--prior-top-p",
-        type=float,
-        help="of an autoregressive prior: share of the likeliest codes drawn from; "
-        f"by default {own}",
-    )
+
+    sampler: Sampler | None = None
+    steps: Spacing | None = None
+    eta: float | None = None
+
+
+@dataclass(frozen=True)
+class GuidedSamplingOptions(SamplingOptions):
+    """How the decoder samples.
+
+    Args:
+        guidance_scale: 1: no guidance; by default the decoder's own
+    """
+
+    guidance_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class PriorSamplingOptions(StageOptions):
+    """How the prior samples.
+
+    Args:
+        guidance_scale: 1: no guidance; by default the prior's own
+        steps: sampling steps of a diffusion prior, as of --steps; by default its own
+        sampler: of a diffusion prior; by default its own
+        temperature: of an autoregressive prior: divides its logits; by default its own
+        top_p: of an autoregressive prior: share of the likeliest codes drawn from; by default its
+            own
+    """
+
+    PREFIX: ClassVar[str] = "prior_"
+    guidance_scale: float | None = None
+    steps: Spacing | None = None
+    sampler: Literal["analytic", "ddpm", "ddim", "dpm_solver_pp"] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
 
 
 def override_sampling(stage: Any, options: Mapping[str, Any], prefix: str = "") -> Any:
@@ -137,14 +128,12 @@ def override_sampling(stage: Any, options: Mapping[str, Any], prefix: str = "") 
 
     Args:
         stage: has its own settings in `sampling`, a dataclass with the checks of single values.
-        options: values by name, such as `vars(arguments)`; None: not given. Others are not read.
+        options: values by name; None: not given. Others are not read.
         prefix: of the names that are read: "prior_" for `prior_steps`, the option --prior-steps.
 
     Raises:
         UserError: a value is impossible, or the stage has no such setting.
     """
-    from dataclasses import replace
-
     named = {name: options.get(prefix + name) for name in SAMPLING_OPTIONS}
     values = {name: value for name, value in named.items() if value is not None}
 

@@ -17,11 +17,6 @@ from unclip_pl.utils.remote import (
 )
 
 
-def path_or_url(text: str) -> Path | str:
-    """A local path; a remote URL as it is, for a Path would lose one of its slashes."""
-    return text if is_remote(text) else Path(text)
-
-
 def local_folder(path: str | os.PathLike) -> Path:
     """A folder to write into.
 

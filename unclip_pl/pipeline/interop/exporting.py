@@ -35,7 +35,7 @@ Network = tuple[str, dict[str, Any], Names]
 
 
 def export_diffusers(
-    checkpoints: list[Path],
+    checkpoints: list[str] | list[Path],
     out: Path,
     clip: CLIPConfig | None = None,
     precision: Precision = "fp16",
