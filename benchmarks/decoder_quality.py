@@ -27,6 +27,7 @@ from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_DECODER
+from unclip_pl.training.retrieval import recall_at
 from unclip_pl.utils.devices import pick_device
 from unclip_pl.utils.images import grid, save_png, to_uint8
 
@@ -53,10 +54,9 @@ def drawings() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def found_first(clip: FrozenCLIP, drawn: Tensor, real: Tensor) -> float:
-    """How often the own drawing is the nearest of all to what was drawn."""
+    """How often what was drawn is nearest to its own drawing; a tie does not count."""
     similarity = clip.similarity(clip.embed_images(drawn), clip.embed_images(real))
-    own = torch.arange(len(real), device=similarity.device)
-    return similarity.argmax(1).eq(own).float().mean().item()
+    return recall_at(similarity, 1).item()
 
 
 def figures(drawn: Tensor, real: Tensor, clip: FrozenCLIP, judge: FrozenCLIP) -> dict[str, float]:

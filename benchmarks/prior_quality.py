@@ -24,7 +24,9 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.pipeline.weights import DEFAULT_PRIORS
 from unclip_pl.training.prior_monitor import mean_pairwise, measure
+from unclip_pl.utils.images import grid, save_png
 
+SHOWN = 12
 COLUMNS = ("cosine_image", "cosine_text", "cosine_text_other", "rank", "r1", "r5")
 
 
@@ -56,6 +58,9 @@ def main() -> None:
     parser.add_argument("--store")
     parser.add_argument("--model", default="openmoji", help="the CLIP")
     parser.add_argument("--pretrained")
+    parser.add_argument(
+        "--picture", help="draw the first 12 of each prior and of the true ones, to this PNG"
+    )
     results_option(parser)
     arguments = parser.parse_args()
     clip = CLIPConfig(arguments.model, arguments.pretrained)
@@ -73,15 +78,17 @@ def main() -> None:
         "z_t instead of z_i": (text, None),
         "nearest training caption's image": (nearest(train, text).float(), None),
     }
+    names = []
     for name in arguments.prior:
         unclip = UnCLIP.load(prior=name)
+        names.append(f"{type(unclip.prior).__name__} ({name})")
         states = data.clip.embed_text(val["tokens"])
         batch = val | {"text_states": states.states, "text_mask": states.mask}
         few = torch.arange(min(64, len(image))).repeat_interleave(4)
         repeated = {key: value[few] for key, value in batch.items()}
         draws = unclip.prior.sample(repeated, Noise(range(len(few))))
         drawn = unclip.prior.sample(batch, Noise(range(len(image))))
-        embeddings[f"{type(unclip.prior).__name__} ({name})"] = drawn, mean_pairwise(draws, few)
+        embeddings[names[-1]] = drawn, mean_pairwise(draws, few)
     embeddings["the true z_i"] = (image, None)
     print(f"{len(image)} held-out captions\n\n| | {' | '.join(COLUMNS)} | spread |")
     print("|---" * (len(COLUMNS) + 2) + "|")
@@ -92,6 +99,12 @@ def main() -> None:
         rows[name]["spread"] = None if spread is None else float(spread)
         cells = [f"{values[column]:.3g}" for column in COLUMNS]
         print(f"| {name} | {' | '.join(cells)} | {'' if spread is None else f'{spread:.3f}'} |")
+    if arguments.picture:
+        shown = dict.fromkeys(("the true z_i", *names))
+        for name in shown:
+            shown[name] = unclip.decode(embeddings[name][0][:SHOWN], range(SHOWN))
+        picture = grid(list(shown.values()), list(shown))
+        save_png(picture, arguments.picture, source="OpenMoji, CC BY-SA 4.0, openmoji.org")
     save_rows("prior_quality", arguments.results, rows)
 
 

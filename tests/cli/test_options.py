@@ -71,8 +71,13 @@ def test_samplers_of_the_options_are_those_that_there_are():
         ("generate fox --eta much", ["--eta is much", "a number"]),
         ("generate fox --condition image", ["--condition is image", "prior, text, caption"]),
         ("generate fox --gri", ["grid"]),
-        ("generate fox --prior-guidance-scale inf", ["--prior-guidance-scale is inf", "a number"]),
+        (
+            "generate fox --prior-guidance-scale inf",
+            ["--prior-guidance-scale is inf", "a finite number"],
+        ),
         ("vary", ["Missing", "images"]),
+        ("inpaint a.png", ["Missing: --mask"]),
+        ("generate fox --num-images null", ["--num-images is null"]),
         ("interpolate a.png b.png --sampling-steps 5", ["now called --steps"]),
         ("data verif store", ["data verify"]),
         ("draw fox", ["draw"]),
@@ -97,6 +102,37 @@ def test_options_of_a_command_may_be_a_file(tmp_path, capsys):
     assert bound.keywords["num_images"] == 3
     assert bound.keywords["prior_sampling"].steps == (10, 5)
     assert bound.keywords["upsamplers"].size == 256
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("num_images: null", ["--num-images is null"]),
+        ("size: null", ["--size is null"]),
+        ("out: null", ["--out is null"]),
+        ("grid: 3", ["--grid is 3", "true or false"]),
+        ("seed: 1.7", ["1.7 is no whole number"]),
+        ("prompts: a cat", ["list", "[a, b]"]),
+        ("num_imags: 3", ["num-images"]),
+        ("", ["--config holds no options"]),
+        (b"prompts: [f\xfcchs]", ["not UTF-8"]),
+    ],
+)
+def test_a_file_of_options_that_do_not_fit_is_one_sentence(text, words, tmp_path, capsys):
+    file = tmp_path / "drawing.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert run_unclip(f"generate fox --config {file}") == 2
+    error = error_of(capsys)
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize("order", ["fox --seed 3 --config {}", "--config={} fox --seed 3"])
+def test_what_is_said_next_to_a_file_of_options_wins(order, tmp_path):
+    file = tmp_path / "drawing.yaml"
+    file.write_text("prompts: [cat]\nseed: 5\nnum_images: 2\n", encoding="utf-8")
+    bound = unclip.bind(["generate", *order.format(file).split()])
+    assert bound.args == (("fox",),)
+    assert bound.keywords["num_images"] == 2 and bound.keywords["seed"] == 3
 
 
 def test_every_option_of_every_command_has_a_help_text():

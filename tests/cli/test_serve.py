@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def test_it_serves_the_package_and_ends_when_it_should(tmp_path, end):
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
+        too_long = threading.Timer(300, process.kill)  # or a server that says nothing hangs this
+        too_long.start()
         try:
             line = process.stdout.readline()
             address = re.search(r"http://127\.0\.0\.1:\d+", line)
@@ -47,6 +50,7 @@ def test_it_serves_the_package_and_ends_when_it_should(tmp_path, end):
             process.send_signal(end)
             out, err = process.communicate(timeout=60)
         finally:
+            too_long.cancel()
             process.kill()
     assert process.returncode == 0 and "The studio is closed." in out, err
     assert "Traceback" not in err

@@ -100,6 +100,8 @@ def test_embedding_and_validation_have_their_own_jobs(capsys):
         ("stages/decoder.yaml --trainer.devices=4", "--trainer.devices=4"),
         ("stages/decoder.yaml --array 4", "--array"),
         ("stages/decoder.yaml --name bash", "--name"),
+        ("stages/decoder.yaml --restarts -1", "--restarts is -1"),
+        ("stages/decoder.yaml --node 2", "did you mean --nodes"),
     ],
 )
 def test_what_cannot_run_is_one_sentence(capsys, words, named):

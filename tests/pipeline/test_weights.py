@@ -120,6 +120,12 @@ def test_a_whole_model_and_nothing_at_all_are_told_from_a_release(folder, tmp_pa
         read_weights(tmp_path / "nowhere")
 
 
+def test_a_checkpoint_that_is_not_there_is_answered_with_one_that_is(tmp_path):
+    (tmp_path / "newest-step=500.ckpt").touch()
+    with pytest.raises(UserError, match="such as .*newest-step=500.ckpt"):
+        read_weights(tmp_path / "newest-step=N.ckpt")
+
+
 def test_training_starts_from_the_weights_of_a_release_or_checkpoint_and_keeps_its_settings(
     folder, checkpoint, decoder
 ):

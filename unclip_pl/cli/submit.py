@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 from unclip_pl.cli.configs import config_folder, find_config
+from unclip_pl.utils.commands import option_string
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.options import Count
 
@@ -58,6 +60,8 @@ class JobOptions:
             raise UserError(
                 f"--gpus is {self.gpus}: give 1 or more of a node, or 0 for nodes without GPUs."
             )
+        if self.restarts < 0:
+            raise UserError(f"--restarts is {self.restarts}: give 0 (never) or more.")
         if self.name in ("bash", "interactive"):
             raise UserError(
                 f"Lightning ignores jobs called {self.name}, and the ranks would wait for each "
@@ -68,6 +72,10 @@ class JobOptions:
     def ranks_per_node(self) -> int:
         """One for each GPU, or --ranks on nodes without GPUs."""
         return self.gpus or self.ranks
+
+
+OWN = [option_string(field.name) for field in fields(JobOptions)]
+"""The options of the job itself."""
 
 
 def submit(
@@ -112,11 +120,14 @@ def job_script(stage: str, flags: Sequence[str], job: JobOptions, validate: bool
     """
     path = Path(find_config(stage))
     for flag in flags:
-        if flag.partition("=")[0] in RESERVED:
+        name = flag.partition("=")[0]
+        if name in RESERVED:
             raise UserError(
                 f"{flag} is set by the job itself: leave it out, and see --nodes, --gpus and "
                 "--ranks."
             )
+        if meant := get_close_matches(name, OWN, 1, 0.85):
+            raise UserError(f"{name} is no option of the job: did you mean {meant[0]}?")
     kind = "eval" if validate else kind_of(path)
     if job.array and kind != "embed":
         raise UserError(

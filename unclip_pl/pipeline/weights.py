@@ -6,6 +6,7 @@ All kinds of files are read as a `Release`, so that nothing else needs to know w
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,6 +38,14 @@ DEFAULT_UPSAMPLERS = {
 StageT = TypeVar("StageT", bound=Stage)
 
 
+def _what_else(path: Path) -> str:
+    """What to give in place of a path that is not there."""
+    near = list(path.parent.glob("*.ckpt")) if path.suffix == ".ckpt" else []
+    similar = get_close_matches(path.name, [file.name for file in near], 1, 0.6)
+    hint = f", such as {path.parent / similar[0]}" if similar else ""
+    return f"give the path of a release or of a checkpoint{hint}"
+
+
 def read_weights(path: str | os.PathLike) -> Release:
     """Read a release folder or a Lightning checkpoint, here or at a remote URL.
 
@@ -60,7 +69,7 @@ def read_weights(path: str | os.PathLike) -> Release:
         hyper_parameters = complete_hyper_parameters(weights.stage, weights.hyper_parameters)
         return replace(weights, hyper_parameters=hyper_parameters)
     if not path.exists():
-        raise UserError(f"There is no {path}: give the path of a release or of a checkpoint.")
+        raise UserError(f"There is no {path}: {_what_else(path)}.")
     checkpoint = read_checkpoint(path, target=whole_tensors("state_dict"))
     missing = [key for key in ("stage", "hyper_parameters", "state_dict") if key not in checkpoint]
     if missing:

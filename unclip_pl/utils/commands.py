@@ -16,12 +16,17 @@ from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_ty
 
 import docstring_parser
 import jsonargparse
+import yaml
 from jsonargparse.typing import register_type
 
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.messages import to_sentence
 
 Command = Callable[..., Any]
+# A word that is not Unicode, such as a folder's name, is no YAML: the parser takes it as it is.
+jsonargparse.set_loader(
+    "yaml", jsonargparse.get_loader("yaml"), (yaml.YAMLError, UnicodeEncodeError)
+)
 
 
 class UsageError(UserError):
@@ -173,7 +178,12 @@ class CommandParser(Parser):
             UsageError: the words do not fit the options.
             UserError: a dataclass refuses a value.
         """
-        config = self.parse_args(words)
+        try:
+            config = self.parse_args(files_first(sys.argv[1:] if words is None else words))
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"The file of --config is not UTF-8 (byte {error.start}): save it as UTF-8."
+            ) from None
         try:
             positional, named = self._build(self.command, config)
         except ValueError as error:
@@ -192,12 +202,41 @@ class CommandParser(Parser):
                 value: Any = hint(*words, **options)
             else:
                 value = config.get((prefix + parameter.name).rstrip("_"), parameter.default)
+                check_value(prefix + parameter.name, value, parameter.default, hint)
                 value = tuple(value) if isinstance(value, list) else value
             if parameter.kind is parameter.KEYWORD_ONLY:
                 named[parameter.name] = value
             else:
                 positional.append(value)
         return positional, named
+
+
+def files_first(words: Sequence[str]) -> list[str]:
+    """The words with files of options first, so that what is said next to them wins."""
+    before, words = [], list(words)
+    end = words.index("--") if "--" in words else len(words)
+    for k in reversed(range(end)):
+        if words[k].startswith("--config="):
+            before[:0] = [words.pop(k)]
+        elif words[k] == "--config" and k + 1 < end:
+            before[:0] = [words.pop(k), words.pop(k)]
+    return before + words
+
+
+def check_value(name: str, value: Any, default: Any, hint: Any) -> None:
+    """UsageError for what the parser lets a file say: null, or a switch that is not true or false.
+
+    Args:
+        name: of the option.
+        value: of the option.
+        default: of the option.
+        hint: its type.
+    """
+    may_be_null = default is None or types.NoneType in get_args(hint)
+    if value is None and not may_be_null:
+        raise UsageError(f"{option_string(name)} is null: give a value.")
+    if hint is bool and not isinstance(value, bool):
+        raise UsageError(f"{option_string(name)} is {value}: write true or false.")
 
 
 def option_string(name: str) -> str:

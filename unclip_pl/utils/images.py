@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from unclip_pl.utils.errors import UserError
@@ -200,6 +200,8 @@ def load_image(path: str | os.PathLike, size: int | None = None) -> Tensor:
         return open_image(Path(path).read_bytes(), lambda image: from_pil(image, size))
     except FileNotFoundError:
         raise UserError(f"There is no picture {path}.") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is no picture in a known format.") from None
     except (OSError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error}).") from error
 

@@ -11,6 +11,7 @@ UNKNOWN_OPTION = re.compile(
 KEY = re.compile(r'Parser key "([\w.]+)"(?: element \d+)?:\s*')
 EXPECTED = re.compile(r"Expected an? (.*)\. Got value: (.*)")
 REFUSED = re.compile(r"Not of type \w+: (.*)")
+NO_LIST = re.compile("object (does not support item assignment|is not iterable)")
 TYPES = {
     "<class 'int'>": "a whole number",
     "<class 'float'>": "a number",
@@ -39,7 +40,13 @@ def to_sentence(message: str, names: Collection[str] = (), help: str = "") -> st
     short = " ".join(line for line in lines if line and not noise(line))
     unknown = UNKNOWN_OPTION.search(short)
     if short.startswith("the following arguments are required: "):
-        return f"Missing: {short.partition(': ')[2]}; `{help}` says what they are."
+        missing = short.partition(": ")[2].split(", ")
+        missing = [f"--{name}" if name.replace("_", "-") in names else name for name in missing]
+        return f"Missing: {', '.join(missing).replace('_', '-')}; `{help}` says what they are."
+    if NO_LIST.search(short):
+        return "A list in the file of --config is one value there: write it in brackets, as [a, b]."
+    if short.startswith("Unexpected config"):
+        return "The file of --config holds no options: write some, one NAME: VALUE per line."
     if unknown is None:
         return _wrong_value(short, names) or short or message
     path = (unknown[1] or unknown[2]).split(".")
@@ -57,10 +64,15 @@ def _wrong_value(message: str, names: Collection[str]) -> str | None:
     reason = message[found.end() :]
     key = found[1].replace("_", "-")
     key = f"--{key}" if key in names else found[1]
+    if not reason:
+        return f"{key} is null: give a value."
+    if key == "--config":
+        return f"--config: {reason}"
     if refused := REFUSED.fullmatch(reason):
         return f"{key}: {refused[1]}."
     if expected := EXPECTED.fullmatch(reason):
         kind = TYPES.get(expected[1], expected[1])
+        kind = "a finite number" if expected[2].lstrip("-+") in ("nan", "inf") else kind
         kind = re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", kind).replace("'", "")
         return f"{key} is {expected[2]}: give {kind}."
     return None

@@ -15,9 +15,12 @@ SAMPLING_OPTIONS = ("sampler", "steps", "guidance_scale", "eta", "temperature", 
 def whole(value: Any) -> int:
     """An integer, from a word too."""
     try:
-        return int(value)
-    except ValueError:
-        raise ValueError(f"{value} is no whole number") from None
+        number = int(value)
+    except (ValueError, OverflowError):
+        number = None
+    if number is None or isinstance(value, bool) or (isinstance(value, float) and value != number):
+        raise ValueError(f"{value} is no whole number")
+    return number
 
 
 def positive_int(value: Any) -> int:
