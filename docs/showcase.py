@@ -18,11 +18,11 @@ from unclip_pl.utils.images import grid, save_png
 
 CAPTIONS = [
     "woman firefighter, dark skin tone",
-    "man health worker, light skin tone",
     "couple with heart",
-    "woman pilot, medium skin tone",
-    "man detective",
-    "person in wheelchair, dark skin tone",
+    "man police officer, dark skin tone",
+    "man scientist, medium skin tone",
+    "woman teacher, medium skin tone",
+    "woman cook, medium-light skin tone",
 ]
 COLUMNS = len(CAPTIONS)
 SOURCE = "OpenMoji, CC BY-SA 4.0, openmoji.org"

@@ -16,13 +16,13 @@ ROOT = Path("runs/demo")
 STAGES = {"decoder": ROOT / "decoder", "diffusion_prior": ROOT / "diffusion_prior"}
 PROMPTS = [
     "woman firefighter",
-    "man cook",
-    "grinning face",
     "couple with heart",
+    "man police officer, dark skin tone",
+    "man scientist, medium skin tone",
+    "woman teacher, medium skin tone",
+    "woman cook, medium-light skin tone",
     "woman pilot",
-    "fox",
-    "red heart",
-    "sun",
+    "Santa Claus, dark skin tone",
 ]
 SOURCE = "OpenMoji, CC BY-SA 4.0, openmoji.org"
 
