@@ -24,6 +24,7 @@ from unclip_pl.training.mirror import Mirror, mirrored, progress_of
 from unclip_pl.utils import remote, remote_lease
 from unclip_pl.utils.errors import SharedError, UserError
 
+pytestmark = pytest.mark.timeout(60)
 URL = f"s3://{BUCKET}/run"
 DEAD = json.dumps({"id": "x", "host": "gone", "boot": "", "pid": 1}).encode()
 
@@ -62,7 +63,7 @@ def whole_checkpoints() -> list[str]:
     return named()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_a_killed_run_goes_on_on_another_machine(faults, tmp_path, capsys):
     words = command(tmp_path / "first", "--mirror", URL, "--newest.every_n_train_steps", "5")
@@ -72,11 +73,13 @@ def test_a_killed_run_goes_on_on_another_machine(faults, tmp_path, capsys):
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stderr=subprocess.DEVNULL,
     )
-    while "mirror.json" not in names_below("run") or not named():
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.kill()
-    process.wait()
+    try:
+        while "mirror.json" not in names_below("run") or not named():
+            assert process.poll() is None
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
     remote.upload(f"{URL}/newest-step=9999.ckpt", b"a part")  # as one that was not yet named
     shutil.rmtree(tmp_path / "first")
     faults.plan = ["", "503", "cut", "slow"] * 9
@@ -339,23 +342,26 @@ def test_the_lease_ends_with_a_run_that_fails(faults, tmp_path):
 
 def test_a_fetch_that_is_killed_or_overtaken_is_repeated(faults, tmp_path, monkeypatch):
     train(tmp_path / "a", 1)
-    download = Mirror._download
+    fetch_one, download = Mirror._fetch_one, Mirror._download
 
-    def die(*_):
+    def fetch_and_die(*arguments):
+        fetch_one(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Mirror, "_download", die)
+    monkeypatch.setattr(Mirror, "_fetch_one", fetch_and_die)
     with pytest.raises(KeyboardInterrupt):
         Mirror(URL, tmp_path / "b").fetch_newest()
+    monkeypatch.setattr(Mirror, "_fetch_one", fetch_one)
+    train(tmp_path / "a", 2)
 
     def overtaken(self, name, file):
         monkeypatch.setattr(Mirror, "_download", download)
-        train(tmp_path / "a", 2)
+        train(tmp_path / "a", 3)
         download(self, name, file)
 
     monkeypatch.setattr(Mirror, "_download", overtaken)
     Mirror(URL, tmp_path / "b").fetch_newest()
-    assert newest_checkpoint(tmp_path / "b").name == "newest-step=2.ckpt"
-    remote.delete(f"{URL}/newest-step=2.ckpt")
-    with pytest.raises(UserError, match=r"newest-step=2\.ckpt.*another run writes"):
+    assert newest_checkpoint(tmp_path / "b").name == "newest-step=3.ckpt"
+    remote.delete(f"{URL}/newest-step=3.ckpt")
+    with pytest.raises(UserError, match=r"newest-step=3\.ckpt.*another run writes"):
         Mirror(URL, tmp_path / "c").fetch_newest()
