@@ -1,5 +1,7 @@
 """An embedding store in a bucket is filled and read as one on a disk, whatever the server does."""
 
+import json
+
 import pytest
 
 from tests.data.fitkit import data_of, fit
@@ -7,6 +9,8 @@ from tests.data.shardkit import FakeCLIP, write_shards
 from tests.data.storekit import fill
 from tests.remotekit import names_below, put
 from unclip_pl.cli.unclip import main
+from unclip_pl.clip.fingerprint import ClipMismatch
+from unclip_pl.data import store_files
 from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.data.text_tokens import ensure_text_tokens, read_text_tokens
 from unclip_pl.data.verify import verify
@@ -115,3 +119,18 @@ def test_places_that_cannot_be_written_to_are_refused(shards, faults):
         EmbeddingStore("s3://bucket/none").manifest
     with pytest.raises(UserError, match=r"no whole rows for"):
         EmbeddingStore("s3://bucket/none").shard(shards[0])
+
+
+def test_of_two_that_claim_it_at_one_time_one_is_refused(shards, faults, monkeypatch):
+    create = store_files.create
+
+    def late_create(url, content):
+        remote.upload(
+            url, json.dumps(FakeCLIP(seed=9).fingerprint()).encode()
+        )  # by another machine
+        return create(url, content)
+
+    monkeypatch.setattr(store_files, "create", late_create)
+    with pytest.raises(ClipMismatch, match=STORE):
+        fill(STORE, shards, FakeCLIP())
+    assert names_below("store") == ["clip.json"]

@@ -5,6 +5,7 @@ A checkpoint is either complete or absent, and reading it executes no code.
 
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -150,14 +151,14 @@ def require_checkpoint(path: Path) -> None:
         )
 
 
-def _unsharded_file(path: str | os.PathLike) -> Path:
+def unsharded_file(path: str | os.PathLike) -> Path:
     """The file of a checkpoint that holds all but the sharded tensors."""
     return Path(path) / META_FILE if Path(path).is_dir() else Path(path)
 
 
 def read_settings(path: str | os.PathLike) -> tuple[str, dict[str, Any]]:
     """The name of a checkpoint's stage and its hyperparameters, without reading its weights."""
-    checkpoint = read_checkpoint(_unsharded_file(path), mmap=True)
+    checkpoint = read_checkpoint(unsharded_file(path), mmap=True)
     return checkpoint.get("stage", ""), checkpoint.get("hyper_parameters", {})
 
 
@@ -168,7 +169,7 @@ def change_checkpoint(path: str | os.PathLike, change: Callable[[dict[str, Any]]
         path: a file or a folder of shards. Of a folder only what is not sharded can be changed.
         change: called with the checkpoint, which it changes in place.
     """
-    file = _unsharded_file(path)
+    file = unsharded_file(path)
     checkpoint = read_checkpoint(file)
     change(checkpoint)
     AtomicCheckpointIO().save_checkpoint(checkpoint, file)
@@ -191,6 +192,10 @@ def newest_checkpoint(folder: str | os.PathLike, prefix: str = "") -> Path | Non
             is_newest = path.name.startswith("newest")
             candidates.append((step_of(path), is_newest, -len(path.parts), str(path)))
     return Path(max(candidates)[-1]) if candidates else None
+
+
+CHECKPOINT_NAME = re.compile(r"(newest|best)-step=\d+(-v\d+)?\.ckpt")
+"""The names of the checkpoints that a run writes."""
 
 
 def step_of(path: Path) -> int:

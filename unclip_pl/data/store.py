@@ -314,8 +314,8 @@ class EmbeddingStore:
                     f"The store {self.folder} has embeddings but neither clip.json nor "
                     "manifest.json to say of which CLIP: fill a new folder."
                 )
-            else:
-                self.files.write("clip.json", json.dumps(clip.fingerprint()).encode())
+            elif not self.files.create("clip.json", json.dumps(clip.fingerprint()).encode()):
+                self._claim(clip)  # another machine was faster
 
     def has_rows(self) -> bool:
         """Whether there is any file with rows, whole or not."""

@@ -8,7 +8,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from unclip_pl.utils.files import atomic_file, cache_dir, file_lock
-from unclip_pl.utils.remote import exists, list_folder, read, require_writable, stat, upload
+from unclip_pl.utils.remote import (
+    create,
+    exists,
+    list_folder,
+    read,
+    require_writable,
+    stat,
+    upload,
+)
 from unclip_pl.utils.remote_copies import local_path
 
 
@@ -35,6 +43,13 @@ class LocalFiles:
         with atomic_file(self.place(name)) as file:
             file.write(content)
 
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file unless it is there, under a lock; returns whether it was written."""
+        if self.exists(name):
+            return False
+        self.write(name, content)
+        return True
+
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
         return self.place(name).is_file()
@@ -51,8 +66,8 @@ class LocalFiles:
 class BucketFiles:
     """The objects in a folder of a bucket.
 
-    A bucket has no locks: jobs on several machines that fill one store at the same time may do the
-    same work twice, with the same result.
+    A bucket has no locks. Fill one store from one job at a time: of two, the manifest may lack the
+    shards of one, which comes back when it is run again.
     """
 
     def __init__(self, url: str) -> None:
@@ -79,6 +94,11 @@ class BucketFiles:
         """Write an object, or replace it."""
         require_writable(self.url)
         upload(self.place(name), content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write an object unless it is there; returns whether it was written."""
+        require_writable(self.url)
+        return create(self.place(name), content)
 
     def exists(self, name: str) -> bool:
         """Whether there is such an object."""

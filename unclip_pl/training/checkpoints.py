@@ -91,3 +91,21 @@ class BestCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = str(checkpoint_folder(trainer).absolute())
         super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the best one so far, in a copy of the run's folder too.
+
+        Where another folder lacks it, the first validation is the best.
+        """
+        folder = str(self.dirpath)
+        if state_dict["dirpath"] != folder:
+            path = Path(folder) / Path(state_dict["best_model_path"]).name
+            if not state_dict["best_model_path"] or not path.exists():
+                return
+            state_dict = state_dict | {
+                "dirpath": folder,
+                "best_model_path": str(path),
+                "kth_best_model_path": str(path),
+                "best_k_models": {str(path): state_dict["best_model_score"]},
+            }
+        super().load_state_dict(state_dict)

@@ -12,36 +12,36 @@ after that. Training goes on meanwhile; what fails is named, and tried again.
 import contextlib
 import json
 import logging
-import os
-import socket
-import threading
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from unclip_pl.cluster.checkpoint_io import newest_checkpoint, step_of
+from unclip_pl.cluster.checkpoint_io import (
+    CHECKPOINT_NAME,
+    newest_checkpoint,
+    step_of,
+    unsharded_file,
+)
 from unclip_pl.utils.errors import SharedError, UserError
 from unclip_pl.utils.files import atomic_file, atomic_folder, file_lock
 from unclip_pl.utils.remote import (
-    create,
     delete,
     find_below,
     open_remote,
     read,
     require_writable,
+    stat,
     upload,
 )
+from unclip_pl.utils.remote_lease import Lease, repeated
 from unclip_pl.utils.signals import stop_state
 
 log = logging.getLogger(__name__)
 MANIFEST = "mirror.json"
-LEASE = ".lease"
 KINDS = ("newest-", "best-")  # how the names of checkpoints that are copied begin
 LOOK_EVERY = 5.0  # seconds between two looks at the run's folder
-RENEW_EVERY = 20.0  # seconds between two renewals of the lease
-LEASE_ENDS = 60.0  # seconds without a renewal after which its holder is taken for dead
+FETCH_TRIES = 4  # how often a checkpoint may be replaced while it is fetched
 COPY_BLOCK = 1 << 20
 
 
@@ -56,54 +56,82 @@ class Mirror:
     def __init__(self, url: str, folder: Path) -> None:
         require_writable(url)
         self.url, self.folder = url.rstrip("/"), folder
+        self.lease = Lease(f"{self.url}/.lease")
         self.error: str | None = None
         """Why the last attempt to copy failed."""
-        self._lost = False
-        self._copied: set[str] | None = None  # the checkpoints that are there
+        self._copied: dict[str, tuple[int, int]] = {}  # the checkpoints that are there
 
     def _manifest(self) -> dict[str, Any]:
         try:
-            return json.loads(read(f"{self.url}/{MANIFEST}"))
+            manifest = json.loads(read(f"{self.url}/{MANIFEST}"))
+            return {"id": manifest["id"], "checkpoints": manifest["checkpoints"]}
         except FileNotFoundError:
             return {"id": None, "checkpoints": {}}
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.url}/{MANIFEST} cannot be read ({error}): give another --mirror."
             ) from None
 
+    def _own_manifest(self) -> dict[str, Any]:
+        """The manifest, which this run may change."""
+        self.lease.require()
+        return self._manifest()
+
     def fetch_newest(self) -> None:
-        """Copy the newest checkpoint to the run's folder if that has no newer one.
+        """Copy the checkpoints to the run's folder if one of them is newer than all there.
+
+        That is the newest one of each kind. The one to go on from is the furthest of both.
 
         Raises:
-            UserError: both hold checkpoints, of two runs; or it cannot be read.
+            UserError: both hold checkpoints, of two runs; it cannot be read; or a run writes to it.
         """
+        for _ in range(FETCH_TRIES):
+            try:
+                with file_lock(self.folder / ".mirror.lock"):
+                    self._fetch()
+                return
+            except FileNotFoundError as error:
+                gone = error.filename
+        raise UserError(
+            f"{gone} is gone or changed, which {self.url}/{MANIFEST} named: another run writes to "
+            "it, wait for its end."
+        )
+
+    def _fetch(self) -> None:
         manifest = self._manifest()
-        names = [name for name in manifest["checkpoints"] if name.startswith("newest-")]
+        names = sorted(manifest["checkpoints"], key=progress_of)
         if not names:
             return
-        name = max(names, key=lambda name: step_of(Path(name)))
-        with file_lock(self.folder / ".mirror.lock"):
-            own = newest_checkpoint(self.folder)
-            if own:
-                self._require_same_run(manifest)
-                if step_of(own) >= step_of(Path(name)):
-                    return
+        own = newest_checkpoint(self.folder)
+        if own:
+            self._require_same_run(manifest)
+            if step_of(own) >= step_of(Path(names[-1])):
+                return
+        self._remember(manifest["id"])  # before the first file: a kill leaves no unknown one
+        wanted = {name.partition("-")[0]: name for name in names}.values()
+        for name in sorted(wanted, key=progress_of):  # the furthest last: it says that all are here
             target = self.folder / "checkpoints" / name
-            files = manifest["checkpoints"][name]
-            if files == [""]:
-                with atomic_file(target) as file:
-                    self._download(name, file)
-            else:
-                with atomic_folder(target) as temporary:
-                    for part in files:
-                        with (temporary / part).open("wb") as file:
-                            self._download(f"{name}/{part}", file)
-            self._remember(manifest["id"])
+            if not target.exists():
+                self._fetch_one(name, manifest["checkpoints"][name], target)
+
+    def _fetch_one(self, name: str, files: list[str], target: Path) -> None:
+        if files == [""]:
+            with atomic_file(target) as file:
+                self._download(name, file)
+            return
+        with atomic_folder(target) as temporary:
+            for part in files:
+                with (temporary / part).open("wb") as file:
+                    self._download(f"{name}/{part}", file)
 
     def _download(self, name: str, file: Any) -> None:
-        with open_remote(f"{self.url}/{name}") as source:
+        url = f"{self.url}/{name}"
+        before = stat(url)
+        with open_remote(url) as source:
             while data := source.read(COPY_BLOCK):
                 file.write(data)
+        if stat(url) != before:
+            raise FileNotFoundError(2, "it was replaced", url)
 
     def require_own(self) -> None:
         """Check that the checkpoints here are of the run in its folder; an empty place becomes its.
@@ -111,19 +139,24 @@ class Mirror:
         Raises:
             SharedError: they are of another run, or the run is to start from scratch.
         """
-        manifest = self._manifest()
+        manifest = self._own_manifest()
         if manifest["checkpoints"]:
             self._require_same_run(manifest)
             own = newest_checkpoint(self.folder)
-            newest = max(manifest["checkpoints"], key=lambda name: step_of(Path(name)))
+            newest = max(manifest["checkpoints"], key=progress_of)
             if own is None or step_of(own) < step_of(Path(newest)):
                 raise SharedError(
                     f"{self.url} holds a run that goes on to {newest}, and {self.folder} does not: "
                     "go on with that run by --resume auto, or give this one a --mirror of its own."
                 )
             self._remove_leftovers(manifest)
+            self._copied = {
+                name: stamp_of(path)
+                for name, path in self._paths().items()
+                if name in manifest["checkpoints"]
+            }
             return
-        manifest["id"] = manifest["id"] or uuid.uuid4().hex
+        manifest["id"] = self._own_id() or uuid.uuid4().hex
         self._remember(manifest["id"])
         self._write(manifest)
 
@@ -131,13 +164,15 @@ class Mirror:
         """Remove what a run that was killed had not copied as a whole."""
         for part, url in find_below(self.url).items():
             name = part.partition("/")[0]
-            if name.startswith(KINDS) and name not in manifest["checkpoints"]:
+            if CHECKPOINT_NAME.fullmatch(name) and name not in manifest["checkpoints"]:
                 delete(url)
 
-    def _require_same_run(self, manifest: dict[str, Any]) -> None:
+    def _own_id(self) -> str | None:
         own = self.folder / MANIFEST
-        known = json.loads(own.read_text())["id"] if own.is_file() else None
-        if known != manifest["id"]:
+        return json.loads(own.read_text())["id"] if own.is_file() else None
+
+    def _require_same_run(self, manifest: dict[str, Any]) -> None:
+        if self._own_id() != manifest["id"]:
             raise SharedError(
                 f"{self.url} holds a run already, and not that of {self.folder}: go on with it by "
                 "--resume auto in an empty --trainer.default_root_dir, or give this run a --mirror "
@@ -153,159 +188,89 @@ class Mirror:
 
     def copy(self) -> None:
         """Bring what is here to the state of the run's folder; `error` says why it failed."""
+        if self.lease.is_lost:
+            self.error = f"Another run writes to {self.url} now"
+            return
+        before = self.error
         try:
-            if self._lost:
-                raise UserError(f"Another run writes to {self.url} now.")
             self._copy()
             self.error = None
         except FileNotFoundError as error:
-            # The run replaced a checkpoint while it was copied: the newer one is next
-            self.error = f"{error.filename or error} is gone"
+            self.error = f"{error.filename or error} was replaced while it was copied"
         except Exception as error:
             self.error = str(error)
-            log.warning("The copy to %s failed and is tried again: %s", self.url, error)
+        if self.error and self.error != before:
+            log.warning("The copy to %s failed and is tried again: %s", self.url, self.error)
+
+    def _paths(self) -> dict[str, Path]:
+        """The checkpoints in the run's folder that are copied, by their names."""
+        found = [newest_checkpoint(self.folder, prefix) for prefix in KINDS]
+        return {path.name: path for path in found if path}
 
     def _copy(self) -> None:
-        paths = {
-            path.name: path for prefix in KINDS if (path := newest_checkpoint(self.folder, prefix))
-        }
-        if paths.keys() == self._copied:
+        paths = self._paths()
+        stamps = {name: stamp_of(path) for name, path in paths.items()}
+        if stamps == self._copied:
             return
-        manifest = self._manifest()
-        known = manifest["checkpoints"]
+        self.lease.require()
         for name, path in paths.items():
-            if name not in known:
-                known[name] = self._upload(path)
+            if stamps[name] != self._copied.get(name):
+                files = self._upload(path)
+                manifest = self._own_manifest()
+                manifest["checkpoints"][name] = files
                 self._write(manifest)
-        for name in [name for name in known if name not in paths and is_replaced(name, paths)]:
-            files = known.pop(name)
+                self._copied[name] = stamps[name]
+        self._remove_replaced(paths)
+        self._copied = stamps
+
+    def _remove_replaced(self, paths: dict[str, Path]) -> None:
+        manifest = self._own_manifest()
+        known = manifest["checkpoints"]
+        old = {name: known.pop(name) for name in list(known) if is_replaced(name, paths)}
+        if old:
             self._write(manifest)
-            for part in files:
-                delete(f"{self.url}/{name}/{part}".rstrip("/"))
-        self._copied = set(paths)
+        for name, files in old.items():
+            self._delete(name, files)
+
+    def _delete(self, name: str, files: list[str]) -> None:
+        for part in files:
+            delete(f"{self.url}/{name}/{part}".rstrip("/"))
 
     def _upload(self, path: Path) -> list[str]:
-        """Copy a checkpoint; returns the names of its files ("": it is one)."""
+        """Copy a checkpoint; returns the names of its files ("": it is one).
+
+        Raises:
+            FileNotFoundError: it was replaced meanwhile. What was copied is removed.
+        """
         if path.is_file():
             upload(f"{self.url}/{path.name}", path)
             return [""]
-        files = sorted(part for part in path.iterdir() if part.is_file())
-        for part in files:
-            upload(f"{self.url}/{path.name}/{part.name}", part)
-        return [part.name for part in files]
+        files = sorted(part.name for part in path.iterdir() if part.is_file())
+        try:
+            for part in files:
+                upload(f"{self.url}/{path.name}/{part}", path / part)
+        except FileNotFoundError:
+            if path.name not in self._copied:  # else mirror.json still names it
+                self._delete(path.name, files)
+            raise
+        return files
 
-    @contextlib.contextmanager
-    def lease(self) -> Iterator[None]:
-        """A context in which no other run writes here.
 
-        A bucket has no locks: whoever holds the lease renews it, and one that is not renewed for
-        `LEASE_ENDS` seconds is taken over.
+def progress_of(name: str) -> tuple[int, bool]:
+    """A number that is higher for a checkpoint further on; of two at one step, for the newest."""
+    return step_of(Path(name)), name.startswith("newest-")
 
-        Raises:
-            SharedError: another run holds it.
-        """
-        url, own = f"{self.url}/{LEASE}", new_holder()
-        wait_until_free(url, own)
-        while not create(url, json.dumps(own).encode()):
-            wait_until_free(url, own)
 
-        def renew() -> None:
-            own["renewed"] = time.time()
-            try:
-                if json.loads(read(url))["id"] == own["id"]:
-                    upload(url, json.dumps(own).encode())
-                    return
-                reason = "another run has taken it over"
-            except FileNotFoundError:
-                reason = "it was removed"
-            except UserError as error:
-                log.warning("The lease of %s was not renewed: %s", self.url, error)
-                return
-            self._lost = True
-            log.error("The lease of %s is lost (%s): nothing more is copied.", self.url, reason)
-
-        with repeated(renew, RENEW_EVERY):
-            yield
-        if not self._lost:
-            delete(url)
+def stamp_of(path: Path) -> tuple[int, int]:
+    """What changes when a checkpoint is written again: time in ns and size in bytes."""
+    status = unsharded_file(path).stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def is_replaced(name: str, paths: dict[str, Path]) -> bool:
-    """Whether there is another checkpoint of the kind of this one."""
+    """Whether there is not this checkpoint but another of its kind."""
     kind = name.partition("-")[0]
-    return any(other.startswith(f"{kind}-") for other in paths)
-
-
-def wait_until_free(url: str, own: dict[str, Any]) -> None:
-    """Wait for the end of a lease whose holder is dead, and remove it.
-
-    Raises:
-        SharedError: its holder lives.
-    """
-    try:
-        content = read(url)
-        holder = json.loads(content)
-    except FileNotFoundError:
-        return
-    is_here = (holder["host"], holder["boot"]) == (own["host"], own["boot"])
-    if not (is_here and not is_alive(holder["pid"])):
-        log.warning("%s is held by %s: waiting to see if it lives.", url, holder["host"])
-        end = time.monotonic() + LEASE_ENDS
-        while time.monotonic() < end:
-            time.sleep(min(2.0, LEASE_ENDS / 4))
-            try:
-                if read(url) == content:
-                    continue
-            except FileNotFoundError:
-                return
-            raise SharedError(
-                f"Another run, of process {holder['pid']} on {holder['host']}, writes to "
-                f"{url.rpartition('/')[0]}: wait for its end, or give this run a --mirror of its "
-                "own."
-            )
-    if read(url) == content:
-        delete(url)
-
-
-def new_holder() -> dict[str, Any]:
-    """What a lease says of this process; `boot` tells machines of one name apart."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return {
-        "id": uuid.uuid4().hex,
-        "host": socket.gethostname(),
-        "boot": boot.read_text().strip() if boot.exists() else "",
-        "pid": os.getpid(),
-        "renewed": time.time(),
-    }
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine exists."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-@contextlib.contextmanager
-def repeated(action: Any, seconds: float) -> Iterator[None]:
-    """A context in which another thread calls `action` every so often."""
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.wait(seconds):
-            action()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    return name not in paths and any(other.startswith(f"{kind}-") for other in paths)
 
 
 @contextlib.contextmanager
@@ -325,7 +290,7 @@ def mirrored(mirror: Mirror | None, is_writer: bool) -> Iterator[None]:
     if mirror is None or not is_writer:
         yield
         return
-    with mirror.lease():
+    with mirror.lease.held():
         mirror.require_own()
         try:
             with repeated(mirror.copy, LOOK_EVERY):

@@ -281,8 +281,10 @@ def _try(url: str, action: Callable[[], Result]) -> Result:
 
 def _may_pass(cause: BaseException | None) -> bool:
     """Whether an object "is not there" only because the server failed: fsspec says so of HTTP."""
+    if cause is None or isinstance(cause, LookupError):  # of fsspec's own tables of names
+        return False
     status = _status(cause)
-    return cause is not None and (status is None or status >= 500 or status in (408, 429))
+    return status is None or status >= 500 or status in (408, 429)
 
 
 def _is_refusal(error: Exception) -> bool:
