@@ -131,7 +131,7 @@ def test_the_report_its_curves_and_pictures_lie_in_the_folder(ran, stages):
         (["--sweep-steps", "2000"], "--steps is 2000"),
         (["--sweep-steps", "fast28"], "--steps is fast28"),
         (["--guidance-scales", "-1"], "--guidance-scale is -1"),
-        (["--decoder", "gone"], "no checkpoint gone"),
+        (["--decoder", "gone"], "There is no gone"),
     ],
 )
 def test_what_cannot_be_swept_is_one_sentence(more, keyword, stages, tmp_path, capsys):
