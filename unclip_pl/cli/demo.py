@@ -22,7 +22,7 @@ PROMPTS = [
     "woman teacher, medium skin tone",
     "woman cook, medium-light skin tone",
     "woman pilot",
-    "Santa Claus, dark skin tone",
+    "man health worker, light skin tone",
 ]
 SOURCE = "OpenMoji, CC BY-SA 4.0, openmoji.org"
 
