@@ -24,6 +24,7 @@ lint: $(VENV)/.installed-dev  ## ruff, its formatter, codespell and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files -z | xargs -0 $(BIN)/codespell
+	rm -f unclip_pl/studio/inputs.pyi  # Gradio writes it, and mypy would read it in place of the module
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed-docs  ## the pages as a site in docs/_build/html; a warning is an error

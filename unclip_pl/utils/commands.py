@@ -213,7 +213,8 @@ class CommandParser(Parser):
 
 def files_first(words: Sequence[str]) -> list[str]:
     """The words with files of options first, so that what is said next to them wins."""
-    before, words = [], list(words)
+    before: list[str] = []
+    words = list(words)
     end = words.index("--") if "--" in words else len(words)
     for k in reversed(range(end)):
         if words[k].startswith("--config="):
