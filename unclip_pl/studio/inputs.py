@@ -32,7 +32,7 @@ class DroppedFile(gr.File):
     """A file, as bytes."""
 
     is_template = True
-    async_move_resource_to_block_cache = uploads_only
+    async_move_resource_to_block_cache = uploads_only  # type: ignore[assignment]
 
 
 class Picture(gr.Image):
@@ -42,7 +42,7 @@ class Picture(gr.Image):
     """
 
     is_template = True  # Gradio draws it as its parent, and reads its settings off `__init__`
-    async_move_resource_to_block_cache = uploads_only
+    async_move_resource_to_block_cache = uploads_only  # type: ignore[assignment]
 
     @classmethod
     def named(cls, label: str, **other: Any) -> "Picture":
@@ -57,7 +57,7 @@ class Picture(gr.Image):
             **other,
         )
 
-    def preprocess(self, payload: Any) -> str | UserError:
+    def preprocess(self, payload: Any) -> str | UserError:  # type: ignore[override]
         try:
             return "" if payload is None else to_base64(file_bytes(payload.path))
         except UserError as error:
@@ -77,7 +77,7 @@ class PaintedPicture(gr.ImageEditor):
     """A picture to paint a mask on."""
 
     is_template = True
-    async_move_resource_to_block_cache = uploads_only
+    async_move_resource_to_block_cache = uploads_only  # type: ignore[assignment]
 
     @classmethod
     def named(cls, label: str) -> "PaintedPicture":
@@ -95,7 +95,7 @@ class PaintedPicture(gr.ImageEditor):
             height=480,
         )
 
-    def preprocess(self, payload: Any) -> Painted | UserError | None:
+    def preprocess(self, payload: Any) -> Painted | UserError | None:  # type: ignore[override]
         if payload is None or payload.background is None:
             return None
         try:
