@@ -76,7 +76,8 @@ def test_twenty_clients_get_what_they_asked_for(monkeypatch):
         found = list(pool.map(lambda k: client(address, k), range(REQUESTS)))
     assert len(found) == REQUESTS and sum(batches) == REQUESTS
     assert len(batches) < REQUESTS / 2  # most were drawn together
-    assert memory[-1] - memory[REQUESTS // 4] < 30
+    quarter = REQUESTS // 4  # the least of each: batches come and go
+    assert min(memory[-quarter:]) - min(memory[quarter : 2 * quarter]) < 30
     for request, pixels in found[::7]:
         unclip, condition = models.unclip_for(request)
         alone = unclip.generate(
