@@ -92,6 +92,17 @@ def test_embedding_and_validation_have_their_own_jobs(capsys):
     assert command(script(capsys, "stages/decoder.yaml", "--validate"))[3] == "validate"
 
 
+@pytest.mark.parametrize("flag", ["-c", "--config"])
+def test_an_overlay_goes_to_the_job_and_is_not_taken_for_its_stage(capsys, flag):
+    own = "--nodes", "8", "stages/decoder.yaml"
+    text = script(capsys, *own, flag, "stages/decoder_text.yaml", "--trainer.max_steps", "8")
+    assert "--job-name=train-decoder\n" in text
+    assert f"{flag} stages/decoder_text.yaml" in text
+    words = ["submit", flag, "stages/decoder_text.yaml", "stages/decoder.yaml", "--dry-run"]
+    assert main(words) == 2
+    assert f"{flag} stands before" in error_of(capsys)
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -178,8 +178,11 @@ class CommandParser(Parser):
             UsageError: the words do not fit the options.
             UserError: a dataclass refuses a value.
         """
+        words = list(sys.argv[1:] if words is None else words)
+        if not self.takes_flags:  # there, --config is a flag for another command
+            words = files_first(words)
         try:
-            config = self.parse_args(files_first(sys.argv[1:] if words is None else words))
+            config = self.parse_args(words)
         except UnicodeDecodeError as error:
             raise UsageError(
                 f"The file of --config is not UTF-8 (byte {error.start}): save it as UTF-8."
@@ -188,7 +191,16 @@ class CommandParser(Parser):
             positional, named = self._build(self.command, config)
         except ValueError as error:
             raise UserError(str(error)) from None
+        self._require_flags_last(words, positional)
         return functools.partial(self.command, *positional, *self.flags, **named)
+
+    def _require_flags_last(self, words: Sequence[str], positional: Sequence[Any]) -> None:
+        """UsageError for a flag before the words of the command: its value would be one of them."""
+        for value in positional:
+            before = words[: words.index(value)] if value in words else ()
+            flags = {flag for flag in self.flags if flag.startswith("-")}
+            if flag := next((word for word in before if word in flags), None):
+                raise UsageError(f"{flag} stands before {value}: give flags after the other words.")
 
     def _build(self, kind: Any, config: Any) -> tuple[list[Any], dict[str, Any]]:
         """The positional and named arguments of a function or dataclass."""
@@ -269,7 +281,7 @@ def read_help(kind: Command) -> dict[str, str]:
 
 
 def keywords(hint: Any) -> dict[str, Any]:
-    """What `add_argument` is told of a type."""
+    """The arguments of `add_argument` for a type."""
     if get_origin(hint) in (Union, types.UnionType):
         members = [member for member in get_args(hint) if member is not types.NoneType]
         hint = Union[tuple(members)]  # noqa: UP007  of one member: that one itself
