@@ -33,7 +33,7 @@ DEAD = json.dumps({"id": "x", "host": "gone", "boot": "", "pid": 1}).encode()
 def quick(monkeypatch, tmp_path):
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(mirror, "LOOK_EVERY", 0.05)
-    for name, seconds in {"RENEW_EVERY": 0.1, "LEASE_ENDS": 1.0, "SETTLES": 0.0}.items():
+    for name, seconds in {"RENEW_EVERY": 0.1, "LEASE_ENDS": 30.0, "SETTLES": 0.0}.items():
         monkeypatch.setattr(remote_lease, name, seconds)
 
 
@@ -133,7 +133,8 @@ def test_two_runs_never_share_a_place(faults, tmp_path):
     assert whole_checkpoints() == before
 
 
-def test_two_at_one_time_are_refused_and_a_dead_one_is_not(faults, tmp_path):
+def test_two_at_one_time_are_refused_and_a_dead_one_is_not(faults, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote_lease, "LEASE_ENDS", 2.0)
     first, second = (Mirror(URL, tmp_path / name) for name in ("a", "b"))
     refused = pytest.raises(SharedError, match="Another run")
     with mirrored(first, True), refused, mirrored(second, True):
@@ -291,7 +292,7 @@ def test_who_was_taken_for_dead_changes_nothing(faults, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Another run writes"), mirrored(late, True):
         save(tmp_path / "a", "newest-step=6.ckpt")
     assert whole_checkpoints() == ["newest-step=8.ckpt"]
-    late.lease._renewed = time.monotonic() - 1.0
+    late.lease._renewed = time.monotonic() - remote_lease.LEASE_ENDS
     with pytest.raises(UserError, match="not renewed"):
         late.lease.require()
 
