@@ -166,6 +166,8 @@ def test_the_command_prints_a_row_for_each_number_of_gpus(capsys):
     output = capsys.readouterr().out
     assert output.count("| ddp |") == 2 and output.count("| fsdp |") == 1
     assert "10,000 steps of 64" in output
+    assert app.main(["plan", "stages/decoder.yaml", "--gpus", "8"]) == 0
+    assert "| fsdp |" not in capsys.readouterr().out  # Muon refuses sharded weights
 
 
 @pytest.mark.parametrize(

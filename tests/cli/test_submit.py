@@ -113,6 +113,7 @@ def test_an_overlay_goes_to_the_job_and_is_not_taken_for_its_stage(capsys, flag)
         ("stages/decoder.yaml --name bash", "--name"),
         ("stages/decoder.yaml --restarts -1", "--restarts is -1"),
         ("stages/decoder.yaml --node 2", "did you mean --nodes"),
+        ("stages/decoder.yaml --dryrun", "did you mean --dry-run"),
     ],
 )
 def test_what_cannot_run_is_one_sentence(capsys, words, named):

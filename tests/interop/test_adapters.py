@@ -140,6 +140,7 @@ def test_the_base_may_lie_elsewhere_but_must_be_the_same(tmp_path):
     [
         ("another base", "were not trained on the weights in"),
         ("another stage", "were not trained on the weights in"),
+        ("adapters", "holds adapters as well"),
         ("no adapters", "has no adapters"),
         ("a release", "has no adapters"),
         ("diffusers", "two kinds of export"),
@@ -155,6 +156,8 @@ def test_what_cannot_be_exported_is_a_sentence(case, said, tmp_path, capsys):
         base = factories.write_release(tmp_path / "b", other)
     elif case == "another stage":
         base = factories.write_release(tmp_path / "b", factories.tiny_stage("decoder"))
+    elif case == "adapters":
+        base = out
     elif case == "no adapters":
         plain = factories.tiny_stage("diffusion_prior")
         words[1] = str(factories.write_checkpoint(tmp_path / "plain.ckpt", plain))

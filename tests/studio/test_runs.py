@@ -63,6 +63,12 @@ def test_curves_leave_out_what_is_far_above_the_rest():
     assert "<polyline" not in plot({})
 
 
+def test_curves_show_what_lies_above_another_or_rises_at_the_end():
+    train, val = [(k, 1.0) for k in range(500)], [(100 * k, 2.0 + k) for k in range(5)]
+    assert limits({"train/loss": train, "val/loss": val})[1] > 6
+    assert limits({"val/loss": [(k, float(k)) for k in range(10)]})[1] > 9
+
+
 @pytest.mark.slow
 def test_the_page_draws_with_a_checkpoint_of_a_run(models, tmp_path):
     pytest.importorskip("gradio", reason='needs the extra "web"')

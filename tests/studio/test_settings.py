@@ -52,6 +52,12 @@ def test_a_png_holds_the_request_but_for_its_pictures(request_):
     assert described(request_of(settings)) == described(request_)
 
 
+def test_an_emptied_text_is_kept_where_it_means_something():
+    edit = Edit(image=picture(), source="", target="fox")
+    assert described(edit)["source"] == ""
+    assert request_of(settings_in(png_file(IMAGE, edit, "fox", 0))).source == ""
+
+
 def test_what_generate_wrote_has_caption_seed_and_condition():
     unclip = "generate, condition caption, prior None None, decoder of the package x"
     found = settings_in(png(prompt="fox", seed="5", unclip=unclip))
@@ -118,6 +124,11 @@ def test_settings_fill_the_tab_that_made_them(restoring, name):
         filled = [given.get(field) or plain(value) for field, value in own.items()]
         again = described(tab.form.request(filled))
         assert described(request).items() <= again.items()
+
+
+def test_settings_without_a_field_are_named(restoring):
+    said, *_ = restoring.filled({"kind": "create", "captions": ["fox"], "prior_sampler": "ddim"})
+    assert "prior_sampler" in said
 
 
 def test_settings_for_another_studio_are_refused(restoring):

@@ -139,8 +139,9 @@ def report(
         table_line(COLUMNS),
         "|---" * len(COLUMNS) + "|",
     ]
+    shardable = model.optimizer_config.name == "adamw"  # `build_optimizer` refuses the others
     for gpus in hardware.gpus:
-        for strategy in ("ddp", "fsdp") if gpus > 1 else ("ddp",):
+        for strategy in ("ddp", "fsdp") if gpus > 1 and shardable else ("ddp",):
             row = planner.estimate_run(
                 estimate,
                 gpus,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from unclip_pl.cli.options import DeviceOptions, UpsamplerOptions
@@ -40,7 +41,8 @@ class ModelOptions:
         models = Models.load(
             self.decoder, self.prior, self.upsamplers.paths, self.store, **self.compute.kwargs()
         )
-        priors: list[Any] = [unclip.prior for unclip in models.with_prior.values()]
+        # without the stages: the studio may let them go
+        priors = [SimpleNamespace(sampling=u.prior.sampling) for u in models.with_prior.values()]
 
         def as_options_say(stage: Any) -> None:
             if isinstance(stage, Decoder):

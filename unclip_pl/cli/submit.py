@@ -74,7 +74,9 @@ class JobOptions:
         return self.gpus or self.ranks
 
 
-OWN = [option_string(field.name) for field in fields(JobOptions)]
+OWN = [
+    option_string(name) for name in (*(f.name for f in fields(JobOptions)), "validate", "dry_run")
+]
 """The options of the job itself."""
 
 

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,12 @@ class Album:
         """The newest first."""
         with self._lock:
             return list(self._prints.get(person, []))
+
+    def __iter__(self) -> Iterator[str]:
+        """The files of all pictures."""
+        with self._lock:
+            prints = list(self._prints.values())
+        return (str(one.path) for own in prints for one in own)
 
     def forget(self, person: str) -> None:
         """Remove somebody's pictures."""

@@ -61,7 +61,7 @@ class Form:
                 raise UserError("There is no picture: drop one here, or send one from below.")
             if isinstance(value, Painted):
                 asked |= value._asdict()
-            elif value not in (None, "", OWN):
+            elif not self._left_open(name, value):
                 asked[name] = convert(name, str(self.fields[name].label), value)
         if not asked.pop(AROUND, True):
             del asked["eta"]
@@ -73,6 +73,12 @@ class Form:
         if missing:
             raise UserError(f'"{self.fields[missing[0]].label}" is empty: fill it in.')
         return self.kind(**asked)
+
+    def _left_open(self, name: str, value: Any) -> bool:
+        """Whether a component leaves the choice to the model or to the request's default."""
+        if name == "sampler":
+            return value == OWN
+        return value is None or (value == "" and not getattr(self.kind, name, ""))
 
     def values(self, settings: dict[str, Any]) -> list[Any]:
         """What the components show for the settings of a picture.
@@ -151,7 +157,12 @@ def shown(name: str, component: Any, value: Any) -> Any:
         value = separator.join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
     if isinstance(component, gr.Slider) and value > component.maximum:
         return gr.update(value=value, maximum=value)
-    if name == "theta" and value not in [choice for _, choice in component.choices]:
+    if isinstance(component, gr.Radio) and value not in [one for _, one in component.choices]:
+        if name != "theta":
+            raise UserError(
+                f'The settings ask for {value} in "{component.label}", which this studio does not '
+                "have: give another picture."
+            )
         return gr.update(value=value, choices=[*component.choices, (f"theta {value}", value)])
     return value
 

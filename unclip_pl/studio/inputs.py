@@ -74,8 +74,6 @@ class Painted(NamedTuple):
 class PaintedPicture(gr.ImageEditor):
     """A picture with a mask; None where there is none, and what is wrong as `Picture` has it."""
 
-    """A picture to paint a mask on."""
-
     is_template = True
     async_move_resource_to_block_cache = uploads_only  # type: ignore[assignment]
 

@@ -56,7 +56,7 @@ class Models:
     ) -> None:
         self.plain = unclip
         self.store = None if store is None else Path(store)
-        self.first: dict[str, Path] = {}
+        self.first: dict[str, str | os.PathLike] = {}
         """Where the decoder and the priors at the start came from, by name."""
         self.others: dict[str, str] = {}
         """What is used in the place of these, by the same names."""
@@ -105,16 +105,17 @@ class Models:
             UserError: as `UnCLIP.load`.
         """
         unclip = UnCLIP.load(decoder or DEFAULT_DECODER, upsamplers=upsamplers, **placement)
+        paths: list[str | os.PathLike]
         if prior is not None:
-            paths = [Path(DEFAULT_PRIORS.get(str(prior), prior))]
+            paths = [DEFAULT_PRIORS.get(str(prior), prior)]
         elif unclip.decoder.condition == "text":
             paths = []
         else:
-            paths = list(DEFAULT_PRIORS.values())
+            paths = [*DEFAULT_PRIORS.values()]
         stages: list[Any] = [load_stage(path, DiffusionPrior, ARPrior) for path in paths]
         accelerate_stages([*stages, *unclip.stages], unclip.device, compile, cuda_graphs)
         models = cls(unclip, {name_of(stage): stage for stage in stages}, store)
-        models.first = {"decoder": Path(decoder or DEFAULT_DECODER)}
+        models.first = {"decoder": decoder or DEFAULT_DECODER}
         models.first |= {name_of(stage): path for stage, path in zip(stages, paths, strict=True)}
         device = unclip.device  # the lambda would keep all of `unclip` in memory
         models._preparations.append(
@@ -128,7 +129,7 @@ class Models:
             prepare(stage)
         self._preparations.append(prepare)
 
-    def use(self, path: Path, label: str) -> None:
+    def use(self, path: str | os.PathLike, label: str) -> None:
         """Draw with another decoder or prior from now on; the former one is let go.
 
         Args:

@@ -11,13 +11,14 @@ LINES = 4
 
 
 def limits(curves: Mapping[str, Curve]) -> tuple[float, float]:
-    """The lowest and the highest value to show: a few very large ones at the start are cut off."""
+    """The lowest and the highest value to show: high ones in a curve's first 2 % are cut off."""
     values = sorted(
         value for curve in curves.values() for _, value in curve if math.isfinite(value)
     )
     if not values:
         return 0, 1
-    low, high = values[0], values[int(0.98 * (len(values) - 1))]
+    settled = (v for c in curves.values() for _, v in c[len(c) // 50 :] if math.isfinite(v))
+    low, high = values[0], max(settled, default=values[-1])
     margin = 0.05 * (high - low) or 1.0
     return low - margin, high + margin
 

@@ -340,6 +340,10 @@ def request_of(settings: dict[str, Any]) -> Request:
 
 def described(request: Request) -> dict[str, Any]:
     """A request as plain values, without its pictures and what was left open."""
-    fields = dataclasses.asdict(request)
-    kept = {k: v for k, v in fields.items() if k not in PICTURES and v not in (None, "")}
+    kept = {}
+    for field in dataclasses.fields(request):
+        value = getattr(request, field.name)
+        left_open = value is None or value == "" == field.default
+        if field.name not in PICTURES and not left_open:
+            kept[field.name] = value
     return {"kind": type(request).__name__.lower(), **kept}

@@ -9,7 +9,7 @@ from unclip_pl.studio import html
 from unclip_pl.studio.album import Album, Print
 from unclip_pl.studio.forms import PICTURES
 from unclip_pl.studio.picture_files import settings_in
-from unclip_pl.studio.requests import request_of
+from unclip_pl.studio.requests import described, request_of
 from unclip_pl.studio.tabs import Tab
 from unclip_pl.utils.errors import UserError
 
@@ -43,6 +43,7 @@ class Restoring:
             )
         name, form = names[0], self.made[names[0]].form
         form.models.check(request)
+        settings = described(request)  # as it was understood
         values: list[Any] = []
         for tab in self.made.values():
             same = tab.form is form
@@ -50,6 +51,8 @@ class Restoring:
         text = f"The settings are in {name}."
         if set(PICTURES) & set(form.fields):
             text += " Give it the picture that it started from, which is not in the file."
+        if lost := settings.keys() - form.fields.keys() - {"kind", "size"}:
+            text += f" The page has no field for {', '.join(sorted(lost))}: only the API has."
         return [html.said(text), gr.Tabs(selected=name), *values]
 
     def refused(self, error: UserError) -> list[Any]:

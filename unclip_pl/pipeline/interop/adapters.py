@@ -5,7 +5,7 @@ from pathlib import Path
 from unclip_pl.cluster.checkpoint_io import read_checkpoint
 from unclip_pl.cluster.sharded_checkpoint import META_FILE, whole_tensors
 from unclip_pl.networks.lora import BASE, DOWN, UP
-from unclip_pl.pipeline.adapters import Adapters, digest_of, write
+from unclip_pl.pipeline.adapters import Adapters, digest_of, is_adapters, write
 from unclip_pl.pipeline.weights import load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.decoder import Decoder
@@ -59,6 +59,11 @@ def export_adapters(
     plain = {
         name.replace(BASE, "."): value for name, value in tensors.items() if name not in adapters
     }
+    if is_adapters(local_path(base)):
+        raise UserError(
+            f"{base} holds adapters as well, and adapters need whole weights: make a release of it "
+            "with `unclip export`, and give --adapters that."
+        )
     stage = load_stage(base, *KINDS)
     buffers = {name for name, _ in stage.named_buffers()} & plain.keys()
     digest = digest_of(plain, but=buffers)
