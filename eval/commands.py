@@ -68,7 +68,7 @@ class FeatureOptions:
         features: of the distances: inception (clean-fid's, for FID), openmoji-judge (the embedded
             CLIP that scores), clip (the embedded one that conditions), NAME/TAG of open_clip, or
             local-dir:/folder; by default openmoji-judge for the embedded drawings (captions
-            openmoji, openmoji-line) and inception for everything else
+            openmoji) and inception for everything else
         reference_size: side of the real images in pixels: the short side is resized to it and the
             centre is cut out; by default the side of the images that are evaluated
     """
@@ -88,9 +88,7 @@ def choose_features(features: str | None, captions: str | None) -> str:
         features: of the option --features; None: not given.
         captions: what the evaluated images are drawn for; None: they are not drawn.
     """
-    from unclip_pl.data.openmoji_drawings import STYLES
-
-    return features or ("openmoji-judge" if captions in STYLES else "inception")
+    return features or ("openmoji-judge" if captions == "openmoji" else "inception")
 
 
 def run_command(command: Callable[..., Figures], prog: str, words: list[str] | None = None) -> int:

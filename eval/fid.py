@@ -26,7 +26,6 @@ from eval.source import (
 )
 from eval.stored import ImageSource, StoredImages
 from unclip_pl.data.openmoji import openmoji_shards
-from unclip_pl.data.openmoji_drawings import STYLES
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
 
@@ -96,8 +95,8 @@ def open_reference(
     """
     if path is None and isinstance(images, GeneratedImages):
         captions = source.captions or DEFAULT_CAPTIONS
-        if captions in STYLES:
-            path = str(openmoji_shards(images.size, name=captions) / "val-*.tar")
+        if captions == "openmoji":
+            path = str(openmoji_shards(images.size) / "val-*.tar")
         elif not captions.endswith((".txt", ".json")):
             path = captions
     if path is None:

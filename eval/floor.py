@@ -20,7 +20,6 @@ from eval.evaluator import Evaluator, ImageFeatures, caption_images, gather_rank
 from eval.extract import reference_features
 from eval.stored import StoredImages
 from unclip_pl.data.openmoji import openmoji_shards
-from unclip_pl.data.openmoji_drawings import STYLES
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
 
@@ -178,8 +177,8 @@ class RealImages:
     def floor_path(self) -> str | None:
         """Where the real images for the floor are; None: not known."""
         path = self.floor or self.reference
-        if path is None and self.captions in STYLES:
-            path = str(openmoji_shards(self.size, name=self.captions) / "train-*.tar")
+        if path is None and self.captions == "openmoji":
+            path = str(openmoji_shards(self.size) / "train-*.tar")
         return path
 
     def floor_features(self, evaluator: Evaluator) -> Tensor | None:

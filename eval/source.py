@@ -52,8 +52,8 @@ class GenerationOptions:
     """What is drawn and how.
 
     Args:
-        captions: FILE.txt (one per line), MS-COCO's annotations (.json), image shards, openmoji,
-            or openmoji-line
+        captions: FILE.txt (one per line), MS-COCO's annotations (.json), image shards, or
+            openmoji
         num_captions: how many of the captions; by default all
         upsamplers: "256", "1024", those in the package; or checkpoints or releases, in order
     """

@@ -24,7 +24,6 @@ from unclip_pl.data.openmoji_drawings import (  # noqa: E402
     caption_from_name,
     composition_split,
     draw,
-    line_split,
     list_drawings,
 )
 from unclip_pl.utils.errors import UserError  # noqa: E402
@@ -315,31 +314,3 @@ def test_a_drawing_knows_its_parts(tmp_path):
     assert Drawing("1F491-1F3FB", "couple", tmp_path).family == drawing.family
     assert Drawing("1F3FB", "light skin tone", tmp_path).tones == ()
     assert drawing.emoji == "👨🏻‍❤️‍👨🏿"
-
-
-def test_lines_are_the_drawing_without_its_colours(drawings):
-    for drawing in few(drawings)[:8]:
-        colour, line = np.asarray(draw(drawing, 96)), np.asarray(draw(drawing, 96, "line"))
-        assert np.ptp(line, axis=2).max() == 0  # grey
-        ink = line.mean(2) < 30
-        # where there is ink, the drawing in colour has it too
-        assert ink.any() and colour[ink].mean() < 60
-        assert (line < 128).any(2).sum() <= (colour < 250).any(2).sum()
-
-
-def test_the_line_drawings_have_no_skin_tones_and_hold_families_back(drawings):
-    train, val = line_split(drawings)
-    assert (len(train), len(val)) == (1526, 64) and not any(
-        drawing.tones for drawing in train + val
-    )
-    assert not {drawing.family for drawing in train} & {drawing.family for drawing in val}
-    assert line_split(reversed(drawings)) == (train, val)
-
-
-def test_the_line_drawings_are_shards_of_their_own(tmp_path, monkeypatch, drawings):
-    monkeypatch.setattr(openmoji, "list_drawings", lambda: few(drawings))
-    folder = openmoji_shards(32, cache=tmp_path, progress=False, name="openmoji-line")
-    assert folder.name.startswith("openmoji-line-") and folder != openmoji_shards(
-        32, cache=tmp_path, progress=False
-    )
-    assert json.loads((folder / "manifest.json").read_text())["name"] == "openmoji-line"

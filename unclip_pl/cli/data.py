@@ -13,18 +13,16 @@ if TYPE_CHECKING:
     from unclip_pl.data.import_sources import RetrievalFolder, TarMembers
 
 
-def openmoji(*, image_size: int = 64, line: bool = False, cache: Path | None = None) -> None:
+def openmoji(*, image_size: int = 64, cache: Path | None = None) -> None:
     """Draw the OpenMoji data set as tar shards (CC BY-SA 4.0, openmoji.org).
 
     Args:
         image_size: pixels per side
-        line: their black lines only: the data set openmoji-line
         cache: folder; by default $UNCLIP_CACHE or ~/.cache/unclip_pl
     """
     from unclip_pl.data.openmoji import openmoji_shards
 
-    name = "openmoji-line" if line else "openmoji"
-    print(openmoji_shards(image_size, cache, name=name))
+    print(openmoji_shards(image_size, cache))
 
 
 def verify(store: str, *, shards: Sequence[str] | None = None) -> None:

@@ -19,12 +19,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from unclip_pl.data.openmoji_drawings import (
-    STYLES,
     Drawing,
-    Style,
     composition_split,
     draw,
-    line_split,
     list_drawings,
     package_folder,
     package_version,
@@ -51,7 +48,6 @@ def write_shards(
     val: Sequence[Drawing],
     size: int,
     progress: bool = True,
-    name: str = "openmoji",
 ) -> dict:
     """Write train-*.tar, val-*.tar, LICENSE.txt and manifest.json, the same bytes every time.
 
@@ -61,7 +57,6 @@ def write_shards(
         val: the drawings for validation.
         size: side of the pictures in pixels.
         progress: show a progress bar.
-        name: one of STYLES.
 
     Returns:
         The manifest.
@@ -74,7 +69,7 @@ def write_shards(
         bar = tqdm(total=total, desc=title, unit="drawing", disable=not progress)
         stack.enter_context(bar)
         pool = stack.enter_context(_pool()) if _worth_a_pool(total) else None
-        png_of = partial(_png, size=size, style=STYLES[name])
+        png_of = partial(_png, size=size)
         for split, drawings in (("train", train), ("val", val)):
             for number, start in enumerate(range(0, len(drawings), SHARD_SIZE)):
                 batch = drawings[start : start + SHARD_SIZE]
@@ -90,7 +85,7 @@ def write_shards(
     text = ATTRIBUTION.format(version=version) + licence
     (folder / "LICENSE.txt").write_text(text, encoding="utf-8")
     manifest = {
-        "name": name,
+        "name": "openmoji",
         "version": version,
         "names": f"emoji {metadata.version('emoji')}",
         "image_size": size,
@@ -107,9 +102,8 @@ def openmoji_shards(
     image_size: int,
     cache: str | os.PathLike | None = None,
     progress: bool = True,
-    name: str = "openmoji",
 ) -> Path:
-    """The folder `<cache>/<name>-<version>-<image_size>` with the shards.
+    """The folder `<cache>/openmoji-<version>-<image_size>` with the shards.
 
     They are drawn at the first call (about ten seconds at 64 pixels).
 
@@ -117,7 +111,6 @@ def openmoji_shards(
         image_size: side of the pictures in pixels, 8 to 4096.
         cache: None: `cache_dir()`.
         progress: show a progress bar.
-        name: one of STYLES.
 
     Raises:
         UserError: the size is out of range, or a package is missing.
@@ -127,16 +120,15 @@ def openmoji_shards(
             f"OpenMoji cannot be drawn at image_size={image_size}: choose 8 to 4096 pixels."
         )
     cache = Path(cache).expanduser() if cache else cache_dir()
-    folder = cache / f"{name}-{package_version()}-{image_size}"
+    folder = cache / f"openmoji-{package_version()}-{image_size}"
     if _is_whole(folder):
         return folder
     with file_lock(cache / f".{folder.name}.lock"):
         if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            split = line_split if STYLES[name] == "line" else composition_split
-            train, val = split(list_drawings())
+            train, val = composition_split(list_drawings())
             with atomic_folder(folder) as temporary:
-                write_shards(temporary, train, val, image_size, progress, name)
+                write_shards(temporary, train, val, image_size, progress)
     return folder
 
 
@@ -165,9 +157,9 @@ def _pool() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(min(_cores(), 16), mp_context=get_context("fork"))
 
 
-def _png(drawing: Drawing, size: int, style: Style = "colour") -> bytes:
+def _png(drawing: Drawing, size: int) -> bytes:
     file = io.BytesIO()
-    draw(drawing, size, style).save(file, "PNG")
+    draw(drawing, size).save(file, "PNG")
     return file.getvalue()
 
 

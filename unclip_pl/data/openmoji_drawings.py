@@ -10,17 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
-from xml.etree import ElementTree
 
 from PIL import Image
 
 from unclip_pl.utils.errors import UserError
 
-SVG = "http://www.w3.org/2000/svg"
-Style = Literal["colour", "line"]
-STYLES: dict[str, Style] = {"openmoji": "colour", "openmoji-line": "line"}
-"""Names of the data sets: the drawings in colour, and only their black lines."""
 TONES = {
     "1F3FB": "light",
     "1F3FC": "medium-light",
@@ -162,37 +156,14 @@ def composition_split(drawings: Iterable[Drawing]) -> tuple[list[Drawing], list[
     return [drawing for drawing in drawings if drawing.hexcode not in held_out], val
 
 
-def line_split(drawings: Iterable[Drawing]) -> tuple[list[Drawing], list[Drawing]]:
-    """(train, val) of the drawings without skin tones, because all skins have the same lines.
-
-    Whole families, about one in twenty, go to val.
-    """
-    plain = [drawing for drawing in drawings if not drawing.tones]
-    plain.sort(key=lambda drawing: _digest(drawing.hexcode))
-    val = [drawing for drawing in plain if _digest(drawing.family)[0] < 256 // 20]
-    held_out = {drawing.hexcode for drawing in val}
-    return [drawing for drawing in plain if drawing.hexcode not in held_out], val
-
-
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def line_art(svg: str) -> str:
-    """The SVG with only its groups of lines: OpenMoji keeps colour, skin and hair in others."""
-    ElementTree.register_namespace("", SVG)
-    root = ElementTree.fromstring(svg)
-    for group in list(root):
-        if group.tag == f"{{{SVG}}}g" and not group.get("id", "").startswith("line"):
-            root.remove(group)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def draw(drawing: Drawing, size: int, style: Style = "colour") -> Image.Image:
+def draw(drawing: Drawing, size: int) -> Image.Image:
     """The drawing as an RGB picture of `size` x `size` pixels on white."""
     resvg = _import("resvg_py")
     svg = drawing.svg.read_text(encoding="utf-8")
-    svg = line_art(svg) if style == "line" else svg
     png = resvg.svg_to_bytes(
         svg_string=svg, background="#ffffff", width=size, height=size, skip_system_fonts=True
     )

@@ -1,7 +1,7 @@
 """What the DataModules over image shards share.
 
-`train` and `val` are "openmoji" or "openmoji-line" (drawn on demand), or shards as
-`data.names.expand` takes them. `val: null` is no validation.
+`train` and `val` are "openmoji" (drawn on demand), or shards as `data.names.expand`
+takes them. `val: null` is no validation.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,6 @@ from unclip_pl.data.loader import TrainLoader, ValidationLoader, count_steps_per
 from unclip_pl.data.loader_config import LoaderConfig
 from unclip_pl.data.names import expand
 from unclip_pl.data.openmoji import openmoji_shards
-from unclip_pl.data.openmoji_drawings import STYLES
 from unclip_pl.data.reader import SequentialShards, ShuffledShards, Transform
 from unclip_pl.data.shards import count_samples, raw_samples
 
@@ -33,15 +32,15 @@ def resolve_shards(spec: Spec | None, split: str, image_size: int) -> list[str]:
     """The names of shards.
 
     Args:
-        spec: "openmoji" or "openmoji-line", which are drawn now if the cache lacks them; any other
-            spec of `data.names.expand`; None: no shards.
+        spec: "openmoji", which is drawn now if the cache lacks it; any other spec of
+            `data.names.expand`; None: no shards.
         split: "train" or "val", of OpenMoji.
         image_size: side of OpenMoji's drawings in pixels.
     """
     if spec is None:
         return []
-    if isinstance(spec, str) and spec in STYLES:
-        folder = openmoji_shards(image_size, name=spec)
+    if spec == "openmoji":
+        folder = openmoji_shards(image_size)
         return sorted(str(path) for path in folder.glob(f"{split}-*.tar"))
     return expand(spec)
 
