@@ -130,9 +130,9 @@ def plan(
         )
     stages = [stage] if stage else paper_stages()
     find_configs([word for path in (*stages, *config) for word in ("-c", path)])
-    print(f"{hardware}\n")
-    for path in stages:
-        print(report(path, config, batch, checkpointing, hardware))
+    for number, path in enumerate(stages):
+        text = report(path, config, batch, checkpointing, hardware)
+        print(text if number else f"{hardware}\n\n{text}")
 
 
 def paper_stages() -> list[str]:
