@@ -25,8 +25,8 @@ from eval.floor import compute_floor
 from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.datamodules.image_embedding import ImageEmbeddingData
+from unclip_pl.pipeline.locate import DEFAULT_DECODER
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.pipeline.weights import DEFAULT_DECODER
 from unclip_pl.training.retrieval import recall_at
 from unclip_pl.utils.devices import pick_device
 from unclip_pl.utils.images import grid, save_png, to_uint8

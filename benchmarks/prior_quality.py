@@ -21,8 +21,8 @@ from _results import save_rows
 from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.datamodules.prior import PriorData
 from unclip_pl.diffusion.noise import Noise
+from unclip_pl.pipeline.locate import DEFAULT_PRIORS
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.pipeline.weights import DEFAULT_PRIORS
 from unclip_pl.training.prior_monitor import mean_pairwise, measure
 from unclip_pl.utils.images import grid, save_png
 

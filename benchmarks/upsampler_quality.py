@@ -29,7 +29,8 @@ from unclip_pl.data.degradation import DegradationConfig
 from unclip_pl.data.loader_config import LoaderConfig
 from unclip_pl.datamodules.upsampler import UpsamplerData
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.pipeline.weights import ASSETS, load_stage
+from unclip_pl.pipeline.locate import ASSETS
+from unclip_pl.pipeline.weights import load_stage
 from unclip_pl.stages.upsampler import Upsampler256, Upsampler1024
 from unclip_pl.utils.images import grid, psnr, save_png
 

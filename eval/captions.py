@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unclip_pl.data.bad_samples import BadSampleCounter
+from unclip_pl.data.names import expand
 from unclip_pl.data.shards import raw_samples
 from unclip_pl.datamodules.base import resolve_shards
 from unclip_pl.utils.errors import UserError
@@ -70,6 +71,20 @@ def read_captions(spec: str, count: int | None = None, image_size: int = 64) -> 
             "from 1 to that."
         )
     return captions[:count]
+
+
+def require_captions(spec: str) -> None:
+    """Raise a UserError where there are no such captions, before anything is loaded or drawn."""
+    if spec.endswith((".txt", ".json")):
+        _read_text(Path(spec).expanduser())
+    elif spec != "openmoji":
+        try:
+            expand(spec)
+        except UserError as error:
+            raise UserError(
+                f"{spec} names no captions: give openmoji, FILE.txt with one per line, "
+                "MS-COCO's FILE.json, or image shards (a folder, a file, a pattern)."
+            ) from error
 
 
 def one_per_picture(

@@ -19,6 +19,7 @@ from eval.commands import (
     ReportOptions,
     Resamples,
     choose_features,
+    clip_name,
     progress,
     run_command,
 )
@@ -26,10 +27,11 @@ from eval.evaluator import compute_distances, on_ranks_device, shared_clip_warni
 from eval.extract import reference_features
 from eval.features import Features, clip_config, clip_features, load_features
 from eval.metrics import FRECHET, CLIPScore, frechet_key
-from eval.source import Model, decoder_path
+from eval.source import Model
 from eval.stored import ImageSource, StoredImages
 from eval.tables import clip_score
 from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.pipeline.locate import require_weights
 from unclip_pl.utils.commands import Option
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
@@ -149,7 +151,7 @@ def run(
     selected: SelectionOptions,
     drawing: DrawingOptions,
     judging: FeatureOptions,
-    score_clip: str = "ViT-B-32-quickgelu/openai",
+    score_clip: Annotated[str, clip_name] = "ViT-B-32-quickgelu/openai",
     resamples: Resamples = 100,
     options: ReportOptions = DEFAULTS,
 ) -> Figures:
@@ -170,6 +172,9 @@ def run(
         judging: how images are compared with real ones
         options: where and how it runs
     """
+    require_weights(drawing.decoder, None, drawing.upsamplers)
+    for prior in drawing.priors:
+        require_weights(prior=prior)
     selection = select(
         selected.annotations,
         selected.images,
@@ -181,7 +186,7 @@ def run(
         choose_features(judging.features, captions=None), options.device, options.precision
     )
     clip = FrozenCLIP(clip_config(score_clip, options.precision), options.device)
-    model = Model.of(options, decoder_path(drawing.decoder), upsamplers=drawing.upsamplers)
+    model = Model.of(options, drawing.decoder, upsamplers=drawing.upsamplers)
     points = drawing.points(model, selection.captions, options)
     size = judging.reference_size or model.size
     notes = size_warnings(model.size, size)
@@ -223,7 +228,8 @@ def run(
         table = report.markdown(table_headers(network.frechet), lines_of_points)
         table += "".join(f"\n{text}\n" for text in lines)
         print(table)
-        report.write_report(options.out / "coco.md", "Zero-shot MS-COCO", table, {}, settings)
+        out, title = options.open_out(), "Zero-shot MS-COCO"
+        report.write_report(out, "coco.md", title, table, {}, settings)
     settings["drawn"] = {point.images.folder.name: point.images.settings for point in points}
     return {"points": results, "real": real_score, "notes": notes, "settings": settings}
 

@@ -11,8 +11,9 @@ from eval.commands import ReportOptions
 from eval.conditioning import cache_embeddings
 from eval.generated import Draw, GeneratedImages
 from eval.source import Model, describe_weights
+from unclip_pl.pipeline.locate import locate
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
+from unclip_pl.pipeline.weights import load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
@@ -70,7 +71,7 @@ def load_priors(
     names: Sequence[str], sampling: PriorSamplingOptions, model: Model
 ) -> list[PriorModel]:
     """The priors, all loaded and their settings checked before anything is drawn."""
-    paths = [DEFAULT_PRIORS.get(name, name) for name in names]
+    paths = [locate("prior", name) for name in names]
     stages: list[Any] = [load_stage(path, DiffusionPrior, ARPrior) for path in paths]
     weights = [describe_weights(path) for path in paths]
     if len({described["sha256"] for described in weights}) < len(weights):
@@ -118,6 +119,7 @@ def build_points(
                 world_size=world_size(),
                 clip=model.unclip.clip,
                 size=model.size,
+                stages=[*prior.prior.stages, *model.unclip.cascade.stages],
             )
             points.append(Point(prior.name, scale, images))
     return points

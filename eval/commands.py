@@ -17,8 +17,9 @@ from typing import Annotated, Any
 from unclip_pl.utils.commands import CommandParser, Option, exit_code
 from unclip_pl.utils.devices import announce_compiling, pick_device
 from unclip_pl.utils.distributed import local_rank, rank, world_size
-from unclip_pl.utils.files import atomic_file
+from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.options import Count, Seed
+from unclip_pl.utils.outputs import OutputFolder
 from unclip_pl.utils.precision import Precision
 
 Figures = dict[str, Any]
@@ -38,6 +39,8 @@ class RunOptions:
         batch_size: images per batch, on each rank
         seed: image k is drawn with seed + k; also of random subsets
         out: a folder for the figures as a file; by default they are only printed
+        overwrite: replace reports and figures of the same name in --out; else they are kept, and
+            new ones get a number
     """
 
     device: str = "auto"
@@ -46,6 +49,17 @@ class RunOptions:
     batch_size: Count = 64
     seed: Seed = 0
     out: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.overwrite and self.out is None:
+            raise UserError(
+                "--overwrite is for files in --out: name that folder, or leave --overwrite out."
+            )
+
+    def open_out(self) -> OutputFolder | None:
+        """The folder --out; a UserError if nothing can be written there."""
+        return None if self.out is None else OutputFolder(self.out, self.overwrite)
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,29 @@ class ReportOptions(RunOptions):
 
     batch_size: Count = 32
     out: Path = Path("out")
+
+    def open_out(self) -> OutputFolder:
+        """The folder --out; a UserError if nothing can be written there."""
+        return OutputFolder(self.out, self.overwrite)
+
+
+def clip_name(value: Any) -> str:
+    """The name of a CLIP that scores: one in the package, NAME/TAG of open_clip, or a folder."""
+    return _network_name(str(value), "openmoji-judge", "openmoji")
+
+
+def features_name(value: Any) -> str:
+    """The name of a network for the distances: as `clip_name`, or Inception."""
+    return _network_name(str(value), "inception", "openmoji-judge", "clip", "openmoji")
+
+
+def _network_name(text: str, *names: str) -> str:
+    if text in names or "/" in text or text.startswith("local-dir:"):
+        return text
+    raise ValueError(
+        f"{text} is none of {', '.join(names)}: give one of these, NAME/TAG of open_clip, or "
+        "local-dir:/folder"
+    )
 
 
 @dataclass(frozen=True)
@@ -73,7 +110,7 @@ class FeatureOptions:
             centre is cut out; by default the side of the images that are evaluated
     """
 
-    features: str | None = None
+    features: Annotated[str, features_name] | None = None
     reference_size: Count | None = None
 
 
@@ -95,8 +132,8 @@ def run_command(command: Callable[..., Figures], prog: str, words: list[str] | N
     """Run a command on all ranks, and print what it returns as one JSON line.
 
     It is the last line of the output.
-    With --out the same line is written to OUT/NAME.json, NAME being the command's. A UserError is
-    one sentence on stderr.
+    With --out the same line is written to OUT/NAME.json, NAME being the command's, by the rule of
+    `OutputFolder`. A UserError is one sentence on stderr.
 
     Args:
         command: a function of `options: RunOptions` and others, see `unclip_pl.utils.commands`.
@@ -111,15 +148,15 @@ def run_command(command: Callable[..., Figures], prog: str, words: list[str] | N
     def run() -> None:
         bound = CommandParser(command, f"python -m {prog}").bind(words)
         options: RunOptions = bound.keywords["options"]
+        out = options.open_out()
         with process_group(options.device) as device:
             if options.compile and rank() == 0:
                 announce_compiling(device)
             figures = bound(options=replace(options, device=device))
             if rank() == 0:
                 line = json.dumps({"command": name, **finite(figures)}, allow_nan=False)
-                if options.out:
-                    with atomic_file(options.out / f"{name}.json", "w") as file:
-                        file.write(line + "\n")
+                if out:
+                    out.write(f"{name}.json", f"{line}\n".encode())
                 sys.stdout.flush()
                 print(line, flush=True)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from eval import conditioning, report
-from eval.captions import Caption
+from eval.captions import Caption, require_captions
 from eval.commands import Figures, RunOptions, run_command
 from eval.comparison import Comparison, ComparisonSettings, Differences, Results
 from eval.conditioning import TITLES, Conditioning
@@ -16,7 +16,7 @@ from eval.evaluator import EvaluatorOptions, metric_titles
 from eval.floor import NO_FLOOR, ReferenceOptions
 from eval.generated import captions_digest
 from eval.metrics import FRECHET
-from eval.source import DrawingOptions, Model, decoder_path, describe_weights, refuse_options
+from eval.source import DrawingOptions, Model, describe_weights, refuse_options
 from eval.tables import (
     Section,
     body,
@@ -28,14 +28,14 @@ from eval.tables import (
     real_row,
 )
 from unclip_pl.clip.fingerprint import require_same
+from unclip_pl.pipeline.locate import locate, require_weights
 from unclip_pl.pipeline.unclip import Prior, UnCLIP
-from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
+from unclip_pl.pipeline.weights import load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.utils.commands import Option
 from unclip_pl.utils.distributed import rank
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.images import save_png
 from unclip_pl.utils.options import PriorSamplingOptions
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
@@ -74,6 +74,13 @@ class ConditionOptions:
         """The priors by the names of their conditions; "none" where one is left out."""
         return {"ar": self.ar_prior, "diffusion": self.diffusion_prior}
 
+    def require(self) -> None:
+        """UserError for the first of the models that is not there, before one is loaded."""
+        for decoder in (self.decoder, self.text_decoder):
+            require_weights(decoder)
+        for prior in self.priors.values():
+            require_weights(prior=None if prior == "none" else prior)
+
 
 DEFAULTS = ComparisonSettings(
     out=Path("out/compare"), guidance_scales=SCALES, prior_guidance_scales=SCALES
@@ -106,7 +113,6 @@ def load_conditions(
             "No decoder trained on text embeddings was given (--text-decoder), so that condition "
             "is left out."
         )
-    check_prior_options(asked, drawing.prior_sampling, options)
     for name, path in asked.priors.items():
         if path == "none":
             notes.append(f"The condition of the {TITLES[name]} is left out, as asked.")
@@ -139,6 +145,15 @@ def check_prior_options(
         )
 
 
+def check_baseline(baseline: str, conditions: Sequence[str]) -> None:
+    """UserError where the baseline is none of the conditions."""
+    if baseline not in conditions:
+        raise UserError(
+            f"--baseline is {baseline}, and the conditions are {', '.join(conditions)}: name one "
+            "of them."
+        )
+
+
 def load_prior(
     name: str,
     given: str,
@@ -149,7 +164,7 @@ def load_prior(
 ) -> Conditioning:
     """The condition of a prior, with the settings that the options ask for."""
     kind, settings = PRIORS[name]
-    path = DEFAULT_PRIORS.get(given, Path(given))
+    path = locate("prior", given)
     prior, decoder, clip = load_stage(path, kind), model.unclip.decoder, model.unclip.clip
     unclip = UnCLIP(decoder, prior, clip, model.device, precision=model.precision)
     asked = {field: getattr(options, field) for field in settings}
@@ -211,15 +226,17 @@ def run(
         evaluation: what evaluates
         options: where and how it runs
     """
-    model = Model.of(options, decoder_path(asked.decoder), upsamplers=drawing.upsamplers)
+    asked.require()
+    require_weights(upsamplers=drawing.upsamplers or ())
+    require_captions(drawing.captions)
+    real.require()
+    check_prior_options(asked, drawing.prior_sampling, options)
+    check_baseline(options.baseline, [*TITLES])
+    model = Model.of(options, asked.decoder, upsamplers=drawing.upsamplers)
     captions = drawing.read_captions(model.size)
     conditions, notes = load_conditions(asked, drawing, options, model, captions)
     names = [condition.name for condition in conditions]
-    if options.baseline not in names:
-        raise UserError(
-            f"--baseline is {options.baseline}, and the conditions are {', '.join(names)}: name "
-            "one of them."
-        )
+    check_baseline(options.baseline, names)
     size = evaluation.reference_size or model.size
     images = real.images(drawing.captions, size, options)
     images.check(captions)
@@ -350,22 +367,22 @@ def write(
     comparison: Comparison, results: Results, tables: str, description: dict[str, Any]
 ) -> None:
     """compare.md, compare.png, compare-curves.png and TensorBoard's events; prints the tables."""
-    out, (picture, numbers) = comparison.settings.out, comparison.side_by_side()
+    out, (picture, numbers) = comparison.settings.open_out(), comparison.side_by_side()
     print(tables)
     captions = "; ".join(comparison.captions[k].text for k in numbers)
-    save_png(picture, out / "compare.png", captions=captions)
-    pictures = {f"Side by side: {captions}": "compare.png"}
+    side_by_side = out.write_picture("compare.png", picture, captions=captions)
+    pictures = {f"Side by side: {captions}": side_by_side}
     panels = build_panels(results, comparison.key)
     if panels:
-        report.write_curves(out / "compare-curves.png", panels)
-        pictures["Guidance"] = "compare-curves.png"
-    report.write_report(out / "compare.md", "Does a prior help?", tables, pictures, description)
+        pictures["Guidance"] = report.write_curves(out, "compare-curves.png", panels)
+    title = "Does a prior help?"
+    report.write_report(out, "compare.md", title, tables, pictures, description)
     scalars = {
         f"{panel.y} over {panel.x}/{name}": points
         for panel in panels
         for name, points in panel.lines.items()
     }
-    report.write_tensorboard(out / "tensorboard", scalars, {"side by side": picture})
+    report.write_tensorboard(out.folder / "tensorboard", scalars, {"side by side": picture})
 
 
 def main(words: list[str] | None = None) -> int:

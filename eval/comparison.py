@@ -57,6 +57,7 @@ class ComparisonSettings(ReportOptions):
     pictures: Count = 8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("guidance_scales", "prior_guidance_scales"):
             for scale in getattr(self, name):
                 if not 1 <= scale < float("inf"):

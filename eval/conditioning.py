@@ -149,6 +149,7 @@ class Conditioning:
             first,
             rank=rank(),
             world_size=world_size(),
+            stages=self.model.unclip.stages,
         )
 
     def sampler(self, sampling: DecoderSamplingConfig, repeat: int = 0) -> Draw:

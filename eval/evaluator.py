@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 
 from eval import metrics
 from eval.captions import Caption
-from eval.commands import FeatureOptions, Figures, RunOptions, choose_features
+from eval.commands import FeatureOptions, Figures, RunOptions, choose_features, clip_name
 from eval.features import Features, clip_config, clip_features, load_features
 from eval.stored import Batch
 from unclip_pl.clip.config import CLIPConfig
@@ -63,7 +63,7 @@ class ImageFeatures(NamedTuple):
         return ImageFeatures(*(rows[self.number < count] for rows in self))
 
 
-ScoreClip = Annotated[str | None, Option(renamed="--clip")]
+ScoreClip = Annotated[Annotated[str, clip_name] | None, Option(renamed="--clip")]
 
 
 @dataclass(frozen=True)

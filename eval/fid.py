@@ -53,9 +53,10 @@ def run(
         judging: how images are compared with real ones
         options: where and how it runs
     """
+    captions = None if source.images else source.captions or DEFAULT_CAPTIONS
+    require_reference(reference, captions, source)
     images = open_source(source, options)
     real = open_reference(reference, judging.reference_size, source, images)
-    captions = None if source.images else source.captions or DEFAULT_CAPTIONS
     network = load_features(
         choose_features(judging.features, captions), options.device, options.precision
     )
@@ -86,6 +87,23 @@ def run(
     return settings | figures | bad | {"notes": notes, "drawn": drawn_settings(images)}
 
 
+def require_reference(path: str | None, captions: str | None, source: SourceOptions) -> None:
+    """UserError where there are no real images, before anything is loaded or drawn.
+
+    Args:
+        path: of --reference.
+        captions: what is drawn; None: --images are evaluated.
+        source: the options.
+    """
+    if path is not None:
+        StoredImages(path, max_bad_rate=source.max_bad_rate)
+    elif captions is None or captions.endswith((".txt", ".json")):
+        raise UserError(
+            "There is nothing to compare the images with: name the real ones with --reference, a "
+            "folder or shards."
+        )
+
+
 def open_reference(
     path: str | None, size: int | None, source: SourceOptions, images: ImageSource
 ) -> StoredImages:
@@ -99,11 +117,7 @@ def open_reference(
             path = str(openmoji_shards(images.size) / "val-*.tar")
         elif not captions.endswith((".txt", ".json")):
             path = captions
-    if path is None:
-        raise UserError(
-            "There is nothing to compare the images with: name the real ones with --reference, a "
-            "folder or shards."
-        )
+    assert path is not None  # see `require_reference`
     if isinstance(images, GeneratedImages):
         side: int | None = images.size
     else:

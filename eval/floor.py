@@ -131,6 +131,12 @@ class ReferenceOptions:
     reference: str | None = None
     floor: str | None = None
 
+    def require(self) -> None:
+        """UserError for the first of the folders without images, before anything is loaded."""
+        for path in (self.reference, self.floor):
+            if path is not None:
+                StoredImages(path)
+
     def images(self, captions: str, size: int, options: RunOptions) -> "RealImages":
         """The real images for what is drawn, `captions`, cut to `size` pixels."""
         return RealImages(

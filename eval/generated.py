@@ -13,6 +13,7 @@ import io
 import json
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from eval.captions import Caption
 from eval.stored import Batch, StoredImages
 from unclip_pl import __version__
 from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.diffusion.watch import watching
+from unclip_pl.stages.base import Stage
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_file, remove_leftovers
 from unclip_pl.utils.images import from_pil, to_pil
@@ -33,6 +36,8 @@ from unclip_pl.utils.images import from_pil, to_pil
 Draw = Callable[[Sequence[int]], Tensor]
 """Indices of captions -> images, float (B, 3, H, W) in [-1, 1]."""
 SHARD_SIZE = 64
+SHOW_EVERY = 1.0
+"""Seconds between two updates of the progress bar."""
 MANIFEST = "samples.json"
 FOLDER_OPTION = "--samples (of eval.compare, eval.sweep and eval.coco: --out)"
 
@@ -51,6 +56,7 @@ class GeneratedImages:
         rank, world_size: this process among all.
         clip: the CLIP whose embeddings the images are drawn from.
         size: side of the images in pixels.
+        stages: those that draw, whose steps the progress bar counts.
     """
 
     folder: Path
@@ -64,6 +70,7 @@ class GeneratedImages:
     world_size: int = 1
     clip: FrozenCLIP | None = None
     size: int = 64
+    stages: Sequence[Stage] = ()
 
     def __len__(self) -> int:
         return len(self.captions[: self.first])
@@ -134,12 +141,15 @@ class GeneratedImages:
             desc=f"drawing {self.name}",
             unit="image",
             disable=not missing or self.rank != 0,
-            mininterval=1.0,
+            mininterval=SHOW_EVERY,
             file=sys.stderr,
         ) as bar:
-            for shard in missing:
-                for count in self._draw_shard(shard, batch_size):
-                    bar.update(count)
+            steps = StepCount(bar)
+            with watching(self.stages, steps.add):
+                for shard in missing:
+                    for count in self._draw_shard(shard, batch_size):
+                        steps.restart()
+                        bar.update(count)
 
     def _draw_shard(self, shard: Path, batch_size: int) -> Iterator[int]:
         """Draw and write one shard; yields the number of images of each batch."""
@@ -188,6 +198,25 @@ class GeneratedImages:
                 with Image.open(member) as image:
                     images.append(from_pil(image))
         return torch.stack(images)
+
+
+class StepCount:
+    """Shows on a progress bar how many steps the batch has made that is being drawn."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar, self.count, self.shown_at = bar, 0, time.monotonic()
+
+    def restart(self) -> None:
+        """Count from 0: the next batch begins."""
+        self.count = 0
+
+    def add(self, x0: Tensor) -> None:
+        """One step more; at most once a second it is shown."""
+        self.count += 1
+        self.bar.set_postfix_str(f"this batch: step {self.count}", refresh=False)
+        if time.monotonic() - self.shown_at > SHOW_EVERY:
+            self.shown_at = time.monotonic()
+            self.bar.refresh()
 
 
 def captions_digest(captions: Sequence[Caption]) -> str:

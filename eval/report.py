@@ -1,5 +1,6 @@
 """Reports: tables in Markdown, curves as a PNG, and both for TensorBoard."""
 
+import io
 import platform
 import shlex
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from unclip_pl import __version__
-from unclip_pl.utils.files import atomic_file
+from unclip_pl.utils.outputs import OutputFolder
 
 Points = Sequence[tuple[float, float]]
 """(x, y) of each point of a line."""
@@ -55,23 +56,28 @@ def command_line() -> str:
 
 
 def write_report(
-    path: Path, title: str, body: str, pictures: Mapping[str, str], settings: Mapping[str, Any]
+    out: OutputFolder,
+    name: str,
+    title: str,
+    body: str,
+    pictures: Mapping[str, Path],
+    settings: Mapping[str, Any],
 ) -> None:
     """Write a report in Markdown, whole or not at all.
 
     Args:
-        path: of the file.
+        out: the folder.
+        name: of the file.
         title: its heading.
         body: Markdown, between the title and the pictures.
-        pictures: by title the names of files in the same folder.
+        pictures: by title the files in the same folder.
         settings: go into a table at the end, with versions and the command.
     """
-    shown = "".join(f"\n## {name}\n\n![{name}]({file})\n" for name, file in pictures.items())
+    shown = "".join(f"\n## {name}\n\n![{name}]({file.name})\n" for name, file in pictures.items())
     rows = [[name, _plain(value)] for name, value in {**settings, **versions()}.items()]
     table = markdown(["setting", "value"], rows)
-    with atomic_file(path, "w") as file:
-        file.write(f"# {title}\n\n{body}{shown}\n## Settings\n\n{table}")
-        file.write(f"\n```\n{command_line()}\n```\n")
+    text = f"# {title}\n\n{body}{shown}\n## Settings\n\n{table}\n```\n{command_line()}\n```\n"
+    out.write(name, text.encode())
 
 
 def _plain(value: Any) -> str:
@@ -83,8 +89,8 @@ def _plain(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def write_curves(path: Path, panels: Sequence[Panel]) -> None:
-    """One PNG with a plot for each panel, whole or not at all.
+def write_curves(out: OutputFolder, name: str, panels: Sequence[Panel]) -> Path:
+    """Write one PNG with a plot for each panel, whole or not at all; returns its path.
 
     A line has the same colour in all panels, and the legend is below them.
     """
@@ -99,15 +105,16 @@ def write_curves(path: Path, panels: Sequence[Panel]) -> None:
     colours: dict[str, str] = {}
     handles: dict[str, Any] = {}
     for axes, panel in zip(all_axes, panels, strict=False):
-        for name, points in panel.lines.items():
-            colour = colours.setdefault(name, COLOURS[len(colours) % len(COLOURS)])
+        for line, points in panel.lines.items():
+            colour = colours.setdefault(line, COLOURS[len(colours) % len(COLOURS)])
             x, y = zip(*points, strict=True)
-            (handles[name],) = axes.plot(x, y, color=colour, marker="o", markersize=4, label=name)
+            (handles[line],) = axes.plot(x, y, color=colour, marker="o", markersize=4, label=line)
         axes.set(xlabel=panel.x, ylabel=panel.y)
         axes.grid(alpha=0.3)
     figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=columns)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    return out.write(name, content.getvalue())
 
 
 def write_tensorboard(

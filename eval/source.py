@@ -11,18 +11,14 @@ from typing import Annotated, Any, cast
 
 from torch import Tensor
 
-from eval.captions import Caption, read_captions
+from eval.captions import Caption, read_captions, require_captions
 from eval.commands import RunOptions
 from eval.generated import SHARD_SIZE, GeneratedImages, captions_digest
 from eval.stored import MAX_BAD_RATE, ImageSource, StoredImages
 from unclip_pl.clip.fingerprint import Fingerprint
+from unclip_pl.pipeline.locate import locate, require_weights
 from unclip_pl.pipeline.unclip import Condition, UnCLIP
-from unclip_pl.pipeline.weights import (
-    DEFAULT_DECODER,
-    DEFAULT_PRIORS,
-    DEFAULT_UPSAMPLERS,
-    read_weights,
-)
+from unclip_pl.pipeline.weights import read_weights
 from unclip_pl.utils.commands import Option
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
@@ -131,8 +127,9 @@ def _stored(source: SourceOptions, images: str) -> StoredImages:
     return StoredImages(images, rank(), world_size(), source.max_bad_rate, captions)
 
 
-def _generated(source: SourceOptions, name: str, options: RunOptions) -> GeneratedImages:
-    decoder = decoder_path(name)
+def _generated(source: SourceOptions, decoder: str, options: RunOptions) -> GeneratedImages:
+    require_weights(decoder, source.prior, source.upsamplers or ())
+    require_captions(source.captions or DEFAULT_CAPTIONS)
     condition: Condition = source.condition or default_condition(decoder)
     model = Model.of(
         options,
@@ -165,11 +162,12 @@ def _generated(source: SourceOptions, name: str, options: RunOptions) -> Generat
         captions,
         draw,
         settings,
-        Path(model.decoder).name,
+        model.settings["decoder"]["name"],
         rank=rank(),
         world_size=world_size(),
         clip=unclip.clip,
         size=model.size,
+        stages=unclip.stages,
     )
 
 
@@ -184,14 +182,9 @@ def drawn_settings(source: ImageSource) -> dict[str, Any] | None:
     return source.settings if isinstance(source, GeneratedImages) else None
 
 
-def decoder_path(name: str) -> str:
-    """The path of a decoder: "openmoji" is the one in the package."""
-    return str(DEFAULT_DECODER) if name == "openmoji" else name
-
-
 def default_condition(decoder: str) -> Condition:
     """What a decoder was trained on: "text", or image embeddings, for which a prior stands in."""
-    trained_on = read_weights(decoder).hyper_parameters.get("condition")
+    trained_on = read_weights(locate("decoder", decoder)).hyper_parameters.get("condition")
     return "text" if trained_on == "text" else "prior"
 
 
@@ -202,6 +195,7 @@ def choose_prior(prior: str | None, sampling: PriorSamplingOptions, condition: s
         UserError: there is an option of a prior, and the condition has none.
     """
     if condition == "prior":
+        sampling.require_prior(prior or "diffusion")
         return prior or "diffusion"
     given = ["--prior"] if prior else []
     refuse_options(
@@ -229,7 +223,7 @@ class Model:
     """A decoder, perhaps with a prior and upsamplers.
 
     Args:
-        decoder: a checkpoint or release.
+        decoder: "openmoji", or a checkpoint or release.
         prior: "diffusion", "ar", a checkpoint or release, or None.
         device: as torch names it.
         precision: "fp32", or "bf16" on a device that has it.
@@ -284,10 +278,10 @@ class Model:
         """The weights and the precision, as plain values; files are read once."""
         prior = None
         if self.prior is not None:
-            prior = describe_weights(DEFAULT_PRIORS.get(self.prior, self.prior))
-        upsamplers = [DEFAULT_UPSAMPLERS.get(name, name) for name in self.upsamplers or ()]
+            prior = describe_weights(locate("prior", self.prior))
+        upsamplers = [locate("upsampler", name) for name in self.upsamplers or ()]
         return {
-            "decoder": describe_weights(self.decoder),
+            "decoder": describe_weights(locate("decoder", self.decoder)),
             "prior": prior,
             "upsamplers": [describe_weights(path) for path in upsamplers],
             "precision": self.precision,

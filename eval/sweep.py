@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from eval import conditioning, report
-from eval.captions import Caption
+from eval.captions import Caption, require_captions
 from eval.commands import Figures, ReportOptions, run_command
 from eval.conditioning import Conditioning
 from eval.evaluator import (
@@ -24,18 +24,17 @@ from eval.source import (
     DrawingOptions,
     Model,
     choose_prior,
-    decoder_path,
     default_condition,
-    describe_weights,
 )
 from eval.tables import Section, body, floor_row
-from unclip_pl.pipeline.weights import DEFAULT_PRIORS
+from unclip_pl.pipeline.locate import require_weights
 from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 from unclip_pl.utils.commands import Option
 from unclip_pl.utils.distributed import rank
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.images import grid, save_png
-from unclip_pl.utils.options import GuidedSamplingOptions, Sampler, Spacing
+from unclip_pl.utils.images import grid
+from unclip_pl.utils.options import GuidedSamplingOptions, Sampler, Spacing, check_sampling
+from unclip_pl.utils.outputs import OutputFolder
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 SETTINGS_HEADERS = ("sampler", "steps", "guidance")
@@ -62,6 +61,17 @@ class SweepOptions:
     sweep_steps: Sequence[Spacing] = ()
     sweep_samplers: Sequence[Sampler] = ()
 
+    def __post_init__(self) -> None:
+        if not (self.guidance_scales or self.sweep_steps or self.sweep_samplers):
+            raise UserError(
+                "There is nothing to sweep: give --guidance-scales, --sweep-steps or "
+                "--sweep-samplers."
+            )
+        for steps in self.sweep_steps:
+            check_sampling({"steps": steps})
+        for scale in self.guidance_scales:
+            check_sampling({"guidance_scale": scale})
+
 
 def build_curves(sweep: SweepOptions, sampling: GuidedSamplingOptions, decoder: Decoder) -> Curves:
     """The settings of all points, by curve.
@@ -80,13 +90,8 @@ def build_curves(sweep: SweepOptions, sampling: GuidedSamplingOptions, decoder: 
     for sampler in samplers:
         spacings = dict.fromkeys(sweep.sweep_steps or [own.steps])
         curve = [point(sampler=sampler, steps=steps) for steps in spacings]
-        curves[sampler] = sorted(curve, key=lambda one: count_steps(decoder, one))
-    curves = {name: curve for name, curve in curves.items() if curve}
-    if not curves:
-        raise UserError(
-            "There is nothing to sweep: give --guidance-scales, --sweep-steps or --sweep-samplers."
-        )
-    return curves
+        curves[sampler] = sorted(curve, key=decoder.count_steps)
+    return {name: curve for name, curve in curves.items() if curve}
 
 
 def load_condition(
@@ -110,8 +115,7 @@ def load_condition(
             )
         return conditioning.from_image(model, *place)
     sampling = drawing.prior_sampling.of(model.unclip.prior)
-    prior = str(model.prior)
-    weights = describe_weights(DEFAULT_PRIORS.get(prior, Path(prior)))
+    weights = model.settings["prior"]
     return conditioning.from_prior("prior", model, model.unclip, weights, sampling, *place)
 
 
@@ -142,10 +146,12 @@ def run(
         evaluation: what evaluates
         options: where and how it runs
     """
-    path = decoder_path(decoder)
-    condition = condition or default_condition(path)
+    require_weights(decoder, prior, drawing.upsamplers or ())
+    require_captions(drawing.captions)
+    real.require()
+    condition = condition or default_condition(decoder)
     prior = choose_prior(prior, drawing.prior_sampling, condition)
-    model = Model.of(options, path, prior, drawing.upsamplers)
+    model = Model.of(options, decoder, prior, drawing.upsamplers)
     captions = drawing.read_captions(model.size)
     images = real.images(drawing.captions, evaluation.reference_size or model.size, options)
     images.check(captions)
@@ -178,7 +184,7 @@ def run(
                 elsewhere = reached_on_other_pictures(all_real, every, key, options.seed)
                 reached = [name for name in reached if name in elsewhere]
             figures["at_floor"] = reached
-            steps = {"step_count": count_steps(stage, sampling)}
+            steps = {"step_count": stage.count_steps(sampling)}
             results[name].append(asdict(sampling) | steps | figures)
             points[f"{sampling.sampler} {sampling.steps}, {sampling.guidance_scale:g}"] = drawn
             rows.append(table_row(sampling, figures, key))
@@ -200,19 +206,15 @@ def run(
     }
     if rank() == 0:
         table = Section("Sweep", [*SETTINGS_HEADERS, *metric_titles(key).values()], rows)
-        save_side_by_side(options.out / "sweep.png", points, captions)
-        write(options.out, results, body([table], notes), settings, key)
+        out = options.open_out()
+        picture = save_side_by_side(out, points, captions)
+        write(out, picture, results, body([table], notes), settings, key)
     return {
         "curves": results,
         "floor": None if floor is None else asdict(floor),
         "notes": notes,
         "settings": settings,
     }
-
-
-def count_steps(decoder: Decoder, sampling: DecoderSamplingConfig) -> int:
-    """How many steps the settings take: the place of their point on the axis."""
-    return len(decoder.process.schedule.respaced(sampling.steps))
 
 
 def folder_name(sampling: DecoderSamplingConfig) -> str:
@@ -231,12 +233,13 @@ def table_row(sampling: DecoderSamplingConfig, figures: Figures, key: str) -> li
 
 
 def save_side_by_side(
-    path: Path, images: dict[str, GeneratedImages], captions: Sequence[Caption]
-) -> None:
-    """A picture with a row per point and a column per caption, of the first ones."""
+    out: OutputFolder, images: dict[str, GeneratedImages], captions: Sequence[Caption]
+) -> Path:
+    """Write sweep.png: a row per point and a column per caption, of the first ones."""
     numbers = range(min(PICTURES, len(captions)))
     picture = grid([drawn.load(numbers) for drawn in images.values()], list(images))
-    save_png(picture, path, captions="; ".join(captions[k].text for k in numbers))
+    texts = "; ".join(captions[k].text for k in numbers)
+    return out.write_picture("sweep.png", picture, captions=texts)
 
 
 def build_panels(results: dict[str, list[Figures]], key: str) -> list[report.Panel]:
@@ -262,21 +265,26 @@ def build_panels(results: dict[str, list[Figures]], key: str) -> list[report.Pan
 
 
 def write(
-    out: Path, results: dict[str, list[Figures]], table: str, settings: dict[str, Any], key: str
+    out: OutputFolder,
+    picture: Path,
+    results: dict[str, list[Figures]],
+    table: str,
+    settings: dict[str, Any],
+    key: str,
 ) -> None:
     """sweep.md, sweep-curves.png and TensorBoard's events; prints the table."""
     print(table)
     panels = build_panels(results, key)
-    report.write_curves(out / "sweep-curves.png", panels)
-    pictures = {"Curves": "sweep-curves.png", "Side by side": "sweep.png"}
-    report.write_report(out / "sweep.md", "Sweep", table, pictures, settings)
+    curves = report.write_curves(out, "sweep-curves.png", panels)
+    pictures = {"Curves": curves, "Side by side": picture}
+    report.write_report(out, "sweep.md", "Sweep", table, pictures, settings)
     scalars = {
         f"{panel.y} over {panel.x}/{name}": points
         for panel in panels
         for name, points in panel.lines.items()
         if panel.x != "recall"
     }
-    report.write_tensorboard(out / "tensorboard", scalars)
+    report.write_tensorboard(out.folder / "tensorboard", scalars)
 
 
 def main(words: list[str] | None = None) -> int:

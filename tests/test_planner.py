@@ -157,7 +157,7 @@ def test_a_clip_in_the_loop_takes_memory_and_time():
 )
 def test_the_command_counts_a_clip_only_where_it_runs(arguments, clip, capsys):
     assert app.main(["plan", *arguments, "--gpus", "8"]) == 0
-    header, _, row = capsys.readouterr().out.splitlines()[2:5]
+    header, _, row = capsys.readouterr().out.splitlines()[4:7]
     assert dict(zip(header.split(" | "), row.split(" | ")))["CLIP"] == clip
 
 
@@ -168,6 +168,23 @@ def test_the_command_prints_a_row_for_each_number_of_gpus(capsys):
     assert "10,000 steps of 64" in output
     assert app.main(["plan", "stages/decoder.yaml", "--gpus", "8"]) == 0
     assert "| fsdp |" not in capsys.readouterr().out  # Muon refuses sharded weights
+
+
+def test_the_command_says_which_gpu_it_assumes_and_takes_another(capsys):
+    def plan(*more: str) -> tuple[str, list[str]]:
+        assert app.main(["plan", "stages/upsampler_256.yaml", "--gpus", "1", *more]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return lines[0], lines[-2].split(" | ")
+
+    assumed, h100 = plan()
+    assert all(word in assumed for word in ("H100", "989", "40%", "80 GB", "--gpu", "A100"))
+    assumed, a100 = plan("--gpu", "A100-40")
+    assert "A100-40" in assumed and "312" in assumed and "40 GB" in assumed
+    assert float(h100[11].replace(",", "")) / float(a100[11].replace(",", "")) == pytest.approx(
+        989 / 312, rel=0.01
+    )
+    assumed, own = plan("--peak-tflops", "312", "--gpu-memory", "40")
+    assert own == a100 and "of the type" not in assumed
 
 
 @pytest.mark.parametrize(

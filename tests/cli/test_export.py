@@ -20,11 +20,15 @@ def test_export_makes_a_release_of_a_checkpoint(three, index, tmp_path):
     ("command", "named"),
     [
         ("export gone.ckpt --out x", "gone.ckpt"),
+        ("export here.ckpt --out .", "exists already"),
+        ("export here.ckpt --out x --card gone.md", "gone.md"),
+        ("export here.ckpt --out here.ckpt/x", "here.ckpt"),
         ("data verify gone", "no whole embedding store"),
         ("data verify a.tar", "--shards a.tar"),
     ],
 )
 def test_bad_input_is_one_sentence(command, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.ckpt").write_text("")
     assert run_unclip(command) == 1
     assert named in error_of(capsys)

@@ -8,6 +8,8 @@ from tests.cli.shell import error_of, names_in, run_unclip
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.utils.images import load_image
 
+STAGES = {"decoder": "decoder", "upsampler-256": "256", "upsampler-1024": "1024"}
+
 
 def test_pictures_are_named_by_prompt_and_seed(folder, tmp_path, capsys):
     file, out = tmp_path / "more.txt", tmp_path / "out"
@@ -28,6 +30,42 @@ def test_pictures_are_named_by_prompt_and_seed(folder, tmp_path, capsys):
         for setting in ("guidance_scale=2.0", "steps=3", "steps=(2, 1)"):
             assert setting in image.text["unclip"]
     assert "grid.png" in capsys.readouterr().out
+
+
+def test_a_picture_of_the_same_name_is_kept_and_the_same_picture_is_one_file(run, capsys):
+    command = "generate fox --condition text --num-images 1 --grid"
+    assert run(command) == ["fox-0.png", "grid.png"]
+    first = load_image("out/fox-0.png")
+    assert run(command) == ["fox-0.png", "grid.png"]
+    assert capsys.readouterr().out.count("out/fox-0.png") == 2
+    names = ["fox-0.png", "fox-0_2.png", "grid.png", "grid_2.png"]
+    assert run(f"{command} --steps 1") == names
+    assert torch.equal(load_image("out/fox-0.png"), first)
+    output = capsys.readouterr()
+    assert "fox-0_2.png" in output.out and output.err.count("--overwrite") == 1
+    assert run(f"{command} --steps 1 --overwrite") == names
+    assert not torch.equal(load_image("out/fox-0.png"), first)
+
+
+@pytest.mark.parametrize(
+    ("words", "total"),
+    [
+        ("--condition text --steps 3", 2 * 3),
+        ("--prior-steps 4 --steps 3", 2 * (4 + 3)),
+        ("--condition text --steps 10 --init a.png --strength 0.3", 2 * 3),
+    ],
+)
+def test_the_bar_counts_every_sampling_step(words, total, run, capsys):
+    run(f"generate fox cat --batch-size 4 --num-images 3 {words}")
+    last = capsys.readouterr().err.strip().splitlines()[-1].split("\r")[-1]
+    assert f"{total}/{total}" in last and "6 of 6 pictures" in last
+
+
+def test_the_bar_counts_the_upsamplers_batches(releases, tmp_path, capsys):
+    stages = [f"--{kind}={releases[name]}" for kind, name in STAGES.items()]
+    options = "--size 1024 --condition text --num-images 3 --steps 2 --upsampler-steps 1"
+    assert run_unclip(f"generate fox {options}", *stages, "--out", tmp_path) == 0
+    assert "6/6" in capsys.readouterr().err  # 2 of the decoder, 1 for all at 256, 3 at 1024
 
 
 def test_prompts_that_look_alike_have_files_of_their_own(folder, tmp_path):
@@ -75,7 +113,7 @@ def test_every_size_is_written_with_its_settings(size, upsamplers, releases, tmp
 def test_a_picture_to_start_from_stays_at_strength_0_and_is_forgotten_at_1(
     run, assert_same_picture
 ):
-    command = "generate 'a fox' --condition text --num-images 1"
+    command = "generate 'a fox' --condition text --num-images 1 --overwrite"
     run(f"{command} --init a.png --strength 0")
     assert (load_image("out/a-fox-0.png") - load_image("a.png", 16)).abs().max() < 0.02
     run(f"{command} --init a.png --strength 1")
@@ -98,8 +136,9 @@ def test_a_picture_to_start_from_stays_at_strength_0_and_is_forgotten_at_1(
         ("apple --guidance-scale 0.5", "--guidance-scale is 0.5"),
         ("apple --prior-guidance-scale 0", "--prior-guidance-scale is 0.0"),
         ("apple --prior gone.ckpt", "gone.ckpt"),
+        ("apple --prior foo", "diffusion or ar"),
         ("apple --prior ar --prior-steps 5", "--prior-steps"),
-        ("apple --prior ar --prior-top-p 0", "top_p"),
+        ("apple --prior ar --prior-top-p 0", "--prior-top-p is 0"),
         ("apple --prior-temperature 0.5", "--prior-temperature"),
         ("apple --condition text --prior-steps 5", "--condition text"),
         ("apple --sampler ddpm --eta 1", "--eta"),

@@ -39,6 +39,13 @@ def test_invert_saves_latents_that_the_other_commands_take(run, capsys):
     assert distance("out/a-theta0.png", again) < 0.05
 
 
+def test_latents_and_figures_are_kept_as_well(run):
+    first = run("invert a.png --steps 2")
+    assert run("invert a.png --steps 2") == first
+    more = {"a_2.safetensors", "a-again_2.png", "inversions_2.png"}
+    assert {*run("invert a.png --steps 3")} == {*first} | more
+
+
 def test_vary_writes_pictures_with_their_settings(run, capsys):
     assert run("vary a.png --num-images 2 --seed 5") == ["a-5.png", "a-6.png", "variations.png"]
     with Image.open("out/a-5.png") as image:
@@ -142,7 +149,7 @@ def test_pictures_come_at_the_sizes_of_the_cascade_from_noise_of_the_seed(place,
     assert run_unclip(command, *stages) == 0
     first = [load_image(f"out/a-{seed}.png") for seed in (0, 1)]
     assert all(image.shape == (3, 256, 256) for image in first)
-    assert run_unclip(command, *stages, "--seed", "1") == 0
+    assert run_unclip(command, *stages, "--seed", "1", "--overwrite") == 0
     assert distance("out/a-1.png", first[1]) < 0.02
     with Image.open("out/variations.png") as figure:
         assert figure.width > 2 * 256

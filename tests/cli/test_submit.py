@@ -140,6 +140,27 @@ def test_the_script_goes_to_sbatch_as_it_was_shown(capsys, tmp_path, monkeypatch
     assert "no sbatch" in error_of(capsys)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect "
+        "failure)",
+        "sbatch: error: fetch_config: DNS SRV lookup failed\n"
+        "sbatch: fatal: Could not establish a configuration source",
+    ],
+)
+def test_without_a_cluster_one_sentence_names_dry_run(said, capsys, tmp_path, monkeypatch):
+    fake = tmp_path / "sbatch"
+    fake.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    assert main(["submit", "stages/decoder.yaml"]) == 1
+    error = error_of(capsys)
+    assert "No Slurm cluster" in error and "--dry-run" in error
+    assert not (tmp_path / "slurm").exists()
+
+
 def test_a_wheel_has_the_templates():
     names = {path.name for path in (ROOT / "lightning_config" / "slurm").glob("*.sbatch")}
     assert names == {"train.sbatch", "embed.sbatch", "eval.sbatch"}

@@ -63,7 +63,7 @@ def test_rotation_shape_and_names(releases, upsample, tmp_path, capsys):
     assert upsample(*paths, "--seed", "9") == 0
     written = capsys.readouterr().out.split()
     names = [path.rsplit("/", 1)[1] for path in written]
-    assert names == ["turned-40x160.png", "turned-40x160-2.png"]
+    assert names == ["turned-40x160.png", "turned-40x160_2.png"]
     with Image.open(written[0]) as image:
         assert image.size == (40, 160)
         assert image.text["source"] == "turned.jpg" and image.text["seed"] == "9"

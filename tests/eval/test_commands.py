@@ -94,6 +94,9 @@ def test_the_figures_are_written_and_their_interval_holds_the_value(folder, tmp_
     assert json.loads((tmp_path / "out" / "fid.json").read_text()) == found
     assert found["fd_clip_low"] <= found["fd_clip"] <= found["fd_clip_high"]
     assert found["fd_clip_infinity"] is None
+    again = run(capsys, "--images", folder, "--reference", folder, *more, "--seed", "1")
+    assert json.loads((tmp_path / "out" / "fid.json").read_text()) == found
+    assert json.loads((tmp_path / "out" / "fid_2.json").read_text()) == again != found
 
 
 def test_own_captions_score_above_others_and_the_file_gives_them_line_by_line(
@@ -131,6 +134,15 @@ def test_own_captions_score_above_others_and_the_file_gives_them_line_by_line(
         (fid, "--images {folder} --reference {folder} --device cuda:99", "cuda:99"),
         (clip_score, "--images {folder} --captions {captions}", "1 captions"),
         (clip_score, "--images {folder} --captions none.txt", "none.txt"),
+        (fid, "--images {folder} --reference {folder} --out {captions}", "--out"),
+        (fid, "--images {folder} --reference {folder} --overwrite", "--overwrite"),
+        (fid, "--decoder gone", "no decoder gone"),
+        (fid, "--decoder openmoji --captions gone", "give openmoji"),
+        (fid, "--decoder openmoji --prior gone", "diffusion or ar"),
+        (compare, "--text-decoder gone", "no decoder gone"),
+        (compare, "--baseline gone", "--baseline is gone"),
+        (compare, "--reference gone", "gone"),
+        (sweep, "--floor gone", "gone"),
         (clip_score, "--images {folder} --score-clip local-dir:/nowhere", "/nowhere"),
     ],
 )
@@ -148,6 +160,15 @@ def test_what_is_wrong_is_one_sentence(
     assert module.main(words.format(**places).split()) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert keyword in error and error.startswith("python -m eval.")
+
+
+@pytest.mark.parametrize(
+    "words", ["--features foo", "--score-clip foo", "--features openmoji-juge"]
+)
+def test_a_judge_that_does_not_exist_is_named_with_the_choices(words, capsys):
+    assert compare.main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert words.replace(" ", ": ") in error and "openmoji-judge, " in error
 
 
 def test_an_image_without_a_caption_is_named(folder, tmp_path, capsys):

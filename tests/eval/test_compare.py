@@ -17,8 +17,9 @@ from tests.cluster.forks import Ranks
 from tests.eval import tiny
 from unclip_pl.data.decoding import decode
 from unclip_pl.diffusion.noise import Noise
+from unclip_pl.pipeline.locate import DEFAULT_PRIORS
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
+from unclip_pl.pipeline.weights import load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.utils.images import to_uint8
 
@@ -265,7 +266,7 @@ def test_two_ranks_give_the_same_pictures_and_figures(ran, stages, tmp_path):
         (["--guidance-scales", "0.5"], "--guidance-scales"),
         (["--prior-guidance-scales", "0.5"], "--prior-guidance-scales"),
         (["--resamples", "1"], "--resamples"),
-        (["--prior-top-p", "2"], "top_p"),
+        (["--prior-top-p", "2"], "--prior-top-p"),
         (["--ar-prior", "none", "--prior-top-p", "0.9"], "--prior-top-p"),
         (["--diffusion-prior", "none", "--baseline", "ar"], "--prior-steps"),
         (["--upsamplers", "1024"], "upsampler"),

@@ -11,8 +11,9 @@ from eval.source import Model
 from tests.eval import tiny
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.data.decoding import decode
+from unclip_pl.pipeline.locate import DEFAULT_PRIORS
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
+from unclip_pl.pipeline.weights import load_stage
 from unclip_pl.stages.ar_prior import ARPrior, ARPriorSamplingConfig
 from unclip_pl.utils.errors import UserError
 

@@ -7,6 +7,7 @@ other settings.
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,25 @@ def test_images_come_back_as_they_were_drawn_with_their_captions(tmp_path):
     for k, (image, caption) in enumerate(found.values()):
         assert image == to_uint8(draw([k]))[0].numpy().tobytes() and caption == f"caption {k}"
     assert len(list(tmp_path.glob("*.tar"))) == 3 and len(drawn(tmp_path)) == 11
+
+
+def test_the_bar_counts_the_steps_of_the_batch_that_is_being_drawn(tmp_path, monkeypatch, capsys):
+    clock = iter(range(10**6))
+    monkeypatch.setattr("time.monotonic", lambda: 2.0 * next(clock))
+    stage = SimpleNamespace(watch=None)
+
+    def draw_in_steps(indices):
+        for _ in range(5):
+            stage.watch(torch.zeros(1))
+        return draw(indices)
+
+    other = drawn(tmp_path / "other", draw_in_steps, stages=[stage], rank=1, world_size=2)
+    other.draw_missing(2)
+    assert capsys.readouterr().err == ""  # only rank 0 has a bar
+    drawn(tmp_path, draw_in_steps, stages=[stage]).draw_missing(2)
+    said = capsys.readouterr().err
+    assert "this batch: step 5" in said and "step 6" not in said
+    assert stage.watch is None
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])

@@ -7,6 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from eval import report
 from eval.report import Panel
+from unclip_pl.utils.outputs import OutputFolder
 
 
 def test_markdown_is_a_table():
@@ -15,8 +16,8 @@ def test_markdown_is_a_table():
 
 
 def test_a_report_has_its_body_pictures_settings_versions_and_command(tmp_path):
-    pictures = {"Curves": "curves.png"}
-    report.write_report(tmp_path / "report.md", "A title", "A body.\n", pictures, {"steps": 25})
+    pictures, out = {"Curves": tmp_path / "curves.png"}, OutputFolder(tmp_path)
+    report.write_report(out, "report.md", "A title", "A body.\n", pictures, {"steps": 25})
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# A title\n\nA body.\n")
     assert "![Curves](curves.png)" in text and "| steps | 25 |" in text
@@ -36,7 +37,7 @@ def test_curves_hold_the_points_of_their_lines(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Axes, "plot", keep)
     lines = {"up": [(1, 2.0), (2, 3.0)], "flat": [(1, 1.0), (2, 1.0)]}
-    report.write_curves(tmp_path / "curves.png", [Panel("x", "y", lines)])
+    report.write_curves(OutputFolder(tmp_path), "curves.png", [Panel("x", "y", lines)])
     assert plotted == {"up": ((1, 2), (2.0, 3.0)), "flat": ((1, 2), (1.0, 1.0))}
 
 
@@ -44,7 +45,7 @@ def test_curves_hold_the_points_of_their_lines(tmp_path, monkeypatch):
 @pytest.mark.parametrize("line", [[(1, 3.0)], [(1, 0.0), (2, 0.0)], [(1.0, -4e-5), (1.5, 3e-5)]])
 def test_curves_of_few_points_are_a_picture_too(line, count, tmp_path):
     panels = [Panel("x", "y", {"one": line})] * count
-    report.write_curves(tmp_path / "curves.png", panels)
+    report.write_curves(OutputFolder(tmp_path), "curves.png", panels)
     with Image.open(tmp_path / "curves.png") as picture:
         darkest, _ = picture.convert("L").getextrema()
         assert darkest < 50  # axes and text

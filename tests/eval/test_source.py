@@ -11,8 +11,8 @@ from eval.captions import read_captions
 from eval.source import describe_weights, open_source
 from eval.stored import ImageSource
 from tests.eval import tiny
+from unclip_pl.pipeline.locate import DEFAULT_PRIORS
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.pipeline.weights import DEFAULT_PRIORS
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import to_uint8
 

@@ -5,8 +5,8 @@ import torch
 
 from tests.factories import package_cascade, write_release
 from unclip_pl.clip.frozen import FrozenCLIP
-from unclip_pl.pipeline import weights
 from unclip_pl.pipeline.cascade import Cascade
+from unclip_pl.pipeline.locate import DEFAULT_UPSAMPLERS
 from unclip_pl.pipeline.seeds import PRIOR_OFFSET, UPSAMPLER_256_OFFSET
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.pipeline.weights import load_upsamplers
@@ -189,7 +189,7 @@ def test_a_size_without_its_upsampler_is_refused_before_anything_is_drawn(three,
 
 
 def test_a_package_without_an_upsampler_says_so(monkeypatch, tmp_path):
-    monkeypatch.setitem(weights.DEFAULT_UPSAMPLERS, "256", tmp_path / "upsampler-256-openmoji")
+    monkeypatch.setitem(DEFAULT_UPSAMPLERS, "256", tmp_path / "upsampler-256-openmoji")
     with pytest.raises(UserError, match="upsampler-256-openmoji is missing"):
         load_upsamplers(["256"])
 

@@ -7,8 +7,8 @@ import torch
 
 from tests.factories import package_decoder, write_release
 from unclip_pl.clip.fingerprint import ClipMismatch
+from unclip_pl.pipeline.locate import ASSETS, DEFAULT_DECODER, DEFAULT_PRIORS
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.pipeline.weights import ASSETS, DEFAULT_DECODER, DEFAULT_PRIORS
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.utils.errors import UserError
 

@@ -11,8 +11,9 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.pipeline import release
 from unclip_pl.pipeline.hub import write_parts
+from unclip_pl.pipeline.locate import DEFAULT_PRIORS
 from unclip_pl.pipeline.release import Release
-from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_pretrained, load_stage, read_weights
+from unclip_pl.pipeline.weights import load_pretrained, load_stage, read_weights
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.clip import CLIP
 from unclip_pl.stages.decoder import Decoder

@@ -17,6 +17,7 @@ from unclip_pl.networks.layers import GroupNorm32
 from unclip_pl.networks.unet import Attention, UNetConfig
 from unclip_pl.pipeline import release
 from unclip_pl.pipeline import weights as pipeline
+from unclip_pl.pipeline.locate import DEFAULT_UPSAMPLERS
 from unclip_pl.pipeline.release import Release
 from unclip_pl.stages.upsampler import NET, Upsampler, Upsampler256, Upsampler1024, UpsamplingConfig
 from unclip_pl.training.pictures import Pictures
@@ -343,7 +344,7 @@ def test_weights_that_do_not_say_so_were_trained_with_the_clamp(tmp_path):
 
 @pytest.mark.parametrize("size", ["256", "1024"])
 def test_upsamplers_of_the_package_say_that_they_clamp(size):
-    config = json.loads((pipeline.DEFAULT_UPSAMPLERS[size] / "config.json").read_text())
+    config = json.loads((DEFAULT_UPSAMPLERS[size] / "config.json").read_text())
     assert config["hyper_parameters"]["clamp_condition"] is True
 
 

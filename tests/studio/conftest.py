@@ -8,8 +8,9 @@ import torch
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.unet import UNetConfig
+from unclip_pl.pipeline.locate import DEFAULT_PRIORS
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
+from unclip_pl.pipeline.weights import load_stage
 from unclip_pl.probe import PrincipalComponents
 from unclip_pl.stages import upsampler
 from unclip_pl.stages.ar_prior import ARPrior

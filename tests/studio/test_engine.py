@@ -247,7 +247,7 @@ BAD = {
     "prior": (lambda: Create(captions=("a",), prior="best"), 'no prior "best"'),
     "prior setting": (
         lambda: Create(captions=("a",), prior="ar", prior_steps=3),
-        "no setting of this stage",
+        "no setting of the ARPrior",
     ),
     "size": (lambda: Create(captions=("a",), size=100), "draws 16 or 64"),
     "eta": (lambda: Create(captions=("a",), sampler="ddpm", eta=0.5), "for the sampler ddim"),

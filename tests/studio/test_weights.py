@@ -9,7 +9,8 @@ import torch
 
 from tests.factories import tiny_stage, write_checkpoint, write_release
 from tests.studio.conftest import tiny_models
-from unclip_pl.pipeline.weights import DEFAULT_PRIORS, load_stage
+from unclip_pl.pipeline.locate import DEFAULT_PRIORS
+from unclip_pl.pipeline.weights import load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.decoder import Decoder
 from unclip_pl.studio import engine as rooms

@@ -32,7 +32,7 @@ def test_a_prefix_chooses_the_options():
         ("decoder", {"prior_guidance_scale": 0.5}, "--prior-guidance-scale"),
         ("decoder", {"prior_sampler": "euler"}, "euler"),
         ("ar_prior", {"prior_steps": 5}, "--prior-steps"),
-        ("ar_prior", {"prior_top_p": 2.0}, "top_p"),
+        ("ar_prior", {"prior_top_p": 2.0}, "--prior-top-p"),
     ],
 )
 def test_what_a_stage_cannot_do_is_refused(stage, options, keyword):

@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from unclip_pl.data.import_sources import RetrievalFolder, TarMembers
 
 
+def require_store(store: str) -> None:
+    """Raise a UserError where a folder is no embedding store, before one is read."""
+    if not is_remote(store) and not (Path(store) / "manifest.json").is_file():
+        raise UserError(
+            f"{store} is no whole embedding store (manifest.json is missing): fill it with "
+            "`lightning predict -c stages/embed.yaml`, or check the path."
+        )
+
+
 def openmoji(*, image_size: int = 64, cache: Path | None = None) -> None:
     """Draw the OpenMoji data set as tar shards (CC BY-SA 4.0, openmoji.org).
 
@@ -34,9 +43,6 @@ def verify(store: str, *, shards: Sequence[str] | None = None) -> None:
         store: the store's folder, or its URL
         shards: the tar shards it was made from; by default those its manifest names
     """
-    from unclip_pl.data.names import expand
-    from unclip_pl.data.verify import verify
-
     folder = Path(store)
     if not is_remote(store) and (
         folder.suffix == ".tar"
@@ -47,6 +53,10 @@ def verify(store: str, *, shards: Sequence[str] | None = None) -> None:
             f"`lightning predict -c stages/embed.yaml` fills from them, with --shards "
             f"{store}."
         )
+    require_store(store)
+    from unclip_pl.data.names import expand
+    from unclip_pl.data.verify import verify
+
     notes: list[str] = []
     problems = verify(store, expand(shards) if shards else None, notes=notes)
     for line in [*(f"note: {note}" for note in notes), *problems]:
@@ -140,14 +150,17 @@ def import_(
         keys: where the embeddings are
         clip: the CLIP that made the embeddings
     """
+    from unclip_pl.data.names import expand
+
+    if source is not None and not source.is_dir():
+        raise UserError(f"There is no folder {source}: give clip-retrieval's output folder.")
+    names = expand(shards)
     from unclip_pl.clip.config import CLIPConfig
     from unclip_pl.clip.frozen import FrozenCLIP
     from unclip_pl.data.bad_samples import BadSampleCounter
     from unclip_pl.data.import_embeddings import import_embeddings
-    from unclip_pl.data.names import expand
 
     members = keys.open(source)
-    names = expand(shards)
     config = CLIPConfig(clip.model, clip.pretrained, clip.precision)
     frozen = FrozenCLIP(config, pick_device(device))
     counter = BadSampleCounter(max_bad_rate, "--max-bad-rate")

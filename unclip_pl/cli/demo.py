@@ -69,7 +69,7 @@ To go on (with `source .venv/bin/activate` first):
 
 def train() -> int:
     """`lightning fit` from the package's decoder on drawings in blue; its exit code."""
-    from unclip_pl.pipeline.weights import DEFAULT_DECODER
+    from unclip_pl.pipeline.locate import DEFAULT_DECODER
     from unclip_pl.utils.precision import supported_precision
 
     configs = ["-c", "stages/decoder.yaml", "-c", "lightning_config/demo.yaml"]
@@ -103,8 +103,8 @@ def draw_held_out(count: int = 8) -> str:
     import torch
 
     from unclip_pl.datamodules.delft import DelftData
+    from unclip_pl.pipeline.locate import DEFAULT_DECODER
     from unclip_pl.pipeline.unclip import UnCLIP
-    from unclip_pl.pipeline.weights import DEFAULT_DECODER
     from unclip_pl.utils.images import grid, save_png
 
     data = DelftData()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from unclip_pl.cli.options import read_file
 from unclip_pl.cli.pictures import enlarge_like, require_files
+from unclip_pl.cli.progress import step_bar
 from unclip_pl.cli.session import Session, SessionOptions
 from unclip_pl.utils.commands import UsageError
 from unclip_pl.utils.errors import UserError
@@ -41,10 +42,6 @@ def edit(
             are looked for next to the file
         options: what draws, from which seed and where to
     """
-    import torch
-
-    from unclip_pl.manipulate import check_theta, text_diff
-
     thetas = [value for word in theta or ("0..0.5",) for value in parse_range(word)]
     edits = [Edit(path, from_, to or "") for path in images]
     if edits and to is None:
@@ -53,9 +50,12 @@ def edit(
         edits += read_edits(file)
     check_edits(edits)
     require_files(one.path for one in edits)
-    steps = torch.tensor(thetas)
-    check_theta(steps)
     session = Session(options)
+    import torch
+
+    from unclip_pl.manipulate import text_diff
+
+    steps = torch.tensor(thetas)
     paths = dict.fromkeys(one.path for one in edits)
     latents = {path: session.load_latent(path) for path in paths}
     rows, labels = [], []
@@ -65,7 +65,7 @@ def edit(
         count = len(thetas)
         source = [one.source] * count if one.source.strip() else None
         target = [one.target] * count
-        with session.progress(f"{one.path.name}: {one.target}") as callback:
+        with step_bar(f"{one.path.name}: {one.target}") as callback:
             repeated = latent[[0] * count]
             drawn = text_diff(session.unclip, repeated, source, target, steps, sampling, callback)
         drawn = session.upsample_to_size(drawn, [options.seed] * count)
@@ -89,6 +89,9 @@ def parse_range(text: str) -> list[float]:
         raise UsageError(
             f"--theta: {text} is neither a number nor a range: write 0.25 or 0..0.5."
         ) from None
+    for value in (start, end):
+        if not 0 <= value <= 1:
+            raise UserError(f"theta is {value}: give 0 (where it starts) to 1 (all the way).")
     return [start + (end - start) * k / 4 for k in range(5)] if dots else [start]
 
 

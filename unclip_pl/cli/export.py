@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from unclip_pl.cli.options import Folder
+from unclip_pl.pipeline.locate import what_else
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.outputs import require_new, require_writable
+from unclip_pl.utils.remote import is_remote
 
 Precision = Literal["fp16", "fp32"]
 
@@ -32,6 +35,12 @@ def export(
             run
         precision: of the weights; with --to diffusers
     """
+    require_new(out)
+    require_writable(out.parent)
+    for path in [*checkpoint, *([adapters] if adapters else [])]:
+        if not is_remote(path) and not Path(path).exists():
+            raise UserError(f"There is no {path}: {what_else(Path(path))}.")
+    text = card.read_text(encoding="utf-8") if card else None
     if to and adapters:
         raise UserError("--adapters and --to diffusers are two kinds of export: leave one out.")
     if to:
@@ -47,16 +56,15 @@ def export(
             "give one, or add --to diffusers."
         )
     if adapters:
-        to_adapters(checkpoint[0], adapters, out, card)
+        to_adapters(checkpoint[0], adapters, out, text)
     else:
-        to_release(checkpoint[0], out, card)
+        to_release(checkpoint[0], out, text)
 
 
-def to_adapters(checkpoint: str, base: str, out: Path, card_file: Path | None) -> None:
+def to_adapters(checkpoint: str, base: str, out: Path, card: str | None) -> None:
     """The adapters in a checkpoint, without the weights that they adapt."""
     from unclip_pl.pipeline.interop.adapters import export_adapters
 
-    card = card_file.read_text(encoding="utf-8") if card_file else None
     made = export_adapters(checkpoint, base, out, card)
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     print(f"{out}: adapters of a {made.stage} after {made.steps} steps, {size:.1f} MB")
@@ -73,7 +81,7 @@ def to_diffusers(checkpoints: Sequence[str], out: Path, precision: Precision) ->
         print(note)
 
 
-def to_release(checkpoint: str, out: Path, card_file: Path | None) -> None:
+def to_release(checkpoint: str, out: Path, card: str | None) -> None:
     """One checkpoint as a release."""
     from unclip_pl.clip.folder import save_clip
     from unclip_pl.pipeline import release
@@ -87,9 +95,7 @@ def to_release(checkpoint: str, out: Path, card_file: Path | None) -> None:
 
     weights = read_weights(checkpoint)
     title = f"# {weights.stage}, {weights.steps} steps"
-    card = f"{FRONT_MATTER}{title}\n\nMade by `unclip export`.\n"
-    if card_file:
-        card = card_file.read_text(encoding="utf-8")
+    card = card or f"{FRONT_MATTER}{title}\n\nMade by `unclip export`.\n"
     if weights.stage == "CLIP":
         clip = load_stage(checkpoint, CLIP)
         save_clip(clip.net, out, clip.model_config, clip.preprocess_config)

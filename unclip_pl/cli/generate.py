@@ -2,13 +2,15 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from unclip_pl.cli.options import DeviceOptions, Folder, UpsamplerOptions, read_file
-from unclip_pl.cli.pictures import GRID_PIXELS, load_square
+from unclip_pl.cli.options import DeviceOptions, OutputOptions, UpsamplerOptions, read_file
+from unclip_pl.cli.pictures import GRID_PIXELS, load_square, require_files
+from unclip_pl.cli.progress import DrawingBar
+from unclip_pl.pipeline.locate import require_weights
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.options import Count, GuidedSamplingOptions, PriorSamplingOptions, Seed
 from unclip_pl.utils.text import repair_text
@@ -29,7 +31,7 @@ def generate(
     decoder: str | None = None,
     sampling: GuidedSamplingOptions,
     seed: Seed = 0,
-    out: Folder = Path("out"),
+    output: OutputOptions,
     init: Path | None = None,
     strength: float | None = None,
     upsamplers: UpsamplerOptions,
@@ -50,7 +52,6 @@ def generate(
         num_images: pictures of each prompt
         decoder: a checkpoint or release; by default the one in the package
         seed: picture k of each prompt uses seed + k
-        out: folder for the PNG files
         init: a picture to start from, of any size (its centre square is taken)
         strength: how much of --init is drawn again, 0 (it stays) to 1 (nothing of it stays); by
             default 0.7
@@ -60,25 +61,24 @@ def generate(
         sampling: how the decoder samples
         upsamplers: how large the pictures become
         compute: where and how the networks run
+        output: where the pictures go
     """
+    captions = read_prompts(prompts, file)
+    out = output.open()
+    check_conditions(condition, prior, prior_sampling)
+    check_start(init, strength)
+    strength = STRENGTH if strength is None else strength
+    prior = (prior or "diffusion") if condition == "prior" else None
+    prior_sampling.require_prior(prior)
+    require_weights(decoder, prior, upsamplers.paths)
+    placement = compute.kwargs()
     import torch
-    from tqdm import tqdm
 
+    from unclip_pl.manipulate import count_last_steps
     from unclip_pl.pipeline.unclip import UnCLIP
-    from unclip_pl.pipeline.weights import DEFAULT_DECODER
     from unclip_pl.utils import images
 
-    captions = read_prompts(prompts, file)
-    out.mkdir(parents=True, exist_ok=True)
-    check_conditions(condition, prior, prior_sampling)
-    if strength is not None and init is None:
-        raise UserError(
-            "--strength is for --init: name a picture to start from, or leave --strength out."
-        )
-    prior = (prior or "diffusion") if condition == "prior" else None
-    unclip = UnCLIP.load(
-        decoder or DEFAULT_DECODER, prior, upsamplers=upsamplers.paths, **compute.kwargs()
-    )
+    unclip = UnCLIP.load(decoder or "openmoji", prior, upsamplers=upsamplers.paths, **placement)
     decoding = sampling.of(unclip.decoder)
     upsampling = upsamplers.sampling(unclip.cascade)
     drawing_prior = prior_sampling.of(unclip.prior) if unclip.prior else None
@@ -86,7 +86,6 @@ def generate(
 
     decode, start = None, ""
     if init is not None:
-        strength = STRENGTH if strength is None else strength
         decode = decode_from_picture(unclip, init, strength)
         start = f"start {init.name} at strength {strength}, "
     settings = (
@@ -101,13 +100,14 @@ def generate(
     samples = [(prompt, number) for prompt in captions for number in seeds]
     cell = max(unclip.sizes[0], GRID_PIXELS // num_images)  # more is not shown
     cells: list[torch.Tensor] = []
-    with tqdm(total=len(samples), unit="picture", file=sys.stderr) as bar:
+    batches = [samples[k : k + batch_size] for k in range(0, len(samples), batch_size)]
 
-        def report(stage: str, step: int, steps: int) -> None:
-            bar.set_postfix_str(f"{stage} step {step}/{steps}")
-
-        for first in range(0, len(samples), batch_size):
-            batch = samples[first : first + batch_size]
+    steps = unclip.decoder.count_steps(decoding)
+    steps = steps if init is None else count_last_steps(steps, strength)
+    steps += unclip.prior.count_steps(drawing_prior) if unclip.prior else 0
+    larger = [count_upsampling(unclip, len(batch), upsampling) for batch in batches]
+    with DrawingBar(len(batches) * steps + sum(larger), len(samples)) as bar:
+        for batch in batches:
             drawn = unclip.generate(
                 [prompt for prompt, _ in batch],
                 [number for _, number in batch],
@@ -117,20 +117,27 @@ def generate(
                 sampling=decoding,
                 upsampling=upsampling,
                 decode=decode,
-                callback=report,
+                callback=bar.report,
             )
             for (prompt, number), image in zip(batch, drawn.cpu(), strict=True):
-                file_out = out / f"{names[prompt]}-{number}.png"
-                images.save_png(image, file_out, prompt=prompt, seed=str(number), unclip=settings)
-                bar.write(str(file_out), file=sys.stdout)
+                name = f"{names[prompt]}-{number}.png"
+                metadata = {"prompt": prompt, "seed": str(number), "unclip": settings}
+                bar.add(out.write_picture(name, image, **metadata))
                 if grid:
                     cells.append(images.shrink(image[None], cell))
-            bar.update(len(drawn))
     if grid:
         rows = list(torch.cat(cells).split(num_images))
         metadata = {"prompt": "; ".join(captions), "seed": str(seed), "unclip": settings}
         figure = images.grid(rows, captions, max_width=GRID_PIXELS)
-        print(images.save_png(figure, out / "grid.png", **metadata))
+        print(out.write_picture("grid.png", figure, **metadata))
+
+
+def count_upsampling(unclip: Any, count: int, upsampling: Mapping[int, Any]) -> int:
+    """How many steps the upsamplers take for `count` pictures; 0 without upsamplers."""
+    first, last = unclip.sizes[0], unclip.sizes[-1]
+    if first == last:
+        return 0
+    return unclip.cascade.count_steps(count, (first, first), last // first, upsampling)
 
 
 def read_prompts(words: Sequence[str], file: Path | None) -> list[str]:
@@ -159,6 +166,19 @@ def check_conditions(
         raise UserError(
             f"{used[0]} is given, and --condition {condition} uses no prior: leave one of them out."
         )
+
+
+def check_start(init: Path | None, strength: float | None) -> None:
+    """Raise a UserError if a picture to start from is not there, or its strength is impossible."""
+    if strength is not None and init is None:
+        raise UserError(
+            "--strength is for --init: name a picture to start from, or leave --strength out."
+        )
+    if strength is not None and not 0 <= strength <= 1:
+        raise UserError(
+            f"--strength is {strength}: give 0 (the picture itself) to 1 (nothing of it)."
+        )
+    require_files([init] if init else [])
 
 
 def warn_of_cut_prompts(unclip: Any, prompts: Sequence[str]) -> None:

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
+from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.outputs import require_new, require_writable
+
 
 def karlo(
     folder: Path,
@@ -25,12 +28,12 @@ def karlo(
         out: the new folder
         precision: of the releases; fp32 keeps float32 weights to the bit
     """
-    from unclip_pl.clip.config import CLIPConfig
-    from unclip_pl.pipeline.interop.importing import import_karlo
-    from unclip_pl.utils.errors import UserError
-
     if clip_weights and not clip:
         raise UserError("--clip-weights are those of --clip: name that as well.")
+    check_places(folder, out)
+    from unclip_pl.clip.config import CLIPConfig
+    from unclip_pl.pipeline.interop.importing import import_karlo
+
     config = CLIPConfig(clip, clip_weights) if clip else None
     report(import_karlo(folder, out, config, precision))
 
@@ -48,9 +51,18 @@ def kandinsky_prior(
         out: the new folder
         precision: of the releases; fp32 keeps float32 weights to the bit
     """
+    check_places(folder, out)
     from unclip_pl.pipeline.interop.importing import import_kandinsky_prior
 
     report(import_kandinsky_prior(folder, out, precision))
+
+
+def check_places(folder: Path, out: Path) -> None:
+    """Raise a UserError where there is nothing to read, or nothing can be written."""
+    require_new(out)
+    require_writable(out.parent)
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}: give the folder with the model's files.")
 
 
 def report(written: list[Path]) -> None:

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from unclip_pl.cli.pictures import enlarge_like
+from unclip_pl.cli.pictures import enlarge_like, require_files
+from unclip_pl.cli.progress import step_bar
 from unclip_pl.cli.session import Session, SessionOptions
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.options import Count
@@ -29,18 +30,21 @@ def inpaint(
         num_images: picture k uses seed + k
         options: what draws, from which seed and where to
     """
-    import torch
-
-    from unclip_pl import manipulate
-    from unclip_pl.utils.images import load_image
-
     if prior and not prompt:
         raise UserError(
             "--prior is given, and without a PROMPT no prior is used: write one, or leave --prior "
             "out."
         )
+    require_files([image, mask])
+    prior = (prior or "diffusion") if prompt else None
+    options.require_weights(prior)
     check_sizes(image, mask)
-    session = Session(options, (prior or "diffusion") if prompt else None)
+    session = Session(options, prior)
+    import torch
+
+    from unclip_pl import manipulate
+    from unclip_pl.utils.images import load_image
+
     unclip, sampling = session.unclip, session.sampling()
     if sampling.sampler == "ddim":  # with noise on the way it fits the known part better
         sampling = replace(sampling, eta=1.0)
@@ -55,7 +59,7 @@ def inpaint(
         embed = unclip.embed_images(full_size).expand(len(seeds), -1)
     images = original.expand(len(seeds), -1, -1, -1)
     masks = white.expand(len(seeds), -1, -1, -1)
-    with session.progress(image.name) as callback:
+    with step_bar(image.name) as callback:
         drawn = manipulate.inpaint(
             unclip, embed, seeds, captions, sampling, callback, images=images, mask=masks
         )

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from unclip_pl.cli.pictures import enlarge_like, require_files
+from unclip_pl.cli.progress import step_bar
 from unclip_pl.cli.session import Session, SessionOptions
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.options import Count
@@ -35,10 +36,6 @@ def interpolate(
         num_rows: ways with fresh noise, a row each: way k uses seed + k; by default 1
         options: what draws, from which seed and where to
     """
-    import torch
-
-    from unclip_pl import manipulate
-
     if num_images < 2:
         raise UserError(f"--num-images is {num_images}: give 2 or more, the ends A and B.")
     fresh = noise == "fresh"
@@ -48,6 +45,10 @@ def interpolate(
         )
     require_files([a, b])
     session = Session(options)
+    import torch
+
+    from unclip_pl import manipulate
+
     first, start = load_end(session, a, fresh)
     last, end = load_end(session, b, fresh)
     sampling = session.sampling() if fresh else session.inversion_sampling(start)
@@ -59,7 +60,7 @@ def interpolate(
     settings = f"interpolate, {noise} noise, {sampling}"
     rows, labels = [], []
     for seed in options.seeds(num_rows or 1):
-        with session.progress(source) as callback:
+        with step_bar(source) as callback:
             noise_seed = seed if fresh else None
             drawn = manipulate.interpolate(
                 session.unclip, start, end, theta, noise_seed, sampling, callback

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unclip_pl.cli.pictures import enlarge_like, require_files
+from unclip_pl.cli.progress import step_bar
 from unclip_pl.cli.session import Session, SessionOptions
 from unclip_pl.utils.errors import UserError
 
@@ -17,22 +18,22 @@ def invert(images: Sequence[Path], *, options: SessionOptions) -> None:
         images: pictures of any size (the centre square is taken)
         options: what draws, from which seed and where to
     """
+    for path in images:
+        if path.suffix == ".safetensors":
+            raise UserError(f"{path} is a latent already: give a picture.")
+    require_files(images)
+    session = Session(options)
     import torch
 
     from unclip_pl.manipulate import reconstruct
     from unclip_pl.utils.images import psnr
 
-    require_files(images)
-    session = Session(options)
     rows = []
     for path in images:
-        if path.suffix == ".safetensors":
-            raise UserError(f"{path} is a latent already: give a picture.")
         original, latent = session.load_latent(path)
-        file = session.out / f"{path.stem}.safetensors"
-        latent.save(file, session.unclip)
-        print(file)
-        with session.progress(f"draw {path.name} again") as callback:
+        content = latent.to_bytes(session.unclip)
+        print(session.out.write(f"{path.stem}.safetensors", content))
+        with step_bar(f"draw {path.name} again") as callback:
             again = reconstruct(session.unclip, latent, callback).cpu()
         decibels = float(psnr(again, original))
         print(f"{path.name}: drawn again at {decibels:.1f} dB PSNR ({latent.steps} steps)")

@@ -4,13 +4,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from unclip_pl.utils.devices import announce_compiling, pick_device
+from unclip_pl.utils.devices import announce_compiling, pick_device, require_kind
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.options import Spacing, override_sampling
+from unclip_pl.utils.options import Spacing, check_sampling, override_sampling
+from unclip_pl.utils.outputs import OutputFolder
 from unclip_pl.utils.remote_copies import local_folder
 
 Folder = Annotated[Path, local_folder]
 """A folder to write into."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where the pictures go.
+
+    Args:
+        out: folder for the PNG files; what lies there already is kept, and new pictures of the same
+            name get a number
+        overwrite: replace files of the same name in --out instead
+    """
+
+    out: Folder = Path("out")
+    overwrite: bool = False
+
+    def open(self) -> OutputFolder:
+        """The folder; a UserError if nothing can be written there."""
+        return OutputFolder(self.out, self.overwrite)
 
 
 @dataclass(frozen=True)
@@ -31,6 +50,9 @@ class DeviceOptions:
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     cuda_graphs: bool = False
+
+    def __post_init__(self) -> None:
+        require_kind(self.device)
 
     def kwargs(self) -> dict[str, Any]:
         """The arguments of `UnCLIP.load` and `Cascade`.
@@ -85,6 +107,7 @@ class UpsamplerOptions:
                     f"{option} is given, and pictures of {self.size} pixels need no such "
                     "upsampler: leave it out, or ask for a larger --size."
                 )
+        check_sampling(vars(self), "upsampler_")
 
     @property
     def paths(self) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.metadata import strip_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,10 +16,27 @@ GRID_PIXELS = 2048
 
 
 def require_files(paths: Iterable[Path]) -> None:
-    """Raise a UserError for the first picture that does not exist, before anything is loaded."""
+    """Raise a UserError for the first picture that is not there, or is none.
+
+    That is before anything is loaded, from the beginnings of the files. Latents may be among them.
+    """
+    from PIL import Image, UnidentifiedImageError
+
     for path in paths:
-        if not path.exists():
-            raise UserError(f"There is no picture {path}.")
+        if not path.is_file():
+            kind = "a folder, and no picture" if path.exists() else "not there"
+            raise UserError(f"The picture {path} is {kind}: check the path.")
+        if path.suffix == ".safetensors":
+            continue
+        try:
+            with Image.open(path):
+                pass
+        except UnidentifiedImageError:
+            data = path.read_bytes()
+            if strip_metadata(data) == data:  # nor can it be mended when it is read
+                raise UserError(f"{path} is no picture in a known format.") from None
+        except Exception:  # Pillow raises nearly anything: reading it whole says what is wrong
+            continue
 
 
 def load_square(path: Path, size: int | None = None) -> "Tensor":

@@ -43,32 +43,63 @@ HERE = {
 """Settings of the trainer with which a stage is built on this machine, without training it."""
 
 
+GPU = Literal["H100", "H200", "A100", "A100-40", "L40S", "RTX-4090"]
+GPUS: dict[GPU, tuple[float, float]] = {
+    "H100": (989, 80),
+    "H200": (989, 141),
+    "A100": (312, 80),
+    "A100-40": (312, 40),
+    "L40S": (362, 48),
+    "RTX-4090": (165, 24),
+}
+"""Of each GPU, the SXM module where there is one: TFLOPS in dense bfloat16, and GB of memory. From
+NVIDIA's data sheets."""
+
+
 @dataclass(frozen=True)
 class HardwareOptions:
     """The machine.
 
     Args:
         gpus: how many; several numbers give a row each
+        gpu: which, for its peak and its memory as the data sheet has them
         mfu: share of the GPUs' peak that is reached
-        peak_tflops: of one GPU: 989 is an H100 SXM in dense bfloat16
-        gpu_memory: GB of one GPU, of which nine tenths are used
+        peak_tflops: of one GPU in dense bfloat16, in place of that of --gpu
+        gpu_memory: GB of one GPU, of which nine tenths are used, in place of those of --gpu
     """
 
     gpus: Sequence[int] = (8,)
+    gpu: GPU = "H100"
     mfu: float = 0.4
-    peak_tflops: float = 989.0
-    gpu_memory: float = 80.0
+    peak_tflops: float | None = None
+    gpu_memory: float | None = None
 
     def __post_init__(self) -> None:
-        if (
-            min(self.gpus) < 1
-            or not 0 < self.mfu <= 1
-            or min(self.peak_tflops, self.gpu_memory) <= 0
-        ):
+        if min(self.gpus) < 1 or not 0 < self.mfu <= 1 or min(self.peak, self.memory) <= 0:
             raise UserError(
                 "unclip plan needs --gpus of at least 1, an --mfu above 0 and up to 1, and a "
                 "--peak-tflops and --gpu-memory above 0."
             )
+
+    @property
+    def peak(self) -> float:
+        """TFLOPS of one GPU."""
+        return GPUS[self.gpu][0] if self.peak_tflops is None else self.peak_tflops
+
+    @property
+    def memory(self) -> float:
+        """GB of one GPU."""
+        return GPUS[self.gpu][1] if self.gpu_memory is None else self.gpu_memory
+
+    def __str__(self) -> str:
+        own = self.peak_tflops is not None and self.gpu_memory is not None
+        others = ", ".join(name for name in GPUS if own or name != self.gpu)
+        kind = "" if own else f" is of the type {self.gpu} and"
+        return (
+            f"Assumed, not measured: each GPU{kind} has a peak of {self.peak:g} TFLOPS, of which "
+            f"{self.mfu:.0%} are reached (--mfu), and {self.memory:g} GB. Choose another with "
+            f"--gpu ({others}), or with --peak-tflops and --gpu-memory."
+        )
 
 
 def plan(
@@ -98,8 +129,10 @@ def plan(
             "one of the two."
         )
     stages = [stage] if stage else paper_stages()
-    for path in stages:
-        print(report(path, config, batch, checkpointing, hardware))
+    find_configs([word for path in (*stages, *config) for word in ("-c", path)])
+    for number, path in enumerate(stages):
+        text = report(path, config, batch, checkpointing, hardware)
+        print(text if number else f"{hardware}\n\n{text}")
 
 
 def paper_stages() -> list[str]:
@@ -149,8 +182,8 @@ def report(
                 batch,
                 steps,
                 mfu=hardware.mfu,
-                peak=hardware.peak_tflops * 1e12,
-                memory=0.9e9 * hardware.gpu_memory,
+                peak=hardware.peak * 1e12,
+                memory=0.9e9 * hardware.memory,
                 checkpointing=checkpointing,
             )
             lines.append(table_line(cells(row)))

@@ -6,7 +6,9 @@ Both show it by what a decoder draws from the embedding.
 from collections.abc import Sequence
 from pathlib import Path
 
+from unclip_pl.cli.data import require_store
 from unclip_pl.cli.pictures import enlarge_like, require_files
+from unclip_pl.cli.progress import step_bar
 from unclip_pl.cli.session import Session, SessionOptions
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.options import Count
@@ -29,12 +31,19 @@ def pca(
             if it is missing
         options: what draws, from which seed and where to
     """
+    for count in components or ():
+        if count < 1:
+            raise UserError(
+                f"There are no {count} principal components: give --components 1 or more."
+            )
+    require_files(images)
+    if store is not None:
+        require_store(store)
+    session = Session(options)
     import torch
 
     from unclip_pl.probe import paper_dimensions, principal_components
 
-    require_files(images)
-    session = Session(options)
     unclip, sampling = session.unclip, session.sampling()
     principal = principal_components(unclip.clip, store)
     counts = components or [*paper_dimensions(principal.dim), principal.dim]
@@ -44,7 +53,7 @@ def pca(
     for path in images:
         original, z = session.embed(path)
         embeds = torch.cat([principal.reconstruct(z, k) for k in counts])
-        with session.progress(path.name) as callback:
+        with step_bar(path.name) as callback:
             drawn = unclip.decode(embeds, seeds, None, sampling, callback)
         similarities = unclip.clip.similarity(unclip.embed_images(drawn), z)[:, 0].tolist()
         drawn = session.upsample_to_size(drawn, seeds)
@@ -79,15 +88,17 @@ def typographic(
         num_images: variations of each copy; picture k uses seed + k
         options: what draws, from which seed and where to
     """
+    captions = [object, *label]
+    check_distinct(captions)
+    if not all(text.strip() for text in label):
+        raise UserError("The label to paste is empty: write what it shall say.")
+    require_files([image])
+    session = Session(options)
     import torch
     from torch.nn.functional import interpolate
 
     from unclip_pl.probe import paste_label, zero_shot
 
-    captions = [object, *label]
-    check_distinct(captions)
-    require_files([image])
-    session = Session(options)
     unclip, sampling = session.unclip, session.sampling()
     _, whole = session.load_picture(image)
     pasted = [paste_label(whole[0], text) for text in label]
@@ -97,7 +108,7 @@ def typographic(
     rows, labels = [], []
     for copy, name in zip(copies, names, strict=True):
         z = unclip.embed_images(copy[None])
-        with session.progress(name) as callback:
+        with step_bar(name) as callback:
             drawn = unclip.decode(z.expand(len(seeds), -1), seeds, None, sampling, callback)
         seen = percentages(captions, zero_shot(unclip, z, captions)[0].tolist())
         variations = zero_shot(unclip, unclip.embed_images(drawn), captions).mean(0).tolist()

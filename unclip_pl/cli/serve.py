@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from unclip_pl.cli.options import DeviceOptions, UpsamplerOptions
+from unclip_pl.pipeline.locate import require_weights
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.options import Count, GuidedSamplingOptions, PriorSamplingOptions
 
@@ -42,7 +43,11 @@ class ModelOptions:
             self.decoder, self.prior, self.upsamplers.paths, self.store, **self.compute.kwargs()
         )
         # without the stages: the studio may let them go
-        priors = [SimpleNamespace(sampling=u.prior.sampling) for u in models.with_prior.values()]
+        priors = [
+            SimpleNamespace(sampling=u.prior.sampling)
+            for u in models.with_prior.values()
+            if u.prior
+        ]
 
         def as_options_say(stage: Any) -> None:
             if isinstance(stage, Decoder):
@@ -79,6 +84,9 @@ def serve(
         queue: requests that may wait at a time
         models: what draws
     """
+    if runs is not None and not runs.is_dir():
+        raise UserError(f"There is no folder {runs}: check --runs.")
+    require_weights(models.decoder, models.prior, models.upsamplers.paths)
     try:
         from unclip_pl.studio import server
     except ModuleNotFoundError as error:
@@ -89,8 +97,6 @@ def serve(
     from unclip_pl.studio.engine import Engine
     from unclip_pl.studio.guard import read_users
 
-    if runs is not None and not runs.is_dir():
-        raise UserError(f"There is no folder {runs}: check --runs.")
     users = None if auth is None else read_users(auth)
     listener = server.bound(host, port)
     engine = Engine(models.load(), queue)

@@ -4,17 +4,17 @@ They read pictures and latents, draw with one pipeline, and write single PNGs an
 """
 
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from unclip_pl.cli.options import DeviceOptions, Folder, UpsamplerOptions
+from unclip_pl.cli.options import DeviceOptions, OutputOptions, UpsamplerOptions
 from unclip_pl.cli.pictures import GRID_PIXELS, load_square
+from unclip_pl.cli.progress import step_bar
+from unclip_pl.pipeline.locate import require_weights
 from unclip_pl.utils.commands import Option
-from unclip_pl.utils.options import Sampler, Seed, Spacing, override_sampling
+from unclip_pl.utils.options import Sampler, Seed, Spacing, check_sampling, override_sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,6 @@ class SessionOptions:
             ddim25; by default 50 from inverted noise, and the decoder's own from fresh
         guidance_scale: by default 1 (none) from inverted noise, and the decoder's own from fresh
         seed: of everything random
-        out: folder for the PNG files and the figure
     """
 
     decoder: str | None = None
@@ -47,9 +46,16 @@ class SessionOptions:
     steps: Annotated[Spacing | None, Option(renamed="--sampling-steps")] = None
     guidance_scale: float | None = None
     seed: Seed = 0
-    out: Folder = Path("out")
+    output: OutputOptions
     upsamplers: UpsamplerOptions
     compute: DeviceOptions
+
+    def __post_init__(self) -> None:
+        check_sampling(vars(self))
+
+    def require_weights(self, prior: str | None = None) -> None:
+        """Raise a UserError if weights that are named are not there, before any are loaded."""
+        require_weights(self.decoder, prior, self.upsamplers.paths)
 
     def seeds(self, count: int) -> list[int]:
         """One for each of `count` pictures."""
@@ -65,20 +71,19 @@ class Session:
     """
 
     def __init__(self, options: SessionOptions, prior: str | None = None) -> None:
+        options.require_weights(prior)
+        self.options, self.out = options, options.output.open()
+        placement = options.compute.kwargs()
         from unclip_pl.pipeline.unclip import UnCLIP
-        from unclip_pl.pipeline.weights import DEFAULT_DECODER
 
-        self.options = options
         self.unclip = UnCLIP.load(
-            options.decoder or DEFAULT_DECODER,
+            options.decoder or "openmoji",
             prior,
             upsamplers=options.upsamplers.paths,
-            **options.compute.kwargs(),
+            **placement,
         )
         self.upsampling = options.upsamplers.sampling(self.unclip.cascade)
         self.size = self.unclip.decoder.net_config.image_size
-        self.out = options.out
-        self.out.mkdir(parents=True, exist_ok=True)
 
     def _options(self, eta: float | None) -> dict[str, Any]:
         """The options of sampling, by the names of the settings; None where there is none."""
@@ -125,12 +130,12 @@ class Session:
 
         if path.suffix == ".safetensors":
             latent = Latent.load(path, self.unclip)
-            with self.progress(f"draw {path.name}") as callback:
+            with step_bar(f"draw {path.name}") as callback:
                 return reconstruct(self.unclip, latent, callback).cpu(), latent
         steps = STEPS if self.options.steps is None else self.sampling().steps
         image, full_size = self.load_picture(path)
         embed = self.unclip.embed_images(full_size)
-        with self.progress(f"invert {path.name}") as callback:
+        with step_bar(f"invert {path.name}") as callback:
             return image, invert(self.unclip, image, steps, callback, embed)
 
     def embed(self, path: Path) -> tuple["Tensor", "Tensor"]:
@@ -141,38 +146,21 @@ class Session:
         image, full_size = self.load_picture(path)
         return image, self.unclip.embed_images(full_size)
 
-    @contextmanager
-    def progress(self, description: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar of sampling steps on stderr, as a callback."""
-        from tqdm import tqdm
-
-        with tqdm(desc=description, unit="step", file=sys.stderr) as bar:
-
-            def callback(step: int, steps: int) -> None:
-                if step < bar.n:  # the sampler starts again
-                    bar.reset(steps)
-                bar.total = steps
-                bar.update(step - bar.n)
-
-            yield callback
-
     def upsample_to_size(self, images: "Tensor", seeds: Sequence[int]) -> "Tensor":
         """The decoder's pictures at --size, on the CPU. The seeds are those of the new noise."""
         sizes = self.unclip.sizes
         if len(sizes) == 1:
             return images.cpu()
-        with self.progress(f"upsample to {sizes[-1]}") as callback:
+        with step_bar(f"upsample to {sizes[-1]}") as callback:
             times = sizes[-1] // sizes[0]
             report = lambda _, step, steps: callback(step, steps)  # noqa: E731
             return self.unclip.upsample(images, seeds, times, self.upsampling, report).cpu()
 
     def save(self, image: "Tensor", name: str, **metadata: str) -> None:
         """Write a picture (3, H, W) as NAME.png and print its path."""
-        from unclip_pl.utils.images import save_png
-
-        path = self.out / f"{re.sub(UNSAFE, '-', name)}.png"
+        file = f"{re.sub(UNSAFE, '-', name)}.png"
         decoder = str(self.options.decoder or "of the package")
-        print(save_png(image, path, decoder=decoder, **metadata))
+        print(self.out.write_picture(file, image, decoder=decoder, **metadata))
 
     def save_figure(
         self,
@@ -185,7 +173,7 @@ class Session:
 
         It is at most GRID_PIXELS wide; pictures are shown smaller for that.
         """
-        from unclip_pl.utils.images import grid, save_png
+        from unclip_pl.utils.images import grid
 
         figure = grid(rows, labels, heads=heads, max_width=GRID_PIXELS)
-        print(save_png(figure, self.out / f"{name}.png"))
+        print(self.out.write_picture(f"{name}.png", figure))

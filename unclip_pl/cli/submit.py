@@ -1,6 +1,7 @@
 """`unclip submit`: Slurm jobs from the templates in `lightning_config/slurm/`."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ from unclip_pl.utils.options import Count
 
 RESERVED = ("--trainer.num_nodes", "--trainer.devices", "--resume", "--ckpt_path")
 """Flags that the job itself passes to `lightning`."""
+UNREACHABLE = re.compile("contact slurm controller|establish a configuration source")
+"""What sbatch says where no controller answers, or no configuration names one."""
 SUBCOMMANDS = {"train": "fit", "embed": "predict", "eval": "validate"}
 """The subcommand of `lightning` for each kind of job."""
 
@@ -104,8 +107,17 @@ def submit(
     print(script)
     if dry_run:
         return
+    is_new = not job.logs.exists()
     job.logs.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(["sbatch"], input=script, capture_output=True, text=True, check=False)
+    if done.returncode and is_new:
+        job.logs.rmdir()
+    if done.returncode and UNREACHABLE.search(done.stderr):
+        raise UserError(
+            "No Slurm cluster can be reached from here, so that nothing is submitted (sbatch: "
+            f"{done.stderr.strip().splitlines()[-1].removeprefix('sbatch: ')}): run this on a "
+            "login node of one, or only look at the job with --dry-run."
+        )
     if done.returncode:
         raise UserError(
             f"sbatch refused the job ({done.stderr.strip()}): change the options, which are passed "

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from unclip_pl.cli.options import DeviceOptions, Folder
+from unclip_pl.cli.options import DeviceOptions, OutputOptions
+from unclip_pl.cli.pictures import require_files
+from unclip_pl.pipeline.locate import require_weights
 from unclip_pl.utils.commands import UsageError
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.options import Seed, Spacing, override_sampling
+from unclip_pl.utils.options import Seed, Spacing, check_sampling, override_sampling
 
 
 def upsample(
@@ -21,7 +23,7 @@ def upsample(
     steps: Spacing | None = None,
     compute: DeviceOptions,
     seed: Seed = 0,
-    out: Folder = Path("out"),
+    output: OutputOptions,
 ) -> None:
     """Draw pictures larger, whole and in their own shape.
 
@@ -39,17 +41,23 @@ def upsample(
         steps: sampling steps: a number, 10,10,3,2,2 (numbers for equal sections), fast27 or
             ddim25; of each upsampler, by default its own
         seed: the same for every picture
-        out: folder for the PNG files, IMAGE-WIDTHxHEIGHT.png
+        out: folder for the PNG files, IMAGE-WIDTHxHEIGHT.png; what lies there already is kept, and
+            new pictures of the same name get a number
         compute: where and how the networks run
+        output: where the pictures go
     """
-    from tqdm import tqdm
-
-    from unclip_pl.pipeline.cascade import Cascade
-    from unclip_pl.pipeline.weights import load_upsamplers
-    from unclip_pl.utils.images import load_image, save_png, shrink
-
     if times is not None and size is not None:
         raise UsageError("--times and --size both say how large: give one of them.")
+    check_sampling({"steps": steps})
+    require_files(images)
+    out = output.open()
+    paths = {256: upsampler_256 or "256", 1024: upsampler_1024 or "1024"}
+    require_weights(upsamplers=[*paths.values()])
+    placement = compute.kwargs()
+    from tqdm import tqdm
+
+    from unclip_pl.utils.images import load_image, shrink
+
     pictures = [load_image(path)[None] for path in images]
     factors: list[int] = []
     for path, image in zip(images, pictures):
@@ -57,18 +65,20 @@ def upsample(
             factors.append(times or 4)
         else:
             factors.append(factor_for(path, max(image.shape[-2:]), size))
-    paths = {256: upsampler_256 or "256", 1024: upsampler_1024 or "1024"}
-    cascade = Cascade(load_upsamplers(list(paths.values())), **compute.kwargs())
+    from unclip_pl.pipeline.cascade import Cascade
+    from unclip_pl.pipeline.weights import load_upsamplers
+
+    cascade = Cascade(load_upsamplers(list(paths.values())), **placement)
     sampling = {
         side: override_sampling(stage, {"steps": steps})
         for side, stage in zip(cascade.sizes, cascade.stages)
     }
-    out.mkdir(parents=True, exist_ok=True)
-    written: set[Path] = set()
+    for image, factor in zip(pictures, factors):
+        height, width = image.shape[-2:]
+        cascade.require_memory(1, (height, width), factor)
     for path, image, factor in zip(images, pictures, factors):
-        stages = cascade.route(max(image.shape[-2:]), factor)
-        sides = [stage.net_config.image_size for stage in stages]
-        total = sum(stage.count_steps(sampling[side]) for stage, side in zip(stages, sides))
+        height, width = image.shape[-2:]
+        total = cascade.count_steps(1, (height, width), factor, sampling)
         with tqdm(desc=path.name, total=total, unit="step", file=sys.stderr) as bar:
 
             def report(stage: str, step: int, steps: int, bar: tqdm = bar) -> None:
@@ -78,16 +88,13 @@ def upsample(
             drawn = cascade.upsample(image, [seed], factor, sampling, report).cpu()
         if size is not None:
             drawn = shrink(drawn, size)
-        name = f"{path.stem}-{drawn.shape[-1]}x{drawn.shape[-2]}"
-        target = out / f"{name}.png"
-        if target in written:  # another picture of the same name, from another folder
-            target = out / f"{name}-{len(written) + 1}.png"
-        written.add(target)
+        name = f"{path.stem}-{drawn.shape[-1]}x{drawn.shape[-2]}.png"
         settings = f"upsample {factor} times"
-        for side in sides:
+        for stage in cascade.route(max(height, width), factor):
+            side = stage.net_config.image_size
             settings += f", upsampler {paths[side]} {sampling[side]}"
         metadata = {"source": path.name, "seed": str(seed), "unclip": settings}
-        print(save_png(drawn[0], target, **metadata))
+        print(out.write_picture(name, drawn[0], **metadata))
 
 
 def factor_for(path: Path, side: int, size: int) -> int:

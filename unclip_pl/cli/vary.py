@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unclip_pl.cli.pictures import require_files
+from unclip_pl.cli.progress import step_bar
 from unclip_pl.cli.session import Session, SessionOptions
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.options import Count
@@ -74,7 +75,7 @@ def draw(
     from unclip_pl.manipulate import Latent, decode
 
     description = path.name if eta is None else f"{path.name}, eta {eta:g}"
-    with session.progress(description) as callback:
+    with step_bar(description) as callback:
         if isinstance(start, Latent):
             latent = start[[0] * len(seeds)]
             sampling = session.inversion_sampling(latent, eta)

@@ -10,6 +10,7 @@ from unclip_pl.clip.config import CONFIG_FILE, WEIGHTS_FILE, folder_of, read_fol
 from unclip_pl.clip.loading import import_open_clip
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_folder
+from unclip_pl.utils.outputs import require_new
 
 
 def build_clip(architecture: str) -> tuple[nn.Module, dict, dict]:
@@ -51,8 +52,7 @@ def save_clip(
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} exists already: choose another folder, or remove it first.")
+    require_new(folder)
     tensors = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
         for name, tensor in model.state_dict().items()

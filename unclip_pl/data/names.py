@@ -15,6 +15,7 @@ from unclip_pl.utils.errors import UserError
 
 URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+WHERE = "check the option that names it, such as data.train"
 HINT = "give a folder of shards, a file, or a pattern such as 'data/{00000..00009}.tar'"
 
 
@@ -73,7 +74,7 @@ def expand(spec: str | Sequence[str]) -> list[str]:
             files = [folder / match for match in matches]
             shards += [_name(file) for file in files if not file.is_dir()]
         else:
-            raise UserError(f"There is no shard {here}: check data.train and data.val ({HINT}).")
+            raise UserError(f"There is no shard {here}: {WHERE} ({HINT}).")
     return shards
 
 
@@ -153,7 +154,7 @@ def _expand_url(url: str) -> list[str]:
     if any(sign in url for sign in "*?[") and not remote.exists(url):
         if found := remote.find(url):
             return found
-        raise UserError(f"There is no shard {url}: check data.train and data.val ({HINT}).")
+        raise UserError(f"There is no shard {url}: {WHERE} ({HINT}).")
     if _is_tar(url) or remote.exists(url):
         return [url]
     return _tars(url, remote.list_folder(url))

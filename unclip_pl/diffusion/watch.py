@@ -1,6 +1,8 @@
 """Look at what a sampler draws while it draws."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -16,3 +18,16 @@ def watched(predict: Predict, watch: Callable[[Tensor], object]) -> Predict:
         return prediction
 
     return predict_shown
+
+
+@contextmanager
+def watching(stages: Iterable[Any], watch: Callable[[Tensor], object]) -> Iterator[None]:
+    """While the body runs, `watch` is shown each x0 that these stages predict as they draw."""
+    stages = [*stages]
+    try:
+        for stage in stages:
+            stage.watch = watch
+        yield
+    finally:
+        for stage in stages:
+            stage.watch = None

@@ -9,7 +9,7 @@ makes a PIL image of one. One image serves all seeds. The decoder gets no captio
 passed, so that only z_i and x_T decide.
 """
 
-from unclip_pl.manipulate.inpainting import image_to_image, inpaint
+from unclip_pl.manipulate.inpainting import count_last_steps, image_to_image, inpaint
 from unclip_pl.manipulate.latent import Latent, decode, inversion_sampling, invert, reconstruct
 from unclip_pl.manipulate.spherical import check_theta, slerp
 from unclip_pl.manipulate.variations import interpolate, text_diff, vary
@@ -17,6 +17,7 @@ from unclip_pl.manipulate.variations import interpolate, text_diff, vary
 __all__ = [
     "Latent",
     "check_theta",
+    "count_last_steps",
     "decode",
     "image_to_image",
     "inpaint",

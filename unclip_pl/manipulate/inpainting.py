@@ -142,12 +142,17 @@ def image_to_image(
     sample = SAMPLERS[settings.sampler]
 
     def denoise(predict: Predict, schedule: Schedule) -> Tensor:
-        count = max(1, round(strength * len(schedule)))
+        count = count_last_steps(len(schedule), strength)
         fresh = noise(unclip.decoder.shape, unclip.device)
         x, last = add_noise(start, schedule, count, fresh)
         return sample(predict, x, last, noise=noise, eta=settings.eta, callback=callback)
 
     return unclip.run_sampler(denoise, len(seeds), image_embed, captions, settings)
+
+
+def count_last_steps(steps: int, strength: float) -> int:
+    """How many of a sampler's steps `image_to_image` runs; none at strength 0."""
+    return max(1, round(strength * steps)) if strength else 0
 
 
 def add_noise(

@@ -53,8 +53,8 @@ class Latent:
         rows = rows if isinstance(rows, slice) else list(rows)
         return replace(self, image_embed=self.image_embed[rows], x_T=self.x_T[rows])
 
-    def save(self, path: str | os.PathLike, unclip: UnCLIP) -> None:
-        """Write a safetensors file that also names the CLIP, the decoder and the noise schedule."""
+    def to_bytes(self, unclip: UnCLIP) -> bytes:
+        """A safetensors file that also names the CLIP, the decoder and the noise schedule."""
         model = {"clip_fingerprint": unclip.clip.fingerprint(), **decoder_identity(unclip)}
         header = {
             "format": str(FORMAT),
@@ -66,8 +66,12 @@ class Latent:
             "image_embed": self.image_embed.cpu().contiguous(),
             "x_T": self.x_T.cpu().contiguous(),
         }
+        return _in_order(save(tensors, header))
+
+    def save(self, path: str | os.PathLike, unclip: UnCLIP) -> None:
+        """Write the file of `to_bytes`."""
         with atomic_file(path) as file:
-            file.write(save(tensors, header))
+            file.write(self.to_bytes(unclip))
 
     @classmethod
     def load(cls, path: str | os.PathLike, unclip: UnCLIP) -> "Latent":
@@ -104,6 +108,14 @@ class Latent:
                 "differ): name that one, or invert the picture again."
             )
         return cls(tensors["image_embed"], tensors["x_T"], steps)
+
+
+def _in_order(file: bytes) -> bytes:
+    """A safetensors file with its header in order, so that equal latents are equal files."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.dumps(json.loads(file[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at multiples of 8 bytes
+    return len(header).to_bytes(8, "little") + header + file[end:]
 
 
 def decoder_identity(unclip: UnCLIP) -> dict[str, Any]:

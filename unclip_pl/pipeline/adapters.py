@@ -27,6 +27,7 @@ from unclip_pl.networks.lora import BASE, DOWN, UP, merged
 from unclip_pl.pipeline.release import Release, require_files
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_folder
+from unclip_pl.utils.outputs import require_new
 from unclip_pl.utils.remote import is_remote
 
 FORMAT = 1
@@ -103,8 +104,7 @@ def write(folder: Path, adapters: Adapters, card: str) -> None:
     Raises:
         UserError: `folder` exists, or the adapters are not finite.
     """
-    if folder.exists():
-        raise UserError(f"{folder} exists already: choose another folder, or remove it first.")
+    require_new(folder)
     if broken := [name for name, value in adapters.tensors.items() if not value.isfinite().all()]:
         raise UserError(
             f"The adapters are not finite ({broken[0]}): train them again with a lower rate."

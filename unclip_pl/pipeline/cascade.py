@@ -134,15 +134,38 @@ class Cascade:
                 "picture."
             )
         height, width = images.shape[-2:]
-        route = self.route(max(height, width), times)
-        for stage in route:  # before anything is drawn
-            height, width = height * stage.factor, width * stage.factor
-            count = min(len(images), self._batch_size(height, width))
-            self._require_memory(stage, height, width, count)
-        for stage in route:
+        self.require_memory(len(images), (height, width), times)
+        for stage in self.route(max(height, width), times):
             settings = (sampling or {}).get(stage.net_config.image_size)
             images = self._run_stage(stage, images, seeds, settings, callback)
         return images
+
+    def require_memory(self, count: int, sides: tuple[int, int], times: int | None = None) -> None:
+        """Raise a UserError if `count` images of `sides` (height, width) are certainly too large.
+
+        Also if there are too few stages. Nothing is drawn.
+        """
+        height, width = sides
+        for stage in self.route(max(sides), times):
+            height, width = height * stage.factor, width * stage.factor
+            together = min(count, self._batch_size(height, width))
+            self._require_memory(stage, height, width, together)
+
+    def count_steps(
+        self,
+        count: int,
+        sides: tuple[int, int],
+        times: int | None = None,
+        sampling: Mapping[int, UpsamplingConfig] | None = None,
+    ) -> int:
+        """How many steps `upsample` reports for `count` images of `sides` (height, width)."""
+        steps, (height, width) = 0, sides
+        for stage in self.route(max(sides), times):
+            height, width = height * stage.factor, width * stage.factor
+            settings = (sampling or {}).get(stage.net_config.image_size)
+            batches = -(-count // self._batch_size(height, width))
+            steps += batches * stage.count_steps(settings)
+        return steps
 
     def _run_stage(
         self,

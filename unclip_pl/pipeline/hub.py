@@ -27,6 +27,7 @@ from unclip_pl.stages.base import Stage
 from unclip_pl.stages.upsampler import Upsampler
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_folder
+from unclip_pl.utils.outputs import require_new
 
 FORMAT = 1
 PART = re.compile(r"prior|decoder|upsampler-\d+")
@@ -94,8 +95,7 @@ class Pretrained:
             UserError: `folder` exists, or weights are not finite in float16.
         """
         folder = Path(folder)
-        if folder.exists():
-            raise UserError(f"{folder} exists already: choose another folder, or remove it first.")
+        require_new(folder)
         with atomic_folder(folder) as temporary:
             own_clip = self.clip.config.model not in IN_PACKAGE
             if own_clip:

@@ -22,6 +22,7 @@ from unclip_pl import __version__
 from unclip_pl.networks.renamed import rename
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_folder
+from unclip_pl.utils.outputs import require_new
 
 FORMAT = 2
 """Format 1 had other names of parameters, which are translated on reading."""
@@ -61,8 +62,7 @@ def write(
         UserError: `folder` exists, or a weight is not finite in float16.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} exists already: choose another folder, or remove it first.")
+    require_new(folder)
     config = {
         "format": FORMAT,
         "unclip_pl": __version__,

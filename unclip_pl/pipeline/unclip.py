@@ -23,13 +23,9 @@ from unclip_pl.pipeline.compatibility import (
 )
 from unclip_pl.pipeline.devices import accelerate_stages, canonical_device, on_device
 from unclip_pl.pipeline.hub import Pretrained
+from unclip_pl.pipeline.locate import locate
 from unclip_pl.pipeline.seeds import PRIOR_OFFSET
-from unclip_pl.pipeline.weights import (
-    DEFAULT_DECODER,
-    DEFAULT_PRIORS,
-    load_stage,
-    load_upsamplers,
-)
+from unclip_pl.pipeline.weights import load_stage, load_upsamplers
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.base import Stage
 from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
@@ -100,7 +96,7 @@ class UnCLIP(Pretrained):
     @classmethod
     def load(
         cls,
-        decoder: str | os.PathLike = DEFAULT_DECODER,
+        decoder: str | os.PathLike = "openmoji",
         prior: str | os.PathLike | None = None,
         clip: FrozenCLIP | None = None,
         device: str = "cpu",
@@ -113,11 +109,11 @@ class UnCLIP(Pretrained):
         """Build the pipeline from release folders or checkpoints.
 
         Args:
-            decoder: a path; by default the decoder in the package.
-            prior: a path, or "diffusion" or "ar" for those in the package.
+            decoder: a path or URL, or "openmoji" for the decoder in the package.
+            prior: a path or URL, or "diffusion" or "ar" for those in the package.
             clip: the CLIP of decoder and prior; None: the one that the decoder's fingerprint names.
             device: where everything runs, such as "cpu" or "cuda:1".
-            upsamplers: paths, or "256" and "1024" for those in the package.
+            upsamplers: paths or URLs, or "256" and "1024" for those in the package.
             offload: keep only the stage that works on the device.
             precision: "fp32", or "bf16" for bfloat16 (autocast) on devices that have it.
             compile: compile the stages' blocks; see `accelerate`.
@@ -129,10 +125,9 @@ class UnCLIP(Pretrained):
         unclip_pl.stages.load_all()
         prior_stage: Any = None
         if prior is not None:
-            path = DEFAULT_PRIORS.get(str(prior), prior)
-            prior_stage = load_stage(path, DiffusionPrior, ARPrior)
+            prior_stage = load_stage(locate("prior", prior), DiffusionPrior, ARPrior)
         unclip = cls(
-            load_stage(decoder, Decoder),
+            load_stage(locate("decoder", decoder), Decoder),
             prior_stage,
             clip,
             device,

@@ -1,4 +1,4 @@
-"""Reading trained stages: releases, Lightning checkpoints and adapters, and the package's weights.
+"""Reading trained stages: releases, Lightning checkpoints and adapters.
 
 All kinds of files are read as a `Release`, so that nothing else needs to know which one it was.
 """
@@ -6,7 +6,6 @@ All kinds of files are read as a `Release`, so that nothing else needs to know w
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +17,7 @@ from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.lora import weights_of
 from unclip_pl.networks.renamed import rename, rename_settings
 from unclip_pl.pipeline import adapters, release
+from unclip_pl.pipeline.locate import locate, what_else
 from unclip_pl.pipeline.release import Release
 from unclip_pl.stages.base import Stage
 from unclip_pl.stages.settings import as_config, plain, require_same_model, settings_of
@@ -25,25 +25,7 @@ from unclip_pl.stages.upsampler import Upsampler, Upsampler256, Upsampler1024
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.remote_copies import local_path
 
-ASSETS = Path(__file__).parents[1] / "assets"
-DEFAULT_DECODER = ASSETS / "decoder-openmoji"
-DEFAULT_PRIORS = {
-    "diffusion": ASSETS / "diffusion-prior-openmoji",
-    "ar": ASSETS / "ar-prior-openmoji",
-}
-DEFAULT_UPSAMPLERS = {
-    "256": ASSETS / "upsampler-256-openmoji",
-    "1024": ASSETS / "upsampler-1024-openmoji",
-}
 StageT = TypeVar("StageT", bound=Stage)
-
-
-def _what_else(path: Path) -> str:
-    """What to give in place of a path that is not there."""
-    near = list(path.parent.glob("*.ckpt")) if path.suffix == ".ckpt" else []
-    similar = get_close_matches(path.name, [file.name for file in near], 1, 0.6)
-    hint = f", such as {path.parent / similar[0]}" if similar else ""
-    return f"give the path of a release or of a checkpoint{hint}"
 
 
 def read_weights(path: str | os.PathLike) -> Release:
@@ -69,7 +51,7 @@ def read_weights(path: str | os.PathLike) -> Release:
         hyper_parameters = complete_hyper_parameters(weights.stage, weights.hyper_parameters)
         return replace(weights, hyper_parameters=hyper_parameters)
     if not path.exists():
-        raise UserError(f"There is no {path}: {_what_else(path)}.")
+        raise UserError(f"There is no {path}: {what_else(path)}.")
     checkpoint = read_checkpoint(path, target=whole_tensors("state_dict"))
     missing = [key for key in ("stage", "hyper_parameters", "state_dict") if key not in checkpoint]
     if missing:
@@ -183,16 +165,8 @@ def load_upsamplers(paths: Sequence[str | os.PathLike]) -> list[Upsampler]:
     Raises:
         UserError: the package here has no such upsampler, or `load_stage` refuses one.
     """
-    stages: list[Upsampler] = []
-    for path in paths:
-        default = DEFAULT_UPSAMPLERS.get(str(path))
-        if default is not None and not default.is_dir():
-            raise UserError(
-                f"The package here has no upsampler to {path} pixels ({default.name} is missing): "
-                "give a checkpoint or release of one."
-            )
-        stages.append(load_stage(default or path, Upsampler256, Upsampler1024))
-    return stages
+    kinds = (Upsampler256, Upsampler1024)
+    return [load_stage(locate("upsampler", path), *kinds) for path in paths]
 
 
 def _first_mismatch(error: RuntimeError) -> str:

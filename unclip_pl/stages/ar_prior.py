@@ -220,6 +220,10 @@ class ARPrior(Stage):
         loss = self.loss(batch, torch.Generator().manual_seed(batch_idx), cond_dropout=0.0)["loss"]
         self.log("val/loss_captioned", loss, batch_size=len(batch["key"]), sync_dist=True)
 
+    def count_steps(self, sampling: Any = None) -> int:
+        """How many steps `sample` reports: one for each code, whatever the settings."""
+        return self.quantizer.codes
+
     @torch.no_grad()
     def sample(
         self,

@@ -104,6 +104,11 @@ class Stage(LightningModule):
         """Draw one result per condition in `batch`; result k comes from generator k of `noise`."""
         raise NotImplementedError
 
+    def count_steps(self, sampling: Any = None) -> int:
+        """How many steps `sample` reports with these settings, by default the stage's own."""
+        stage: Any = self  # what draws has `process` and `sampling`
+        return len(stage.process.schedule.respaced((sampling or stage.sampling).steps))
+
     def with_cuda_graph(self, predict: Predict) -> Predict:
         """`predict`, recorded as a CUDA graph if `cuda_graphs` is set, and watched by `watch`."""
         predict = cuda_graphed(predict) if self.cuda_graphs else predict

@@ -175,10 +175,6 @@ class Upsampler(Stage):
         )
         return large.clamp(-1, 1) if self.clamp_condition else large
 
-    def count_steps(self, sampling: UpsamplingConfig | None = None) -> int:
-        """How often sampling runs the network, with these settings or the stage's own."""
-        return len(self.process.schedule.respaced((sampling or self.sampling).steps))
-
     def _linear(self, x_t: Tensor, t: Tensor, enlarged: Tensor) -> tuple[Tensor, Tensor]:
         """An estimate of v (B, 3, H, W), and its root mean square error (B, 1, 1, 1).
 

@@ -4,17 +4,19 @@ All that the studio calls in the pipeline is called here and in `drawing.py`.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from unclip_pl.diffusion.watch import watching
 from unclip_pl.pipeline.devices import accelerate_stages
+from unclip_pl.pipeline.locate import DEFAULT_PRIORS, locate
 from unclip_pl.pipeline.unclip import Prior, UnCLIP
-from unclip_pl.pipeline.weights import DEFAULT_DECODER, DEFAULT_PRIORS, load_stage
+from unclip_pl.pipeline.weights import load_stage
 from unclip_pl.probe import PrincipalComponents, principal_components
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.base import Stage
@@ -104,10 +106,11 @@ class Models:
         Raises:
             UserError: as `UnCLIP.load`.
         """
-        unclip = UnCLIP.load(decoder or DEFAULT_DECODER, upsamplers=upsamplers, **placement)
+        decoder = locate("decoder", decoder or "openmoji")
+        unclip = UnCLIP.load(decoder, upsamplers=upsamplers, **placement)
         paths: list[str | os.PathLike]
         if prior is not None:
-            paths = [DEFAULT_PRIORS.get(str(prior), prior)]
+            paths = [locate("prior", prior)]
         elif unclip.decoder.condition == "text":
             paths = []
         else:
@@ -115,7 +118,7 @@ class Models:
         stages: list[Any] = [load_stage(path, DiffusionPrior, ARPrior) for path in paths]
         accelerate_stages([*stages, *unclip.stages], unclip.device, compile, cuda_graphs)
         models = cls(unclip, {name_of(stage): stage for stage in stages}, store)
-        models.first = {"decoder": decoder or DEFAULT_DECODER}
+        models.first = {"decoder": decoder}
         models.first |= {name_of(stage): path for stage, path in zip(stages, paths, strict=True)}
         device = unclip.device  # the lambda would keep all of `unclip` in memory
         models._preparations.append(
@@ -258,17 +261,9 @@ class Models:
         """Of CLIP's image embeddings; of OpenMoji's, which are made where they are missing."""
         return principal_components(self.plain.clip, self.store)
 
-    @contextmanager
-    def watched(self, watch: Callable[[Tensor], object]) -> Iterator[None]:
+    def watched(self, watch: Callable[[Tensor], object]) -> AbstractContextManager[None]:
         """While the body runs, `watch` is shown each x0 of decoder and upsamplers."""
-        stages = [self.plain.decoder, *self.plain.cascade.stages]
-        try:
-            for stage in stages:
-                stage.watch = watch
-            yield
-        finally:
-            for stage in stages:
-                stage.watch = None
+        return watching([self.plain.decoder, *self.plain.cascade.stages], watch)
 
 
 def name_of(stage: Stage) -> str:

@@ -4,6 +4,17 @@ import sys
 
 from unclip_pl.utils.errors import UserError
 
+KINDS = ("auto", "cpu", "cuda", "mps", "xpu")
+
+
+def require_kind(name: str) -> None:
+    """Raise a UserError for a name that is no device's on any machine. No torch."""
+    if name.partition(":")[0] not in KINDS:
+        raise UserError(
+            f"There is no device {name}: choose another with --device, one of {', '.join(KINDS)} "
+            "(cuda:1: the second GPU)."
+        )
+
 
 def pick_device(name: str = "auto") -> str:
     """The device of a name, as torch writes it.
@@ -14,6 +25,7 @@ def pick_device(name: str = "auto") -> str:
     Raises:
         UserError: this machine has no such device.
     """
+    require_kind(name)
     import torch
 
     if name != "auto":

@@ -1,6 +1,7 @@
 """Options of commands that `unclip` and `eval` share: one name for one thing. No torch."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -56,6 +57,11 @@ class StageOptions:
     """Options for the sampling settings of a stage; None: the stage's own."""
 
     PREFIX: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        check_sampling(
+            {self.PREFIX + name: value for name, value in vars(self).items()}, self.PREFIX
+        )
 
     def of(self, stage: Any, **changes: Any) -> Any:
         """The sampling settings of a stage, with these options and then `changes` in their place.
@@ -124,6 +130,72 @@ class PriorSamplingOptions(StageOptions):
     sampler: Literal["analytic", "ddpm", "ddim", "dpm_solver_pp"] | None = None
     temperature: float | None = None
     top_p: float | None = None
+    ONLY_OF: ClassVar[dict[str, tuple[str, ...]]] = {
+        "diffusion": ("steps", "sampler"),
+        "ar": ("temperature", "top_p"),
+    }
+    """The settings that only one of the package's priors has."""
+
+    def require_prior(self, prior: str | None) -> None:
+        """Raise a UserError if a prior of the package, by its name, has no such setting."""
+        for name, settings in self.ONLY_OF.items():
+            for setting in settings if prior in self.ONLY_OF and prior != name else ():
+                if getattr(self, setting) is not None:
+                    raise UserError(
+                        f"{_option(self.PREFIX, setting)} is for the prior {name}, and the prior "
+                        f"here is {prior}: leave it out, or choose --prior {name}."
+                    )
+
+
+def check_sampling(options: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise a UserError for a value that no stage takes, before any is loaded.
+
+    Args:
+        options: see `override_sampling`.
+        prefix: see `override_sampling`.
+    """
+    for name in SAMPLING_OPTIONS:
+        value, rule = options.get(prefix + name), _RULES.get(name)
+        if value is not None and rule is not None and not rule[0](value):
+            raise UserError(f"{_option(prefix, name)} is {value}: give {rule[1]}.")
+    sampler = options.get(prefix + "sampler")
+    if options.get(prefix + "eta") and sampler is not None:
+        _require_ddim(prefix, sampler)
+
+
+def _is_spacing(steps: Any) -> bool:
+    if isinstance(steps, str):
+        return re.fullmatch(r"fast27|ddim0*[1-9]\d*", steps) is not None
+    counts = steps if isinstance(steps, tuple | list) else [steps]
+    return min(counts, default=0) >= 1
+
+
+# A decoder's own settings allow a guidance scale below 1, for only its null branch; no option does.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "steps": (
+        _is_spacing,
+        "a number of 1 or more, numbers with commas between them (10,10,3,2,2), fast27, or ddim "
+        "and a number (ddim25)",
+    ),
+    "guidance_scale": (lambda x: 1 <= x < float("inf"), "1 (no guidance) or more"),
+    "eta": (lambda x: 0 <= x <= 1, "0 (deterministic) to 1 (as much noise as DDPM)"),
+    "temperature": (lambda x: 0 <= x < float("inf"), "0 (the most probable code) or more"),
+    "top_p": (lambda x: 0 < x <= 1, "a share above 0 and up to 1"),
+}
+"""What a value must be whatever the stage, and how an error says so."""
+
+
+def _option(prefix: str, name: str) -> str:
+    return f"--{(prefix + name).replace('_', '-')}"
+
+
+def _require_ddim(prefix: str, sampler: str) -> None:
+    if sampler != "ddim":
+        eta = _option(prefix, "eta")
+        raise UserError(
+            f"{eta} is for the sampler ddim, and this stage's is {sampler}: add "
+            f"{_option(prefix, 'sampler')} ddim, or leave {eta} out."
+        )
 
 
 def override_sampling(stage: Any, options: Mapping[str, Any], prefix: str = "") -> Any:
@@ -139,31 +211,22 @@ def override_sampling(stage: Any, options: Mapping[str, Any], prefix: str = "") 
     """
     named = {name: options.get(prefix + name) for name in SAMPLING_OPTIONS}
     values = {name: value for name, value in named.items() if value is not None}
-
-    def option(name: str) -> str:
-        return f"--{(prefix + name).replace('_', '-')}"
-
+    check_sampling(options, prefix)
     for name in values:
         if not hasattr(stage.sampling, name):
-            raise UserError(f"{option(name)} is no setting of this stage: leave it out.")
+            own = [_option(prefix, one) for one in SAMPLING_OPTIONS if hasattr(stage.sampling, one)]
+            raise UserError(
+                f"{_option(prefix, name)} is no setting of the {type(stage).__name__} here, which "
+                f"has {', '.join(own)}: leave it out."
+            )
     if "steps" in values:
         try:
             stage.process.schedule.respaced(values["steps"])
         except ValueError as error:
-            raise UserError(f"{option('steps')} is {values['steps']}, and {error}.") from None
+            steps = _option(prefix, "steps")
+            raise UserError(f"{steps} is {values['steps']}, and {error}.") from None
     if values.get("eta"):
-        sampler = values.get("sampler", stage.sampling.sampler)
-        if sampler != "ddim":
-            raise UserError(
-                f"{option('eta')} is for the sampler ddim, and this stage's is {sampler}: add "
-                f"{option('sampler')} ddim, or leave {option('eta')} out."
-            )
-    # A decoder's own settings allow less than 1, for only its null branch; no option does.
-    if not 1 <= values.get("guidance_scale", 1) < float("inf"):
-        raise UserError(
-            f"{option('guidance_scale')} is {values['guidance_scale']}: give 1 (no guidance) or "
-            "more."
-        )
+        _require_ddim(prefix, values.get("sampler", stage.sampling.sampler))
     try:
         return replace(stage.sampling, **values)
     except ValueError as error:

@@ -25,6 +25,7 @@ from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.stages.upsampler import Upsampler256, Upsampler1024
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_folder
+from unclip_pl.utils.outputs import require_new
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -59,8 +60,7 @@ def export_diffusers(
     Raises:
         UserError: a setting that diffusers cannot hold is named; or stages do not belong together.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already: choose another folder, or remove it first.")
+    require_new(out)
     kinds = (DiffusionPrior, ARPrior, Decoder, Upsampler256, Upsampler1024)
     written: set[type] = set()
     notes: list[str] = []

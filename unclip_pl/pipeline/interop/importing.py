@@ -32,6 +32,7 @@ from unclip_pl.stages.decoder import Decoder
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import atomic_folder
+from unclip_pl.utils.outputs import require_new
 
 Precision = Literal["fp16", "fp32"]
 
@@ -92,8 +93,7 @@ def import_kandinsky_prior(folder: Path, out: Path, precision: Precision = "fp16
 
 
 def _check_places(folder: Path, out: Path) -> None:
-    if out.exists():
-        raise UserError(f"{out} exists already: choose another folder, or remove it first.")
+    require_new(out)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}: give the folder with the model's files.")
 
