@@ -75,6 +75,7 @@ setup(
             "opencv-python-headless>=4.8",
             # an S3 server on this machine; all of moto[server] would be 30 packages more
             "s3fs",
+            "gcsfs",
             "moto[s3]>=5",
             "flask",
             "flask-cors",
