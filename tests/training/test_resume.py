@@ -128,7 +128,7 @@ def test_validate_takes_the_checkpoints_own_model_unless_told_otherwise(tmp_path
 
 
 def test_curves_of_a_run_that_was_killed_do_not_go_back(tmp_path):
-    flags = ["--trainer.log_every_n_steps", "1", "--newest.every_n_train_steps", "4"]
+    flags = ["--trainer.log_every_n_steps", "1", "--newest.every_n_train_steps", "3"]
     assert main(command(tmp_path, *flags, steps=4)) == 0
     shutil.copytree(tmp_path / "checkpoints", tmp_path / "kept")
     resume = ["--resume", "auto", *flags]
@@ -138,7 +138,7 @@ def test_curves_of_a_run_that_was_killed_do_not_go_back(tmp_path):
     assert main(command(tmp_path, *resume, steps=7)) == 0
     curves = EventAccumulator(str(tmp_path)).Reload()
     steps = [event.step for event in curves.Scalars("train/loss")]
-    assert steps == sorted(steps) and steps[-1] == 6 and set(steps) == set(range(7))
+    assert steps in ([0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 4, 5, 6])
 
 
 def test_max_time_is_that_of_one_start(tmp_path):

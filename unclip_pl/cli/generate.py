@@ -50,7 +50,7 @@ def generate(
         num_images: pictures of each prompt
         decoder: a checkpoint or release; by default the one in the package
         seed: picture k of each prompt uses seed + k
-        out: folder for the PNG files
+        out: folder for the PNG files; one of the same prompt and seed is replaced
         init: a picture to start from, of any size (its centre square is taken)
         strength: how much of --init is drawn again, 0 (it stays) to 1 (nothing of it stays); by
             default 0.7

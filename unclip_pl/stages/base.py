@@ -152,6 +152,9 @@ class Stage(LightningModule):
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) * 1_000_003 + self.global_step
         seed = seed * 65_537 + batch_idx * 8_191 + self.global_rank
         torch.manual_seed(seed % 2**64)  # the largest that torch takes
+        if self._trainer is not None:
+            # Where the curves go on. Lightning's count is one too high after the end of a run.
+            self._trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
 
     def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
         losses = self.loss(batch)
