@@ -13,6 +13,7 @@ from unclip_pl.training import mirror, mirror_records
 from unclip_pl.training.mirror import Mirror, mirrored
 from unclip_pl.utils import remote
 from unclip_pl.utils.errors import SharedError
+from unclip_pl.utils.signals import StopRequest
 
 pytestmark = pytest.mark.timeout(60)
 RECORDS = f"s3://{BUCKET}/run/records"
@@ -107,6 +108,15 @@ def test_a_record_that_is_lost_is_a_warning(faults, tmp_path, monkeypatch, caplo
     with mirrored(Mirror(URL, tmp_path), True):
         pass
     assert "pictures/step-1.png" in names_below("run/records")
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_its_records(faults, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, "LOOK_EVERY", 60.0)
+    monkeypatch.setattr(mirror, "STOP_SECONDS", 0.0)
+    monkeypatch.setattr(mirror.stop_state, "agreed", StopRequest.REQUEUE)
+    draw(tmp_path, 1)
+    train(tmp_path, 1)
+    assert names_below("run") == ["mirror.json", "newest-step=1.ckpt"]
 
 
 def test_who_was_taken_for_dead_writes_no_record(faults, tmp_path):

@@ -13,6 +13,7 @@ after that. Training goes on meanwhile; what fails is named, and tried again.
 import contextlib
 import json
 import logging
+import math
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ MANIFEST = "mirror.json"
 KINDS = ("newest-", "best-")  # how the names of checkpoints that are copied begin
 LOOK_EVERY = 5.0  # seconds between two looks at the run's folder
 FETCH_TRIES = 4  # how often a checkpoint may be replaced while it is fetched
+STOP_SECONDS = 10.0  # for records of a run that is asked to stop, which is killed soon
 COPY_BLOCK = 1 << 20
 
 
@@ -209,7 +211,8 @@ class Mirror:
         if self.error and self.error != before:
             log.warning("The copy to %s failed and is tried again: %s", self.url, self.error)
         if self._copied and not self.error:
-            self.records.copy(self._is_behind, at_once=is_last)
+            seconds = STOP_SECONDS if stop_state.agreed else math.inf
+            self.records.copy(self._is_behind, is_last, seconds)
 
     def _paths(self) -> dict[str, Path]:
         """The checkpoints in the run's folder that are copied, by their names."""

@@ -6,6 +6,7 @@ is new or changed is copied, now and then. They are there to be looked at, also 
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,12 +37,15 @@ class RecordCopies:
         self._begun = -RECORDS_EVERY
         self._warned = False
 
-    def copy(self, is_behind: Callable[[], bool], at_once: bool = False) -> None:
+    def copy(
+        self, is_behind: Callable[[], bool], at_once: bool = False, seconds: float = math.inf
+    ) -> None:
         """Copy what is new. What fails is a warning, and is tried again at a later call.
 
         Args:
             is_behind: whether there is a checkpoint to be copied, which comes first.
             at_once: also if the last copy was a moment ago.
+            seconds: after which no further file is begun.
         """
         if not at_once and time.monotonic() - self._begun < RECORDS_EVERY:
             return
@@ -50,7 +54,7 @@ class RecordCopies:
             if self._sizes is None:
                 self._sizes = sizes_below(self.url)
             for path in self._files():
-                if is_behind():
+                if is_behind() or time.monotonic() - self._begun >= seconds:
                     self._begun = -RECORDS_EVERY
                     return
                 self._copy_file(path, self._sizes)
