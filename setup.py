@@ -39,6 +39,8 @@ REQUIREMENTS = [
     "resvg-py>=0.2",
 ]
 
+# From this version on an object can be created only where there is none, which leases need.
+BUCKETS = ["s3fs>=2024.12", "gcsfs>=2024.12"]
 FONTS = ["manimgx-fonts", "manimgx-fonts-cjk"]
 # Of a Pillow that Gradio 6 refuses, pip would fetch Gradio 3 without this bound.
 WEB = ["gradio>=6", "fastapi>=0.115", "uvicorn>=0.30", "fastapi-offline>=1.7"]
@@ -73,8 +75,8 @@ setup(
             "peft>=0.15",
             "pyarrow>=14",
             "opencv-python-headless>=4.8",
+            *BUCKETS,
             # an S3 server on this machine; all of moto[server] would be 30 packages more
-            "s3fs",
             "moto[s3]>=5",
             "flask",
             "flask-cors",
@@ -86,7 +88,7 @@ setup(
         "web": WEB,
         "lora": ["peft>=0.15"],  # fine-tuning by low-rank adapters
         # buckets as `s3://`, `gs://` and `hf://`
-        "remote": ["s3fs", "gcsfs", "huggingface_hub"],
+        "remote": [*BUCKETS, "huggingface_hub"],
         # Noto, for captions of other scripts than Latin, Greek, Cyrillic, Hebrew and Arabic
         "fonts": FONTS,
         "dev": ["ruff", "mypy", "codespell", "pre-commit"],

@@ -13,6 +13,7 @@ import unclip_pl.utils.torchvision  # noqa: F401
 import pytest
 import torch
 
+from tests.bucketkit import bucket, gs, hf  # noqa: F401  fixtures
 from tests.remotekit import faults, s3_server  # noqa: F401  fixtures
 
 ROOT = Path(__file__).resolve().parent.parent

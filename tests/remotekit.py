@@ -1,5 +1,6 @@
 """A real S3 server on the loopback, behind a proxy that fails on demand."""
 
+import contextlib
 import http.client
 import http.server
 import os
@@ -74,6 +75,15 @@ def _handler(port: int, faults: Faults) -> type[http.server.BaseHTTPRequestHandl
     return Proxy
 
 
+@contextlib.contextmanager
+def failing(port: int, faults: Faults) -> Iterator[str]:
+    """The URL of a proxy before a server on the loopback, with these faults."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(port, faults)) as proxy:
+        threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{proxy.server_port}"
+        proxy.shutdown()
+
+
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[Faults]:
     """A bucket named `BUCKET`; the environment leads s3fs to it, in child processes too."""
@@ -104,11 +114,9 @@ def _serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
     faults = Faults()
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    handler = _handler(server.get_host_and_port()[1], faults)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    with failing(server.get_host_and_port()[1], faults) as url:
         environment = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
+            "AWS_ENDPOINT_URL": url,
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -124,7 +132,6 @@ def _serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
         s3fs.S3FileSystem().mkdir(BUCKET)
         yield faults
         s3fs.S3FileSystem.clear_instance_cache()
-        proxy.shutdown()
     server.stop()
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from tests.clip.tiny import CAPTIONS, MODEL, PREPROCESS, write_clip
 from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.clip.frozen import CPU_BATCH, FrozenCLIP, resize_and_crop
+from unclip_pl.clip.loading import tokenize_bpe
 
 
 @pytest.mark.parametrize("kind", [CLIP, CustomTextCLIP])
@@ -53,6 +54,14 @@ def test_the_end_token_of_eos_pooling_need_not_be_the_highest(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(got.embed, clip.model.encode_text(tokens))
     assert got.mask.sum(-1).tolist() == [3, 5]
+
+
+def test_a_caption_cannot_hold_marks_of_the_tokenizer(clip):
+    for mark in ("<end_of_text>", "<START_of_text>", "&lt;end_of_text&gt;"):
+        caption = [f"a cat {mark} on a mat"]
+        for tokens in (clip.tokenize(caption)[0], tokenize_bpe(caption, 16)[0]):
+            used = tokens[: int(tokens.argmax()) + 1].tolist()
+            assert used.count(49406) == used.count(49407) == 1 and len(used) > 8
 
 
 def test_states_up_to_the_end_token_do_not_depend_on_the_padding(clip):

@@ -4,6 +4,7 @@ embedding job."""
 import json
 import pickle
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -294,3 +295,21 @@ def test_more_ranks_than_shards_end_the_job_together(tmp_path, tiny_clip):
     ranks = Ranks(tmp_path / "ranks", work, 2)
     assert ranks.wait() == [0, 0], ranks.output()[-3000:]
     assert verify(tmp_path / "store", shards) == []
+
+
+def test_shards_that_are_held_out_and_trained_on_are_named(tmp_path, shards):
+    link = tmp_path / "val.tar"
+    link.symlink_to(shards[3])
+
+    def warnings_of(train, val) -> list[str]:
+        data = data_of(ImageTextData, train, val)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            data.setup("fit")
+        return [str(w.message) for w in caught if "data.train" in str(w.message)]
+
+    assert warnings_of(shards[:3], shards[3:]) == []
+    (held_out,) = warnings_of(shards, [str(link)])
+    assert "1 of the 1 shards of data.val" in held_out and "val.tar" in held_out
+    (twice,) = warnings_of([shards[0], *shards], None)
+    assert "1 of its 4 shards more than once" in twice and shards[0] in twice

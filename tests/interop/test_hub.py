@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import huggingface_hub
 import pytest
 import torch
 
@@ -26,12 +25,8 @@ def small() -> UnCLIP:
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The stand-in, asked instead of the hub; an empty cache."""
-    for offline in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
-        monkeypatch.setattr(huggingface_hub.constants, offline, offline != "HF_HUB_OFFLINE")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "default"))
     with standin.serving() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        standin.lead_to(server.url, tmp_path / "default", monkeypatch)
         yield server
 
 

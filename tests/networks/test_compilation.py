@@ -1,5 +1,7 @@
 """Compiled networks compute what plain ones do, under the same names, in training and sampling."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,7 +9,11 @@ from tests.factories import fill_zeros
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.ar_prior import ARPriorConfig
-from unclip_pl.networks.compilation import compile_blocks
+from unclip_pl.networks.compilation import (
+    compile_blocks,
+    is_whole_library,
+    remove_broken_libraries,
+)
 from unclip_pl.networks.layers import Block
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
 from unclip_pl.networks.text import TextConfig
@@ -17,6 +23,7 @@ from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior, PriorSamplingConfig
 from unclip_pl.stages.upsampler import NET, Upsampler256, UpsamplingConfig
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import file_lock
 
 DIM, LENGTH = 12, 6
 
@@ -105,10 +112,35 @@ def test_compiled_equals_eager(name, backend, device):
     assert all(block._compiled_call_impl is not None for block in blocks)
 
 
-def test_without_a_cpp_compiler_there_is_one_sentence(monkeypatch):
+def test_without_a_cpp_compiler_there_is_one_sentence():
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
-    with pytest.raises(UserError, match="C\\+\\+ compiler") as raised:
+    nothing = config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with nothing, pytest.raises(UserError, match="C\\+\\+ compiler") as raised:
         compile_blocks(diffusion_prior())
     assert "no-such-compiler" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_libraries_that_a_killed_job_left_cut_off_are_removed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("torch._inductor.codecache.cache_dir", lambda: str(tmp_path))
+    content = Path(torch._C.__file__).read_bytes()
+    kinds = {"whole": content, "empty": b"", "short": content[: -(len(content) // 2)]}
+    kinds |= {"zeros": bytes(len(content))}
+    for name, data in kinds.items():
+        (tmp_path / name[:2]).mkdir()
+        (tmp_path / name[:2] / f"c{name}.main.so").write_bytes(data)
+    compile_blocks(diffusion_prior())
+    assert [path.name for path in tmp_path.glob("*/*.so")] == ["cwhole.main.so"]
+    assert caplog.text.count("was cut off") == 3
+
+
+def test_a_library_that_another_process_compiles_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.codecache.cache_dir", lambda: str(tmp_path))
+    library = tmp_path / "ab" / "cab.main.so"
+    library.parent.mkdir()
+    library.touch()
+    with file_lock(tmp_path / "locks" / "cab.lock"):
+        remove_broken_libraries()
+    assert library.exists()
+    remove_broken_libraries()
+    assert not library.exists() and is_whole_library(library)

@@ -42,6 +42,33 @@ def test_release_and_checkpoint_come_whole_through_faults(tmp_path, decoder, fau
         load_pretrained(decoder, url)
 
 
+def test_they_come_whole_from_google_and_the_hub_and_a_newer_one_is_seen(tmp_path, decoder, bucket):
+    release = write_release(tmp_path / "release", decoder, steps=7)
+    checkpoint = write_checkpoint(tmp_path / "newest-step=7.ckpt", decoder)
+    for path, name in {release: "runs/release", checkpoint: "runs/a.ckpt"}.items():
+        url = bucket.put(path, name)
+        bucket.faults.of, bucket.faults.plan = "runs", ["", "503", "", "cut"] * 4
+        there, here = read_weights(url).tensors, read_weights(path).tensors
+        assert {"503", "cut"} <= set(bucket.faults.seen) and there.keys() == here.keys()
+        assert all(torch.equal(there[name], here[name]) for name in here)
+    assert find_checkpoint(f"resume:{url}", tmp_path).read_bytes() == Path(checkpoint).read_bytes()
+    with torch.no_grad():
+        next(decoder.parameters()).zero_()
+    bucket.put(write_checkpoint(tmp_path / "b.ckpt", decoder), "runs/a.ckpt")
+    assert next(iter(load_stage(url, Decoder).parameters())).eq(0).all()
+
+
+def test_a_repository_of_the_hub_is_a_release(tmp_path, decoder, hf):
+    release = write_release(tmp_path / "release", decoder, steps=7)
+    hf.server.repositories["some-org/model"] = {
+        str(path.relative_to(release)): path.read_bytes() for path in Path(release).iterdir()
+    }
+    there = read_weights("hf://some-org/model").tensors
+    assert there.keys() == read_weights(release).tensors.keys()
+    with pytest.raises(UserError, match="hf://some-org/nothing may not be read .*token"):
+        read_weights("hf://some-org/nothing")
+
+
 def test_a_copy_is_fetched_once_for_each_version(tmp_path, decoder, faults):
     path = write_checkpoint(tmp_path / "a.ckpt", decoder)
     url = put(path, "a.ckpt")

@@ -126,6 +126,17 @@ def test_truncated_and_missing_files_are_sentences(tmp_path):
         read_checkpoint(tmp_path / "gone.ckpt")
 
 
+def test_bytes_that_a_disk_changed_are_not_loaded(tmp_path):
+    path, weight = tmp_path / "newest-step=3.ckpt", torch.arange(1000.0)
+    torch.save({"global_step": 3, "state_dict": {"weight": weight}}, path)
+    assert read_checkpoint(path)["state_dict"]["weight"].equal(weight)
+    content = path.read_bytes()
+    place = content.index(weight.numpy().tobytes()) + 800
+    path.write_bytes(content[:place] + bytes(64) + content[place + 64 :])
+    with pytest.raises(UserError, match="not those that were written.*--resume auto"):
+        read_checkpoint(path)
+
+
 def test_the_search_for_the_newest_skips_incomplete_files(tmp_path):
     assert newest_checkpoint(tmp_path) is None
     torch.save({}, tmp_path / "newest-step=5.ckpt")

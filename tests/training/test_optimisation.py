@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch import Callback
 
 from tests.training.toy import Toy, loader, trainer
+from unclip_pl.stages import base
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.settings import as_config, plain
-from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.errors import SharedError, UserError
 
 
 class Watch(Callback):
@@ -34,6 +35,30 @@ def test_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
     assert torch.equal(watch.weights[2], watch.weights[1])
     assert not torch.equal(watch.weights[3], watch.weights[2])
     assert all(torch.isfinite(weight).all() for weight in watch.weights)
+
+
+def test_a_run_of_which_every_step_is_skipped_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "USELESS_STEPS", 10)
+    module = Toy(optimizer=OptimizerConfig(lr=0.1, warmup_steps=2))
+    flaw = SpoilFrom(module, 5)
+    with pytest.raises(SharedError, match="last 10 steps were all skipped"):
+        trainer(tmp_path, flaw, steps=99).fit(module, loader())
+    assert 15 <= module.global_step <= 30
+    often = Toy()  # half of the steps count
+    trainer(tmp_path, steps=40).fit(often, loader(bad=3, size=8))
+    assert often.skipped_steps == 20
+
+
+class SpoilFrom(Callback):
+    """Makes a weight infinite before a step, as a step that was too long does."""
+
+    def __init__(self, module: Toy, step: int):
+        self.module, self.step = module, step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            with torch.no_grad():
+                self.module.net.weight.fill_(torch.inf)
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path):

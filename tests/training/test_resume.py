@@ -1,15 +1,18 @@
 """A resumed run uses its own settings, says so, and leaves other runs as they are."""
 
+import shutil
+
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.factories import tiny_stage
 from tests.training.toy import Toy, command, loader, trainer
 from unclip_pl.cli.lightning import main
 from unclip_pl.cli.lightning_cli import build_cli
-from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
+from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint, step_of
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.settings import settings_of
 from unclip_pl.stages.upsampler import Upsampler256
@@ -122,3 +125,26 @@ def test_validate_takes_the_checkpoints_own_model_unless_told_otherwise(tmp_path
     assert build_cli(look).model.noise == 0.5
     assert main([*look, "--model.noise", "0.2"]) == 1
     assert "model.noise 0.5" in capsys.readouterr().err
+
+
+def test_curves_of_a_run_that_was_killed_do_not_go_back(tmp_path):
+    flags = ["--trainer.log_every_n_steps", "1", "--newest.every_n_train_steps", "3"]
+    assert main(command(tmp_path, *flags, steps=4)) == 0
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "kept")
+    resume = ["--resume", "auto", *flags]
+    assert main(command(tmp_path, *resume, steps=9)) == 0
+    shutil.rmtree(tmp_path / "checkpoints")  # as if it was killed before the next one
+    (tmp_path / "kept").rename(tmp_path / "checkpoints")
+    assert main(command(tmp_path, *resume, steps=7)) == 0
+    curves = EventAccumulator(str(tmp_path)).Reload()
+    steps = [event.step for event in curves.Scalars("train/loss")]
+    assert steps in ([0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 4, 5, 6])
+
+
+def test_max_time_is_that_of_one_start(tmp_path):
+    flags = ["--trainer.max_time", "00:00:00:02", "--trainer.callbacks+=tests.training.toy.Slow"]
+    assert main(command(tmp_path, *flags, steps=1000)) == 0
+    first = step_of(newest_checkpoint(tmp_path))
+    assert 0 < first < 100
+    assert main(command(tmp_path, *flags, "--resume", "auto", steps=1000)) == 0
+    assert step_of(newest_checkpoint(tmp_path)) > first + 5

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import os
+import signal
 from typing import Union
 
 import lightning.pytorch as pl
@@ -9,12 +11,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, ProgressBar
+from torch.utils.data import DataLoader, IterableDataset
 
 from tests.training.toy import command
 from unclip_pl.cli.lightning import expand_resume, main
 from unclip_pl.cli.lightning_cli import build_cli
 from unclip_pl.cluster.checkpoint_io import newest_checkpoint, read_checkpoint
 from unclip_pl.training.progress import Progress
+from unclip_pl.training.trainer import explain_error
 
 OFTEN = ["--trainer.val_check_interval", "2"]
 DATA = ["--data", "tests.training.toy.ToyRowsAndMore"]
@@ -167,3 +171,18 @@ def test_the_users_callbacks_replace_the_default_ones(flags, tmp_path):
     cli = build_cli(command(tmp_path, *flags, steps=1))
     bars = [each for each in cli.trainer.callbacks if isinstance(each, ProgressBar)]
     assert len(bars) == 1 and not isinstance(bars[0], Progress)
+
+
+class Killed(IterableDataset):
+    """Its reader is killed, as the kernel does where memory runs out."""
+
+    def __iter__(self):
+        yield 0
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_reader_that_was_killed_is_one_sentence():
+    with pytest.raises(RuntimeError) as raised:
+        list(DataLoader(Killed(), num_workers=1))
+    sentence = explain_error(raised.value)
+    assert "is gone" in sentence and "--data.loader.num_workers" in sentence

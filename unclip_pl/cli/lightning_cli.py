@@ -24,7 +24,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from unclip_pl.cli.config_checks import check_settings
 from unclip_pl.cli.configs import config_folder
-from unclip_pl.cluster.checkpoint_io import read_settings
+from unclip_pl.cluster.checkpoint_io import read_settings, step_of
 from unclip_pl.cluster.preemption import Preemption
 from unclip_pl.cluster.startup import StartupCheck
 from unclip_pl.cluster.watchdog import Watchdog
@@ -145,7 +145,9 @@ class UnclipCLI(LightningCLI):
         if trainer.get("logger") is None:
             if self.subcommand in (None, "fit"):
                 folder = trainer.default_root_dir or "."
-                kwargs["logger"] = TensorBoardLogger(folder, name="", version="")
+                kwargs["logger"] = TensorBoardLogger(
+                    folder, name="", version="", purge_step=self._first_new_step()
+                )
             else:  # validation has no place in the run's curves
                 kwargs["logger"] = False
         callbacks = trainer.callbacks or []
@@ -158,6 +160,14 @@ class UnclipCLI(LightningCLI):
         if SLURMEnvironment.detect():
             trainer.plugins = [*(trainer.plugins or []), SLURMEnvironment(auto_requeue=False)]
         return cast(Trainer, super().instantiate_trainer(**kwargs))
+
+    def _first_new_step(self) -> int | None:
+        """The step from which the curves of a resumed run replace those of before.
+
+        A run that was killed has logged steps after its last checkpoint.
+        """
+        step = step_of(Path(self._get(self.config, "ckpt_path") or ""))
+        return step + 1 if step >= 0 else None
 
     def instantiate_classes(self) -> None:
         """A ValueError of a stage, DataModule or callback reaches the user as one sentence."""

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from unclip_pl.clip.config import DTYPES, CLIPConfig
 from unclip_pl.clip.fingerprint import Fingerprint, compute_fingerprint
-from unclip_pl.clip.loading import load_model, load_tokenizer
+from unclip_pl.clip.loading import load_model, load_tokenizer, plain_text
 from unclip_pl.clip.text_tower import text_features, text_pooling
 from unclip_pl.utils.precision import supports_dtype
-from unclip_pl.utils.text import repair_text
 from unclip_pl.utils.tokens import caption_mask
 
 CPU_BATCH = 32
@@ -166,7 +165,7 @@ class FrozenCLIP:
         """Captions -> (B, L) int64 on the CPU, by the model's own tokenizer; reads no weights."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.config)
-        return self._tokenizer([repair_text(caption) for caption in captions]).long()
+        return self._tokenizer([plain_text(caption) for caption in captions]).long()
 
     def truncated_text(self, caption: str) -> str:
         """The end of a caption that the tokenizer cuts off because the caption is too long.

@@ -5,6 +5,7 @@ Weights are read as tensors only (`weights_only`). open_clip is imported at the 
 
 import functools
 import importlib
+import re
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,8 @@ from unclip_pl.clip.config import CLIPConfig, folder_of, read_folder_config
 from unclip_pl.clip.text_tower import text_pooling
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.text import repair_text
+
+MARKS = re.compile("(start|end)_of_text", re.IGNORECASE)
 
 
 def import_open_clip() -> ModuleType:
@@ -47,6 +50,14 @@ def load_tokenizer(config: CLIPConfig) -> Any:
         return open_clip.get_tokenizer(name, context_length=config.context_length)
 
 
+def plain_text(caption: str) -> str:
+    """A caption as a tokenizer gets it: valid Unicode, without the names of open_clip's marks.
+
+    A mark such as <end_of_text> in a caption would end it there, without a word.
+    """
+    return MARKS.sub(lambda mark: mark[0].replace("_", " "), repair_text(caption))
+
+
 @functools.cache
 def _bpe_tokenizer() -> Any:
     return import_open_clip().SimpleTokenizer()
@@ -57,7 +68,7 @@ def tokenize_bpe(captions: list[str], length: int) -> Tensor:
 
     The end token has the largest id of all; after it follow zeros.
     """
-    return _bpe_tokenizer()([repair_text(caption) for caption in captions], context_length=length)
+    return _bpe_tokenizer()([plain_text(caption) for caption in captions], context_length=length)
 
 
 def load_model(config: CLIPConfig) -> nn.Module:

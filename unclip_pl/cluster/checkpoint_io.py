@@ -93,6 +93,8 @@ def read_checkpoint(
     try:
         if Path(path).is_dir():
             return read_folder(Path(path), target, all_ranks)
+        if not mmap:
+            _require_undamaged(path)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -103,7 +105,8 @@ def read_checkpoint(
     except (OSError, RuntimeError, EOFError, ValueError, CheckpointException) as error:
         reason = str(error).partition("\n")[0] or "it is cut off"
         raise UserError(
-            f"{path} is no whole checkpoint ({reason}): take an earlier one, or --resume auto."
+            f"{path} is no whole checkpoint ({reason}): take an earlier one, as --resume auto does "
+            "when this one is away."
         ) from error
     if not isinstance(checkpoint, dict):
         raise UserError(
@@ -111,6 +114,21 @@ def read_checkpoint(
             "`lightning fit` wrote."
         )
     return checkpoint
+
+
+def _require_undamaged(path: str | os.PathLike) -> None:
+    """Compare the checksums in a file, which torch writes and does not read.
+
+    Raises:
+        ValueError: a disk or a copy has changed bytes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise ValueError(str(error)) from None
+    if damaged:
+        raise ValueError(f"the bytes of {damaged} are not those that were written")
 
 
 def require_checkpoint(path: Path) -> None:

@@ -4,12 +4,15 @@
 takes them. `val: null` is no validation.
 """
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from unclip_pl.clip.config import CLIPConfig
@@ -19,7 +22,7 @@ from unclip_pl.data.captions import MissingCaptions
 from unclip_pl.data.embedding_loader import EmbeddingLoader, SequentialEmbeddingLoader
 from unclip_pl.data.loader import TrainLoader, ValidationLoader, count_steps_per_epoch
 from unclip_pl.data.loader_config import LoaderConfig
-from unclip_pl.data.names import expand
+from unclip_pl.data.names import expand, is_url
 from unclip_pl.data.openmoji import openmoji_shards
 from unclip_pl.data.reader import SequentialShards, ShuffledShards, Transform
 from unclip_pl.data.shards import count_samples, raw_samples
@@ -43,6 +46,27 @@ def resolve_shards(spec: Spec | None, split: str, image_size: int) -> list[str]:
         folder = openmoji_shards(image_size)
         return sorted(str(path) for path in folder.glob(f"{split}-*.tar"))
     return expand(spec)
+
+
+def warn_of_repeats(train: Sequence[str], val: Sequence[str]) -> None:
+    """Warn of shards that are named twice, or held out and trained on at the same time."""
+    seen = Counter(map(_place, train))
+    twice = [shard for shard in dict.fromkeys(train) if seen[_place(shard)] > 1]
+    if twice:
+        rank_zero_warn(
+            f"data.train names {len(twice)} of its {len(seen)} shards more than once, such as "
+            f"{twice[0]}: their samples come that much more often."
+        )
+    if shared := [shard for shard in val if _place(shard) in seen]:
+        rank_zero_warn(
+            f"{len(shared)} of the {len(val)} shards of data.val are in data.train, too, such as "
+            f"{shared[0]}: there val/loss says nothing of what the model has not seen."
+        )
+
+
+def _place(shard: str) -> str:
+    """One name for all names of a local file."""
+    return shard if is_url(shard) else os.path.realpath(shard)
 
 
 def count_missing_captions(shard: str) -> MissingCaptions:
@@ -95,6 +119,8 @@ class ShardData(LightningDataModule):
         if stage == "fit":
             self._train_loader = None  # a new run
         self._resolve()
+        if stage == "fit":
+            warn_of_repeats(self.train_shards, self.val_shards)
 
     def teardown(self, stage: str) -> None:
         if isinstance(self._train_loader, TrainLoader):

@@ -5,14 +5,20 @@ Blocks of the same shape share the compiled code; the first call of each shape t
 minutes. Transformer blocks are compiled for changing lengths, U-Net blocks for each shape.
 """
 
+import logging
+import struct
+import sys
 import warnings
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from unclip_pl.networks.layers import Block
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.files import LockTimeout, file_lock
 
+log = logging.getLogger(__name__)
 MAX_VARIANTS = 256
 """Compiled versions per block class: a U-Net has up to 30 shapes, with and without gradients."""
 
@@ -34,8 +40,10 @@ def compile_blocks(
         UserError: inductor on a CPU, and there is no C++ compiler.
     """
     blocks = [block for block in module.modules() if isinstance(block, Block)]
-    if backend == "inductor" and torch.device(device).type == "cpu":
-        require_cpp_compiler()
+    if backend == "inductor":
+        remove_broken_libraries()
+        if torch.device(device).type == "cpu":
+            require_cpp_compiler()
     # A note for selective checkpointing on what torch does by design.
     warnings.filterwarnings(
         "ignore", "Detected that context_fn is passed to torch.utils.checkpoint"
@@ -60,3 +68,43 @@ def require_cpp_compiler() -> None:
             f"compile needs a C++ compiler, and none was found ({names}): install g++, set CXX to "
             "one, or leave compile out."
         ) from None
+
+
+def remove_broken_libraries() -> None:
+    """Remove from torch's cache the libraries that killed compilers left there.
+
+    torch takes any file of the right name for a whole one, and each later start would fail at it.
+    """
+    from torch._inductor.codecache import cache_dir, get_lock_dir
+
+    for path in Path(cache_dir()).glob("*/*.so"):
+        if is_whole_library(path):
+            continue
+        lock = Path(get_lock_dir()) / f"{path.name.partition('.')[0]}.lock"
+        try:
+            with file_lock(lock, timeout=0):
+                if not is_whole_library(path):
+                    path.unlink(missing_ok=True)
+                    log.warning("%s was cut off when a job was killed: compiling again.", path)
+        except LockTimeout:  # another process is compiling it
+            pass
+
+
+def is_whole_library(path: Path) -> bool:
+    """Whether a shared library, of ELF with 64 bits on Linux, is there up to its last table.
+
+    One that is gone is not broken.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(64)
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return True
+    if sys.platform != "linux":
+        return size > 0
+    if len(header) < 64 or not header.startswith(b"\x7fELF"):
+        return False
+    (start,) = struct.unpack_from("<Q", header, 40)
+    width, count = struct.unpack_from("<HH", header, 58)
+    return 0 < start + width * count <= size

@@ -26,7 +26,7 @@ from unclip_pl.diffusion.watch import watched
 from unclip_pl.networks.compilation import compile_blocks
 from unclip_pl.networks.renamed import rename
 from unclip_pl.stages.optimization import OptimizerConfig, build_optimizer, state_bytes
-from unclip_pl.stages.resume import keep_patience, use_own_settings
+from unclip_pl.stages.resume import keep_own_limits, use_own_settings
 from unclip_pl.stages.settings import (
     as_config,
     as_configs,
@@ -35,9 +35,11 @@ from unclip_pl.stages.settings import (
     require_same_model,
     settings_of,
 )
-from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.errors import SharedError, UserError
 
 __all__ = ["OptimizerConfig", "Stage"]
+USELESS_STEPS = 100
+"""After so many skipped steps in a row a run ends."""
 
 
 class Stage(LightningModule):
@@ -73,6 +75,8 @@ class Stage(LightningModule):
     """Values of settings that older weights do not name, where they are not today's defaults."""
     scalars: tuple[str, ...] | None = None
     """The scalars that `loss` returns; None: not known, so that monitors cannot be checked."""
+    _looked_at: tuple[int, int] | None = None
+    """A step of this run, and how many had been skipped before it."""
     _resumed: bool = False
     """A checkpoint was loaded, and training has not begun yet."""
 
@@ -153,6 +157,9 @@ class Stage(LightningModule):
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) * 1_000_003 + self.global_step
         seed = seed * 65_537 + batch_idx * 8_191 + self.global_rank
         torch.manual_seed(seed % 2**64)  # the largest that torch takes
+        if self._trainer is not None:
+            # Where the curves go on. Lightning's count is one too high after the end of a run.
+            self._trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
 
     def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
         losses = self.loss(batch)
@@ -226,6 +233,26 @@ class Stage(LightningModule):
         optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.skipped_steps += bad
         self.log_dict({"train/grad_norm": norm, "train/skipped_steps": self.skipped_steps.float()})
+        self._require_progress()
+
+    def _require_progress(self) -> None:
+        """Look every so often, for it waits for the device, whether any step was of use.
+
+        Raises:
+            SharedError: none was.
+        """
+        if self._looked_at is None:
+            self._looked_at = self.global_step, int(self.skipped_steps)
+        step, skipped = self._looked_at
+        if self.global_step - step < USELESS_STEPS:
+            return
+        self._looked_at = self.global_step, int(self.skipped_steps)
+        if self._looked_at[1] - skipped >= USELESS_STEPS:
+            raise SharedError(
+                f"The last {USELESS_STEPS} steps were all skipped, for their gradients were not "
+                "finite: go on from an earlier checkpoint, such as the best one, with --init and a "
+                "lower --model.optimizer.lr."
+            )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["stage"] = self.stage_name
@@ -276,5 +303,5 @@ class Stage(LightningModule):
                 f"model.{key} {ours} (it was {theirs})" for key, (theirs, ours) in different.items()
             )
             rank_zero_info(f"Going on with other settings than the checkpoint's: {changed}.")
-        keep_patience(self.trainer, checkpoint)
+        keep_own_limits(self.trainer, checkpoint)
         self._resumed = True

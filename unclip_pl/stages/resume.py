@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -31,9 +31,15 @@ def use_own_settings(
     scheduler._last_lr = rates
 
 
-def keep_patience(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Keep this run's patience in EarlyStopping, which would take the checkpoint's."""
+def keep_own_limits(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let this run's limits of patience and of time hold, and not those of the checkpoint.
+
+    Lightning would count the time of all starts together: of a job that `max_time` has ended, the
+    next one would end before its first step.
+    """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set outside of the class
         state = checkpoint.get("callbacks", {}).get(callback.state_key)
         if isinstance(callback, EarlyStopping) and state:
             state["patience"] = callback.patience
+        if isinstance(callback, Timer) and state:
+            del checkpoint["callbacks"][callback.state_key]

@@ -4,6 +4,7 @@
     .lease            who writes here now
     newest-step=N.ckpt, best-step=N.ckpt
                       objects, or folders of shards
+    records/          what the run shows of itself; see `mirror_records`
 
 A checkpoint is named in mirror.json when all of it is here. The one that it replaces is removed
 after that. Training goes on meanwhile; what fails is named, and tried again.
@@ -12,6 +13,7 @@ after that. Training goes on meanwhile; what fails is named, and tried again.
 import contextlib
 import json
 import logging
+import math
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from unclip_pl.cluster.checkpoint_io import (
     step_of,
     unsharded_file,
 )
+from unclip_pl.training.mirror_records import RecordCopies
 from unclip_pl.utils.errors import SharedError, UserError
 from unclip_pl.utils.files import atomic_file, atomic_folder, file_lock
 from unclip_pl.utils.remote import (
@@ -42,6 +45,7 @@ MANIFEST = "mirror.json"
 KINDS = ("newest-", "best-")  # how the names of checkpoints that are copied begin
 LOOK_EVERY = 5.0  # seconds between two looks at the run's folder
 FETCH_TRIES = 4  # how often a checkpoint may be replaced while it is fetched
+STOP_SECONDS = 10.0  # for records of a run that is asked to stop, which is killed soon
 COPY_BLOCK = 1 << 20
 
 
@@ -57,6 +61,7 @@ class Mirror:
         require_writable(url)
         self.url, self.folder = url.rstrip("/"), folder
         self.lease = Lease(f"{self.url}/.lease")
+        self.records = RecordCopies(self.url, folder, self.lease.require)
         self.error: str | None = None
         """Why the last attempt to copy failed."""
         self._copied: dict[str, tuple[int, int]] = {}  # the checkpoints that are there
@@ -186,8 +191,12 @@ class Mirror:
     def _write(self, manifest: dict[str, Any]) -> None:
         upload(f"{self.url}/{MANIFEST}", (json.dumps(manifest, indent=1) + "\n").encode())
 
-    def copy(self) -> None:
-        """Bring what is here to the state of the run's folder; `error` says why it failed."""
+    def copy(self, is_last: bool = False) -> None:
+        """Bring what is here to the state of the run's folder; `error` says why it failed.
+
+        Records follow when checkpoints are here, for without one this place belongs to no run.
+        Their loss is no error.
+        """
         if self.lease.is_lost:
             self.error = f"Another run writes to {self.url} now"
             return
@@ -201,15 +210,25 @@ class Mirror:
             self.error = str(error)
         if self.error and self.error != before:
             log.warning("The copy to %s failed and is tried again: %s", self.url, self.error)
+        if self._copied and not self.error:
+            seconds = STOP_SECONDS if stop_state.agreed else math.inf
+            self.records.copy(self._is_behind, is_last, seconds)
 
     def _paths(self) -> dict[str, Path]:
         """The checkpoints in the run's folder that are copied, by their names."""
         found = [newest_checkpoint(self.folder, prefix) for prefix in KINDS]
         return {path.name: path for path in found if path}
 
+    def _is_behind(self) -> bool:
+        """Whether there are other checkpoints than those that are here."""
+        try:
+            return stamps_of(self._paths()) != self._copied
+        except FileNotFoundError:  # one is replaced at this moment
+            return True
+
     def _copy(self) -> None:
         paths = self._paths()
-        stamps = {name: stamp_of(path) for name, path in paths.items()}
+        stamps = stamps_of(paths)
         if stamps == self._copied:
             return
         self.lease.require()
@@ -267,6 +286,11 @@ def stamp_of(path: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
+def stamps_of(paths: dict[str, Path]) -> dict[str, tuple[int, int]]:
+    """What changes when one of several checkpoints is written again."""
+    return {name: stamp_of(path) for name, path in paths.items()}
+
+
 def is_replaced(name: str, paths: dict[str, Path]) -> bool:
     """Whether there is not this checkpoint but another of its kind."""
     kind = name.partition("-")[0]
@@ -296,7 +320,7 @@ def mirrored(mirror: Mirror | None, is_writer: bool) -> Iterator[None]:
             with repeated(mirror.copy, LOOK_EVERY):
                 yield
         finally:
-            mirror.copy()
+            mirror.copy(is_last=True)
             if mirror.error:
                 log.error(
                     "%s lacks checkpoints of this run (%s). They are whole in %s: go on with "

@@ -1,5 +1,6 @@
 """Lightning's trainer with checks of its options."""
 
+import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -133,6 +134,13 @@ def explain_error(error: Exception) -> str | None:
             f"{error.filename or 'A file of this run'} cannot be opened or written "
             f"({DISK_ERRORS[error.errno]}): free space or choose another "
             "--trainer.default_root_dir."
+        )
+    if killed := re.search(
+        r"DataLoader worker .*(killed by signal: \w+|exited unexpectedly)", str(error)
+    ):
+        return (
+            f"A process that reads the data is gone ({killed[1]}), mostly for lack of memory: give "
+            "fewer --data.loader.num_workers, and go on with --resume auto."
         )
     message = " ".join(str(error).replace("Timer(duration=", "Trainer(max_time=").split())
     is_about_options = message.startswith(

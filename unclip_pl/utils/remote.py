@@ -19,6 +19,14 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.remote_errors import (
+    first_line,
+    is_hidden,
+    is_refusal,
+    may_pass,
+    refusal,
+    status_of,
+)
 
 log = logging.getLogger(__name__)
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -37,6 +45,7 @@ TRIES = 6
 FIRST_WAIT = 0.5  # seconds; doubled before each further try
 PATIENCE = 300.0  # seconds after which there is no further try
 BLOCK = 8 << 20  # bytes that are asked for at a time
+LISTING_AGE = 60.0  # seconds for which a listing of the hub serves again
 VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "oid", "Content-MD5", "Last-Modified", "mtime")
 """What file systems call a name of an object's contents, the best one first."""
 Result = TypeVar("Result")
@@ -117,7 +126,9 @@ def list_folder(url: str) -> list[str]:
     def entries(files: Any) -> Any:
         try:
             return files.ls(url.rstrip("/"), detail=True)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if is_hidden(error):
+                raise
             return []
 
     found = _visible(url, entries)
@@ -127,9 +138,24 @@ def list_folder(url: str) -> list[str]:
 def find_below(url: str) -> dict[str, str]:
     """The URLs of all objects in a folder and the folders in it, by their place in the folder."""
     files = _file_system(url)
-    found = _try(url, lambda: files.find(url))
+    return {part: files.unstrip_protocol(info["name"]) for part, info in _below(url).items()}
+
+
+def sizes_below(url: str) -> dict[str, int]:
+    """The sizes in bytes of all objects in a folder, by their place in the folder."""
+    return {part: info["size"] for part, info in _below(url).items()}
+
+
+def _below(url: str) -> dict[str, dict[str, Any]]:
+    files = _file_system(url)
+    found = _try(url, lambda: files.find(url, detail=True))
     root = files._strip_protocol(url).rstrip("/") + "/"
-    return {name.removeprefix(root): files.unstrip_protocol(name) for name in sorted(found)}
+    return {name.removeprefix(root): found[name] for name in sorted(found)}
+
+
+def forget_listings(url: str) -> None:
+    """Let the next look at objects of this server show what is there now."""
+    _file_system(url).invalidate_cache()
 
 
 def require_writable(url: str) -> None:
@@ -184,7 +210,7 @@ def create(url: str, content: bytes) -> bool:
         try:
             _file_system(url).pipe_file(url, content, mode="create")
         except Exception as error:
-            statuses = (_status(error), _status(error.__cause__))
+            statuses = (status_of(error), status_of(error.__cause__))
             if not isinstance(error, FileExistsError) and 412 not in statuses:
                 raise
             return False
@@ -238,13 +264,20 @@ def _file_system(url: str) -> Any:
     scheme = str(scheme_of(url))
     try:
         # Another process may write at any time: what was listed before tells nothing
-        return fsspec.url_to_fs(url, use_listings_cache=False)[0]
+        files: Any = fsspec.url_to_fs(url, use_listings_cache=False)[0]
     except ImportError as error:
         package = PACKAGES.get(scheme)
         cure = f"pip install {package}" if package else str(error)
         raise UserError(f"{url} needs a package for {scheme}:// that is missing: {cure}.") from None
     except ValueError as error:
         raise UserError(f"{url} cannot be read ({error}): check the name.") from None
+    if scheme == "hf":
+        # That one keeps all that it listed, for few requests are free
+        now = time.monotonic()
+        if now - getattr(files, "listed_at", now - LISTING_AGE) >= LISTING_AGE:
+            files.invalidate_cache()
+            files.listed_at = now
+    return files
 
 
 def _try(url: str, action: Callable[[], Result]) -> Result:
@@ -257,55 +290,27 @@ def _try(url: str, action: Callable[[], Result]) -> Result:
         except (UserError, FileExistsError, IsADirectoryError, NotImplementedError):
             raise
         except FileNotFoundError as error:
-            if not _may_pass(error.__cause__):
+            if is_hidden(error):
+                raise refusal(url, error) from None
+            if not may_pass(error.__cause__):
                 raise FileNotFoundError(2, "there is no such object", url) from None
             # Not None if it may pass
             cause: Exception = error.__cause__  # type: ignore[assignment]
         except Exception as error:
             cause = error
-            if _is_refusal(error):
-                raise UserError(
-                    f"{url} may not be read or written ({_text(error)}): check the name of the "
-                    "bucket and the credentials, which fsspec takes from the usual places."
-                ) from None
+            if is_refusal(error):
+                raise refusal(url, error) from None
         if tries == TRIES or time.monotonic() - start > PATIENCE:
             raise RemoteError(
-                f"{url} failed {tries} times, the last time with {_text(cause)}: check the server "
-                "and the connection, then run again."
+                f"{url} failed {tries} times, the last time with {first_line(cause)}: check the "
+                "server and the connection, then run again."
             ) from cause
-        log.warning("%s failed (%s) and is tried again in about %.1f s", url, _text(cause), wait)
+        log.warning(
+            "%s failed (%s) and is tried again in about %.1f s", url, first_line(cause), wait
+        )
         # Not the module's own numbers, which follow from the run's seed
         time.sleep(wait * random.SystemRandom().uniform(0.5, 1.5))
         wait, tries = 2 * wait, tries + 1
-
-
-def _may_pass(cause: BaseException | None) -> bool:
-    """Whether an object "is not there" only because the server failed: fsspec says so of HTTP."""
-    if cause is None or isinstance(cause, LookupError):  # of fsspec's own tables of names
-        return False
-    status = _status(cause)
-    return status is None or status >= 500 or status in (408, 429)
-
-
-def _is_refusal(error: Exception) -> bool:
-    if isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
-        return True
-    status = _status(error) or _status(error.__cause__)
-    return status is not None and 400 <= status < 500 and status not in (408, 429)
-
-
-def _status(error: BaseException | None) -> int | None:
-    """The status of a server's answer, which errors of aiohttp and botocore have."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return getattr(error, "status", None)
-
-
-def _text(error: BaseException) -> str:
-    """The first line of an error, or its kind where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 class _Ranges(io.RawIOBase):
@@ -350,7 +355,9 @@ class _Ranges(io.RawIOBase):
         return _file_system(self.url).cat_file(self.url)
 
     def _range(self, start: int, end: int) -> bytes:
-        data = _file_system(self.url).cat_file(self.url, start=start, end=end)
+        # The hub's file system would read 5 MB more each time
+        options = {"cache_type": "none"} if scheme_of(self.url) == "hf" else {}
+        data = _file_system(self.url).cat_file(self.url, start=start, end=end, **options)
         if len(data) == self.size:
             self._content = data
             return data[start:end]

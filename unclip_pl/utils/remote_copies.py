@@ -10,6 +10,7 @@ from unclip_pl.utils.files import atomic_folder, cache_dir, file_lock
 from unclip_pl.utils.remote import (
     RemoteError,
     find_below,
+    forget_listings,
     is_remote,
     open_remote,
     scheme_of,
@@ -43,6 +44,7 @@ def local_path(path: str | os.PathLike) -> Path:
     if not is_remote(path):
         return Path(path)
     url = str(path).rstrip("/")
+    forget_listings(url)
     objects = _objects(url)
     versions = _versions(objects)
     version = hashlib.sha256("\n".join([url, *versions]).encode()).hexdigest()[:16]
@@ -59,6 +61,7 @@ def local_path(path: str | os.PathLike) -> Path:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with open_remote(one) as source, target.open("wb") as file:
                         shutil.copyfileobj(source, file, 1 << 20)
+                forget_listings(url)
                 if _versions(objects) != versions:  # a mixture of old and new parts
                     raise RemoteError(f"{url} was changed while it was read: run again.")
     return copy
