@@ -65,6 +65,7 @@ class Session:
     """
 
     def __init__(self, options: SessionOptions, prior: str | None = None) -> None:
+        from unclip_pl.pipeline.compatibility import require_embeddings
         from unclip_pl.pipeline.unclip import UnCLIP
         from unclip_pl.pipeline.weights import DEFAULT_DECODER
 
@@ -75,6 +76,7 @@ class Session:
             upsamplers=options.upsamplers.paths,
             **options.compute.kwargs(),
         )
+        require_embeddings(self.unclip.decoder)
         self.upsampling = options.upsamplers.sampling(self.unclip.cascade)
         self.size = self.unclip.decoder.net_config.image_size
         self.out = options.out
