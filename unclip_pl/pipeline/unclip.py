@@ -57,7 +57,8 @@ class UnCLIP(Pretrained):
         decoder: the decoder stage.
         prior: a DiffusionPrior or an ARPrior; None: captions are drawn without one, by
             `condition="text"` or "caption".
-        clip: the CLIP of both; by default the one that the decoder's fingerprint names.
+        clip: the CLIP of both; by default the one that the decoder's fingerprint names, or that of
+            the package for a decoder that reads captions only.
         device: where everything runs.
         upsamplers: in the order of their sizes, the first one from the decoder's size.
         offload: keep only the stage that works on the device; the others wait in the CPU's memory.
@@ -66,7 +67,7 @@ class UnCLIP(Pretrained):
 
     Raises:
         UserError: a stage does not say with which CLIP it was trained, or was trained with another
-            one; a prior for a decoder that was trained on text embeddings; an upsampler that does
+            one; a prior for a decoder that takes no image embeddings; an upsampler that does
             not start at the size before it.
     """
 
