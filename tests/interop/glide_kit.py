@@ -75,6 +75,9 @@ def write_tokenizer(folder: Path, n: int, form="hugging face") -> None:
     if form == "hugging face":
         (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
         (folder / "merges.txt").write_text(lines, encoding="utf-8")
+    elif form == "gpt-2":
+        (folder / "encoder.json").write_text(vocabulary, encoding="utf-8")
+        (folder / "vocab.bpe").write_text(lines, encoding="utf-8")
     else:
         (folder / "encoder.json.gz").write_bytes(gzip.compress(vocabulary.encode()))
         (folder / "vocab.bpe.gz").write_bytes(gzip.compress(lines.encode()))

@@ -109,7 +109,7 @@ def test_the_tokenizer_is_part_of_the_release(release, tmp_path):
     assert decoder.text.truncated_text("a red") == ""
 
 
-@pytest.mark.parametrize("form", ["hugging face", "glide"])
+@pytest.mark.parametrize("form", ["hugging face", "glide", "gpt-2"])
 @pytest.mark.parametrize("place", ["beside", "elsewhere"])
 def test_files_and_tokenizers_of_each_form(form, place, release, tmp_path):
     folder, elsewhere = tmp_path / "in", tmp_path / "tokenizer"

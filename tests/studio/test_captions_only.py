@@ -66,6 +66,7 @@ def test_the_page_has_the_tabs_that_are_of_use(engine):
     gradio = pytest.importorskip("gradio", reason='needs the extra "web"')
     from unclip_pl.studio.album import Album
     from unclip_pl.studio.page import page
+    from unclip_pl.studio.restore import Restoring
 
     album = Album()
     try:
@@ -74,3 +75,7 @@ def test_the_page_has_the_tabs_that_are_of_use(engine):
         album.close()
     tabs = [part.label for part in blocks.blocks.values() if isinstance(part, gradio.Tab)]
     assert tabs == ["Create", "Inpaint"]
+    with pytest.raises(UserError, match="with a decoder that draws from embeddings"):
+        Restoring({}).filled({"kind": "vary"})
+    with pytest.raises(UserError, match="with upsamplers"):
+        Restoring({}).filled({"kind": "upsample", "times": 4})

@@ -8,6 +8,7 @@ import torch
 from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.clip.fingerprint import require_same
 from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.networks.long_text import has_own_tokenizer
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.base import Stage
 from unclip_pl.stages.decoder import Decoder
@@ -53,11 +54,11 @@ def require_embeddings(decoder: Decoder) -> None:
 
 def cut_note(decoder: Decoder, clip: FrozenCLIP, caption: str) -> str:
     """A sentence without its full stop on what is not read of a long caption; "": all is read."""
-    if decoder.reads_clip:
-        reader, length, cut = "CLIP", clip.context_length, clip.truncated_text(caption)
-    else:
+    if has_own_tokenizer(decoder.text_config):
         reader, length = "the decoder", decoder.text_config.context_length
         cut = decoder.text.truncated_text(caption)
+    else:
+        reader, length, cut = "CLIP", clip.context_length, clip.truncated_text(caption)
     if not cut:
         return ""
     return f'"{caption[:40]}..." is longer than {reader} reads ({length} tokens), cut: "{cut}"'

@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer (Radford et al. 2019) as GLIDE uses it, from its list of merges alone.
+"""GPT-2's tokenizer (Radford et al. 2019) as GLIDE uses it, from only its list of merges.
 
 The ids 0 to 255 are the bytes, the printable ones first. Merge k joins two tokens to the token
 256 + k. The last id, GPT-2's <|endoftext|>, fills captions up and never comes out of a text.

@@ -58,7 +58,7 @@ def glide_card(weights: Path) -> str:
         weights,
         "decoder",
         "glide",
-        "Draws a picture of 64 x 64 from a caption alone: 100 steps of DDPM, guidance 3.",
+        "Draws a picture of 64 x 64 from a caption only: 100 steps of DDPM, guidance 3.",
         "GLIDE (filtered), base model (OpenAI, https://github.com/openai/glide-text2im), or "
         "weights of its shape",
         "Its authors published it for research, and do not recommend it for commercial use.",
