@@ -21,6 +21,7 @@ REQUIREMENTS = [
     "torchmetrics>=1.9",
     "clean-fid>=0.1.35",  # Inception and the resizing before it
     "open_clip_torch>=3.3,<4",  # forward_intermediates and the layout of `local-dir:` folders
+    "regex",  # the letters and digits of GPT-2's tokenizer, in all scripts
     "webdataset>=1.0",
     "braceexpand",
     "torchdata>=0.11",

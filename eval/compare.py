@@ -95,6 +95,11 @@ def load_conditions(
     captions: Sequence[Caption],
 ) -> tuple[list[Conditioning], list[str]]:
     """The conditions in the paper's order, and a sentence for each that is left out."""
+    if model.unclip.decoder.condition == "none":
+        raise UserError(
+            f"The decoder {model.decoder} reads captions only, and these conditions differ in its "
+            "embedding: give --decoder one trained on images."
+        )
     if model.unclip.decoder.condition != "image":
         raise UserError(
             f"The decoder {model.decoder} was trained on text embeddings: give it as "
@@ -186,8 +191,8 @@ def load_text_decoder(path: str, options: RunOptions, model: Model) -> Model:
     other = Model.of(options, path, upsamplers=model.upsamplers)
     if other.unclip.decoder.condition != "text":
         raise UserError(
-            f"The decoder {other.decoder} was trained on image embeddings: give --text-decoder one "
-            "of stages/decoder_text.yaml."
+            f"The decoder {other.decoder} was not trained on text embeddings: give --text-decoder "
+            "one of stages/decoder_text.yaml."
         )
     fingerprint = model.unclip.decoder.clip_fingerprint or {}
     require_same(fingerprint, other.unclip.clip.fingerprint(), "The decoder")

@@ -78,8 +78,10 @@ class EvaluatorOptions(FeatureOptions):
 
     score_clip: ScoreClip = None
 
-    def load(self, captions: str, fingerprint: Fingerprint, options: RunOptions) -> "Evaluator":
-        """The networks for what is drawn for `captions` from embeddings of a CLIP."""
+    def load(
+        self, captions: str, fingerprint: Fingerprint | None, options: RunOptions
+    ) -> "Evaluator":
+        """The networks for what is drawn for `captions`, from embeddings of a CLIP or of none."""
         return Evaluator(
             choose_features(self.features, captions),
             choose_score_clip(self.score_clip, fingerprint),
@@ -216,7 +218,7 @@ class Evaluator:
         if features != clip:
             self.network = load_features(features, device, precision)
 
-    def shared_clip_warnings(self, conditioning: Fingerprint) -> list[str]:
+    def shared_clip_warnings(self, conditioning: Fingerprint | None) -> list[str]:
         """`shared_clip_warnings` of both networks."""
         return shared_clip_warnings(conditioning, self.network.fingerprint, self.scores.fingerprint)
 

@@ -81,8 +81,8 @@ class SourceOptions(GenerationOptions):
             in the package
         samples: folder for the images that are drawn; by default one in the cache
         max_bad_rate: largest share of images that may be unreadable
-        condition: what the decoder has for an image embedding; by default the prior's, or the
-            text's for a decoder that was trained on text embeddings
+        condition: what the decoder has for an image embedding; by default the prior's, or what
+            the decoder was trained on (text embeddings, captions only)
         prior: "diffusion" (the default) or "ar", those in the package; or a checkpoint or release
     """
 
@@ -165,7 +165,7 @@ def _generated(source: SourceOptions, decoder: str, options: RunOptions) -> Gene
         model.settings["decoder"]["name"],
         rank=rank(),
         world_size=world_size(),
-        clip=unclip.clip,
+        clip=unclip.clip if unclip.decoder.reads_clip else None,
         size=model.size,
         stages=unclip.stages,
     )
@@ -183,8 +183,13 @@ def drawn_settings(source: ImageSource) -> dict[str, Any] | None:
 
 
 def default_condition(decoder: str) -> Condition:
-    """What a decoder was trained on: "text", or image embeddings, for which a prior stands in."""
+    """What a decoder was trained on: image embeddings, for which a prior stands in, or "text".
+
+    It is "caption" for a decoder that reads nothing else.
+    """
     trained_on = read_weights(locate("decoder", decoder)).hyper_parameters.get("condition")
+    if trained_on == "none":
+        return "caption"
     return "text" if trained_on == "text" else "prior"
 
 
@@ -267,6 +272,11 @@ class Model:
             precision=self.precision,
             compile=self.compile,
         )
+
+    @property
+    def conditioning_clip(self) -> Fingerprint | None:
+        """The fingerprint of the CLIP that conditions the decoder; None: it sees none."""
+        return self.unclip.clip.fingerprint() if self.unclip.decoder.reads_clip else None
 
     @property
     def size(self) -> int:

@@ -138,8 +138,8 @@ def run(
         decoder: a checkpoint or release; "openmoji": the package's
         prior: "diffusion" (the default) or "ar", those in the package; or a checkpoint or release
         condition: what the decoder has for an image embedding; image: that of the caption's
-            picture; by default the prior's, or the text's for a decoder that was trained on text
-            embeddings
+            picture; by default the prior's, or what the decoder was trained on (text embeddings,
+            captions only)
         drawing: what is drawn and how
         real: which images are the real ones
         sweep: what is swept
@@ -158,9 +158,8 @@ def run(
     stage = model.unclip.decoder
     curves = build_curves(sweep, drawing.sampling, stage)
     inputs = load_condition(condition, drawing, captions, model, options.seed)
-    conditioning_clip = model.unclip.clip.fingerprint()
-    evaluator = evaluation.load(drawing.captions, conditioning_clip, options)
-    notes = evaluator.shared_clip_warnings(conditioning_clip)
+    evaluator = evaluation.load(drawing.captions, model.conditioning_clip, options)
+    notes = evaluator.shared_clip_warnings(model.conditioning_clip)
     text, reference = evaluator.embed_captions(captions), images.features(evaluator, captions)
     all_real = gather_ranks(reference, options.device).features
     key, count = evaluator.network.frechet, len(all_real)

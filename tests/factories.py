@@ -16,6 +16,7 @@ from unclip_pl.pipeline import release
 from unclip_pl.pipeline.release import Release
 from unclip_pl.stages import ar_prior, decoder, diffusion_prior, upsampler
 from unclip_pl.stages.base import OptimizerConfig, Stage
+from unclip_pl.utils.byte_pairs import ID_OF_BYTE
 
 STAGES = ("decoder", "diffusion_prior", "ar_prior", "upsampler")
 EMBED, STATES, TOKENS = 16, 24, 7
@@ -144,6 +145,47 @@ def package_decoder(seed: int = 0, **arguments) -> decoder.Decoder:
     stage = decoder.Decoder(**defaults | arguments)
     fill_zeros(stage.net)
     stage.clip_fingerprint = FrozenCLIP().fingerprint()
+    return stage.eval()
+
+
+def captions_decoder() -> decoder.Decoder:
+    """A decoder of 16 pixels that reads captions only, by a tokenizer of its own, without a CLIP.
+
+    It joins "ap", "app" and "le"; its caption has 8 positions.
+    """
+    torch.manual_seed(0)
+    net = UNetConfig(
+        image_size=16,
+        width=32,
+        mults=(1,),
+        depth=1,
+        attention=(16,),
+        head_width=32,
+        dropout=0.0,
+        context_width=16,
+    )
+    text = TextConfig(
+        "transformer",
+        vocab_size=260,
+        context_length=8,
+        width=16,
+        depth=1,
+        heads=2,
+        tokenizer="gpt2",
+    )
+    stage = decoder.Decoder(
+        net,
+        text,
+        cond_dropout=decoder.CondDropoutConfig(text=0.2),
+        sampling=decoder.DecoderSamplingConfig("ddim", steps=2, guidance_scale=2.0),
+        normalizer="none",
+        condition="none",
+    )
+    fill_zeros(stage)
+    a, p, le = ID_OF_BYTE[ord("a")], ID_OF_BYTE[ord("p")], [ID_OF_BYTE[b] for b in b"le"]
+    state = stage.state_dict()
+    state["text.encoder.merges"] = torch.tensor([[a, p], [256, p], le], dtype=torch.int32)
+    stage.load_state_dict(state)
     return stage.eval()
 
 

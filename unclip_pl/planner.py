@@ -28,6 +28,7 @@ from unclip_pl.clip.config import DTYPES, CLIPConfig
 from unclip_pl.clip.loading import clip_architecture
 from unclip_pl.networks.checkpointing import Checkpointing, apply_checkpointing
 from unclip_pl.networks.layers import Block
+from unclip_pl.networks.long_text import has_own_tokenizer
 
 GB = 1e9
 Strategy = Literal["ddp", "fsdp"]
@@ -168,7 +169,8 @@ def example_batch(stage: Any, crop: int | None = None) -> dict[str, Any]:
                 "text_embed": torch.zeros(1, net.embed_dim),
             }
         if text is not None and text.kind != "none":
-            batch["tokens"] = torch.zeros(1, text.context_length, dtype=torch.int64)
+            own = "text_tokens" if has_own_tokenizer(text) else "tokens"
+            batch[own] = torch.zeros(1, text.context_length, dtype=torch.int64)
             if text.kind == "states":
                 batch["text_states"] = torch.zeros(1, text.context_length, text.states_width)
     return batch

@@ -8,9 +8,10 @@ import torch
 
 from eval import clip_score
 from eval.captions import read_captions
-from eval.source import describe_weights, open_source
+from eval.source import conditioning_clip, describe_weights, open_source
 from eval.stored import ImageSource
 from tests.eval import tiny
+from tests.factories import captions_decoder, write_release
 from unclip_pl.pipeline.locate import DEFAULT_PRIORS
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.utils.errors import UserError
@@ -65,6 +66,19 @@ def test_a_decoder_on_text_embeddings_is_conditioned_on_them_by_default(tmp_path
     decoder = tiny.decoder(tmp_path / "text", "text")
     source = open_images("--decoder", str(decoder), "--captions", str(shard))
     assert source.settings["condition"] == "text" and source.settings["prior"] is None
+
+
+def test_a_decoder_of_captions_only_draws_from_them_by_default_and_sees_no_clip(tmp_path, shard):
+    release = write_release(tmp_path / "captions", captions_decoder())
+    source = open_images("--decoder", str(release), "--captions", str(shard))
+    assert source.settings["condition"] == "caption" and source.settings["prior"] is None
+    assert conditioning_clip(source) is None
+    images = torch.cat([batch["images"] for batch in source.batches(8)])
+    captions = [caption.text for caption in read_captions(str(shard))]
+    expected = UnCLIP.load(release).generate(captions, range(7, 13), "caption")
+    assert torch.equal(images, to_uint8(expected))
+    with pytest.raises(UserError, match="no use for a prior"):
+        open_images("--decoder", str(release), "--captions", str(shard), "--condition", "prior")
 
 
 def test_a_folder_of_images_needs_no_model(shard):

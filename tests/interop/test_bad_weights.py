@@ -10,19 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.interop import kit, originals
+from tests.interop.broken import Touch, cut
 from unclip_pl.cli.unclip import main
 from unclip_pl.clip.config import CONFIG_FILE
 from unclip_pl.pipeline.interop.towers import convert_towers
-
-
-class Touch:
-    """Unpickling it would make a file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.file),)
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +56,6 @@ def refused(folder: Path, capsys, *options: str) -> str:
 def weights(folder: Path) -> Path:
     (file,) = folder.glob("*.safetensors")
     return own_copy(file)
-
-
-def cut(file: Path) -> None:
-    data = file.read_bytes()
-    file.write_bytes(data[: len(data) // 2])
 
 
 @pytest.mark.parametrize("part", ["prior", "decoder", "super_res_last", "text_encoder"])

@@ -182,14 +182,12 @@ def check_start(init: Path | None, strength: float | None) -> None:
 
 
 def warn_of_cut_prompts(unclip: Any, prompts: Sequence[str]) -> None:
-    """A line on stderr for each prompt that is longer than CLIP reads."""
+    """A line on stderr for each prompt that is longer than the model reads."""
+    from unclip_pl.pipeline.compatibility import cut_note
+
     for prompt in prompts:
-        if cut := unclip.clip.truncated_text(prompt):
-            print(
-                f'unclip: "{prompt[:40]}..." is longer than CLIP reads '
-                f'({unclip.clip.context_length} tokens), cut: "{cut}"',
-                file=sys.stderr,
-            )
+        if note := cut_note(unclip.decoder, unclip.clip, prompt):
+            print(f"unclip: {note}", file=sys.stderr)
 
 
 def decode_from_picture(unclip: Any, path: Path, strength: float) -> Callable[..., Any]:

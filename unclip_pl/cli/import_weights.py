@@ -57,6 +57,34 @@ def kandinsky_prior(
     report(import_kandinsky_prior(folder, out, precision))
 
 
+def glide(
+    weights: Path,
+    *,
+    tokenizer: Path | None = None,
+    out: Path,
+    precision: Literal["fp16", "fp32"] = "fp16",
+) -> None:
+    """GLIDE's base model: a decoder of 64 pixels that reads captions only.
+
+    Draw with it by `unclip generate --condition caption`. GLIDE's upsampler and inpainting models
+    are other networks and are not imported.
+
+    Args:
+        weights: base.pt, or a folder with it
+        tokenizer: a folder with vocab.json and merges.txt of GPT-2, or encoder.json.gz and
+            vocab.bpe.gz of GLIDE; by default the folder of the weights
+        out: the new folder
+        precision: of the release; fp32 keeps float32 weights to the bit
+    """
+    require_new(out)
+    require_writable(out.parent)
+    if not weights.exists():
+        raise UserError(f"There is no {weights}: give GLIDE's base.pt, or a folder with it.")
+    from unclip_pl.pipeline.interop.importing import import_glide
+
+    report([import_glide(weights, out, tokenizer, precision)])
+
+
 def check_places(folder: Path, out: Path) -> None:
     """Raise a UserError where there is nothing to read, or nothing can be written."""
     require_new(out)

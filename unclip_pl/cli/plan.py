@@ -221,8 +221,8 @@ def cells(row: "RunEstimate") -> list[str]:
 def build_on_meta(stage: str, overlays: Sequence[str]) -> tuple[Any, Any, int]:
     """The stage on the meta device, its DataModule, and the optimiser steps of its run.
 
-    A YAML of `stages/paper/` is laid over the small stage of the same name. Nothing is read and
-    nothing allocated.
+    A YAML of `stages/paper/`, `karlo/` or `glide/` is laid over the small stage of the same name.
+    Nothing is read and nothing allocated.
 
     Raises:
         UserError: the YAML does not exist, or is not of a stage that can be planned.
@@ -236,7 +236,7 @@ def build_on_meta(stage: str, overlays: Sequence[str]) -> tuple[Any, Any, int]:
     find_config(stage)
     path = Path(stage)
     files = [stage, *overlays]
-    if path.parent.name in ("paper", "karlo"):
+    if path.parent.name in ("paper", "karlo", "glide"):
         files.insert(0, str(path.parent.parent / path.name))
     words = find_configs([word for file in files for word in ("-c", file)])
     for key, value in HERE.items():

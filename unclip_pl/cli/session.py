@@ -74,6 +74,7 @@ class Session:
         options.require_weights(prior)
         self.options, self.out = options, options.output.open()
         placement = options.compute.kwargs()
+        from unclip_pl.pipeline.compatibility import require_embeddings
         from unclip_pl.pipeline.unclip import UnCLIP
 
         self.unclip = UnCLIP.load(
@@ -82,6 +83,7 @@ class Session:
             upsamplers=options.upsamplers.paths,
             **placement,
         )
+        require_embeddings(self.unclip.decoder)
         self.upsampling = options.upsamplers.sampling(self.unclip.cascade)
         self.size = self.unclip.decoder.net_config.image_size
 

@@ -42,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "submit": submit.submit,
     "import karlo": import_weights.karlo,
     "import kandinsky-prior": import_weights.kandinsky_prior,
+    "import glide": import_weights.glide,
     "data openmoji": data.openmoji,
     "data verify": data.verify,
     "data import": data.import_,

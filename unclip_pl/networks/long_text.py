@@ -2,7 +2,8 @@
 
 CLIP's tokenizer cuts a caption at its context length (77). A stage whose text context is longer
 (256 in Table 3) reads the raw caption tokenised once more, `text_tokens` of a batch; z_t and CLIP's
-token states still come from CLIP's own `tokens`.
+token states still come from CLIP's own `tokens`. A stage with a tokenizer of its own (GLIDE's)
+makes `text_tokens` itself.
 """
 
 from collections.abc import Mapping
@@ -17,15 +18,24 @@ OWN_ENCODER = ("transformer", "tokens")
 
 
 def own_length(text: Any, clip_length: int) -> int | None:
-    """How many `text_tokens` a stage reads; None where CLIP's `tokens` fill its context.
+    """How many `text_tokens` the data must give a stage; None: none.
+
+    CLIP's `tokens` fill its context then, or it has a tokenizer of its own.
 
     Args:
         text: the stage's text config, or None.
         clip_length: context length of the CLIP.
     """
-    if text is None or text.kind not in OWN_ENCODER or text.context_length <= clip_length:
+    if text is None or text.kind not in OWN_ENCODER or has_own_tokenizer(text):
+        return None
+    if text.context_length <= clip_length:
         return None
     return text.context_length
+
+
+def has_own_tokenizer(text: Any) -> bool:
+    """Whether a stage with this text config reads no tokens of CLIP's vocabulary."""
+    return getattr(text, "tokenizer", "clip") != "clip"
 
 
 def caption_of(batch: Mapping[str, Any], text: Any) -> dict[str, Tensor | None]:
@@ -37,8 +47,9 @@ def caption_of(batch: Mapping[str, Any], text: Any) -> dict[str, Tensor | None]:
         text: the stage's text config.
     """
     own = batch.get("text_tokens") if text.kind in OWN_ENCODER else None
+    reads_clip = own is None and not has_own_tokenizer(text)
     return {
-        "tokens": batch.get("tokens") if own is None else own,
-        "mask": batch.get("text_mask") if own is None else None,  # up to the end token
+        "tokens": batch.get("tokens") if reads_clip else own,
+        "mask": batch.get("text_mask") if reads_clip else None,  # up to the end token
         "states": batch.get("text_states"),
     }

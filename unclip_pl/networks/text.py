@@ -4,8 +4,9 @@ From CLIP's token states (Karlo) or a trained Transformer (GLIDE). Masks are Tru
 visible; `keep` False drops a caption. A dropped caption never takes a parameter out of the graph.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from unclip_pl.networks.checkpointing import Checkpointing, check_checkpointing
 from unclip_pl.networks.transformer import Transformer
+from unclip_pl.utils.byte_pairs import BYTES, BytePairs
+from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.tokens import caption_mask
 
 
@@ -41,6 +44,9 @@ class TextConfig:
     caption (Karlo). For "transformer" it is always padding (GLIDE)."""
     checkpointing: Checkpointing = "none"
     """transformer: activations computed again in the backward pass ("selective" or "full")."""
+    tokenizer: Literal["clip", "gpt2"] = "clip"
+    """transformer: whose tokens it reads, CLIP's or those of GPT-2 (GLIDE). The merges of "gpt2"
+    are part of the weights and come with them, from `unclip import glide`."""
 
     def __post_init__(self) -> None:
         check_checkpointing(self.checkpointing, "TextConfig")
@@ -63,10 +69,27 @@ class TextConfig:
                 'TextConfig of kind "states" needs states_width: set it to the width of CLIP\'s '
                 "token states."
             )
+        self._check_tokenizer()
         if self.kind == "transformer" and (self.heads < 1 or self.width % self.heads):
             raise ValueError(
                 f"TextConfig.width {self.width} is no multiple of heads {self.heads}: choose heads "
                 "that divide it."
+            )
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer not in ("clip", "gpt2"):
+            raise ValueError(
+                f'TextConfig.tokenizer is "{self.tokenizer}": use "clip" or "gpt2" (GLIDE).'
+            )
+        if self.tokenizer == "gpt2" and self.kind != "transformer":
+            raise ValueError(
+                f'TextConfig.tokenizer "gpt2" is for kind "transformer", and this is "{self.kind}":'
+                ' leave it "clip".'
+            )
+        if self.tokenizer == "gpt2" and self.vocab_size <= len(BYTES) + 1:
+            raise ValueError(
+                f'TextConfig.vocab_size is {self.vocab_size}, and tokenizer "gpt2" has 256 bytes, '
+                "merges and a padding: set it to that of the weights (GLIDE: 50257)."
             )
 
 
@@ -167,11 +190,14 @@ class TransformerText(nn.Module):
     only. All tokens are context: there is no mask.
     """
 
+    merges: Tensor
+    """Of the tokenizer "gpt2": (vocab_size - 257, 2), the ids that each merge joins."""
+
     def __init__(
         self, config: TextConfig, context_width: int, pooled_width: int, embed_dim: int
     ) -> None:
         super().__init__()
-        self.length = config.context_length
+        self.config, self.length = config, config.context_length
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Parameter(torch.randn(self.length, config.width) * 0.01)
         self.padding_embedding = nn.Parameter(torch.randn(self.length, config.width) * 0.01)
@@ -182,6 +208,36 @@ class TransformerText(nn.Module):
         self.proj = nn.Identity() if same else nn.Linear(config.width, context_width)
         self.pooled_proj = nn.Linear(config.width, pooled_width) if pooled_width else None
         nn.init.normal_(self.token_embedding.weight, std=0.02)
+        self._byte_pairs: BytePairs | None = None
+        if config.tokenizer == "gpt2":
+            count = config.vocab_size - len(BYTES) - 1
+            self.merges = nn.Buffer(torch.zeros(count, 2, dtype=torch.int32))
+
+    @property
+    def byte_pairs(self) -> BytePairs:
+        """The tokenizer "gpt2" that is part of the weights.
+
+        Raises:
+            UserError: there is none in them: they were never loaded.
+        """
+        if self._byte_pairs is None:
+            if not bool(self.merges.any()):
+                raise UserError(
+                    'text.tokenizer is "gpt2", whose merges come with weights: start from a '
+                    "release that has them (--init), such as one of `unclip import glide`."
+                )
+            self._byte_pairs = BytePairs(self.merges.tolist())
+        return self._byte_pairs
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._byte_pairs = None  # other merges may have come
+
+    def _mask(self, tokens: Tensor) -> Tensor:
+        """Which tokens are the caption's."""
+        if self.config.tokenizer == "gpt2":
+            return tokens != self.config.vocab_size - 1
+        return caption_mask(tokens)
 
     def forward(
         self,
@@ -200,7 +256,7 @@ class TransformerText(nn.Module):
                 "raise it or tokenize to fewer."
             )
         missing = self.length - tokens.shape[1]
-        mask = caption_mask(tokens) if mask is None else mask
+        mask = self._mask(tokens) if mask is None else mask
         mask = F.pad(mask & keep[:, None], (0, missing))
         x = self.token_embedding(F.pad(tokens, (0, missing))) + self.position_embedding
         x = self.transformer(torch.where(mask[..., None], x, self.padding_embedding))
@@ -240,6 +296,30 @@ class TextContext(nn.Module):
         elif config.kind == "transformer":
             self.encoder = TransformerText(config, *sizes)
 
+    @property
+    def byte_pairs(self) -> BytePairs | None:
+        """The tokenizer of its own; None: it reads CLIP's tokens.
+
+        Raises:
+            UserError: the weights, of which it is a part, were never loaded.
+        """
+        if isinstance(self.encoder, TransformerText) and self.config.tokenizer == "gpt2":
+            return self.encoder.byte_pairs
+        return None
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """B captions -> (B, context_length) int64 on the CPU, by the tokenizer of its own."""
+        if self.byte_pairs is None:
+            raise ValueError("This text reads CLIP's tokens: tokenize with the CLIP.")
+        return self.byte_pairs.tokenize(captions, self.config.context_length)
+
+    def truncated_text(self, caption: str) -> str:
+        """The end of a caption that `tokenize` cuts off, in lower case; "" where all is read."""
+        if self.byte_pairs is None:
+            raise ValueError("This text reads CLIP's tokens: ask the CLIP what it cuts off.")
+        ids = self.byte_pairs.encode(caption)
+        return self.byte_pairs.decode(ids[self.config.context_length :]).strip()
+
     def set_null(self, states: Tensor, text_embed: Tensor) -> None:
         """Store what replaces a dropped caption with `null: empty`; see `StatesText.set_null`."""
         if not isinstance(self.encoder, StatesText) or self.config.null != "empty":
@@ -257,7 +337,7 @@ class TextContext(nn.Module):
         """Encode captions. What the kind needs and is None counts as dropped, except in training.
 
         Args:
-            tokens: (B, L) int64.
+            tokens: (B, L) int64, CLIP's or those of `tokenize`.
             mask: (B, L) bool, True up to and including EOT; None: computed from `tokens`.
             text_embed: (B, D) float, CLIP's text embedding.
             states: (B, L, states_width) float, CLIP's token states.

@@ -8,6 +8,7 @@ import torch
 from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.clip.fingerprint import require_same
 from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.networks.long_text import has_own_tokenizer
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.base import Stage
 from unclip_pl.stages.decoder import Decoder
@@ -27,10 +28,48 @@ def check_same_length(captions: Sequence[str], seeds: Sequence[int]) -> None:
         )
 
 
+def check_prior(decoder: Decoder, prior: Prior | None) -> None:
+    """UserError where there is a prior, and the decoder takes no image embedding."""
+    if prior is None or decoder.condition == "image":
+        return
+    if decoder.condition == "text":
+        raise UserError(
+            "The decoder was trained on text embeddings and has no use for a prior: leave the "
+            'prior out and condition on "text".'
+        )
+    raise UserError(
+        "The decoder reads captions only and has no use for a prior: leave the prior out and draw "
+        'with condition "caption" (unclip generate --condition caption).'
+    )
+
+
+def require_embeddings(decoder: Decoder) -> None:
+    """UserError for a decoder that draws from captions only."""
+    if decoder.condition == "none":
+        raise UserError(
+            "The decoder reads captions only and takes no embedding of a picture or a text: draw "
+            'captions with condition "caption", or use a decoder that was trained on embeddings.'
+        )
+
+
+def cut_note(decoder: Decoder, clip: FrozenCLIP, caption: str) -> str:
+    """A sentence without its full stop on what is not read of a long caption; "": all is read."""
+    if has_own_tokenizer(decoder.text_config):
+        reader, length = "the decoder", decoder.text_config.context_length
+        cut = decoder.text.truncated_text(caption)
+    else:
+        reader, length, cut = "CLIP", clip.context_length, clip.truncated_text(caption)
+    if not cut:
+        return ""
+    return f'"{caption[:40]}..." is longer than {reader} reads ({length} tokens), cut: "{cut}"'
+
+
 def shared_clip(
     decoder: Decoder, prior: Prior | None, clip: FrozenCLIP | None, device: torch.device
 ) -> FrozenCLIP:
     """The CLIP with which both stages were trained, on `device`.
+
+    For a decoder that sees none it is the one in the package, which compares pictures and captions.
 
     Args:
         decoder: its fingerprint says which CLIP it is.
@@ -41,7 +80,9 @@ def shared_clip(
     Raises:
         UserError: a stage does not say which CLIP it is, or was trained with another one.
     """
-    stages: dict[str, Stage] = {"decoder": decoder}
+    stages: dict[str, Stage] = {}
+    if decoder.reads_clip:
+        stages["decoder"] = decoder
     if prior is not None:
         stages["prior"] = prior
     for name, stage in stages.items():
@@ -55,8 +96,7 @@ def shared_clip(
             clip = FrozenCLIP(CLIPConfig.of_fingerprint(fingerprint), device)
         clip.to(device)
         require_same(fingerprint, clip.fingerprint(), f"The {name}")
-    assert clip is not None  # there is a decoder
-    return clip
+    return FrozenCLIP(device=device) if clip is None else clip.to(device)
 
 
 def warn_without_variance(prior: Prior | None) -> None:

@@ -13,11 +13,13 @@ from unclip_pl.clip.loading import tokenize_bpe
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.schedule import Schedule
-from unclip_pl.networks.long_text import own_length
+from unclip_pl.networks.long_text import has_own_tokenizer, own_length
 from unclip_pl.pipeline.cascade import Cascade, check_sizes, source_side
 from unclip_pl.pipeline.compatibility import (
     Prior,
+    check_prior,
     check_same_length,
+    require_embeddings,
     shared_clip,
     warn_without_variance,
 )
@@ -51,7 +53,8 @@ class UnCLIP(Pretrained):
         decoder: the decoder stage.
         prior: a DiffusionPrior or an ARPrior; None: captions are drawn without one, by
             `condition="text"` or "caption".
-        clip: the CLIP of both; by default the one that the decoder's fingerprint names.
+        clip: the CLIP of both; by default the one that the decoder's fingerprint names, or that of
+            the package for a decoder that reads captions only.
         device: where everything runs.
         upsamplers: in the order of their sizes, the first one from the decoder's size.
         offload: keep only the stage that works on the device; the others wait in the CPU's memory.
@@ -60,7 +63,7 @@ class UnCLIP(Pretrained):
 
     Raises:
         UserError: a stage does not say with which CLIP it was trained, or was trained with another
-            one; a prior for a decoder that was trained on text embeddings; an upsampler that does
+            one; a prior for a decoder that takes no image embeddings; an upsampler that does
             not start at the size before it.
     """
 
@@ -74,11 +77,7 @@ class UnCLIP(Pretrained):
         offload: bool = False,
         precision: Precision = "fp32",
     ) -> None:
-        if prior is not None and decoder.condition == "text":
-            raise UserError(
-                "The decoder was trained on text embeddings and has no use for a prior: leave the "
-                'prior out and condition on "text".'
-            )
+        check_prior(decoder, prior)
         self.device = canonical_device(device)
         self.offload = offload
         self.precision = supported_precision(
@@ -186,8 +185,11 @@ class UnCLIP(Pretrained):
     ) -> dict[str, Tensor]:
         """Captions as entries of a batch: `tokens`, `text_mask`, `text_embed`, `text_states`.
 
-        There is also `text_tokens` if `stage` reads longer captions than CLIP.
+        There is also `text_tokens` if `stage` reads longer captions than CLIP, and nothing else if
+        it has a tokenizer of its own.
         """
+        if isinstance(stage, Decoder) and has_own_tokenizer(stage.text_config):
+            return {"text_tokens": stage.text.tokenize(captions).to(self.device)}
         tokens = self.clip.tokenize(list(captions))
         with on_device(self.clip, self.device, self.offload):
             text = self.clip.embed_text(tokens)
@@ -295,6 +297,8 @@ class UnCLIP(Pretrained):
         self, image_embed: Tensor | None, captions: Sequence[str] | None
     ) -> dict[str, Tensor | None]:
         """The decoder's batch: `embed` (B, D) or None for its null, and the captions' entries."""
+        if image_embed is not None:
+            require_embeddings(self.decoder)
         batch: dict = {"embed": None if image_embed is None else image_embed.to(self.device)}
         if captions is None:
             return batch

@@ -19,7 +19,7 @@ from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.training_draws import draw_keep_masks
 from unclip_pl.networks.ar_prior import ARPriorConfig, ARPriorNet
-from unclip_pl.networks.long_text import caption_of
+from unclip_pl.networks.long_text import caption_of, has_own_tokenizer
 from unclip_pl.networks.quantizer import EmbeddingQuantizer
 from unclip_pl.networks.text import TextConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage
@@ -117,6 +117,11 @@ class ARPrior(Stage):
         )
         self.net_config: ARPriorConfig = self.config.net
         self.text_config: TextConfig = self.config.text
+        if has_own_tokenizer(self.text_config):
+            raise ValueError(
+                f'model.text.tokenizer is "{self.text_config.tokenizer}", and an AR prior reads '
+                'the tokens of CLIP: set it to "clip".'
+            )
         self.sampling: ARPriorSamplingConfig = self.config.sampling
         self.cond_dropout = cond_dropout
         self.quantizer = EmbeddingQuantizer(

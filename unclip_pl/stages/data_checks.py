@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unclip_pl.networks.long_text import VOCABULARY, own_length
+from unclip_pl.networks.long_text import VOCABULARY, has_own_tokenizer, own_length
 from unclip_pl.utils.errors import UserError
 
 
@@ -80,9 +80,11 @@ def check_own_tokens(data: Any, text: Any) -> None:
     if needed == data_length:
         return
     if needed is None:
+        reads = f"reads the CLIP's own {clip_length} tokens"
+        if has_own_tokenizer(text):
+            reads = "tokenises captions itself"
         raise UserError(
-            f"data.text_length is {data_length}, and the stage reads the CLIP's own {clip_length} "
-            "tokens: set it to null."
+            f"data.text_length is {data_length}, and the stage {reads}: set it to null."
         )
     raise UserError(
         f"model.text.context_length is {needed}, and the CLIP of the data has captions of "

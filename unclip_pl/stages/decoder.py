@@ -1,6 +1,6 @@
 """The decoder P(x | z_i, y): a 64x64 image from a CLIP image embedding (unCLIP section 2.1).
 
-Its caption is an optional second condition.
+Its caption is an optional second condition, or the only one (GLIDE).
 
 An ADM U-Net. The embedding is added to the timestep embedding and gives four extra context tokens.
 The loss is hybrid, with learned variance.
@@ -22,7 +22,7 @@ from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.diffusion.schedule import Schedule, Spacing
 from unclip_pl.diffusion.training_draws import draw_keep_masks, draw_timesteps_and_noise
 from unclip_pl.networks.embedding import EmbeddingNormalizer
-from unclip_pl.networks.long_text import caption_of
+from unclip_pl.networks.long_text import caption_of, has_own_tokenizer
 from unclip_pl.networks.text import TextConfig, TextContext
 from unclip_pl.networks.unet import UNet, UNetConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage
@@ -79,23 +79,25 @@ class Decoder(Stage):
     Which of them a caption needs depends on `text.kind` (see `TextConfig`).
 
     With `condition: text` the caption's CLIP embedding, `text_embed`, replaces `image_embed` in
-    training and sampling: the paper's baseline without a prior (section 5.1).
+    training and sampling: the paper's baseline without a prior (section 5.1). With `condition:
+    none` the caption is all that it sees (GLIDE); where `text.tokenizer` is its own as well, it has
+    nothing to do with a CLIP and reads `caption`.
 
     Args:
-        net: the U-Net; `embed_dim` must be the CLIP's, `out_channels` 6 where `diffusion` learns
-            the variance, else 3.
+        net: the U-Net; `embed_dim` must be the CLIP's (0 with `condition: none`), `out_channels` 6
+            where `diffusion` learns the variance, else 3.
         text: how the caption becomes context; `kind: none` leaves it out.
         cond_dropout: how often training drops the embedding and the caption.
         normalizer: scale of the embedding as the network sees it: "unit" (norm 0.5375 sqrt(D), the
             paper's 17.2 at D = 1024) or "none".
-        condition: which embedding of CLIP is the condition: "image" or "text".
+        condition: which embedding of CLIP is the condition: "image", "text" or "none".
 
     Raises:
         ValueError: settings that do not fit each other.
     """
 
-    null_embed: Tensor
-    """(D,), replaces a dropped embedding, on the network's scale."""
+    null_embed: Tensor | None
+    """(D,), replaces a dropped embedding, on the network's scale; None with `condition: none`."""
 
     scalars = ("loss", "mse")
 
@@ -108,7 +110,7 @@ class Decoder(Stage):
         sampling: DecoderSamplingConfig = DecoderSamplingConfig(),
         normalizer: Literal["unit", "none"] = "unit",
         optimizer: OptimizerConfig = OptimizerConfig(lr=1.2e-4),
-        condition: Literal["image", "text"] = "image",
+        condition: Literal["image", "text", "none"] = "image",
     ) -> None:
         super().__init__(
             net=net,
@@ -120,9 +122,10 @@ class Decoder(Stage):
             optimizer=optimizer,
             condition=condition,
         )
-        if condition not in ("image", "text"):
+        if condition not in ("image", "text", "none"):
             raise ValueError(
-                f'The decoder knows no condition "{condition}": choose "image" or "text".'
+                f'The decoder knows no condition "{condition}": choose "image", "text" or "none" '
+                "(captions only)."
             )
         self.condition = condition
         self.net_config: UNetConfig = self.config.net
@@ -132,11 +135,7 @@ class Decoder(Stage):
         self.process = Process(self.config.diffusion)
         self.process.schedule.respaced(self.sampling.steps)  # refuses what is impossible at once
         embed_dim, context_width = self.net_config.embed_dim, self.net_config.context_width
-        if embed_dim < 1:
-            raise ValueError(
-                f"model.net.embed_dim is {embed_dim}, and a decoder is conditioned on embeddings "
-                "of a CLIP: set it to their width."
-            )
+        self._check_condition(embed_dim)
         self.normalizer = EmbeddingNormalizer(embed_dim, normalizer)
         emb_width = 4 * self.net_config.width
         self.text = TextContext(self.text_config, context_width, emb_width, embed_dim)
@@ -147,19 +146,50 @@ class Decoder(Stage):
                 f"model.net.out_channels is {self.net_config.out_channels}, and diffusion.variance "
                 f"{self.process.config.variance} needs {needed}: set it to that."
             )
-        if self.cond_dropout.null_embed == "learned":
+        if condition == "none":
+            self.null_embed = None
+        elif self.cond_dropout.null_embed == "learned":
             self.null_embed = nn.Parameter(torch.randn(embed_dim) * 0.5375)
         else:
             self.null_embed = nn.Buffer(torch.zeros(embed_dim))
 
+    def _check_condition(self, embed_dim: int) -> None:
+        """ValueError where the widths and the text do not fit the condition."""
+        if self.condition != "none":
+            if embed_dim < 1:
+                raise ValueError(
+                    f"model.net.embed_dim is {embed_dim}, and a decoder is conditioned on "
+                    "embeddings of a CLIP: set it to their width, or model.condition to none "
+                    "(captions only)."
+                )
+            return
+        if embed_dim:
+            raise ValueError(
+                f"model.net.embed_dim is {embed_dim}, and with model.condition none there are no "
+                "embeddings: set it to 0."
+            )
+        if self.text_config.kind != "transformer":
+            raise ValueError(
+                f"model.text.kind is {self.text_config.kind}, and with model.condition none the "
+                "captions need a text encoder of the decoder's own: set it to transformer."
+            )
+
+    @property
+    def reads_clip(self) -> bool:
+        """Whether anything of a CLIP reaches the decoder: embeddings, states or tokens."""
+        return self.condition != "none" or not has_own_tokenizer(self.text_config)
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if not self.reads_clip:
+            self.clip_fingerprint = None
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and self.text_config.null == "empty" and hasattr(data, "clip"):
             self.text.set_null(*empty_caption(data.clip))
 
     def check_data(self, data: Any) -> None:
-        check_clip(data, self.net_config.embed_dim, self.text_config)
+        if self.condition != "none":
+            check_clip(data, self.net_config.embed_dim, self.text_config)
         check_own_tokens(data, self.text_config)
         if data.image_size != self.net_config.image_size:
             raise UserError(
@@ -185,11 +215,12 @@ class Decoder(Stage):
             keyword arguments of `UNet.encode_context`.
         """
         embed = batch["embed"] if "embed" in batch else batch.get(f"{self.condition}_embed")
-        null = self.null_embed.expand(size, -1)
-        if embed is None:
-            embed = null
-        else:
-            embed = torch.where(keep_embed[:, None], self.normalizer.normalize(embed), null)
+        if self.null_embed is not None:
+            null = self.null_embed.expand(size, -1)
+            if embed is None:
+                embed = null
+            else:
+                embed = torch.where(keep_embed[:, None], self.normalizer.normalize(embed), null)
         caption = caption_of(batch, self.text_config)
         context = self.text(**caption, text_embed=batch.get("text_embed"), keep=keep_text)
         return {
@@ -198,6 +229,12 @@ class Decoder(Stage):
             "context_mask": context.mask,
             "pooled": context.pooled,
         }
+
+    def tokenized(self, batch: dict) -> dict:
+        """The batch with `text_tokens` of its `caption`, if the text has its own tokenizer."""
+        if "text_tokens" in batch or "caption" not in batch or self.text.byte_pairs is None:
+            return batch
+        return batch | {"text_tokens": self.text.tokenize(batch["caption"]).to(self.device)}
 
     def logged_names(self) -> set[str]:
         names = {*(super().logged_names() or ())}
@@ -223,7 +260,7 @@ class Decoder(Stage):
         cond_dropout: CondDropoutConfig | None = None,
     ) -> dict[str, Tensor]:
         """See `Stage.loss`; `cond_dropout` replaces the stage's own."""
-        dropout = cond_dropout or self.cond_dropout
+        dropout, batch = cond_dropout or self.cond_dropout, self.tokenized(batch)
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         size = len(image)
         t, noise = draw_timesteps_and_noise(image, self.process.config.timesteps, generator)
@@ -250,7 +287,7 @@ class Decoder(Stage):
             schedule: the steps that the sampler will take.
             settings: their guidance scale and threshold are used.
         """
-        use_guidance = settings.guidance_scale != 1
+        use_guidance, batch = settings.guidance_scale != 1, self.tokenized(batch)
         keep = torch.ones(size, dtype=torch.bool, device=self.device)
         if use_guidance:  # the conditional rows, then the same rows with everything dropped
             keep = torch.cat([keep, ~keep])
@@ -278,8 +315,9 @@ class Decoder(Stage):
 
         Args:
             batch: any of `image_embed` (B, D) and the caption's entries (`tokens`, `text_mask`,
-                `text_embed`, `text_states`); what is missing counts as dropped. An entry `embed`
-                (B, D), or None for the null, replaces the embedding of its `condition`.
+                `text_embed`, `text_states`; B strings `caption` for a tokenizer of its own); what
+                is missing counts as dropped. An entry `embed` (B, D), or None for the null,
+                replaces the embedding of its `condition`.
             noise: one generator per image; their number is B.
             sampling: settings in place of the stage's own.
             callback: called with (step, steps) after each step.

@@ -22,6 +22,7 @@ from unclip_pl.manipulate import (
     text_diff,
 )
 from unclip_pl.manipulate.latent import INVERSION_STEPS
+from unclip_pl.pipeline.compatibility import cut_note
 from unclip_pl.probe import paper_dimensions, paste_label, zero_shot
 from unclip_pl.studio.models import Models
 from unclip_pl.studio.picture_files import from_base64, read_picture
@@ -100,12 +101,8 @@ def create(models: Models, requests: Sequence[Create], tell: Tell) -> list[Resul
     results = []
     for request in requests:
         count = request.pictures()
-        cut = {text: unclip.clip.truncated_text(text) for text in request.captions}
-        notes = [
-            f'"{text[:40]}..." is longer than CLIP reads, cut: "{rest}".'
-            for text, rest in cut.items()
-            if rest
-        ]
+        cut = [cut_note(unclip.decoder, unclip.clip, text) for text in request.captions]
+        notes = [f"{note}." for note in dict.fromkeys(cut) if note]
         results.append(Result(pictures[:count], notes))
         pictures = pictures[count:]
     return results

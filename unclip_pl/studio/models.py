@@ -96,7 +96,7 @@ class Models:
         Args:
             decoder: a release or a checkpoint; None: the decoder in the package.
             prior: "diffusion", "ar", a release or a checkpoint; None: both in the package, unless
-                the decoder was trained on text embeddings and needs none.
+                the decoder was trained on text embeddings, or reads captions only.
             upsamplers: releases or checkpoints, or "256" and "1024" for those in the package.
             store: the embedding store whose principal components are shown; None: OpenMoji's.
             compile: compile the stages' blocks; see `UnCLIP.accelerate`.
@@ -111,7 +111,7 @@ class Models:
         paths: list[str | os.PathLike]
         if prior is not None:
             paths = [locate("prior", prior)]
-        elif unclip.decoder.condition == "text":
+        elif unclip.decoder.condition != "image":
             paths = []
         else:
             paths = [*DEFAULT_PRIORS.values()]
@@ -182,10 +182,17 @@ class Models:
         return f"Everything is drawn with {parts}."
 
     @property
+    def takes_embeddings(self) -> bool:
+        """Whether the decoder draws from embeddings, and not from captions only."""
+        return self.plain.decoder.condition != "none"
+
+    @property
     def priors(self) -> tuple[str, ...]:
         """What a request may name as its prior; the first is what it gets if it names none."""
         if self.plain.decoder.condition == "text":
             return ("text", "none")
+        if not self.takes_embeddings:
+            return ("none",)
         return (*self.with_prior, "none", "text")
 
     @property
@@ -230,6 +237,14 @@ class Models:
         self.upsampling(request)
         if isinstance(request, Upsample):
             return
+        captioned = isinstance(request, Create) or (
+            isinstance(request, Inpaint) and bool(request.caption)
+        )
+        if not captioned and not self.takes_embeddings:
+            raise UserError(
+                "This studio's decoder draws from captions only, not from embeddings of pictures: "
+                "write a caption (Create, or Inpaint with one)."
+            )
         size = request.size or self.sizes[0]
         if size not in self.sizes:
             raise UserError(
@@ -241,10 +256,7 @@ class Models:
                 f"{request.pictures()} pictures of {size} pixels are too many for one request: ask "
                 f"for at most {MOST_PIXELS // size**2}."
             )
-        needs_prior = isinstance(request, Create) or (
-            isinstance(request, Inpaint) and bool(request.caption)
-        )
-        if isinstance(request, Create | Inpaint) and needs_prior:
+        if isinstance(request, Create | Inpaint) and captioned:
             if request.prior is not None and request.prior not in self.priors:
                 raise UserError(
                     f'There is no prior "{request.prior}" here: choose one of '

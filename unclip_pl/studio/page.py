@@ -35,6 +35,8 @@ TABS: dict[str, Callable[[Engine], Tab]] = {
     "Components": tabs.pca,
     "Typography": tabs.typographic,
 }
+FROM_EMBEDDINGS = "Vary", "Interpolate", "Edit", "Components", "Typography"
+"""Tabs that a decoder of captions only has no use for."""
 TARGETS = {
     "Vary": ("Vary", "image"),
     "Interpolate, from": ("Interpolate", "image"),
@@ -65,6 +67,8 @@ def page(engine: Engine, album: Album, runs: Path | None = None) -> gr.Blocks:
             for name, make in TABS.items():
                 if name == "Upsample" and len(engine.models.sizes) == 1:
                     continue  # there are no upsamplers
+                if name in FROM_EMBEDDINGS and not engine.models.takes_embeddings:
+                    continue
                 with gr.Tab(name, id=name):
                     made[name] = make(engine)
             if runs is not None:

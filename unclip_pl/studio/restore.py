@@ -9,7 +9,7 @@ from unclip_pl.studio import html
 from unclip_pl.studio.album import Album, Print
 from unclip_pl.studio.forms import PICTURES
 from unclip_pl.studio.picture_files import settings_in
-from unclip_pl.studio.requests import described, request_of
+from unclip_pl.studio.requests import Upsample, described, request_of
 from unclip_pl.studio.tabs import Tab
 from unclip_pl.utils.errors import UserError
 
@@ -37,9 +37,12 @@ class Restoring:
         request = request_of(settings)
         names = [name for name, tab in self.made.items() if tab.form.kind is type(request)]
         if not names:
+            missing = "a decoder that draws from embeddings"
+            if isinstance(request, Upsample):
+                missing = "upsamplers"
             raise UserError(
                 f'The settings are of "{settings["kind"]}", which this studio cannot do: start it '
-                "with upsamplers."
+                f"with {missing}."
             )
         name, form = names[0], self.made[names[0]].form
         form.models.check(request)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 KARLO = "Karlo v1 alpha (Kakao Brain, https://github.com/kakaobrain/karlo)"
+SIBLING = "the folder `clip` next to this one."
 DRAWS = {
     "prior": "Draws a CLIP image embedding for a caption: 25 steps of DDPM, guidance 4.",
     "decoder": "Draws a picture of 64 x 64 from an embedding and a caption: 25 steps of DDPM, "
@@ -33,6 +34,7 @@ def karlo_card(folder: Path, part: str) -> str:
         DRAWS[part],
         f"{KARLO}, or weights of its shape",
         "Karlo v1 alpha was published under CreativeML Open RAIL-M, which restricts some uses.",
+        SIBLING,
     )
 
 
@@ -46,11 +48,28 @@ def kandinsky_card(folder: Path, part: str) -> str:
         "the prior of Kandinsky (https://github.com/ai-forever/Kandinsky-2), or weights of its "
         "shape. Its decoder is another network than those of this project",
         "Kandinsky 2.2 was published under Apache 2.0.",
+        SIBLING,
     )
 
 
-def _card(folder: Path, part: str, command: str, draws: str, model: str, published: str) -> str:
-    licence = licence_of(folder)
+def glide_card(weights: Path) -> str:
+    """README.md of GLIDE's base model, with the front matter that model hubs read."""
+    return _card(
+        weights,
+        "decoder",
+        "glide",
+        "Draws a picture of 64 x 64 from a caption only: 100 steps of DDPM, guidance 3.",
+        "GLIDE (filtered), base model (OpenAI, https://github.com/openai/glide-text2im), or "
+        "weights of its shape",
+        "Its authors published it for research, and do not recommend it for commercial use.",
+        "none. Its tokenizer is part of model.safetensors (text.encoder.merges).",
+    )
+
+
+def _card(
+    folder: Path, part: str, command: str, draws: str, model: str, published: str, clip: str
+) -> str:
+    licence = licence_of(folder if folder.is_dir() else folder.parent)
     lines = [
         "---",
         "library_name: unclip_pl",
@@ -63,6 +82,6 @@ def _card(folder: Path, part: str, command: str, draws: str, model: str, publish
         "",
         f"- Model: {model}.",
         f"- Licence of the weights: {licence or 'see where they were published'}. {published}",
-        "- CLIP: the folder `clip` next to this one.",
+        f"- CLIP: {clip}",
     ]
     return "\n".join(lines) + "\n"

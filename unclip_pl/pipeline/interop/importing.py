@@ -1,4 +1,4 @@
-"""Releases of ours from others' weights: `import_karlo`, `import_kandinsky_prior`."""
+"""Releases of ours from others' weights: `import_karlo`, `import_kandinsky_prior`, ..."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,20 +13,22 @@ from unclip_pl.clip.fingerprint import Fingerprint
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.pipeline import release
 from unclip_pl.pipeline.hub import SIBLING_CLIP, copy_clip, model_card, write_parts
-from unclip_pl.pipeline.interop import kandinsky, karlo, karlo_original
-from unclip_pl.pipeline.interop.cards import kandinsky_card, karlo_card
+from unclip_pl.pipeline.interop import glide, kandinsky, karlo, karlo_original
+from unclip_pl.pipeline.interop.cards import glide_card, kandinsky_card, karlo_card
 from unclip_pl.pipeline.interop.files import sensible
 from unclip_pl.pipeline.interop.karlo import Part
 from unclip_pl.pipeline.interop.keys import (
     Layout,
     Names,
     fill,
+    glide_names,
     prior_names,
     text_proj_names,
     unet_names,
 )
 from unclip_pl.pipeline.interop.towers import convert_towers, require_same_text_tower
 from unclip_pl.pipeline.release import Release
+from unclip_pl.stages.base import Stage
 from unclip_pl.stages.data_checks import empty_caption
 from unclip_pl.stages.decoder import Decoder
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
@@ -90,6 +92,37 @@ def import_kandinsky_prior(folder: Path, out: Path, precision: Precision = "fp16
         convert_towers(folder / "text_encoder", folder / "image_encoder", temporary / "clip")
         _write_parts(parts, "diffusers", temporary, precision, partial(kandinsky_card, folder))
     return [out / "clip", out / "prior"]
+
+
+def import_glide(
+    weights: Path, out: Path, tokenizer: Path | None = None, precision: Precision = "fp16"
+) -> Path:
+    """Write GLIDE's base model as a release of a decoder that reads captions only, or nothing.
+
+    Args:
+        weights: base.pt, or a folder with it.
+        out: a new folder.
+        tokenizer: a folder with GPT-2's tokenizer, or GLIDE's copy of it; None: that of `weights`.
+        precision: of the release: "fp32" keeps float32 weights to the bit.
+
+    Returns:
+        the release's folder.
+
+    Raises:
+        UserError: one sentence says what is missing, damaged, or of another model.
+    """
+    require_new(out)
+    if not weights.exists():
+        raise UserError(f"There is no {weights}: give GLIDE's base.pt, or a folder with it.")
+    with sensible(str(weights)):
+        part, merges = glide.read(weights, tokenizer)
+    stage, source = part.stage, part.sources["decoder"]
+    assert isinstance(stage, Decoder)
+    names = glide_names(stage.net_config, stage.text_config.depth)
+    tensors = fill(stage.state_dict(), names, source, karlo_original.HEAD_WIDTH)
+    tensors["text.encoder.merges"] = merges
+    _save(stage, tensors, None, out, precision, glide_card(weights))
+    return out
 
 
 def _check_places(folder: Path, out: Path) -> None:
@@ -185,20 +218,30 @@ def _write(
     tensors: dict[str, Tensor] = {}
     for source, names in names_of(part, layout):
         tensors |= fill(ours, names, part.sources[source], head_width)
-    computed = {"skipped_steps": torch.zeros((), dtype=torch.int64)}
     if isinstance(stage, DiffusionPrior):
-        computed |= {"x0_error": torch.full(ours["x0_error"].shape, torch.nan)}
-        computed |= {"net.empty_states": states, "net.empty_text_embed": embed}
+        tensors |= {"x0_error": torch.full(ours["x0_error"].shape, torch.nan)}
+        tensors |= {"net.empty_states": states, "net.empty_text_embed": embed}
     elif isinstance(stage, Decoder):
-        computed |= {"text.encoder.null_states": states, "text.encoder.null_text_embed": embed}
-    tensors |= computed
+        tensors |= {"text.encoder.null_states": states, "text.encoder.null_text_embed": embed}
+    sees_clip = isinstance(stage, (DiffusionPrior, Decoder))
+    _save(stage, tensors, fingerprint if sees_clip else None, out / part.name, precision, text)
+
+
+def _save(
+    stage: Stage,
+    tensors: dict[str, Tensor],
+    fingerprint: Fingerprint | None,
+    out: Path,
+    precision: Precision,
+    text: str,
+) -> None:
+    """A release of a stage with these tensors, which are all that it has."""
+    ours = stage.state_dict()
+    tensors = tensors | {"skipped_steps": torch.zeros((), dtype=torch.int64)}
     assert tensors.keys() == ours.keys(), tensors.keys() ^ ours.keys()
     exact = set(tensors) if precision == "fp32" else {name for name, _ in stage.named_buffers()}
     for name in exact & tensors.keys():
         if tensors[name].is_floating_point():
             tensors[name] = tensors[name].float()
-    sees_clip = isinstance(stage, (DiffusionPrior, Decoder))
-    made = Release(
-        type(stage).__name__, dict(stage.hparams), fingerprint if sees_clip else None, tensors
-    )
-    release.write(out / part.name, made, text, exact=exact)
+    made = Release(type(stage).__name__, dict(stage.hparams), fingerprint, tensors)
+    release.write(out, made, text, exact=exact)

@@ -43,7 +43,7 @@ def read_files(folder: Path) -> list[Part]:
     """
     prior, decoder, upsampler = (_checkpoint(folder, what) for what in FILES)
     first, last = (upsampler.below(f"model_{name}.") for name in ("first_steps", "last_step"))
-    nets = [_unet_config(net, 256) for net in (first, last)]
+    nets = [unet_config(net, 256) for net in (first, last)]
     if nets[0] != nets[1]:
         raise UserError(
             f"{upsampler.where} has a model_last_step of other sizes than model_first_steps: get "
@@ -76,7 +76,7 @@ def _checkpoint(folder: Path, what: str) -> Tensors:
     return read_pickle(_only(folder, FILES[what], what), key="state_dict")
 
 
-def _count(source: Tensors, prefix: str) -> int:
+def count(source: Tensors, prefix: str) -> int:
     """How many numbered things there are behind a prefix: 2 for "a.0.x" and "a.1.x"."""
     behind = (name.removeprefix(prefix) for name in source.names if name.startswith(prefix))
     return len({rest.split(".", 1)[0] for rest in behind})
@@ -90,8 +90,8 @@ def _prior(source: Tensors, folder: Path) -> Part:
         raise UserError(f"{file} does not hold a mean and a std: get the file again.")
     width, embed_dim = source["clip_img_proj.weight"].shape
     length = source["positional_embedding"].shape[-2] - STEP_TOKENS
-    depth = _count(source, "transformer.resblocks.")
-    net = PriorTransformerConfig(embed_dim, width, depth, _heads(width, source))
+    depth = count(source, "transformer.resblocks.")
+    net = PriorTransformerConfig(embed_dim, width, depth, heads_of(width, source))
     statistics: dict[str, Tensor] = dict(zip(("mean", "std"), held))
     found = {name: partial(_given, value) for name, value in statistics.items()}
     return Part(
@@ -105,7 +105,8 @@ def _given(value: Tensor) -> Tensor:
     return value
 
 
-def _heads(width: int, source: Tensors) -> int:
+def heads_of(width: int, source: Tensors) -> int:
+    """How many heads a Transformer of this width has. UserError where 64 does not divide it."""
     if width % HEAD_WIDTH:
         raise UserError(
             f"{source.where} has a width of {width}, which heads of {HEAD_WIDTH} do not divide: it "
@@ -114,10 +115,10 @@ def _heads(width: int, source: Tensors) -> int:
     return width // HEAD_WIDTH
 
 
-def _unet_config(source: Tensors, side: int) -> dict:
-    """Fields of a UNetConfig, off the names and shapes of the weights."""
+def unet_config(source: Tensors, side: int) -> dict:
+    """Fields of a UNetConfig for pictures of `side` pixels, off the names and shapes."""
     width = source["input_blocks.0.0.weight"].shape[0]
-    blocks = _count(source, "output_blocks.")
+    blocks = count(source, "output_blocks.")
     rises = [
         block
         for block in range(blocks)
@@ -149,6 +150,6 @@ def _decoder(source: Tensors) -> Part:
         embed_dim=source["clip_emb.weight"].shape[1],
         embed_tokens=source["clip_tok_proj.weight"].shape[0] // context,
         context_width=context,
-        **_unet_config(source, 64),
+        **unet_config(source, 64),
     )
     return Part("decoder", decoder_stage(net), {"decoder": source})

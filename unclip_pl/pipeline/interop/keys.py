@@ -1,7 +1,8 @@
 """Which of their tensors make which of ours: Karlo's names in diffusers and in its own files.
 
-`Names` has our tensor's name and theirs, several of which are joined along the first axis. Karlo's
-own files keep queries, keys and values of a head together; `fill` takes them apart.
+GLIDE's names are those of Karlo's own files. `Names` has our tensor's name and theirs, several of
+which are joined along the first axis. Karlo's and GLIDE's own files keep queries, keys and values
+of a head together; `fill` takes them apart.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,10 @@ TEXT_PROJ = {
     "text.encoder.pooled_proj": ("embedding_proj", "text_feat_proj"),
     "text.encoder.proj": ("encoder_hidden_states_proj", "text_seq_proj.0"),
     "text.encoder.norm": ("text_encoder_hidden_states_norm", "text_seq_proj.1"),
+}
+GLIDE_TEXT = {  # diffusers has no such network
+    "transformer.norm": ("", "final_ln"),
+    "pooled_proj": ("", "transformer_proj"),
 }
 UNET = {
     "conv_in": ("conv_in", "input_blocks.0.0"),
@@ -95,6 +100,19 @@ def text_proj_names(layout: Layout) -> Names:
     """Of the parts of a `Decoder` that diffusers keeps in a network of their own, text_proj."""
     null = "cf_param" if layout == "karlo" else "learned_classifier_free_guidance_embeddings"
     return _rows(TEXT_PROJ, layout) | {"null_embed": (null,)}
+
+
+def glide_names(config: UNetConfig, depth: int) -> Names:
+    """Of a `Decoder` with GLIDE's text encoder; its U-Net has the names of Karlo's own files."""
+    ours, found = "text.encoder.", unet_names(config, "karlo")
+    for i in range(depth):
+        block = f"{ours}transformer.blocks.{i}."
+        found |= _rows(PRIOR_BLOCK, "karlo", block, f"transformer.resblocks.{i}.")
+    found |= _rows(GLIDE_TEXT, "karlo", ours)
+    found[f"{ours}token_embedding.weight"] = ("token_embedding.weight",)
+    found[f"{ours}position_embedding"] = ("positional_embedding",)
+    found[f"{ours}padding_embedding"] = ("padding_embedding",)
+    return found
 
 
 def unet_names(config: UNetConfig, layout: Layout, ours: str = "net.") -> Names:
