@@ -104,7 +104,8 @@ def page(engine: Engine, album: Album, runs: Path | None = None) -> gr.Blocks:
                     type="binary",
                     height=170,
                 )
-        gallery.keep_in_cache = album  # what `delete_cache` leaves alone, however old it is
+        # what `delete_cache` leaves alone, however old it is
+        gallery.keep_in_cache = album  # type: ignore[assignment]
         for tab in made.values():
             tab.wire(album, gallery)
         wire_gallery(album, gallery, chosen, said, settings, details)
