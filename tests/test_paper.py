@@ -143,8 +143,8 @@ INHERITED = {  # of one stage
         "data.image_size": "64 px, as in Table 3",
         "model.optimizer.muon_lr": "of Muon, and the paper's optimizer is AdamW",
     },
-    "upsampler_256": {},
-    "upsampler_1024": {},
+    "upsampler_256": {"model.optimizer.muon_lr": "as the decoder's"},
+    "upsampler_1024": {"model.optimizer.muon_lr": "as the decoder's"},
 }
 SIZES = {  # Table 3, and what the stage counts in all
     "ar_prior": (2.0e9, 2.2e9),

@@ -133,6 +133,7 @@ def test_the_command_makes_a_store_that_verifies_and_trains(tmp_path, capsys):
 
 def test_options_of_the_other_kind_of_source_are_refused(tmp_path, shards, capsys):
     folder = tmp_path / "cr"
+    folder.mkdir()
     for more in (
         [str(folder), "--image-key", "npy"],
         [str(folder), "--text-key", "npy"],

@@ -57,7 +57,7 @@ def test_real_images_for_the_floor_are_those_named_else_the_reference(tmp_path):
 def test_embedded_captions_have_the_training_drawings(monkeypatch, tmp_path):
     drawings = tiny.shards(tmp_path, 7)
     drawings.rename(tmp_path / "train-00000.tar")
-    monkeypatch.setattr("eval.floor.openmoji_shards", lambda size, name: tmp_path)
+    monkeypatch.setattr("eval.floor.openmoji_shards", lambda size: tmp_path)
     real = RealImages("openmoji", 16)
     evaluator = Evaluator("openmoji", "openmoji")
     assert real.floor_features(evaluator).shape == (7, 256)

@@ -343,9 +343,9 @@ def test_weights_that_do_not_say_so_were_trained_with_the_clamp(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["256", "1024"])
-def test_upsamplers_of_the_package_say_that_they_clamp(size):
+def test_upsamplers_of_the_package_say_whether_they_clamp(size):
     config = json.loads((DEFAULT_UPSAMPLERS[size] / "config.json").read_text())
-    assert config["hyper_parameters"]["clamp_condition"] is True
+    assert config["hyper_parameters"]["clamp_condition"] is False
 
 
 @pytest.mark.parametrize(
