@@ -148,7 +148,7 @@ def run_command(command: Callable[..., Figures], prog: str, words: list[str] | N
     def run() -> None:
         bound = CommandParser(command, f"python -m {prog}").bind(words)
         options: RunOptions = bound.keywords["options"]
-        out = options.open_out()
+        out = options.open_out() if rank() == 0 else None
         with process_group(options.device) as device:
             if options.compile and rank() == 0:
                 announce_compiling(device)

@@ -381,13 +381,13 @@ def write(
     if panels:
         pictures["Guidance"] = report.write_curves(out, "compare-curves.png", panels)
     title = "Does a prior help?"
-    report.write_report(out, "compare.md", title, tables, pictures, description)
+    written = report.write_report(out, "compare.md", title, tables, pictures, description)
     scalars = {
         f"{panel.y} over {panel.x}/{name}": points
         for panel in panels
         for name, points in panel.lines.items()
     }
-    report.write_tensorboard(out.folder / "tensorboard", scalars, {"side by side": picture})
+    report.write_tensorboard(out, written, scalars, {"side by side": picture})
 
 
 def main(words: list[str] | None = None) -> int:

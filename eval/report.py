@@ -3,6 +3,7 @@
 import io
 import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -62,8 +63,8 @@ def write_report(
     body: str,
     pictures: Mapping[str, Path],
     settings: Mapping[str, Any],
-) -> None:
-    """Write a report in Markdown, whole or not at all.
+) -> Path:
+    """Write a report in Markdown, whole or not at all, and return its path.
 
     Args:
         out: the folder.
@@ -77,7 +78,7 @@ def write_report(
     rows = [[name, _plain(value)] for name, value in {**settings, **versions()}.items()]
     table = markdown(["setting", "value"], rows)
     text = f"# {title}\n\n{body}{shown}\n## Settings\n\n{table}\n```\n{command_line()}\n```\n"
-    out.write(name, text.encode())
+    return out.write(name, text.encode())
 
 
 def _plain(value: Any) -> str:
@@ -118,14 +119,23 @@ def write_curves(out: OutputFolder, name: str, panels: Sequence[Panel]) -> Path:
 
 
 def write_tensorboard(
-    folder: Path, scalars: Mapping[str, Points], pictures: Mapping[str, Image.Image] | None = None
+    out: OutputFolder,
+    report: Path,
+    scalars: Mapping[str, Points],
+    pictures: Mapping[str, Image.Image] | None = None,
 ) -> None:
-    """Lines and pictures as TensorBoard's events.
+    """Lines and pictures as TensorBoard's events, in a folder with the name of their report.
 
-    The x of a point is its step, times 100 where a line has one that is no whole number.
+    They are written with a new report only. The x of a point is its step, times 100 where a line
+    has one that is no whole number.
     """
     from torch.utils.tensorboard import SummaryWriter
 
+    folder = out.folder / "tensorboard" / report.stem
+    if out.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        return
     with SummaryWriter(str(folder)) as writer:
         for name, points in scalars.items():
             whole = all(float(x).is_integer() for x, _ in points)

@@ -276,14 +276,14 @@ def write(
     panels = build_panels(results, key)
     curves = report.write_curves(out, "sweep-curves.png", panels)
     pictures = {"Curves": curves, "Side by side": picture}
-    report.write_report(out, "sweep.md", "Sweep", table, pictures, settings)
+    written = report.write_report(out, "sweep.md", "Sweep", table, pictures, settings)
     scalars = {
         f"{panel.y} over {panel.x}/{name}": points
         for panel in panels
         for name, points in panel.lines.items()
         if panel.x != "recall"
     }
-    report.write_tensorboard(out.folder / "tensorboard", scalars)
+    report.write_tensorboard(out, written, scalars)
 
 
 def main(words: list[str] | None = None) -> int:

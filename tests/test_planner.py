@@ -167,7 +167,8 @@ def test_the_command_prints_a_row_for_each_number_of_gpus(capsys):
     assert output.count("| ddp |") == 2 and output.count("| fsdp |") == 1
     assert "900 steps of 64" in output
     assert app.main(["plan", "stages/decoder.yaml", "--gpus", "8"]) == 0
-    assert "| fsdp |" not in capsys.readouterr().out  # Muon refuses sharded weights
+    output = capsys.readouterr().out
+    assert "| fsdp |" not in output and "fsdp is left out: optimizer.name muon" in output
 
 
 def test_the_command_says_which_gpu_it_assumes_and_takes_another(capsys):

@@ -20,6 +20,8 @@ generate fox --prior gone
 generate fox --size 256 --upsampler-256 gone
 generate fox --init gone.png
 generate fox --init file
+generate fox --init latent.safetensors
+upsample latent.safetensors
 generate fox --init a.png --strength 1.5
 generate fox --steps 0
 generate fox --steps 10,0
@@ -42,6 +44,7 @@ vary folder
 vary file
 vary a.png --out file/out
 vary a.png --eta 1.5
+vary a.png --eta 0.5 --sampler ddpm
 vary a.png --decoder gone
 vary a.png --steps 0
 vary a.png --size 1024 --upsampler-1024 gone

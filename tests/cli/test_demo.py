@@ -1,10 +1,35 @@
 """The demo's pictures."""
 
+import pytest
 import torch
+from PIL import Image
 
+from tests.factories import tiny_stage, write_checkpoint
 from unclip_pl.cli import demo
 from unclip_pl.pipeline.unclip import UnCLIP
+from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import load_image
+
+
+def test_captions_are_drawn_by_both_decoders(releases, tmp_path, monkeypatch):
+    load, decoders = UnCLIP.load, []
+
+    def load_tiny(decoder=None, prior=None):
+        decoders.append(decoder)
+        return load(releases["decoder"], prior)
+
+    monkeypatch.setattr(UnCLIP, "load", load_tiny)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "RUN", tmp_path / "run")
+    with pytest.raises(UserError, match="run the demo again"):
+        demo.draw_prompts()
+    checkpoint = tmp_path / "run" / "checkpoints" / "newest-step=150.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    write_checkpoint(checkpoint, tiny_stage("decoder"))
+    assert "of 8 captions" in demo.draw_prompts()
+    assert decoders[-2:] == [None, checkpoint]
+    with Image.open(tmp_path / "prompts.png") as picture:
+        assert picture.height >= 2 * 16 and "woman pilot" in picture.text["prompts"]
 
 
 def test_the_demo_shows_three_sizes_next_to_each_other(releases, tmp_path, monkeypatch):

@@ -133,7 +133,7 @@ def test_the_report_its_curves_pictures_and_events_lie_in_the_folder(ran):
     with Image.open(out / "compare.png") as picture:
         assert picture.height >= 7 * 16 and picture.width > 3 * 16
         assert picture.text["captions"].count(";") == 2
-    assert list((out / "tensorboard").glob("events.out.tfevents*"))
+    assert len(list((out / "tensorboard" / "compare").glob("events.out.tfevents*"))) == 1
 
 
 def test_the_settings_hold_all_that_the_figures_depend_on(ran, biased, stages):

@@ -1,5 +1,7 @@
 """Reports: tables, curves and settings in files, and events that TensorBoard reads."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -55,8 +57,12 @@ def test_curves_of_few_points_are_a_picture_too(line, count, tmp_path):
 
 def test_events_hold_scalars_and_pictures(tmp_path):
     scalars = {"fid/guidance": [(1.0, 5.0), (1.5, 4.0)], "fid/steps": [(10, 3.0)]}
-    report.write_tensorboard(tmp_path, scalars, {"side": Image.new("RGB", (4, 4))})
-    events = EventAccumulator(str(tmp_path)).Reload()
+    for _ in range(2):  # the second time there is nothing new
+        report.write_tensorboard(
+            OutputFolder(tmp_path), Path("a.md"), scalars, {"side": Image.new("RGB", (4, 4))}
+        )
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "a")).Reload()
+    assert len(list((tmp_path / "tensorboard" / "a").iterdir())) == 1
 
     def points(name):
         return [(event.step, event.value) for event in events.Scalars(name)]

@@ -115,7 +115,7 @@ def test_the_report_its_curves_and_pictures_lie_in_the_folder(ran, stages):
     assert len(panels) == 13 and {*panels[1].lines} == {"ddim", "dpm_solver_pp"}
     with Image.open(out / "sweep-curves.png") as curves:
         assert curves.width > 1000 and curves.height > 1000
-    assert list((out / "tensorboard").glob("events.out.tfevents*"))
+    assert len(list((out / "tensorboard" / "sweep").glob("events.out.tfevents*"))) == 1
     with Image.open(out / "sweep.png") as picture:
         assert picture.width > 8 * 16 and picture.height >= 5 * 16
 

@@ -86,7 +86,9 @@ def relative(found, expected):
 def test_float32_weights_are_kept_to_the_bit_and_float16_is_the_default(release, tmp_path):
     held = glide_kit.weights()
     folder = glide_kit.write(tmp_path / "in", held)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# GPT-2")  # of the tokenizer
     weights = read_weights(import_glide(folder, tmp_path / "out", precision="fp32")).tensors
+    assert "mit" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8").split()
     table = weights["text.encoder.token_embedding.weight"]
     assert torch.equal(table, held["token_embedding.weight"])
     assert torch.equal(weights["net.conv_out.weight"], held["out.2.weight"])

@@ -1,5 +1,7 @@
 """Weights are found by the package's names, by path and by URL; a wrong name names the choices."""
 
+import os
+
 import pytest
 
 from unclip_pl.pipeline.locate import DEFAULT_PRIORS, NAMES, locate, require_weights
@@ -32,6 +34,9 @@ def test_of_a_runs_folder_a_checkpoint_is_proposed(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     assert locate("decoder", tmp_path) == tmp_path  # read it, and it says what is missing
     (tmp_path / "checkpoints" / "newest-step=4.ckpt").write_text("")
+    older = tmp_path / "checkpoints" / "newest-step=900.ckpt"
+    older.touch()
+    os.utime(older, (1, 1))
     with pytest.raises(UserError, match="such as .*checkpoints/newest-step=4"):
         locate("decoder", tmp_path)
 

@@ -1,5 +1,6 @@
 """Checkpoints are complete or absent and hold plain values only; the newest one is found."""
 
+import contextlib
 import pickle
 import shutil
 
@@ -135,6 +136,12 @@ def test_bytes_that_a_disk_changed_are_not_loaded(tmp_path):
     path.write_bytes(content[:place] + bytes(64) + content[place + 64 :])
     with pytest.raises(UserError, match="not those that were written.*--resume auto"):
         read_checkpoint(path)
+    directory = content.rindex(b"PK\1\2")  # of the table of contents, which has names and sizes
+    for changed in range(directory, directory + 60):
+        byte = bytes([content[changed] ^ 0xFF])
+        path.write_bytes(content[:changed] + byte + content[changed + 1 :])
+        with contextlib.suppress(UserError):  # some bytes mean nothing
+            read_checkpoint(path)
 
 
 def test_the_search_for_the_newest_skips_incomplete_files(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from unclip_pl.utils import outputs
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.outputs import OutputFolder, require_new, require_writable
 
@@ -30,6 +31,34 @@ def test_the_same_content_again_is_the_same_file(tmp_path, capsys):
     assert OutputFolder(tmp_path / "new").write("a.png", b"other").name == "a_2.png"
     assert contents(tmp_path / "new") == {"a.png": b"a", "b.png": b"b", "a_2.png": b"other"}
     assert len(capsys.readouterr().err.strip().splitlines()) == 2  # of the two others
+
+
+def test_a_picture_that_was_only_rounded_otherwise_is_the_same(tmp_path):
+    image = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.5
+    for change, seed, name in (
+        (0, "1", "fox.png"),
+        (1 / 127.5, "1", "fox.png"),
+        (0, "2", "fox_2.png"),
+        (5 / 127.5, "1", "fox_3.png"),
+    ):
+        out = OutputFolder(tmp_path)
+        assert out.write_picture("fox.png", image + change, seed=seed).name == name
+    (tmp_path / "cut.png").write_bytes((tmp_path / "fox.png").read_bytes()[:60])
+    assert OutputFolder(tmp_path).write_picture("cut.png", image, seed="1").name == "cut_2.png"
+
+
+def test_two_commands_at_once_lose_nothing(tmp_path, monkeypatch):
+    first, second = OutputFolder(tmp_path), OutputFolder(tmp_path)
+    atomic = outputs.atomic_file
+
+    def meanwhile(path):
+        monkeypatch.setattr(outputs, "atomic_file", atomic)
+        assert second.write("fox.png", b"two").name == "fox_2.png"
+        return atomic(path)
+
+    monkeypatch.setattr(outputs, "atomic_file", meanwhile)
+    assert first.write("fox.png", b"one").name == "fox.png"
+    assert contents(tmp_path) == {"fox.png": b"one", "fox_2.png": b"two"}
 
 
 def test_two_files_of_one_run_never_share_a_name(tmp_path, capsys):

@@ -13,7 +13,7 @@ from unclip_pl.cli import lightning as cli
 from unclip_pl.utils.errors import UserError
 
 ROOT = Path("runs/demo")
-RUN = ROOT / "decoder"
+RUN = ROOT / "delft"
 PROMPTS = [
     "woman firefighter",
     "couple with heart",
@@ -116,11 +116,11 @@ def draw_held_out(count: int = 8) -> str:
     chosen = torch.linspace(0, len(images) - 1, count).long()
     images, embeds = images[chosen], embeds[chosen]
     rows = {"held out": images}
-    for name, path in {"package": DEFAULT_DECODER, f"yours: {steps()}": newest()}.items():
-        unclip = UnCLIP.load(path)
-        rows[name] = unclip.decode(embeds, range(len(embeds)))
+    package, unclip = UnCLIP.load(DEFAULT_DECODER), UnCLIP.load(newest())
+    rows["package"] = package.decode(embeds, range(count))
+    yours = rows[f"yours: {steps()}"] = unclip.decode(embeds, range(count))
     with torch.no_grad():
-        drawn, real = (unclip.embed_images(rows[name]) for name in (name, "held out"))
+        drawn, real = unclip.embed_images(yours), unclip.embed_images(images)
         right = unclip.clip.similarity(drawn, real).argmax(1).eq(torch.arange(len(real))).sum()
     save_png(grid(list(rows.values()), list(rows)), ROOT / "demo.png", source=SOURCE)
     return f"Yours: of {len(real)} held-out drawings in blue, CLIP takes {int(right)} for its own"

@@ -49,7 +49,7 @@ def edit(
     if file:
         edits += read_edits(file)
     check_edits(edits)
-    require_files(one.path for one in edits)
+    require_files((one.path for one in edits), latents=True)
     session = Session(options)
     import torch
 
@@ -91,7 +91,7 @@ def parse_range(text: str) -> list[float]:
         ) from None
     for value in (start, end):
         if not 0 <= value <= 1:
-            raise UserError(f"theta is {value}: give 0 (where it starts) to 1 (all the way).")
+            raise UserError(f"--theta is {value}: give 0 (where it starts) to 1 (all the way).")
     return [start + (end - start) * k / 4 for k in range(5)] if dots else [start]
 
 

@@ -43,7 +43,7 @@ def interpolate(
         raise UserError(
             "--num-rows is for --noise fresh: with inverted noise there is one way from A to B."
         )
-    require_files([a, b])
+    require_files([a, b], latents=True)
     session = Session(options)
     import torch
 

@@ -15,18 +15,23 @@ GRID_PIXELS = 2048
 """How wide a figure of pictures and their labels may be."""
 
 
-def require_files(paths: Iterable[Path]) -> None:
+def require_files(paths: Iterable[Path], latents: bool = False) -> None:
     """Raise a UserError for the first picture that is not there, or is none.
 
-    That is before anything is loaded, from the beginnings of the files. Latents may be among them.
+    That is before anything is loaded, from the beginnings of the files.
+
+    Args:
+        paths: the pictures.
+        latents: what `unclip invert` wrote may be among them.
     """
     from PIL import Image, UnidentifiedImageError
 
     for path in paths:
         if not path.is_file():
-            kind = "a folder, and no picture" if path.exists() else "not there"
+            other = "a folder" if path.is_dir() else "no plain file"
+            kind = f"{other}, and no picture" if path.exists() else "not there"
             raise UserError(f"The picture {path} is {kind}: check the path.")
-        if path.suffix == ".safetensors":
+        if latents and path.suffix == ".safetensors":
             continue
         try:
             with Image.open(path):

@@ -92,7 +92,7 @@ class HardwareOptions:
         return GPUS[self.gpu][1] if self.gpu_memory is None else self.gpu_memory
 
     def __str__(self) -> str:
-        own = self.peak_tflops is not None and self.gpu_memory is not None
+        own = self.peak_tflops is not None or self.gpu_memory is not None
         others = ", ".join(name for name in GPUS if own or name != self.gpu)
         kind = "" if own else f" is of the type {self.gpu} and"
         return (
@@ -172,7 +172,8 @@ def report(
         table_line(COLUMNS),
         "|---" * len(COLUMNS) + "|",
     ]
-    shardable = model.optimizer_config.name == "adamw"  # `build_optimizer` refuses the others
+    optimizer = model.optimizer_config.name
+    shardable = optimizer == "adamw"  # `build_optimizer` refuses the others
     for gpus in hardware.gpus:
         for strategy in ("ddp", "fsdp") if gpus > 1 and shardable else ("ddp",):
             row = planner.estimate_run(
@@ -187,6 +188,8 @@ def report(
                 checkpointing=checkpointing,
             )
             lines.append(table_line(cells(row)))
+    if not shardable and max(hardware.gpus) > 1:
+        lines.append(f"\nfsdp is left out: optimizer.name {optimizer} needs whole weights.")
     return "\n".join([*lines, ""])
 
 

@@ -7,8 +7,7 @@ from typing import Any, Literal
 from unclip_pl.cli.pictures import require_files
 from unclip_pl.cli.progress import step_bar
 from unclip_pl.cli.session import Session, SessionOptions
-from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.options import Count
+from unclip_pl.utils.options import Count, check_sampling
 
 
 def vary(
@@ -37,9 +36,8 @@ def vary(
     inverted = noise == "inverted"
     etas: Sequence[float | None] = eta or ([0.0] if inverted else [None])
     for one in eta or ():
-        if not 0 <= one <= 1:
-            raise UserError(f"--eta is {one}: give 0 (no noise on the way) to 1 (as much as DDPM).")
-    require_files(images)
+        check_sampling({"eta": one, "sampler": options.sampler})
+    require_files(images, latents=True)
     session = Session(options)
     seeds = options.seeds(num_images)
     captions = [caption] * len(seeds) if caption else None

@@ -92,6 +92,7 @@ def read_checkpoint(
     require_checkpoint(Path(path))
     try:
         if Path(path).is_dir():
+            _require_undamaged(unsharded_file(path))
             return read_folder(Path(path), target, all_ranks)
         if not mmap:
             _require_undamaged(path)
@@ -105,8 +106,8 @@ def read_checkpoint(
     except (OSError, RuntimeError, EOFError, ValueError, CheckpointException) as error:
         reason = str(error).partition("\n")[0] or "it is cut off"
         raise UserError(
-            f"{path} is no whole checkpoint ({reason}): take an earlier one, as --resume auto does "
-            "when this one is away."
+            f"{path} is no whole checkpoint ({reason}): move it away, and --resume auto "
+            "takes the one before it."
         ) from error
     if not isinstance(checkpoint, dict):
         raise UserError(
@@ -118,6 +119,8 @@ def read_checkpoint(
 
 def _require_undamaged(path: str | os.PathLike) -> None:
     """Compare the checksums in a file, which torch writes and does not read.
+
+    A file that was written without (`torch.serialization.set_crc32_options(False)`) is refused.
 
     Raises:
         ValueError: a disk or a copy has changed bytes.
@@ -140,17 +143,19 @@ def require_checkpoint(path: Path) -> None:
     if not path.exists():
         raise UserError(f"There is no checkpoint {path}: check the path.")
     if not path.is_dir():
-        if not zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError):
             raise UserError(
                 f"{path} is no whole checkpoint (it has another format, or it is cut off): give a "
                 ".ckpt file that `lightning fit` wrote, an earlier one if this one is damaged."
+            ) from None
+        if not any(name.endswith("/data.pkl") for name in names):
+            raise UserError(
+                f"{path} is no checkpoint but another archive: give a .ckpt file that "
+                "`lightning fit` wrote."
             )
-        with zipfile.ZipFile(path) as archive:
-            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
-                raise UserError(
-                    f"{path} is no checkpoint but another archive: give a .ckpt file that "
-                    "`lightning fit` wrote."
-                )
     elif (path / META_FILE).exists():
         return
     elif newest := newest_checkpoint(path):

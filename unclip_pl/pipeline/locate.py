@@ -39,10 +39,10 @@ def locate(kind: Kind, given: Place) -> Place:
     place = names.get(str(given), given)
     if is_remote(place):
         return place
-    if checkpoints := sorted((Path(place) / "checkpoints").glob("*.ckpt")):
+    if checkpoints := list((Path(place) / "checkpoints").glob("*.ckpt")):
+        newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
         raise UserError(
-            f"{place} is the folder of a run: give one of its checkpoints, such as "
-            f"{checkpoints[-1]}."
+            f"{place} is the folder of a run: give one of its checkpoints, such as {newest}."
         )
     if Path(place).exists():
         return place

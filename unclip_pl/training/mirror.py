@@ -211,8 +211,7 @@ class Mirror:
         if self.error and self.error != before:
             log.warning("The copy to %s failed and is tried again: %s", self.url, self.error)
         if self._copied and not self.error:
-            seconds = STOP_SECONDS if stop_state.agreed else math.inf
-            self.records.copy(self._is_behind, is_last, seconds)
+            self.records.copy(self._is_behind, is_last, _seconds_for_records)
 
     def _paths(self) -> dict[str, Path]:
         """The checkpoints in the run's folder that are copied, by their names."""
@@ -273,6 +272,11 @@ class Mirror:
                 self._delete(path.name, files)
             raise
         return files
+
+
+def _seconds_for_records() -> float:
+    """How long records may be copied; a run may be asked to stop meanwhile."""
+    return STOP_SECONDS if stop_state.agreed else math.inf
 
 
 def progress_of(name: str) -> tuple[int, bool]:

@@ -16,7 +16,8 @@ from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.remote import sizes_below, upload
 
 log = logging.getLogger(__name__)
-RECORDS = (CONFIG, "hparams.yaml", "events.out.tfevents*", "pictures/[!.]*")
+SETTINGS = (CONFIG, "hparams.yaml")  # of one size with other values
+RECORDS = (*SETTINGS, "events.out.tfevents*", "pictures/[!.]*")
 RECORDS_EVERY = 300.0  # seconds between two copies; curves are copied as a whole each time
 
 
@@ -38,14 +39,17 @@ class RecordCopies:
         self._warned = False
 
     def copy(
-        self, is_behind: Callable[[], bool], at_once: bool = False, seconds: float = math.inf
+        self,
+        is_behind: Callable[[], bool],
+        at_once: bool = False,
+        seconds: Callable[[], float] = lambda: math.inf,
     ) -> None:
         """Copy what is new. What fails is a warning, and is tried again at a later call.
 
         Args:
             is_behind: whether there is a checkpoint to be copied, which comes first.
             at_once: also if the last copy was a moment ago.
-            seconds: after which no further file is begun.
+            seconds: after so many no further file is begun.
         """
         if not at_once and time.monotonic() - self._begun < RECORDS_EVERY:
             return
@@ -54,11 +58,11 @@ class RecordCopies:
             if self._sizes is None:
                 self._sizes = sizes_below(self.url)
             for path in self._files():
-                if is_behind() or time.monotonic() - self._begun >= seconds:
+                if is_behind() or time.monotonic() - self._begun >= seconds():
                     self._begun = -RECORDS_EVERY
                     return
                 self._copy_file(path, self._sizes)
-        except UserError as error:
+        except (UserError, OSError) as error:
             self._warn(error)
 
     def _files(self) -> list[Path]:
@@ -70,7 +74,8 @@ class RecordCopies:
         try:
             status = path.stat()
             stamp = status.st_mtime_ns, status.st_size
-            is_there = name not in self._copied and sizes.get(name) == status.st_size
+            known = sizes if name not in SETTINGS else {}
+            is_there = name not in self._copied and known.get(name) == status.st_size
             if not is_there and self._copied.get(name) != stamp:
                 content = path.read_bytes()  # at once, for curves grow meanwhile
                 self._require_right()

@@ -76,7 +76,7 @@ def explain_disk_errors(path: str | os.PathLike) -> Iterator[None]:
             raise
         raise UserError(
             f"{path} cannot be written ({DISK_ERRORS[error.errno]}): free space, or choose another "
-            "folder with data.store, --trainer.default_root_dir or the environment variable "
+            "folder with --out, data.store, --trainer.default_root_dir or the environment variable "
             "UNCLIP_CACHE."
         ) from error
 

@@ -138,9 +138,11 @@ class PriorSamplingOptions(StageOptions):
 
     def require_prior(self, prior: str | None) -> None:
         """Raise a UserError if a prior of the package, by its name, has no such setting."""
+        if prior not in self.ONLY_OF:
+            return
         for name, settings in self.ONLY_OF.items():
-            for setting in settings if prior in self.ONLY_OF and prior != name else ():
-                if getattr(self, setting) is not None:
+            for setting in settings:
+                if name != prior and getattr(self, setting) is not None:
                     raise UserError(
                         f"{_option(self.PREFIX, setting)} is for the prior {name}, and the prior "
                         f"here is {prior}: leave it out, or choose --prior {name}."

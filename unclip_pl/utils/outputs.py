@@ -3,6 +3,8 @@
 One rule for all commands that write into an `--out`, see `OutputFolder`.
 """
 
+import contextlib
+import io
 import os
 import sys
 import tempfile
@@ -10,19 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.files import atomic_file
+from unclip_pl.utils.files import atomic_file, explain_disk_errors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+
+PNG = b"\x89PNG"
+ROUNDING = 2
+"""Levels of 255 by which a picture drawn in a batch of another size may differ."""
 
 
 class OutputFolder:
     """A folder for the files of one run of a command, made with the first of them.
 
     A file that lies there stays as it is. If the new one has the same content, there is nothing to
-    write; if not, it gets the next free name ("fox-0_2.png" after "fox-0.png"), and one line on
-    stderr says so.
+    write (a picture may differ by `ROUNDING`); if not, it gets the next free name ("fox-0_2.png"
+    after "fox-0.png"), and one line on stderr says so.
 
     Args:
         folder: where the files go.
@@ -50,7 +56,7 @@ class OutputFolder:
             path = first.with_name(f"{first.stem}_{number}{first.suffix}")
         if path != first and first not in self._written:
             self._tell(first, path)
-        if self.overwrite or not path.exists():
+        if self.overwrite or not path.stat().st_size:
             with atomic_file(path) as file:
                 file.write(data)
         self._written.add(path)
@@ -63,12 +69,19 @@ class OutputFolder:
         return self.write(name, png_bytes(image, **metadata))
 
     def _may_take(self, path: Path, data: bytes) -> bool:
-        """Whether this run may have a name: nothing else has it, or may be replaced."""
+        """Whether this run may have a name: nothing else has it, or may be replaced.
+
+        A new name is taken at once, by an empty file: another command may write there as well.
+        """
         if path in self._written:
             return False
-        if self.overwrite or not path.exists():
+        if self.overwrite:
             return True
-        return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
+        with explain_disk_errors(path), contextlib.suppress(FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("xb").close()
+            return True
+        return path.is_file() and _same(path.read_bytes(), data)
 
     def _tell(self, old: Path, new: Path) -> None:
         """Say once that something is kept."""
@@ -78,6 +91,22 @@ class OutputFolder:
             text = f"{old} is there already and is kept, so the new one is {new.name} (--overwrite"
             tqdm.write(f"{text} replaces files of the same name).", file=sys.stderr)
         self._has_told = True
+
+
+def _same(old: bytes, new: bytes) -> bool:
+    """Whether two files are equal; PNG files by their text and, within `ROUNDING`, their pixels."""
+    if old == new or not (old.startswith(PNG) and new.startswith(PNG)):
+        return old == new
+    from PIL import Image, ImageChops, PngImagePlugin
+
+    try:
+        first, second = (PngImagePlugin.PngImageFile(io.BytesIO(data)) for data in (old, new))
+        if (first.size, first.mode, first.text) != (second.size, second.mode, second.text):
+            return False
+        bands = ImageChops.difference(first.convert("RGB"), second.convert("RGB")).getextrema()
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return False
+    return max(high for _, high in bands) <= ROUNDING
 
 
 def require_writable(folder: Path) -> None:

@@ -29,6 +29,7 @@ def karlo_card(folder: Path, part: str) -> str:
     """README.md of one release of Karlo, with the front matter that model hubs read."""
     return _card(
         folder,
+        licence_of(folder),
         part,
         "karlo",
         DRAWS[part],
@@ -42,6 +43,7 @@ def kandinsky_card(folder: Path, part: str) -> str:
     """README.md of Kandinsky's prior, with the front matter that model hubs read."""
     return _card(
         folder,
+        licence_of(folder),
         part,
         "kandinsky-prior",
         DRAWS[part],
@@ -56,6 +58,7 @@ def glide_card(weights: Path) -> str:
     """README.md of GLIDE's base model, with the front matter that model hubs read."""
     return _card(
         weights,
+        None,  # a README.md beside them may be the tokenizer's
         "decoder",
         "glide",
         "Draws a picture of 64 x 64 from a caption only: 100 steps of DDPM, guidance 3.",
@@ -67,9 +70,15 @@ def glide_card(weights: Path) -> str:
 
 
 def _card(
-    folder: Path, part: str, command: str, draws: str, model: str, published: str, clip: str
+    folder: Path,
+    licence: str | None,
+    part: str,
+    command: str,
+    draws: str,
+    model: str,
+    published: str,
+    clip: str,
 ) -> str:
-    licence = licence_of(folder if folder.is_dir() else folder.parent)
     lines = [
         "---",
         "library_name: unclip_pl",
