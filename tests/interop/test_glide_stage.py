@@ -1,13 +1,13 @@
 """`stages/glide`: GLIDE's base model as a training configuration, and a run of imported weights."""
 
 import random
-from fnmatch import fnmatch
 
 import pytest
 import torch
 import yaml
 
 from tests.interop import glide_kit
+from tests.interop.same_stage import require_same_stage
 from tests.oracles import glide
 from unclip_pl.cli.configs import find_configs
 from unclip_pl.cli.lightning import expand_resume, main
@@ -20,7 +20,6 @@ from unclip_pl.pipeline.interop.glide import glide_stage
 from unclip_pl.pipeline.interop.importing import import_glide
 from unclip_pl.pipeline.weights import load_stage, read_weights
 from unclip_pl.stages.decoder import Decoder
-from unclip_pl.stages.settings import changes, settings_of
 
 OWN_SIZE = {
     "width": 192,
@@ -47,18 +46,7 @@ def test_it_is_of_glides_size_and_takes_imported_weights():
     imported = glide_stage(net, text)
     count = sum(parameter.numel() for parameter in stage.parameters())
     assert count == sum(tensor.numel() for tensor in made.values())
-    assert {k: v.shape for k, v in stage.state_dict().items()} == {
-        k: v.shape for k, v in imported.state_dict().items()
-    }
-    theirs = settings_of(type(stage), dict(imported.hparams))
-    differing = [
-        key
-        for key in changes(theirs, dict(stage.hparams))
-        if not any(fnmatch(key, pattern) for pattern in stage.may_change)
-    ]
-    assert not differing
-    for kind in ("sampling", "cond_dropout"):  # these are those of the import as well
-        assert stage.hparams.get(kind) == imported.hparams.get(kind)
+    require_same_stage(stage, imported)
 
 
 def test_it_can_be_planned(capsys):

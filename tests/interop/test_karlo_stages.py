@@ -1,16 +1,14 @@
 """`stages/karlo`: configurations of Karlo's size, in which imported weights train on."""
 
-from fnmatch import fnmatch
-
 import pytest
 import torch
 
+from tests.interop.same_stage import require_same_stage
 from unclip_pl.cli.configs import find_configs
 from unclip_pl.cli.lightning_cli import build_cli
 from unclip_pl.networks.prior import PriorTransformerConfig
 from unclip_pl.networks.unet import UNetConfig
 from unclip_pl.pipeline.interop.karlo import decoder_stage, prior_stage, upsampler_stage
-from unclip_pl.stages.settings import changes, settings_of
 from unclip_pl.stages.upsampler import NET
 
 IMPORTED = {
@@ -39,15 +37,4 @@ def configured(name: str):
 def test_they_are_karlos_size_and_take_imported_weights(name):
     stage, imported = configured(name), IMPORTED[name]()
     assert sum(parameter.numel() for parameter in stage.parameters()) == COUNTS[name]
-    assert {k: v.shape for k, v in stage.state_dict().items()} == {
-        k: v.shape for k, v in imported.state_dict().items()
-    }
-    theirs = settings_of(type(stage), dict(imported.hparams))
-    differing = [
-        key
-        for key in changes(theirs, dict(stage.hparams))
-        if not any(fnmatch(key, pattern) for pattern in stage.may_change)
-    ]
-    assert not differing
-    for kind in ("sampling", "cond_dropout"):  # these are Karlo's as well
-        assert stage.hparams.get(kind) == imported.hparams.get(kind)
+    require_same_stage(stage, imported)
