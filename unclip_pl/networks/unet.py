@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip_pl.networks.blocks import Attention, Resample, ResBlock, UNetBlock
-from unclip_pl.networks.checkpointing import Checkpointing, apply_checkpointing, check_checkpointing
+from unclip_pl.networks.checkpointing import Checkpointing, apply_checkpointing
 from unclip_pl.networks.layers import GroupNorm32, timestep_embedding, zero_module
+from unclip_pl.utils.choices import check_choices
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class UNetConfig:
     middle_attention: bool = True
 
     def __post_init__(self) -> None:
-        check_checkpointing(self.checkpointing, "UNetConfig")
+        check_choices(self)
         smallest = self.patch_size * 2 ** (len(self.mults) - 1)
         sizes = self.image_size, self.width, self.depth, self.patch_size, self.head_width
         if not self.mults or min(*sizes, *self.mults) < 1:

@@ -32,6 +32,7 @@ from unclip_pl.stages.data_checks import (
     check_own_tokens,
     empty_caption,
 )
+from unclip_pl.utils.choices import check_choices
 from unclip_pl.utils.errors import UserError
 
 
@@ -48,6 +49,9 @@ class CondDropoutConfig:
     """Probability that the caption is dropped."""
     null_embed: Literal["learned", "zeros"] = "learned"
     """What replaces a dropped embedding."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass(frozen=True)
