@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from unclip_pl.clip.fingerprint import require_same
 from unclip_pl.cluster.sharded import shard
-from unclip_pl.diffusion.cuda_graph import cuda_graphed
+from unclip_pl.diffusion.cuda_graph import CUDAGraphPredict
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.watch import watched
@@ -115,7 +115,7 @@ class Stage(LightningModule):
 
     def with_cuda_graph(self, predict: Predict) -> Predict:
         """`predict`, recorded as a CUDA graph if `cuda_graphs` is set, and watched by `watch`."""
-        predict = cuda_graphed(predict) if self.cuda_graphs else predict
+        predict = CUDAGraphPredict(predict) if self.cuda_graphs else predict
         return predict if self.watch is None else watched(predict, self.watch)
 
     def setup(self, stage: str) -> None:

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from unclip_pl.diffusion.guidance import batched_cfg, classifier_free_guidance, thresholded
-from unclip_pl.diffusion.losses import hybrid
+from unclip_pl.diffusion.guidance import classifier_free_guidance, thresholded
+from unclip_pl.diffusion.losses import training_losses
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Predict, Process
 from unclip_pl.diffusion.sampler_config import SamplerConfig
@@ -274,7 +274,7 @@ class Decoder(Stage):
         conditions = self.conditions(batch, size, keep_embed, keep_text)
         x_t = self.process.diffuse(image, t, noise)
         output = self.net(x_t, t, **conditions)
-        losses = hybrid(output, image, x_t, t, noise, self.process)
+        losses = training_losses(output, image, x_t, t, noise, self.process)
         result = {"loss": losses.loss.mean(), "mse": losses.mse.mean()}
         if losses.vb is not None:
             result["vb"] = losses.vb.mean()
@@ -303,7 +303,7 @@ class Decoder(Stage):
         encoded = self.net.encode_context(**conditions)  # once, not at each step
         predict = self.process.adapt(lambda x, t: self.net(x, t, encoded=encoded), schedule)
         if use_guidance:
-            predict = classifier_free_guidance(batched_cfg(predict), settings.guidance_scale)
+            predict = classifier_free_guidance(predict, settings.guidance_scale)
         return self.with_cuda_graph(thresholded(predict, self.process, settings.threshold))
 
     @torch.no_grad()

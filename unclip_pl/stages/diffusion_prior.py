@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unclip_pl.diffusion.analytic import ErrorByTimestep, with_analytic_variance
-from unclip_pl.diffusion.guidance import batched_cfg, classifier_free_guidance, thresholded
+from unclip_pl.diffusion.guidance import classifier_free_guidance, thresholded
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Process
 from unclip_pl.diffusion.sampler_config import SamplerConfig
@@ -264,9 +264,9 @@ class DiffusionPrior(Stage):
 
         predict = self.process.adapt(denoise, schedule)
         if use_guidance:
-            predict = classifier_free_guidance(batched_cfg(predict), settings.guidance_scale)
+            predict = classifier_free_guidance(predict, settings.guidance_scale)
         if settings.threshold is not None:
-            predict = thresholded(predict, self.process, "static", limit=settings.threshold)
+            predict = thresholded(predict, self.process, "static", settings.threshold)
         predict = self.with_cuda_graph(predict)
         if settings.sampler == "analytic" and not bool(self.x0_error.isnan().any()):
             predict = with_analytic_variance(predict, schedule, self.x0_error)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip_pl.diffusion.guidance import thresholded
-from unclip_pl.diffusion.losses import simple
+from unclip_pl.diffusion.losses import training_losses
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Predict, Prediction, Process
 from unclip_pl.diffusion.sampler_config import SamplerConfig
@@ -207,7 +207,7 @@ class Upsampler(Stage):
         t, noise = draw_timesteps_and_noise(image, self.process.config.timesteps, generator)
         x_t = self.process.diffuse(image, t, noise)
         output, scale = self.predict(x_t, t, self.enlarged(batch["low_res"]))
-        mse = simple(output, image, x_t, t, noise, self.process).mse
+        mse = training_losses(output, image, x_t, t, noise, self.process).mse
         # the plain mean squared error of the network's output
         own_mse = mse if isinstance(scale, float) else mse / scale.flatten().square()
         return {"loss": own_mse.mean(), "mse": mse.mean(), "t": t, "per_sample": own_mse}
