@@ -87,7 +87,7 @@ def complete_hyper_parameters(stage: str, hyper_parameters: dict) -> dict:
     """Hyperparameters with those added that older weights lack, at the values of their training."""
     complete = rename_settings(hyper_parameters)
     if stage in (Upsampler256.__name__, Upsampler1024.__name__):
-        complete.setdefault("clamp_condition", True)
+        complete = Upsampler.legacy_defaults | complete
     if "diffusion" in complete:
         complete["diffusion"] = plain(as_config(DiffusionConfig, complete["diffusion"]))
     return complete

@@ -8,7 +8,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -75,6 +75,9 @@ class Stage(LightningModule):
     """Values of settings that older weights do not name, where they are not today's defaults."""
     scalars: tuple[str, ...] | None = None
     """The scalars that `loss` returns; None: not known, so that monitors cannot be checked."""
+    captioned_dropout: Any = None
+    """`cond_dropout` that drops no caption. Validation logs `val/loss_captioned` with it: the loss
+    with the same noise. None: the stage reads no captions."""
     _looked_at: tuple[int, int] | None = None
     """A step of this run, and how many had been skipped before it."""
     _resumed: bool = False
@@ -120,7 +123,12 @@ class Stage(LightningModule):
 
     def setup(self, stage: str) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)
-        if stage != "fit" or not hasattr(data, "fingerprint"):
+        if stage == "fit" and data is not None:
+            self.use_data(data)
+
+    def use_data(self, data: Any) -> None:
+        """Check the DataModule, and take from it what must be known before the first step."""
+        if not hasattr(data, "fingerprint"):
             return
         self.check_data(data)
         fingerprint = data.fingerprint()
@@ -142,6 +150,7 @@ class Stage(LightningModule):
         if self.scalars is None:
             return None
         names = {f"{part}/{name}" for part in ("train", "val") for name in self.scalars}
+        names |= {"val/loss_captioned"} if self.captioned_dropout is not None else set()
         return names | {"train/grad_norm", "train/skipped_steps"}
 
     def on_train_start(self) -> None:
@@ -172,6 +181,9 @@ class Stage(LightningModule):
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         losses = self.loss(batch, torch.Generator().manual_seed(batch_idx))
         scalars = {f"val/{name}": value for name, value in losses.items() if value.ndim == 0}
+        if self.captioned_dropout is not None:
+            generator, loss = torch.Generator().manual_seed(batch_idx), cast(Any, self.loss)
+            scalars["val/loss_captioned"] = loss(batch, generator, self.captioned_dropout)["loss"]
         self.log_dict(scalars, batch_size=len(batch["key"]), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

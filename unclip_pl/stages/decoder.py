@@ -103,8 +103,6 @@ class Decoder(Stage):
     null_embed: Tensor | None
     """(D,), replaces a dropped embedding, on the network's scale; None with `condition: none`."""
 
-    scalars = ("loss", "mse")
-
     def __init__(
         self,
         net: UNetConfig = UNetConfig(),
@@ -137,7 +135,11 @@ class Decoder(Stage):
         self.cond_dropout: CondDropoutConfig = self.config.cond_dropout
         self.sampling: DecoderSamplingConfig = self.config.sampling
         self.process = Process(self.config.diffusion)
-        self.process.schedule.respaced(self.sampling.steps)  # refuses what is impossible at once
+        self.count_steps()  # refuses what is impossible at once
+        learned = self.process.config.variance == "learned_range"
+        self.scalars = ("loss", "mse", "vb") if learned else ("loss", "mse")
+        if self.text_config.kind != "none":
+            self.captioned_dropout = replace(self.cond_dropout, text=0.0)
         embed_dim, context_width = self.net_config.embed_dim, self.net_config.context_width
         self._check_condition(embed_dim)
         self.normalizer = EmbeddingNormalizer(embed_dim, normalizer)
@@ -183,12 +185,11 @@ class Decoder(Stage):
         """Whether anything of a CLIP reaches the decoder: embeddings, states or tokens."""
         return self.condition != "none" or not has_own_tokenizer(self.text_config)
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
+    def use_data(self, data: Any) -> None:
+        super().use_data(data)
         if not self.reads_clip:
             self.clip_fingerprint = None
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and self.text_config.null == "empty" and hasattr(data, "clip"):
+        if self.text_config.null == "empty" and hasattr(data, "clip"):
             self.text.set_null(*empty_caption(data.clip))
 
     def check_data(self, data: Any) -> None:
@@ -239,23 +240,6 @@ class Decoder(Stage):
         if "text_tokens" in batch or "caption" not in batch or self.text.byte_pairs is None:
             return batch
         return batch | {"text_tokens": self.text.tokenize(batch["caption"]).to(self.device)}
-
-    def logged_names(self) -> set[str]:
-        names = {*(super().logged_names() or ())}
-        if self.process.config.variance == "learned_range":
-            names |= {"train/vb", "val/vb"}
-        if self.text_config.kind != "none":
-            names.add("val/loss_captioned")
-        return names
-
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Also logs `val/loss_captioned`: the loss with the same noise and no caption dropped."""
-        super().validation_step(batch, batch_idx)
-        if self.text_config.kind == "none":
-            return
-        generator = torch.Generator().manual_seed(batch_idx)
-        loss = self.loss(batch, generator, replace(self.cond_dropout, text=0.0))["loss"]
-        self.log("val/loss_captioned", loss, batch_size=len(batch["key"]), sync_dist=True)
 
     def loss(
         self,

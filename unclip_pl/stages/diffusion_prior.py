@@ -107,6 +107,7 @@ class DiffusionPrior(Stage):
     """(T,): the mean squared error of the predicted z_i per timestep, NaN until it is estimated."""
 
     scalars = ("loss",)
+    captioned_dropout = 0.0
 
     def __init__(
         self,
@@ -134,7 +135,7 @@ class DiffusionPrior(Stage):
         self.sampling: PriorSamplingConfig = self.config.sampling
         self.cond_dropout = cond_dropout
         self.process = Process(self.config.diffusion)
-        self.process.schedule.respaced(self.sampling.steps)  # refuses what is impossible at once
+        self.count_steps()  # refuses what is impossible at once
         if self.process.config.variance == "learned_range":
             raise ValueError(
                 "The diffusion prior has no learned variance: set model.diffusion.variance to "
@@ -148,14 +149,13 @@ class DiffusionPrior(Stage):
         self.net = PriorTransformer(self.net_config, self.text_config)
         self.register_buffer("x0_error", torch.full((self.process.config.timesteps,), math.nan))
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        data: Any = getattr(self.trainer, "datamodule", None)
+    def use_data(self, data: Any) -> None:
+        super().use_data(data)
         # Weights that training starts from (--init) keep the scale that they were trained on.
-        if stage == "fit" and hasattr(data, "statistics") and not self.normalizer.fitted:
+        if hasattr(data, "statistics") and not self.normalizer.fitted:
             statistics = data.statistics()
             self.normalizer.fit(statistics.mean, statistics.std)
-        if stage == "fit" and self.text_config.null == "empty" and hasattr(data, "clip"):
+        if self.text_config.null == "empty" and hasattr(data, "clip"):
             states, embed = empty_caption(data.clip)
             self.net.set_null(states, self.on_network_scale(embed[None])[0])
 
@@ -213,16 +213,6 @@ class DiffusionPrior(Stage):
         output = self.net(noised, t, **self.conditions(batch), keep=keep)
         mse = (output.float() - self.process.target(z, t, noise)).square().mean(1)
         return {"loss": mse.mean(), "t": t, "per_sample": mse}
-
-    def logged_names(self) -> set[str]:
-        return {*(super().logged_names() or ()), "val/loss_captioned"}
-
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Also logs `val/loss_captioned`: the loss with the same noise and no caption dropped."""
-        super().validation_step(batch, batch_idx)
-        generator = torch.Generator().manual_seed(batch_idx)
-        loss = self.loss(batch, generator, cond_dropout=0.0)["loss"]
-        self.log("val/loss_captioned", loss, batch_size=len(batch["key"]), sync_dist=True)
 
     @torch.no_grad()
     def sample(

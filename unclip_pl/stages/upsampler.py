@@ -134,10 +134,8 @@ class Upsampler(Stage):
         """The sides of the network's images must be multiples of this."""
         return self.net_config.patch_size * 2 ** (len(self.net_config.mults) - 1)
 
-    def setup(self, stage: str) -> None:
-        data = getattr(self.trainer, "datamodule", None) if stage == "fit" else None
-        if data is not None:  # and no CLIP that the stage must agree with
-            self.check_data(data)
+    def use_data(self, data: Any) -> None:
+        self.check_data(data)  # there is no CLIP to agree with
 
     def check_data(self, data: Any) -> None:
         if not hasattr(data, "crop"):
