@@ -133,9 +133,9 @@ class UNet(nn.Module):
         )
         if config.embed_dim:
             self.clip_to_time = nn.Linear(config.embed_dim, emb_width)
-            if config.context_width and config.embed_tokens:
-                tokens_width = config.embed_tokens * config.context_width
-                self.clip_to_tokens = nn.Linear(config.embed_dim, tokens_width)
+        tokens_width = config.embed_tokens * config.context_width
+        has_tokens = config.embed_dim and tokens_width
+        self.clip_to_tokens = nn.Linear(config.embed_dim, tokens_width) if has_tokens else None
         in_channels = (config.in_channels + config.low_res_channels) * patch
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
 
@@ -208,7 +208,7 @@ class UNet(nn.Module):
         if embed is not None:
             emb = self.clip_to_time(embed)
             emb = emb if pooled is None else emb + pooled
-        if hasattr(self, "clip_to_tokens"):
+        if self.clip_to_tokens is not None:
             # (B, context_width * tokens), the token index fastest, as in Karlo
             tokens = self.clip_to_tokens(embed).unflatten(-1, (-1, config.embed_tokens))
             tokens = tokens.transpose(1, 2)

@@ -19,7 +19,7 @@ from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.training_draws import draw_keep_masks
 from unclip_pl.networks.ar_prior import ARPriorConfig, ARPriorNet
-from unclip_pl.networks.long_text import caption_of, has_own_tokenizer
+from unclip_pl.networks.long_text import caption_inputs, has_own_tokenizer
 from unclip_pl.networks.quantizer import EmbeddingQuantizer
 from unclip_pl.networks.text import TextConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage
@@ -195,7 +195,7 @@ class ARPrior(Stage):
             )
         if missing:
             return self.net.prefix(keep, dot)
-        caption = caption_of(batch, self.text_config)
+        caption = caption_inputs(batch, self.text_config)
         return self.net.prefix(keep, dot, batch["text_embed"], **caption)
 
     def loss(

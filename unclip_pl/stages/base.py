@@ -116,7 +116,7 @@ class Stage(LightningModule):
         stage: Any = self  # what draws has `process` and `sampling`
         return len(stage.process.schedule.respaced((sampling or stage.sampling).steps))
 
-    def with_cuda_graph(self, predict: Predict) -> Predict:
+    def wrap_predict(self, predict: Predict) -> Predict:
         """`predict`, recorded as a CUDA graph if `cuda_graphs` is set, and watched by `watch`."""
         predict = CUDAGraphPredict(predict) if self.cuda_graphs else predict
         return predict if self.watch is None else watched(predict, self.watch)

@@ -22,7 +22,7 @@ from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.diffusion.schedule import Schedule, Spacing
 from unclip_pl.diffusion.training_draws import draw_keep_masks, draw_timesteps_and_noise
 from unclip_pl.networks.embedding import EmbeddingNormalizer
-from unclip_pl.networks.long_text import caption_of, has_own_tokenizer
+from unclip_pl.networks.long_text import caption_inputs, has_own_tokenizer
 from unclip_pl.networks.text import TextConfig, TextContext
 from unclip_pl.networks.unet import UNet, UNetConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage
@@ -226,7 +226,7 @@ class Decoder(Stage):
                 embed = null
             else:
                 embed = torch.where(keep_embed[:, None], self.normalizer.normalize(embed), null)
-        caption = caption_of(batch, self.text_config)
+        caption = caption_inputs(batch, self.text_config)
         context = self.text(**caption, text_embed=batch.get("text_embed"), keep=keep_text)
         return {
             "embed": embed,
@@ -288,7 +288,7 @@ class Decoder(Stage):
         predict = self.process.adapt(lambda x, t: self.net(x, t, encoded=encoded), schedule)
         if use_guidance:
             predict = classifier_free_guidance(predict, settings.guidance_scale)
-        return self.with_cuda_graph(thresholded(predict, self.process, settings.threshold))
+        return self.wrap_predict(thresholded(predict, self.process, settings.threshold))
 
     @torch.no_grad()
     def sample(

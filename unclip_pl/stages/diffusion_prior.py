@@ -26,7 +26,7 @@ from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.diffusion.schedule import Spacing
 from unclip_pl.diffusion.training_draws import draw_keep_masks, draw_timesteps_and_noise
 from unclip_pl.networks.embedding import EmbeddingNormalizer
-from unclip_pl.networks.long_text import caption_of
+from unclip_pl.networks.long_text import caption_inputs
 from unclip_pl.networks.prior import (
     Prefix,
     PriorTextConfig,
@@ -179,7 +179,7 @@ class DiffusionPrior(Stage):
         embed = batch.get("text_embed")
         if embed is not None:
             embed = self.on_network_scale(embed)
-        return caption_of(batch, self.text_config) | {"text_embed": embed}
+        return caption_inputs(batch, self.text_config) | {"text_embed": embed}
 
     def encode_text(self, batch: dict, size: int, null: bool = False) -> Prefix:
         """Read the captions of a batch once, for all steps.
@@ -257,7 +257,7 @@ class DiffusionPrior(Stage):
             predict = classifier_free_guidance(predict, settings.guidance_scale)
         if settings.threshold is not None:
             predict = thresholded(predict, self.process, "static", settings.threshold)
-        predict = self.with_cuda_graph(predict)
+        predict = self.wrap_predict(predict)
         if settings.sampler == "analytic" and not bool(self.x0_error.isnan().any()):
             predict = with_analytic_variance(predict, schedule, self.x0_error)
         sampler = SAMPLERS["ddpm" if settings.sampler == "analytic" else settings.sampler]

@@ -243,7 +243,7 @@ class Upsampler(Stage):
             predict = self.process.adapt(
                 lambda x, t: self.predict(x, t, enlarged, net)[0], schedule
             )
-            return self.with_cuda_graph(thresholded(predict, self.process, settings.threshold))
+            return self.wrap_predict(thresholded(predict, self.process, settings.threshold))
 
         predict = predictor(self.net)
         if self.last_net is not None:
