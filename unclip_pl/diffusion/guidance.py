@@ -65,7 +65,7 @@ THRESHOLDS: dict[str, Callable[..., Tensor]] = {
 def thresholded(
     predict: Predict, process: Process, mode: str | None = "static", limit: float = 1.0
 ) -> Predict:
-    """`predict` with x0 kept in range, and eps computed again so that both still describe x_t.
+    """`predict` with x0 kept in range, and eps computed again to match x0 and x_t.
 
     Args:
         predict: (x, t) -> Prediction.

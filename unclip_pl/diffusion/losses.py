@@ -41,8 +41,8 @@ def training_losses(
 
     Args:
         output: the raw output (B, C or 2C, ...).
-        x0: the clean sample (B, C, ...); in [-1, 1] with a learned variance, for the term of t = 0
-            counts 256 grey levels.
+        x0: the clean sample (B, C, ...); in [-1, 1] with a learned variance, because the term of
+            t = 0 counts 256 grey levels.
         x_t: the noisy sample (B, C, ...).
         t: (B,) int64, the timesteps of x_t.
         noise: the noise in x_t (B, C, ...).

@@ -90,7 +90,7 @@ class Context(NamedTuple):
 
 
 def trim_padding(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Cut tokens after the last one that is visible in any row: exact, for nothing sees the rest.
+    """Cut tokens after the last one that is visible in any row; exact, as nothing sees the rest.
 
     On a GPU nothing is cut, since the host would have to wait for the mask.
 
@@ -286,7 +286,7 @@ class TextContext(nn.Module):
         """The tokenizer of its own; None: it reads CLIP's tokens.
 
         Raises:
-            UserError: the weights, of which it is a part, were never loaded.
+            UserError: it is part of the weights, and they were never loaded.
         """
         if isinstance(self.encoder, TransformerText) and self.config.tokenizer == "gpt2":
             return self.encoder.byte_pairs

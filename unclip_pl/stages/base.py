@@ -39,7 +39,7 @@ from unclip_pl.utils.errors import SharedError, UserError
 
 __all__ = ["OptimizerConfig", "Stage"]
 USELESS_STEPS = 100
-"""After so many skipped steps in a row a run ends."""
+"""A run ends after this many skipped steps in a row."""
 
 
 class Stage(LightningModule):
@@ -59,7 +59,7 @@ class Stage(LightningModule):
     cuda_graphs: bool = False
     """Sampling on a GPU records the denoising step as a CUDA graph."""
     watch: Callable[[Tensor], object] | None = None
-    """Shown x0 of each step while `sample` draws pictures, (B, 3, H, W) on the stage's device."""
+    """Called with x0 of each step of `sample`, (B, 3, H, W) on the stage's device."""
     compile_networks: bool = False
     """Training compiles the blocks of all networks."""
     skipped_steps: Tensor
@@ -248,10 +248,10 @@ class Stage(LightningModule):
         self._require_progress()
 
     def _require_progress(self) -> None:
-        """Look every so often, for it waits for the device, whether any step was of use.
+        """Check every `USELESS_STEPS` steps, because it waits for the device.
 
         Raises:
-            SharedError: none was.
+            SharedError: all steps since the last check were skipped.
         """
         if self._looked_at is None:
             self._looked_at = self.global_step, int(self.skipped_steps)
@@ -261,9 +261,9 @@ class Stage(LightningModule):
         self._looked_at = self.global_step, int(self.skipped_steps)
         if self._looked_at[1] - skipped >= USELESS_STEPS:
             raise SharedError(
-                f"The last {USELESS_STEPS} steps were all skipped, for their gradients were not "
-                "finite: go on from an earlier checkpoint, such as the best one, with --init and a "
-                "lower --model.optimizer.lr."
+                f"The last {USELESS_STEPS} steps were all skipped, because their gradients were "
+                "not finite: go on from an earlier checkpoint, such as the best one, with --init "
+                "and a lower --model.optimizer.lr."
             )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

@@ -118,7 +118,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
 
 
 def state_bytes(module: nn.Module, config: OptimizerConfig) -> float:
-    """Bytes of the state that `build_optimizer` comes to hold for a module's float32 weights."""
+    """Bytes of the optimizer state that `build_optimizer` needs for a module's float32 weights."""
     trained = [p.numel() for p in module.parameters() if p.requires_grad]
     if config.name == "adamw8bit":
         return sum(map(bytes_8bit, trained))

@@ -45,7 +45,7 @@ class Pictures(Callback):
             return
         batch = {key: value[: self.count] for key, value in batch.items()}
         noise = Noise(range(self.seed, self.seed + len(batch["key"])))
-        # Every rank samples, for each is needed where the weights are sharded.
+        # Every rank samples, because all are needed where the weights are sharded.
         drawn = pl_module.sample(batch, noise)
         if not trainer.is_global_zero:
             return
