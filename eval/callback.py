@@ -6,7 +6,7 @@ In YAML:
   trainer.callbacks+: [{class_path: eval.callback.Evaluate, init_args: {every_n_train_steps: 5000}}]
 """
 
-from typing import cast
+from typing import Any
 
 import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lightning
 
@@ -18,7 +18,6 @@ from torchmetrics import Metric
 from eval.features import Features, load_features
 from eval.metrics import FRECHET, CLIPScore, FrechetDistance, KernelDistance, PrecisionRecall
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.training.protocols import SupportsSampling
 from unclip_pl.utils.images import to_uint8
 
 
@@ -71,7 +70,7 @@ class Evaluate(Callback):
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,
         outputs: object,
         batch: dict,
         batch_idx: int,
@@ -82,7 +81,7 @@ class Evaluate(Callback):
         batch = {key: value[: self.count - self._seen] for key, value in batch.items()}
         first = self.seed + trainer.global_rank * self.count + self._seen
         size = len(batch["key"])
-        drawn = cast(SupportsSampling, pl_module).sample(batch, Noise(range(first, first + size)))
+        drawn = pl_module.sample(batch, Noise(range(first, first + size)))
         self._seen += size
         if drawn.ndim == 2:
             real, fake = batch["image_embed"], drawn

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.oracles import diffusion as oracle
-from unclip_pl.diffusion.losses import discretised_nll, gaussian_kl, hybrid, simple
+from unclip_pl.diffusion.losses import discretised_nll, gaussian_kl, training_losses
 from unclip_pl.diffusion.process import DiffusionConfig, Process
 
 T_VALUES = [0, 1, 200, 500, 950, 999]
@@ -53,7 +53,7 @@ def test_the_bins_of_a_narrow_and_a_wide_gaussian_sum_to_one():
 @pytest.mark.parametrize("parametrization", ["eps", "x0", "v"])
 def test_hybrid_agrees_with_the_oracle(parametrization, schedule):
     process, x0, x_t, t, noise, output = case(parametrization, schedule)
-    losses = hybrid(output, x0, x_t, t, noise, process)
+    losses = training_losses(output, x0, x_t, t, noise, process)
     betas = (oracle.cosine_betas if schedule == "cosine" else oracle.linear_betas)(1000)
     abar = oracle.products(betas)
     for b, time in enumerate(t.tolist()):
@@ -85,7 +85,7 @@ def test_hybrid_agrees_with_the_oracle(parametrization, schedule):
 def test_the_mean_learns_nothing_from_the_vlb_and_the_variance_nothing_from_the_mse():
     process, x0, x_t, t, noise, output = case()
     output.requires_grad_()
-    losses = hybrid(output, x0, x_t, t, noise, process)
+    losses = training_losses(output, x0, x_t, t, noise, process)
     (from_vb,) = torch.autograd.grad(losses.vb.sum(), output, retain_graph=True)
     (from_mse,) = torch.autograd.grad(losses.mse.sum(), output, retain_graph=True)
     (from_all,) = torch.autograd.grad(losses.loss.sum(), output)
@@ -99,12 +99,14 @@ def test_the_variance_gradient_is_that_of_finite_differences():
     output[:, 2:] = output[:, 2:].clamp(-0.8, 0.8)
     output[0, :2] = process.target(x0, t, noise)[0]
     output.requires_grad_()
-    (gradient,) = torch.autograd.grad(hybrid(output, x0, x_t, t, noise, process).vb.sum(), output)
+    (gradient,) = torch.autograd.grad(
+        training_losses(output, x0, x_t, t, noise, process).vb.sum(), output
+    )
     step = torch.zeros_like(output)
     step[:, 2] = 0.05
     with torch.no_grad():
-        above = hybrid(output + step, x0, x_t, t, noise, process).vb
-        below = hybrid(output - step, x0, x_t, t, noise, process).vb
+        above = training_losses(output + step, x0, x_t, t, noise, process).vb
+        below = training_losses(output - step, x0, x_t, t, noise, process).vb
     change = above - below
     torch.testing.assert_close(change / 0.1, gradient[:, 2].sum((1, 2)), rtol=0.03, atol=1e-3)
 
@@ -120,7 +122,7 @@ def test_the_vlb_finds_the_variance_of_an_imperfect_mean():
     optimizer = torch.optim.Adam([v], lr=0.05)
     for _ in range(150):
         optimizer.zero_grad()
-        hybrid(
+        training_losses(
             torch.cat([predicted, v.expand_as(x0)], 1), x0, x_t, t, noise, process
         ).vb.sum().backward()
         optimizer.step()
@@ -134,11 +136,12 @@ def test_a_fixed_variance_leaves_the_simple_loss(variance):
     process = Process(DiffusionConfig(parametrization="x0", variance=variance))
     x0, noise, t = torch.randn(4, 8), torch.randn(4, 8), torch.tensor([0, 1, 500, 999])
     output = torch.randn(4, 8)
-    ours = hybrid(output, x0, process.diffuse(x0, t, noise), t, noise, process)
+    ours = training_losses(output, x0, process.diffuse(x0, t, noise), t, noise, process)
     assert ours.vb is None and torch.equal(ours.loss, ours.mse)
     torch.testing.assert_close(ours.loss, (output - x0).square().mean(1))
     assert torch.equal(
-        simple(output, x0, process.diffuse(x0, t, noise), t, noise, process).loss, ours.loss
+        training_losses(output, x0, process.diffuse(x0, t, noise), t, noise, process).loss,
+        ours.loss,
     )
 
 
@@ -153,7 +156,7 @@ def test_max_snr_weights_the_error_in_x0_whatever_is_predicted(parametrization):
     abar = process.schedule.alphas_cumprod[t]
     weight = (abar / (1 - abar)).clamp(max=20) + 1
     error = (process.to_x0(output, x_t, t) - x0).square().mean(1)
-    found = simple(output, x0, x_t, t, noise, process)
+    found = training_losses(output, x0, x_t, t, noise, process)
     torch.testing.assert_close(found.loss, (weight * error).float(), rtol=2e-4, atol=1e-6)
     assert weight[0] == 21 and float(weight[-1]) == pytest.approx(1, abs=1e-3)
 
@@ -183,7 +186,7 @@ def test_no_extreme_output_gives_nan_nor_a_gradient_of_nan(parametrization, sche
             output = torch.cat([torch.full_like(x0, mean), torch.full_like(x0, v)], 1)
             output = output.bfloat16().requires_grad_()
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                losses = hybrid(output, x0, x_t, t, noise, process)
+                losses = training_losses(output, x0, x_t, t, noise, process)
             (gradient,) = torch.autograd.grad(losses.loss.sum(), output)
             assert not losses.loss.isnan().any() and losses.vb.isfinite().all(), (mean, v)
             assert not gradient.isnan().any() and gradient[:, 2:].isfinite().all(), (mean, v)
@@ -193,16 +196,16 @@ def test_no_extreme_output_gives_nan_nor_a_gradient_of_nan(parametrization, sche
 
 def test_a_nan_output_is_not_hidden():
     process, x0, x_t, t, noise, output = case()
-    assert hybrid(output * float("nan"), x0, x_t, t, noise, process).loss.isnan().all()
+    assert training_losses(output * float("nan"), x0, x_t, t, noise, process).loss.isnan().all()
 
 
 def test_losses_are_float32_and_the_same_under_autocast():
     process, x0, x_t, t, noise, output = case()
-    plain = hybrid(output, x0, x_t, t, noise, process)
+    plain = training_losses(output, x0, x_t, t, noise, process)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = hybrid(output, x0, x_t, t, noise, process)
+        cast = training_losses(output, x0, x_t, t, noise, process)
     assert cast.loss.dtype == torch.float32
     assert torch.equal(cast.loss, plain.loss)
     assert torch.equal(cast.vb, plain.vb)
-    half = hybrid(output.bfloat16(), x0, x_t, t, noise, process)
+    half = training_losses(output.bfloat16(), x0, x_t, t, noise, process)
     assert half.loss.dtype == torch.float32

@@ -165,9 +165,9 @@ def test_none_gives_nothing():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"kind": "rnn"}, 'kind "rnn"'),
+        ({"kind": "rnn"}, "TextConfig.kind"),
         ({"kind": "states"}, "states_width"),
-        ({"kind": "states", "states_width": 4, "null": "zeros"}, '"learned" or "empty"'),
+        ({"kind": "states", "states_width": 4, "null": "zeros"}, "TextConfig.null"),
         ({"kind": "none", "null": "empty"}, 'kind "states" only'),
         ({"kind": "transformer", "width": 30, "heads": 4}, "heads 4"),
     ],

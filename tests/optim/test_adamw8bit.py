@@ -73,7 +73,7 @@ def test_where_it_cannot_work_a_sentence_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         build_optimizer(stage.to("meta"), OptimizerConfig("adamw8bit"))
-    with pytest.raises(ValueError, match='choose "adamw", "adamw8bit" or "muon"'):
+    with pytest.raises(ValueError, match='use one of "adamw", "adamw8bit", "muon"'):
         OptimizerConfig("adamw4bit")
 
 

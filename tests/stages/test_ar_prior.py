@@ -74,7 +74,6 @@ def test_a_dropped_text_keeps_the_dot_product_where_that_is_asked_for(drop_dot):
 def test_validation_tells_the_loss_with_captions_from_that_with_dropped_ones():
     stage, data, logged = prior(cond_dropout=1.0).eval(), batch(16), {}
     stage.log_dict = lambda values, **_: logged.update(values)
-    stage.log = lambda name, value, **_: logged.update({name: value})
     stage.validation_step(data, 0)
     assert torch.equal(logged["val/loss"], stage.loss(data, cond_dropout=1.0)["loss"])
     assert torch.equal(logged["val/loss_captioned"], stage.loss(data, cond_dropout=0.0)["loss"])

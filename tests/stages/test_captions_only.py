@@ -124,7 +124,7 @@ def test_settings_that_do_not_fit_are_refused():
     for kind in (TextConfig(), TextConfig("states", states_width=4)):
         with pytest.raises(ValueError, match="set it to transformer"):
             Decoder(net, kind, condition="none")
-    with pytest.raises(ValueError, match='use "clip" or "gpt2"'):
+    with pytest.raises(ValueError, match='use one of "clip", "gpt2"'):
         TextConfig("transformer", tokenizer="bert")
     with pytest.raises(ValueError, match='for kind "transformer"'):
         TextConfig("states", states_width=4, tokenizer="gpt2")

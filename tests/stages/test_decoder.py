@@ -236,7 +236,6 @@ def test_validation_tells_the_loss_with_captions_from_that_with_dropped_ones():
     randomise(stage)
     stage.eval()
     stage.log_dict = lambda values, **_: logged.update(values)
-    stage.log = lambda name, value, **_: logged.update({name: value})
     with torch.no_grad():
         stage.validation_step(given, 3)
         generators = [torch.Generator().manual_seed(3) for _ in range(2)]

@@ -184,7 +184,6 @@ def test_candidates_are_compared_by_direction_only():
 def test_validation_tells_the_loss_with_captions_from_that_with_dropped_ones():
     stage, given, logged = prior(cond_dropout=0.5), batch(16), {}
     stage.log_dict = lambda values, **_: logged.update(values)
-    stage.log = lambda name, value, **_: logged.update({name: value})
     stage.validation_step(given, 3)
     seeded = lambda: torch.Generator().manual_seed(3)
     one = stage.loss(given, seeded())["per_sample"]

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from unclip_pl.utils.choices import check_choices
+
 INTERPOLATIONS = ("linear", "cubic", "area")
 SHIFTED_RADIUS = 12  # of the 25 x 25 kernel
 PROBABILITY = {"blur": 0.5, "bsr": 1.0, "none": 0.0}
@@ -42,11 +44,7 @@ class DegradationConfig:
     """blur: standard deviation in pixels of the low resolution."""
 
     def __post_init__(self) -> None:
-        if self.kind not in PROBABILITY:
-            raise ValueError(
-                f'DegradationConfig does not know the kind "{self.kind}": use "blur", "bsr" or '
-                '"none".'
-            )
+        check_choices(self)
         if self.probability is not None and not 0 <= self.probability <= 1:
             raise ValueError(f"DegradationConfig.probability is {self.probability}: give 0 to 1.")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0 or not 0 < self.sigma < math.inf:

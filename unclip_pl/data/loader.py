@@ -125,7 +125,7 @@ class TrainLoader:
         if previous._stream is not None:
             state = previous.state_dict()
             previous.close()
-            previous.load_state_dict(state)  # whoever still asks it for its state gets this one
+            previous.load_state_dict(state)  # its state may still be asked for
             self.load_state_dict(state | {"done": 0})
         elif previous._loaded is not None:
             self.load_state_dict(previous._loaded)
@@ -201,7 +201,7 @@ def warn_of_other_data(
 def _digest(shards: Sequence[str]) -> tuple[str, list[str]]:
     """A digest of the shards, and those that are not there.
 
-    It is of names without their folders, which may move, and of the sizes of files, for another
+    It covers names without their folders, which may move, and the sizes of files, because another
     folder may have the same names.
     """
     lines, missing = [], []

@@ -35,7 +35,7 @@ def permute(index: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _hash(h: np.ndarray) -> np.ndarray:
-    """Each bit of a uint64 to all others (the finaliser of MurmurHash3)."""
+    """Mix the bits of uint64 numbers (the finaliser of MurmurHash3)."""
     h = (h ^ h >> np.uint64(33)) * np.uint64(0xFF51AFD7ED558CCD)
     h = (h ^ h >> np.uint64(33)) * np.uint64(0xC4CEB9FE1A85EC53)
     return h ^ h >> np.uint64(33)

@@ -159,8 +159,8 @@ def decode_batches(
 ) -> Iterator[list[dict[str, Any]]]:
     """Batches of decoded samples, in the tar's order.
 
-    Samples are as of `raw_samples`, with `image` float32 (3, S, S) in [-1, 1] and `bytes`, the size
-    of the image in the tar. The next two batches are decoded by threads while one is used. What
+    Samples are those of `raw_samples`, with `image` float32 (3, S, S) in [-1, 1] and `bytes`, its
+    size in the tar. The next two batches are decoded by threads while one is used. What
     cannot be used is counted after its batch was yielded, so that the caller has counted the good
     ones first.
 

@@ -52,8 +52,8 @@ class EmbeddingStore:
     It may be sent to another process.
 
     Args:
-        folder: on a local disk, made on demand; or the URL of one in a bucket. Of one in a bucket,
-            rows are read from copies in the cache, and what takes less by ranges of bytes.
+        folder: on a local disk, created when needed, or the URL of a folder in a bucket. Rows in a
+            bucket are copied to the cache first; keys and statistics are read without a copy.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -113,7 +113,10 @@ class EmbeddingStore:
             UserError: the store has no whole rows for it.
         """
         if shard not in self._open:
-            self._open[shard] = self._map(shard)
+            try:
+                self._open[shard] = self.open_rows(shard)
+            except UNREADABLE as error:
+                raise self._no_rows(shard, error) from None
         return self._open[shard]
 
     def open_rows(self, shard: str) -> ShardRows:
@@ -123,12 +126,6 @@ class EmbeddingStore:
             ValueError, KeyError, OSError: the store has no whole rows for it.
         """
         return ShardRows.open(self.files.mapped(self.file_of(shard)))
-
-    def _map(self, shard: str) -> ShardRows:
-        try:
-            return self.open_rows(shard)
-        except UNREADABLE as error:
-            raise self._no_rows(shard, error) from None
 
     def _part(self, shard: str) -> tuple[dict[str, Any], Callable[[str, str], np.ndarray]]:
         """See `map_safetensors`: of a store in a bucket no more is read than is used."""

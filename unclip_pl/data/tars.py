@@ -125,18 +125,13 @@ class SampleFiles:
         return next((ending for ending in IMAGE_ENDINGS if ending in self.files), None)
 
     @property
-    def files_not_used(self) -> list[str]:
-        """The endings of images other than `image`."""
-        return [e for e in self.files if e in IMAGE_ENDINGS and e != self.image]
-
-    @property
     def captioned(self) -> bool:
         """Whether one of its files may hold a caption."""
         return any(ending in self.files for ending in TEXT_ENDINGS)
 
 
 class SampleGrouper:
-    """SampleGrouper the files of a tar into samples; `samples` goes once through them.
+    """Groups the files of a tar into samples; `samples` reads them once.
 
     Args:
         shard: its name, for messages.
@@ -223,7 +218,8 @@ class SampleGrouper:
                 self.unused.update(f"{self._role(group)}{ending}" for ending in group.files)
         for group in samples:
             group.endings = sorted({*group.files, *others})
-            self.unused.update(f"a second {ending}" for ending in group.files_not_used)
+            images = [ending for ending in IMAGE_ENDINGS if ending in group.files]
+            self.unused.update(f"a second {ending}" for ending in images[1:])
             yield group
 
     def _role(self, group: SampleFiles) -> str:

@@ -12,18 +12,14 @@ from torch import Tensor
 from unclip_pl.diffusion.process import Predict, Prediction
 
 
-def cuda_graphed(predict: Predict) -> Predict:
+class CUDAGraphPredict:
     """`predict` for one sampling run: the first step runs as usual, the second is recorded.
 
     All calls must have the shapes of the second; other shapes, and other devices than GPUs, are
     passed on to `predict`. `predict` may not wait for the GPU. Results are equal up to rounding,
-    since libraries may choose other kernels while they are recorded.
+    since libraries may choose other kernels while they are recorded. The recording and its memory
+    live as long as this object.
     """
-    return CUDAGraphPredict(predict)
-
-
-class CUDAGraphPredict:
-    """See `cuda_graphed`. The recording and its memory live as long as this object."""
 
     def __init__(self, predict: Predict) -> None:
         self.predict = predict

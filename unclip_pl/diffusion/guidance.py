@@ -10,44 +10,28 @@ from torch import Tensor
 
 from unclip_pl.diffusion.process import Predict, Prediction, Process
 
-CondAndUncond = Callable[[Tensor, Tensor], tuple[Prediction, Prediction]]
-"""(x, t) -> (conditional, unconditional) predictions."""
 
-
-def classifier_free_guidance(cond_and_uncond: CondAndUncond, scale: float) -> Predict:
+def classifier_free_guidance(predict: Predict, scale: float) -> Predict:
     """Classifier-free guidance (Ho and Salimans 2022): uncond + scale (cond - uncond).
 
     Args:
-        cond_and_uncond: both predictions for the same x_t, from one doubled batch (see
-            `batched_cfg`) or from two passes.
+        predict: has the conditions of a doubled batch, the conditional rows first, then the
+            unconditional ones. Both come from one pass.
         scale: 1 is the conditional prediction, 0 the unconditional one.
 
     Returns:
-        `predict` with x0 and eps guided; the variance is that of the conditional prediction.
+        `predict` for a single batch, with x0 and eps guided; the variance is that of the
+        conditional prediction.
     """
 
-    def predict(x: Tensor, t: Tensor) -> Prediction:
-        cond, uncond = cond_and_uncond(x, t)
-        x0 = torch.lerp(uncond.x0, cond.x0, scale)
-        eps = torch.lerp(uncond.eps, cond.eps, scale)
-        return cond._replace(x0=x0, eps=eps)
+    def guided(x: Tensor, t: Tensor) -> Prediction:
+        both = predict(torch.cat([x, x]), torch.cat([t, t]))
+        x0, eps, log_var = (value.chunk(2) for value in both)
+        guided_x0 = torch.lerp(x0[1], x0[0], scale)
+        guided_eps = torch.lerp(eps[1], eps[0], scale)
+        return Prediction(guided_x0, guided_eps, log_var[0])
 
-    return predict
-
-
-def batched_cfg(predict: Predict) -> CondAndUncond:
-    """Both predictions in one pass of `predict`.
-
-    The conditions inside `predict` are a doubled batch: the conditional rows first, then the
-    unconditional ones. The result takes a single batch x_t and doubles it.
-    """
-
-    def cond_and_uncond(x: Tensor, t: Tensor) -> tuple[Prediction, Prediction]:
-        prediction = predict(torch.cat([x, x]), torch.cat([t, t]))
-        cond, uncond = zip(*(value.chunk(2) for value in prediction), strict=True)
-        return Prediction(*cond), Prediction(*uncond)
-
-    return cond_and_uncond
+    return guided
 
 
 def static_threshold(x0: Tensor, limit: float = 1.0) -> Tensor:
@@ -55,9 +39,7 @@ def static_threshold(x0: Tensor, limit: float = 1.0) -> Tensor:
     return x0.clamp(-limit, limit)
 
 
-def dynamic_threshold(
-    x0: Tensor, limit: float = 1.0, quantile: float = 0.995, ceiling: float | None = None
-) -> Tensor:
+def dynamic_threshold(x0: Tensor, limit: float = 1.0, quantile: float = 0.995) -> Tensor:
     """Keep x0 in range by dynamic thresholding (Imagen, section 2.3).
 
     Each sample of x0 is clamped to the `quantile` s of its |x0|. Where s > limit, the sample is
@@ -67,11 +49,10 @@ def dynamic_threshold(
         x0: (B, ...), the predicted clean samples.
         limit: the result lies in [-limit, limit].
         quantile: 0 to 1.
-        ceiling: s is at most this; None: no bound.
     """
     # One sample at a time: torch.quantile refuses more than 2^24 elements.
     s = torch.stack([torch.quantile(row, quantile) for row in x0.abs().flatten(1)])
-    s = s.clamp(limit, ceiling).view((-1,) + (1,) * (x0.ndim - 1))
+    s = s.clamp(min=limit).view((-1,) + (1,) * (x0.ndim - 1))
     return torch.minimum(torch.maximum(x0, -s), s) * (limit / s)
 
 
@@ -82,15 +63,15 @@ THRESHOLDS: dict[str, Callable[..., Tensor]] = {
 
 
 def thresholded(
-    predict: Predict, process: Process, mode: str | None = "static", **options: float | None
+    predict: Predict, process: Process, mode: str | None = "static", limit: float = 1.0
 ) -> Predict:
-    """`predict` with x0 kept in range, and eps computed again so that both still describe x_t.
+    """`predict` with x0 kept in range, and eps computed again to match x0 and x_t.
 
     Args:
         predict: (x, t) -> Prediction.
         process: computes eps from x0 and x_t.
         mode: "static", "dynamic", or None for `predict` itself.
-        options: of the threshold: `limit`; for "dynamic" also `quantile` and `ceiling`.
+        limit: x0 is kept in [-limit, limit].
 
     Raises:
         ValueError: there is no such mode.
@@ -105,7 +86,7 @@ def thresholded(
 
     def predict_within(x: Tensor, t: Tensor) -> Prediction:
         prediction = predict(x, t)
-        x0 = threshold(prediction.x0, **options)
+        x0 = threshold(prediction.x0, limit)
         return prediction._replace(x0=x0, eps=process.x0_to_eps(x0, x, t))
 
     return predict_within

@@ -13,6 +13,8 @@ from unclip_pl.diffusion.process import Process
 
 HALF_BIN = 1 / 255
 """Half of one of the 256 grey levels in [-1, 1]."""
+VLB_WEIGHT = 0.001
+"""lambda of L_hybrid."""
 GAP_BOUND = 1e3
 """Means further apart than this count as this far apart, which keeps the KL divergence finite."""
 
@@ -28,16 +30,19 @@ class Losses(NamedTuple):
     """The term of L_vlb at t in bits per dimension; None where the variance is fixed."""
 
 
-def simple(
+def training_losses(
     output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor, process: Process
 ) -> Losses:
-    """Squared error of the network's output against `process.target`.
+    """L_simple, weighted by `process.loss_weights`; with a learned variance L_hybrid.
 
-    It is weighted by `process.loss_weights`. Variance channels are left out.
+    The one t that was drawn stands for the T terms of L_vlb. Only the variance learns from vb,
+    because the mean is detached. For a finite or infinite output the loss is never NaN if the
+    process has a `variance_bound`, which limits v, as GAP_BOUND limits the distance of the means.
 
     Args:
         output: the raw output (B, C or 2C, ...).
-        x0: the clean sample (B, C, ...).
+        x0: the clean sample (B, C, ...); in [-1, 1] with a learned variance, because the term of
+            t = 0 counts 256 grey levels.
         x_t: the noisy sample (B, C, ...).
         t: (B,) int64, the timesteps of x_t.
         noise: the noise in x_t (B, C, ...).
@@ -46,43 +51,17 @@ def simple(
     Raises:
         ValueError: the output has other channels than the process needs.
     """
-    predicted, _ = process.split(output, x_t)
-    mse = _mean(_error(predicted, x0, t, noise, process).square())
-    return Losses(process.loss_weights[t] * mse, mse, None)
-
-
-def hybrid(
-    output: Tensor,
-    x0: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    noise: Tensor,
-    process: Process,
-    vlb_weight: float = 0.001,
-) -> Losses:
-    """Weighted mse + vlb_weight * T * vb; `simple` where the variance is fixed.
-
-    The one t that was drawn stands for the T terms of L_vlb. Only the variance learns from vb,
-    because the mean is detached. For a finite or infinite output the loss is never NaN if the
-    process has a `variance_bound`, which limits v, as GAP_BOUND limits the distance of the means.
-
-    Arguments as in `simple`, with x0 in [-1, 1]: the term of t = 0 counts 256 grey levels.
-    """
-    if process.config.variance != "learned_range":
-        return simple(output, x0, x_t, t, noise, process)
     predicted, v = process.split(output, x_t)
-    mse = _mean(_error(predicted, x0, t, noise, process).square())
+    mse = _mean((predicted - process.target(x0.float(), t, noise.float())).square())
+    loss = process.loss_weights[t] * mse
+    if v is None:
+        return Losses(loss, mse, None)
     vb = _vlb_term(predicted.detach(), v, x0.float(), x_t.float(), t, process)
-    loss = process.loss_weights[t] * mse + vlb_weight * process.config.timesteps * vb
-    return Losses(loss, mse, vb)
-
-
-def _error(predicted: Tensor, x0: Tensor, t: Tensor, noise: Tensor, process: Process) -> Tensor:
-    return predicted - process.target(x0.float(), t, noise.float())
+    return Losses(loss + VLB_WEIGHT * process.config.timesteps * vb, mse, vb)
 
 
 def _vlb_term(
-    predicted: Tensor, v: Tensor | None, x0: Tensor, x_t: Tensor, t: Tensor, process: Process
+    predicted: Tensor, v: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, process: Process
 ) -> Tensor:
     """One term of L_vlb, (B,) in bits per dimension.
 
@@ -90,7 +69,7 @@ def _vlb_term(
     share of x_t, so they differ by weight_x0 (x0_hat - x0).
     """
     column = (-1,) + (1,) * (x_t.ndim - 1)
-    weight_x0 = process.posterior_weights[t, 0].view(column)
+    weight_x0 = process.posterior_x0_weight[t].view(column)
     true_log_var = process.log_variances[t, 0].view(column)
     gap = (weight_x0 * (process.to_x0(predicted, x_t, t) - x0)).clamp(-GAP_BOUND, GAP_BOUND)
     log_var = process.log_variance(v, t, x_t.ndim)

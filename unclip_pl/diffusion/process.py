@@ -134,7 +134,7 @@ class Process(nn.Module):
     x0_weights: Tensor
     eps_weights: Tensor
     eps_of_x0_weights: Tensor
-    posterior_weights: Tensor
+    posterior_x0_weight: Tensor
     log_variances: Tensor
     loss_weights: Tensor
     """(T,): weight of the squared error of the network's output at t in the loss."""
@@ -145,7 +145,6 @@ class Process(nn.Module):
         self.schedule = Schedule.named(config.schedule, config.timesteps)
         alphas_cumprod = self.schedule.alphas_cumprod
         alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
-        posterior = self.schedule.posterior_x0_weight, self.schedule.posterior_xt_weight
         log_variances = self.schedule.posterior_log_variance, self.schedule.betas.log()
         parametrization = PARAMETRIZATIONS[config.parametrization](alpha, sigma)
         self._tables = {
@@ -154,7 +153,7 @@ class Process(nn.Module):
             "x0_weights": _pair(parametrization.x0),
             "eps_weights": _pair(parametrization.eps),
             "eps_of_x0_weights": _pair(_x0(alpha, sigma).eps),
-            "posterior_weights": _pair(posterior),
+            "posterior_x0_weight": self.schedule.posterior_x0_weight.float(),
             "log_variances": _pair(log_variances),
             "loss_weights": self._loss_weights(parametrization).float(),
         }
@@ -198,10 +197,6 @@ class Process(nn.Module):
     def x0_to_eps(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The eps that belongs to a changed x_0 (thresholding): (x_t - alpha x_0) / sigma."""
         return _mix(self.eps_of_x0_weights, t, x_t, x0)
-
-    def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x_0) on the full schedule (DDPM eq. 7)."""
-        return _mix(self.posterior_weights, t, x0, x_t)
 
     def split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
         """A raw output as the prediction and v.

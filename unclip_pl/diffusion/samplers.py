@@ -1,4 +1,4 @@
-"""The samplers DDPM, DDIM and DPM-Solver++(2M), and DDIM's inversion, all with one signature.
+"""The samplers DDPM, DDIM and DPM-Solver++(2M), with one signature, and DDIM's inversion.
 
 DDPM: Ho et al. 2020. DDIM and its inversion: Song et al. 2021. DPM-Solver++: Lu et al. 2022.
 
@@ -133,8 +133,6 @@ def invert(
     x: Tensor,
     schedule: Schedule,
     *,
-    noise: Noise | None = None,
-    eta: float = 0.0,
     callback: Callback | None = None,
 ) -> Tensor:
     """The x_T from which `ddim` with eta 0 on the same schedule draws x again (ADM appendix F).
@@ -143,8 +141,7 @@ def invert(
     -1 -> 0 -> ... -> K-1, each time with the eps of the level that it leaves (that of level 0 for
     the clean sample), and ends where the sampler starts.
 
-    Arguments as in `ddpm`: x (B, ...) is clean; `predict` should not be thresholded; `noise` and
-    `eta` are not used.
+    Arguments as in `ddpm`: x (B, ...) is clean, and `predict` should not be thresholded.
     """
     times = list(_down(schedule, x))[::-1]
     abar, abar_prev = schedule.alphas_cumprod.tolist(), schedule.alphas_cumprod_prev.tolist()
@@ -162,8 +159,6 @@ def invert_implicit(
     x: Tensor,
     schedule: Schedule,
     *,
-    noise: Noise | None = None,
-    eta: float = 0.0,
     callback: Callback | None = None,
     rounds: int = 1,
     min_sigma: float = 0.0,
@@ -183,8 +178,6 @@ def invert_implicit(
         predict: (x, t) -> Prediction, which should not be thresholded.
         x: (B, ...) float32, the clean sample.
         schedule: the K steps of the sampler that will draw x again.
-        noise: not used.
-        eta: not used.
         callback: called with (step, steps) after each level.
         rounds: iterations per level. `predict` is called at most K rounds + 1 times.
         min_sigma: the noise sqrt(1 - abar) of the level at which the way up starts, 0 to 1; x is

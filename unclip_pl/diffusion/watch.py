@@ -1,4 +1,4 @@
-"""Look at what a sampler draws while it draws."""
+"""Watch a sampler: see x0 after each step."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from unclip_pl.diffusion.process import Predict, Prediction
 
 
 def watched(predict: Predict, watch: Callable[[Tensor], object]) -> Predict:
-    """`predict`, of which `watch` is shown each x0, shaped as x."""
+    """`predict`, which also calls `watch` with each x0, shaped as x."""
 
     def predict_shown(x: Tensor, t: Tensor) -> Prediction:
         prediction = predict(x, t)
@@ -22,7 +22,7 @@ def watched(predict: Predict, watch: Callable[[Tensor], object]) -> Predict:
 
 @contextmanager
 def watching(stages: Iterable[Any], watch: Callable[[Tensor], object]) -> Iterator[None]:
-    """While the body runs, `watch` is shown each x0 that these stages predict as they draw."""
+    """While the body runs, `watch` is called with each x0 that these stages predict."""
     stages = [*stages]
     try:
         for stage in stages:

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_pl.networks.checkpointing import Checkpointing, check_checkpointing
+from unclip_pl.networks.checkpointing import Checkpointing
 from unclip_pl.networks.embedding import EmbeddingNormalizer
 from unclip_pl.networks.text import TextConfig, TextContext
 from unclip_pl.networks.transformer import Past, Transformer
+from unclip_pl.utils.choices import check_choices
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class ARPriorConfig:
     """Activations computed again in the backward pass: "none", "selective" or "full"."""
 
     def __post_init__(self) -> None:
-        check_checkpointing(self.checkpointing, "ARPriorConfig")
+        check_choices(self)
 
 
 class ARPriorNet(nn.Module):

@@ -7,7 +7,7 @@ inputs of each block. Modules, parameter names and results do not change.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -36,14 +36,6 @@ EXPENSIVE = {
     aten._scaled_dot_product_attention_math.default,
 }
 """Operators whose results "selective" keeps."""
-
-
-def check_checkpointing(value: str, config: str) -> None:
-    """ValueError unless `value` is a kind of checkpointing; `config` is the name of its owner."""
-    if value not in get_args(Checkpointing):
-        raise ValueError(
-            f'{config}.checkpointing is {value!r}: choose "none", "selective" or "full".'
-        )
 
 
 def apply_checkpointing(net: nn.Module, kind: Checkpointing) -> None:

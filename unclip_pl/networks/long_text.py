@@ -1,9 +1,9 @@
-"""Captions longer than CLIP's, for a stage with a text encoder of its own.
+"""Which tokens of a batch a stage reads: CLIP's `tokens`, or `text_tokens` for longer captions.
 
-CLIP's tokenizer cuts a caption at its context length (77). A stage whose text context is longer
-(256 in Table 3) reads the raw caption tokenised once more, `text_tokens` of a batch; z_t and CLIP's
-token states still come from CLIP's own `tokens`. A stage with a tokenizer of its own (GLIDE's)
-makes `text_tokens` itself.
+CLIP's tokenizer cuts a caption at its context length (77). A stage with a longer text context (256
+in Table 3) reads `text_tokens`: the same caption, tokenised again and cut later. z_t and CLIP's
+token states still come from `tokens`. A stage with its own tokenizer (GLIDE's) makes `text_tokens`
+itself.
 """
 
 from collections.abc import Mapping
@@ -13,24 +13,19 @@ from torch import Tensor
 
 VOCABULARY = 49408
 """Ids of the tokenizer of `text_tokens`, open_clip's BPE, whose largest is the end token."""
-OWN_ENCODER = ("transformer", "tokens")
-"""Kinds of text that embed tokens themselves."""
+KINDS_WITH_TOKENS = ("transformer", "tokens")
+"""Kinds of text that read token ids, and not CLIP's token states."""
 
 
-def own_length(text: Any, clip_length: int) -> int | None:
-    """How many `text_tokens` the data must give a stage; None: none.
-
-    CLIP's `tokens` fill its context then, or it has a tokenizer of its own.
+def text_tokens_length(text: Any, clip_length: int) -> int | None:
+    """How many `text_tokens` the data must give; None: the stage does not read them from the data.
 
     Args:
-        text: the stage's text config, or None.
+        text: the stage's text config.
         clip_length: context length of the CLIP.
     """
-    if text is None or text.kind not in OWN_ENCODER or has_own_tokenizer(text):
-        return None
-    if text.context_length <= clip_length:
-        return None
-    return text.context_length
+    reads_clip = text.kind in KINDS_WITH_TOKENS and not has_own_tokenizer(text)
+    return text.context_length if reads_clip and text.context_length > clip_length else None
 
 
 def has_own_tokenizer(text: Any) -> bool:
@@ -38,15 +33,15 @@ def has_own_tokenizer(text: Any) -> bool:
     return getattr(text, "tokenizer", "clip") != "clip"
 
 
-def caption_of(batch: Mapping[str, Any], text: Any) -> dict[str, Tensor | None]:
+def caption_inputs(batch: Mapping[str, Any], text: Any) -> dict[str, Tensor | None]:
     """`tokens`, `mask` and `states` of a batch as the networks take them.
 
     Args:
-        batch: its `text_tokens` (B, L) are read in place of `tokens` and `text_mask`, if it has any
-            and `text` embeds tokens itself.
+        batch: if it has `text_tokens` (B, L) and the stage reads token ids, these replace `tokens`
+            and `text_mask`.
         text: the stage's text config.
     """
-    own = batch.get("text_tokens") if text.kind in OWN_ENCODER else None
+    own = batch.get("text_tokens") if text.kind in KINDS_WITH_TOKENS else None
     reads_clip = own is None and not has_own_tokenizer(text)
     return {
         "tokens": batch.get("tokens") if reads_clip else own,

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_pl.networks.checkpointing import Checkpointing, check_checkpointing
+from unclip_pl.networks.checkpointing import Checkpointing
 from unclip_pl.networks.layers import timestep_embedding
 from unclip_pl.networks.text import trim_padding
 from unclip_pl.networks.transformer import Past, Transformer
+from unclip_pl.utils.choices import check_choices
 from unclip_pl.utils.tokens import caption_mask
 
 NUM_STEP_TOKENS = 3
@@ -38,7 +39,7 @@ class PriorTransformerConfig:
     """Activations computed again in the backward pass: "none", "selective" or "full"."""
 
     def __post_init__(self) -> None:
-        check_checkpointing(self.checkpointing, "PriorTransformerConfig")
+        check_choices(self)
         if min(self.embed_dim, self.width, self.depth, self.heads) < 1 or self.width % 2:
             raise ValueError(
                 "PriorTransformerConfig needs an embed_dim, depth and heads of at least 1 and an "
@@ -67,24 +68,11 @@ class PriorTextConfig:
     (Karlo; needs kind "states" and padding "masked")."""
 
     def __post_init__(self) -> None:
-        if self.null not in ("learned", "empty"):
-            raise ValueError(
-                f'PriorTextConfig.null is "{self.null}": use "learned" or "empty" (the empty '
-                "caption)."
-            )
+        check_choices(self)
         if self.null == "empty" and (self.kind, self.padding) != ("states", "masked"):
             raise ValueError(
                 'PriorTextConfig.null "empty" needs kind "states" and padding "masked": set those, '
                 'or null "learned".'
-            )
-        if self.kind not in ("states", "tokens"):
-            raise ValueError(
-                f'PriorTextConfig does not know the kind "{self.kind}": use "states" or "tokens".'
-            )
-        if self.padding not in ("learned", "masked"):
-            raise ValueError(
-                f'PriorTextConfig does not know the padding "{self.padding}": use "learned" or '
-                '"masked".'
             )
         if self.context_length < 2 or min(self.states_width, self.vocab_size) < 1:
             raise ValueError(

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_pl.networks.checkpointing import Checkpointing, check_checkpointing
+from unclip_pl.networks.checkpointing import Checkpointing
 from unclip_pl.networks.transformer import Transformer
 from unclip_pl.utils.byte_pairs import BYTES, BytePairs
+from unclip_pl.utils.choices import check_choices
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.tokens import caption_mask
 
@@ -49,16 +50,7 @@ class TextConfig:
     are part of the weights and come with them, from `unclip import glide`."""
 
     def __post_init__(self) -> None:
-        check_checkpointing(self.checkpointing, "TextConfig")
-        if self.kind not in ("states", "transformer", "none"):
-            raise ValueError(
-                f'TextConfig does not know the kind "{self.kind}": use "states", "transformer" or '
-                '"none".'
-            )
-        if self.null not in ("learned", "empty"):
-            raise ValueError(
-                f'TextConfig.null is "{self.null}": use "learned" or "empty" (the empty caption).'
-            )
+        check_choices(self)
         if self.null == "empty" and self.kind != "states":
             raise ValueError(
                 'TextConfig.null "empty" is for kind "states" only: leave it "learned" for kind '
@@ -69,17 +61,10 @@ class TextConfig:
                 'TextConfig of kind "states" needs states_width: set it to the width of CLIP\'s '
                 "token states."
             )
-        self._check_tokenizer()
         if self.kind == "transformer" and (self.heads < 1 or self.width % self.heads):
             raise ValueError(
                 f"TextConfig.width {self.width} is no multiple of heads {self.heads}: choose heads "
                 "that divide it."
-            )
-
-    def _check_tokenizer(self) -> None:
-        if self.tokenizer not in ("clip", "gpt2"):
-            raise ValueError(
-                f'TextConfig.tokenizer is "{self.tokenizer}": use "clip" or "gpt2" (GLIDE).'
             )
         if self.tokenizer == "gpt2" and self.kind != "transformer":
             raise ValueError(
@@ -105,7 +90,7 @@ class Context(NamedTuple):
 
 
 def trim_padding(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Cut tokens after the last one that is visible in any row: exact, for nothing sees the rest.
+    """Cut tokens after the last one that is visible in any row; exact, as nothing sees the rest.
 
     On a GPU nothing is cut, since the host would have to wait for the mask.
 
@@ -301,7 +286,7 @@ class TextContext(nn.Module):
         """The tokenizer of its own; None: it reads CLIP's tokens.
 
         Raises:
-            UserError: the weights, of which it is a part, were never loaded.
+            UserError: it is part of the weights, and they were never loaded.
         """
         if isinstance(self.encoder, TransformerText) and self.config.tokenizer == "gpt2":
             return self.encoder.byte_pairs

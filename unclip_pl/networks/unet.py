@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip_pl.networks.blocks import Attention, Resample, ResBlock, UNetBlock
-from unclip_pl.networks.checkpointing import Checkpointing, apply_checkpointing, check_checkpointing
+from unclip_pl.networks.checkpointing import Checkpointing, apply_checkpointing
 from unclip_pl.networks.layers import GroupNorm32, timestep_embedding, zero_module
+from unclip_pl.utils.choices import check_choices
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class UNetConfig:
     middle_attention: bool = True
 
     def __post_init__(self) -> None:
-        check_checkpointing(self.checkpointing, "UNetConfig")
+        check_choices(self)
         smallest = self.patch_size * 2 ** (len(self.mults) - 1)
         sizes = self.image_size, self.width, self.depth, self.patch_size, self.head_width
         if not self.mults or min(*sizes, *self.mults) < 1:
@@ -132,9 +133,9 @@ class UNet(nn.Module):
         )
         if config.embed_dim:
             self.clip_to_time = nn.Linear(config.embed_dim, emb_width)
-            if config.context_width and config.embed_tokens:
-                tokens_width = config.embed_tokens * config.context_width
-                self.clip_to_tokens = nn.Linear(config.embed_dim, tokens_width)
+        tokens_width = config.embed_tokens * config.context_width
+        has_tokens = config.embed_dim and tokens_width
+        self.clip_to_tokens = nn.Linear(config.embed_dim, tokens_width) if has_tokens else None
         in_channels = (config.in_channels + config.low_res_channels) * patch
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
 
@@ -207,7 +208,7 @@ class UNet(nn.Module):
         if embed is not None:
             emb = self.clip_to_time(embed)
             emb = emb if pooled is None else emb + pooled
-        if hasattr(self, "clip_to_tokens"):
+        if self.clip_to_tokens is not None:
             # (B, context_width * tokens), the token index fastest, as in Karlo
             tokens = self.clip_to_tokens(embed).unflatten(-1, (-1, config.embed_tokens))
             tokens = tokens.transpose(1, 2)

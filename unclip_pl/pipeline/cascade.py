@@ -143,7 +143,7 @@ class Cascade:
     def require_memory(self, count: int, sides: tuple[int, int], times: int | None = None) -> None:
         """Raise a UserError if `count` images of `sides` (height, width) are certainly too large.
 
-        Also if there are too few stages. Nothing is drawn.
+        It also raises one if there are too few stages. Nothing is drawn.
         """
         height, width = sides
         for stage in self.route(max(sides), times):

@@ -70,7 +70,7 @@ class Pretrained:
             revision: a branch, tag or commit of the hub.
             cache_dir: where downloads are kept; None: huggingface_hub's own folder.
             token: for private models; None: the one that you are logged in with.
-            local_files_only: take what the cache has, and ask nobody.
+            local_files_only: use only what is in the cache.
             settings: as for `load`: device, offload, precision, compile, cuda_graphs, clip.
 
         Raises:

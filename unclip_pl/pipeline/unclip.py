@@ -13,7 +13,7 @@ from unclip_pl.clip.loading import tokenize_bpe
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.schedule import Schedule
-from unclip_pl.networks.long_text import has_own_tokenizer, own_length
+from unclip_pl.networks.long_text import has_own_tokenizer, text_tokens_length
 from unclip_pl.pipeline.cascade import Cascade, check_sizes, source_side
 from unclip_pl.pipeline.compatibility import (
     Prior,
@@ -199,7 +199,7 @@ class UnCLIP(Pretrained):
             "text_embed": text.embed,
             "text_states": text.states,
         }
-        length = own_length(stage.text_config, self.clip.context_length) if stage else None
+        length = text_tokens_length(stage.text_config, self.clip.context_length) if stage else None
         if length is not None:
             batch["text_tokens"] = tokenize_bpe(list(captions), length).to(self.device)
         return batch

@@ -31,11 +31,9 @@ StageT = TypeVar("StageT", bound=Stage)
 def read_weights(path: str | os.PathLike) -> Release:
     """Read a release folder or a Lightning checkpoint, here or at a remote URL.
 
-    A checkpoint is a file, or a folder of shards.
-
-    Of a checkpoint, the weights are the EMA's. Adapters (LoRA) are merged, those of a checkpoint
-    and those in a folder of their own. Hyperparameters that are younger than the weights are filled
-    in.
+    A checkpoint is a file, or a folder of shards; its EMA weights are read. Adapters (LoRA) are
+    merged, whether they are in a checkpoint or in their own folder. Hyperparameters that are newer
+    than the weights are filled in.
 
     Raises:
         UserError: there is nothing there, or it is none of these.
@@ -87,7 +85,7 @@ def complete_hyper_parameters(stage: str, hyper_parameters: dict) -> dict:
     """Hyperparameters with those added that older weights lack, at the values of their training."""
     complete = rename_settings(hyper_parameters)
     if stage in (Upsampler256.__name__, Upsampler1024.__name__):
-        complete.setdefault("clamp_condition", True)
+        complete = Upsampler.legacy_defaults | complete
     if "diffusion" in complete:
         complete["diffusion"] = plain(as_config(DiffusionConfig, complete["diffusion"]))
     return complete

@@ -19,7 +19,7 @@ from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.training_draws import draw_keep_masks
 from unclip_pl.networks.ar_prior import ARPriorConfig, ARPriorNet
-from unclip_pl.networks.long_text import caption_of, has_own_tokenizer
+from unclip_pl.networks.long_text import caption_inputs, has_own_tokenizer
 from unclip_pl.networks.quantizer import EmbeddingQuantizer
 from unclip_pl.networks.text import TextConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage
@@ -95,6 +95,7 @@ class ARPrior(Stage):
     """
 
     scalars = ("loss", "accuracy")
+    captioned_dropout = 0.0
 
     def __init__(
         self,
@@ -128,7 +129,6 @@ class ARPrior(Stage):
             self.net_config.embed_dim, self.net_config.max_codes, self.net_config.buckets, max_error
         )
         self.net = ARPriorNet(self.net_config, self.text_config)
-        self.required_inputs = REQUIRED_INPUTS[self.text_config.kind]
 
     def check_data(self, data: Any) -> None:
         check_clip(data, self.net_config.embed_dim, self.text_config)
@@ -137,12 +137,11 @@ class ARPrior(Stage):
         check_own_tokens(data, self.text_config)
         check_captions(data)
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and not self.quantizer.codes and data is not None:
+    def use_data(self, data: Any) -> None:
+        super().use_data(data)
+        if not self.quantizer.codes:
             self.fit_quantizer(data.store, data.train_shards)
-        if stage == "fit" and self.text_config.null == "empty" and hasattr(data, "clip"):
+        if self.text_config.null == "empty" and hasattr(data, "clip"):
             self.net.set_null(*empty_caption(data.clip))
 
     def fit_quantizer(self, store: EmbeddingStore, shards: Sequence[str]) -> None:
@@ -187,7 +186,7 @@ class ARPrior(Stage):
         Raises:
             ValueError: a part of the text is missing, or in training all of it.
         """
-        required = self.required_inputs
+        required = REQUIRED_INPUTS[self.text_config.kind]
         missing = [name for name in required if batch.get(name) is None]
         if missing and (len(missing) < len(required) or self.training):
             raise ValueError(
@@ -196,7 +195,7 @@ class ARPrior(Stage):
             )
         if missing:
             return self.net.prefix(keep, dot)
-        caption = caption_of(batch, self.text_config)
+        caption = caption_inputs(batch, self.text_config)
         return self.net.prefix(keep, dot, batch["text_embed"], **caption)
 
     def loss(
@@ -215,15 +214,6 @@ class ARPrior(Stage):
         nats = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
         accuracy = (logits.detach().argmax(-1) == codes).float().mean()
         return {"loss": nats, "accuracy": accuracy}
-
-    def logged_names(self) -> set[str]:
-        return {*(super().logged_names() or ()), "val/loss_captioned"}
-
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Also logs `val/loss_captioned`: the loss with no caption dropped."""
-        super().validation_step(batch, batch_idx)
-        loss = self.loss(batch, torch.Generator().manual_seed(batch_idx), cond_dropout=0.0)["loss"]
-        self.log("val/loss_captioned", loss, batch_size=len(batch["key"]), sync_dist=True)
 
     def count_steps(self, sampling: Any = None) -> int:
         """How many steps `sample` reports: one for each code, whatever the settings."""

@@ -8,7 +8,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from unclip_pl.clip.fingerprint import require_same
 from unclip_pl.cluster.sharded import shard
-from unclip_pl.diffusion.cuda_graph import cuda_graphed
+from unclip_pl.diffusion.cuda_graph import CUDAGraphPredict
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.watch import watched
@@ -39,7 +39,7 @@ from unclip_pl.utils.errors import SharedError, UserError
 
 __all__ = ["OptimizerConfig", "Stage"]
 USELESS_STEPS = 100
-"""After so many skipped steps in a row a run ends."""
+"""A run ends after this many skipped steps in a row."""
 
 
 class Stage(LightningModule):
@@ -59,7 +59,7 @@ class Stage(LightningModule):
     cuda_graphs: bool = False
     """Sampling on a GPU records the denoising step as a CUDA graph."""
     watch: Callable[[Tensor], object] | None = None
-    """Shown x0 of each step while `sample` draws pictures, (B, 3, H, W) on the stage's device."""
+    """Called with x0 of each step of `sample`, (B, 3, H, W) on the stage's device."""
     compile_networks: bool = False
     """Training compiles the blocks of all networks."""
     skipped_steps: Tensor
@@ -75,6 +75,9 @@ class Stage(LightningModule):
     """Values of settings that older weights do not name, where they are not today's defaults."""
     scalars: tuple[str, ...] | None = None
     """The scalars that `loss` returns; None: not known, so that monitors cannot be checked."""
+    captioned_dropout: Any = None
+    """`cond_dropout` that drops no caption. Validation logs `val/loss_captioned` with it: the loss
+    with the same noise. None: the stage reads no captions."""
     _looked_at: tuple[int, int] | None = None
     """A step of this run, and how many had been skipped before it."""
     _resumed: bool = False
@@ -113,14 +116,19 @@ class Stage(LightningModule):
         stage: Any = self  # what draws has `process` and `sampling`
         return len(stage.process.schedule.respaced((sampling or stage.sampling).steps))
 
-    def with_cuda_graph(self, predict: Predict) -> Predict:
+    def wrap_predict(self, predict: Predict) -> Predict:
         """`predict`, recorded as a CUDA graph if `cuda_graphs` is set, and watched by `watch`."""
-        predict = cuda_graphed(predict) if self.cuda_graphs else predict
+        predict = CUDAGraphPredict(predict) if self.cuda_graphs else predict
         return predict if self.watch is None else watched(predict, self.watch)
 
     def setup(self, stage: str) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)
-        if stage != "fit" or not hasattr(data, "fingerprint"):
+        if stage == "fit" and data is not None:
+            self.use_data(data)
+
+    def use_data(self, data: Any) -> None:
+        """Check the DataModule, and take from it what must be known before the first step."""
+        if not hasattr(data, "fingerprint"):
             return
         self.check_data(data)
         fingerprint = data.fingerprint()
@@ -142,6 +150,7 @@ class Stage(LightningModule):
         if self.scalars is None:
             return None
         names = {f"{part}/{name}" for part in ("train", "val") for name in self.scalars}
+        names |= {"val/loss_captioned"} if self.captioned_dropout is not None else set()
         return names | {"train/grad_norm", "train/skipped_steps"}
 
     def on_train_start(self) -> None:
@@ -172,6 +181,9 @@ class Stage(LightningModule):
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         losses = self.loss(batch, torch.Generator().manual_seed(batch_idx))
         scalars = {f"val/{name}": value for name, value in losses.items() if value.ndim == 0}
+        if self.captioned_dropout is not None:
+            generator, loss = torch.Generator().manual_seed(batch_idx), cast(Any, self.loss)
+            scalars["val/loss_captioned"] = loss(batch, generator, self.captioned_dropout)["loss"]
         self.log_dict(scalars, batch_size=len(batch["key"]), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -236,10 +248,10 @@ class Stage(LightningModule):
         self._require_progress()
 
     def _require_progress(self) -> None:
-        """Look every so often, for it waits for the device, whether any step was of use.
+        """Check every `USELESS_STEPS` steps, because it waits for the device.
 
         Raises:
-            SharedError: none was.
+            SharedError: all steps since the last check were skipped.
         """
         if self._looked_at is None:
             self._looked_at = self.global_step, int(self.skipped_steps)
@@ -249,9 +261,9 @@ class Stage(LightningModule):
         self._looked_at = self.global_step, int(self.skipped_steps)
         if self._looked_at[1] - skipped >= USELESS_STEPS:
             raise SharedError(
-                f"The last {USELESS_STEPS} steps were all skipped, for their gradients were not "
-                "finite: go on from an earlier checkpoint, such as the best one, with --init and a "
-                "lower --model.optimizer.lr."
+                f"The last {USELESS_STEPS} steps were all skipped, because their gradients were "
+                "not finite: go on from an earlier checkpoint, such as the best one, with --init "
+                "and a lower --model.optimizer.lr."
             )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

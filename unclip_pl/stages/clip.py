@@ -66,10 +66,8 @@ class CLIP(Stage):
             per_channel = torch.tensor(self.preprocess_config[name]).view(3, 1, 1)
             self.register_buffer(name, per_channel, persistent=False)
 
-    def setup(self, stage: str) -> None:
-        # A CLIP in training has no other CLIP to agree with.
-        if stage == "fit" and hasattr(self.trainer, "datamodule"):
-            self.check_data(self.trainer.datamodule)
+    def use_data(self, data: Any) -> None:
+        self.check_data(data)  # there is no other CLIP to agree with
 
     def check_data(self, data: Any) -> None:
         size = self.model_config["vision_cfg"]["image_size"]

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unclip_pl.networks.long_text import VOCABULARY, has_own_tokenizer, own_length
+from unclip_pl.networks.long_text import VOCABULARY, has_own_tokenizer, text_tokens_length
 from unclip_pl.utils.errors import UserError
 
 
@@ -71,7 +71,7 @@ def check_own_tokens(data: Any, text: Any) -> None:
     """
     clip_length = data.clip.context_length
     data_length = getattr(data, "text_length", None)
-    needed = own_length(text, clip_length)
+    needed = text_tokens_length(text, clip_length)
     if needed is not None and text.vocab_size < VOCABULARY:
         raise UserError(
             f"model.text.vocab_size is {text.vocab_size}, and the tokenizer of whole captions has "

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from unclip_pl.diffusion.guidance import batched_cfg, classifier_free_guidance, thresholded
-from unclip_pl.diffusion.losses import hybrid
+from unclip_pl.diffusion.guidance import classifier_free_guidance, thresholded
+from unclip_pl.diffusion.losses import training_losses
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Predict, Process
 from unclip_pl.diffusion.sampler_config import SamplerConfig
@@ -22,7 +22,7 @@ from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.diffusion.schedule import Schedule, Spacing
 from unclip_pl.diffusion.training_draws import draw_keep_masks, draw_timesteps_and_noise
 from unclip_pl.networks.embedding import EmbeddingNormalizer
-from unclip_pl.networks.long_text import caption_of, has_own_tokenizer
+from unclip_pl.networks.long_text import caption_inputs, has_own_tokenizer
 from unclip_pl.networks.text import TextConfig, TextContext
 from unclip_pl.networks.unet import UNet, UNetConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage
@@ -32,6 +32,7 @@ from unclip_pl.stages.data_checks import (
     check_own_tokens,
     empty_caption,
 )
+from unclip_pl.utils.choices import check_choices
 from unclip_pl.utils.errors import UserError
 
 
@@ -48,6 +49,9 @@ class CondDropoutConfig:
     """Probability that the caption is dropped."""
     null_embed: Literal["learned", "zeros"] = "learned"
     """What replaces a dropped embedding."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,6 @@ class Decoder(Stage):
     null_embed: Tensor | None
     """(D,), replaces a dropped embedding, on the network's scale; None with `condition: none`."""
 
-    scalars = ("loss", "mse")
-
     def __init__(
         self,
         net: UNetConfig = UNetConfig(),
@@ -133,7 +135,11 @@ class Decoder(Stage):
         self.cond_dropout: CondDropoutConfig = self.config.cond_dropout
         self.sampling: DecoderSamplingConfig = self.config.sampling
         self.process = Process(self.config.diffusion)
-        self.process.schedule.respaced(self.sampling.steps)  # refuses what is impossible at once
+        self.count_steps()  # refuses what is impossible at once
+        learned = self.process.config.variance == "learned_range"
+        self.scalars = ("loss", "mse", "vb") if learned else ("loss", "mse")
+        if self.text_config.kind != "none":
+            self.captioned_dropout = replace(self.cond_dropout, text=0.0)
         embed_dim, context_width = self.net_config.embed_dim, self.net_config.context_width
         self._check_condition(embed_dim)
         self.normalizer = EmbeddingNormalizer(embed_dim, normalizer)
@@ -179,12 +185,11 @@ class Decoder(Stage):
         """Whether anything of a CLIP reaches the decoder: embeddings, states or tokens."""
         return self.condition != "none" or not has_own_tokenizer(self.text_config)
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
+    def use_data(self, data: Any) -> None:
+        super().use_data(data)
         if not self.reads_clip:
             self.clip_fingerprint = None
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and self.text_config.null == "empty" and hasattr(data, "clip"):
+        if self.text_config.null == "empty" and hasattr(data, "clip"):
             self.text.set_null(*empty_caption(data.clip))
 
     def check_data(self, data: Any) -> None:
@@ -221,7 +226,7 @@ class Decoder(Stage):
                 embed = null
             else:
                 embed = torch.where(keep_embed[:, None], self.normalizer.normalize(embed), null)
-        caption = caption_of(batch, self.text_config)
+        caption = caption_inputs(batch, self.text_config)
         context = self.text(**caption, text_embed=batch.get("text_embed"), keep=keep_text)
         return {
             "embed": embed,
@@ -235,23 +240,6 @@ class Decoder(Stage):
         if "text_tokens" in batch or "caption" not in batch or self.text.byte_pairs is None:
             return batch
         return batch | {"text_tokens": self.text.tokenize(batch["caption"]).to(self.device)}
-
-    def logged_names(self) -> set[str]:
-        names = {*(super().logged_names() or ())}
-        if self.process.config.variance == "learned_range":
-            names |= {"train/vb", "val/vb"}
-        if self.text_config.kind != "none":
-            names.add("val/loss_captioned")
-        return names
-
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Also logs `val/loss_captioned`: the loss with the same noise and no caption dropped."""
-        super().validation_step(batch, batch_idx)
-        if self.text_config.kind == "none":
-            return
-        generator = torch.Generator().manual_seed(batch_idx)
-        loss = self.loss(batch, generator, replace(self.cond_dropout, text=0.0))["loss"]
-        self.log("val/loss_captioned", loss, batch_size=len(batch["key"]), sync_dist=True)
 
     def loss(
         self,
@@ -270,7 +258,7 @@ class Decoder(Stage):
         conditions = self.conditions(batch, size, keep_embed, keep_text)
         x_t = self.process.diffuse(image, t, noise)
         output = self.net(x_t, t, **conditions)
-        losses = hybrid(output, image, x_t, t, noise, self.process)
+        losses = training_losses(output, image, x_t, t, noise, self.process)
         result = {"loss": losses.loss.mean(), "mse": losses.mse.mean()}
         if losses.vb is not None:
             result["vb"] = losses.vb.mean()
@@ -299,8 +287,8 @@ class Decoder(Stage):
         encoded = self.net.encode_context(**conditions)  # once, not at each step
         predict = self.process.adapt(lambda x, t: self.net(x, t, encoded=encoded), schedule)
         if use_guidance:
-            predict = classifier_free_guidance(batched_cfg(predict), settings.guidance_scale)
-        return self.with_cuda_graph(thresholded(predict, self.process, settings.threshold))
+            predict = classifier_free_guidance(predict, settings.guidance_scale)
+        return self.wrap_predict(thresholded(predict, self.process, settings.threshold))
 
     @torch.no_grad()
     def sample(

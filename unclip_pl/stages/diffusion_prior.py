@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unclip_pl.diffusion.analytic import ErrorByTimestep, with_analytic_variance
-from unclip_pl.diffusion.guidance import batched_cfg, classifier_free_guidance, thresholded
+from unclip_pl.diffusion.guidance import classifier_free_guidance, thresholded
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Process
 from unclip_pl.diffusion.sampler_config import SamplerConfig
@@ -26,7 +26,7 @@ from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.diffusion.schedule import Spacing
 from unclip_pl.diffusion.training_draws import draw_keep_masks, draw_timesteps_and_noise
 from unclip_pl.networks.embedding import EmbeddingNormalizer
-from unclip_pl.networks.long_text import caption_of
+from unclip_pl.networks.long_text import caption_inputs
 from unclip_pl.networks.prior import (
     Prefix,
     PriorTextConfig,
@@ -107,6 +107,7 @@ class DiffusionPrior(Stage):
     """(T,): the mean squared error of the predicted z_i per timestep, NaN until it is estimated."""
 
     scalars = ("loss",)
+    captioned_dropout = 0.0
 
     def __init__(
         self,
@@ -134,7 +135,7 @@ class DiffusionPrior(Stage):
         self.sampling: PriorSamplingConfig = self.config.sampling
         self.cond_dropout = cond_dropout
         self.process = Process(self.config.diffusion)
-        self.process.schedule.respaced(self.sampling.steps)  # refuses what is impossible at once
+        self.count_steps()  # refuses what is impossible at once
         if self.process.config.variance == "learned_range":
             raise ValueError(
                 "The diffusion prior has no learned variance: set model.diffusion.variance to "
@@ -148,14 +149,13 @@ class DiffusionPrior(Stage):
         self.net = PriorTransformer(self.net_config, self.text_config)
         self.register_buffer("x0_error", torch.full((self.process.config.timesteps,), math.nan))
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        data: Any = getattr(self.trainer, "datamodule", None)
+    def use_data(self, data: Any) -> None:
+        super().use_data(data)
         # Weights that training starts from (--init) keep the scale that they were trained on.
-        if stage == "fit" and hasattr(data, "statistics") and not self.normalizer.fitted:
+        if hasattr(data, "statistics") and not self.normalizer.fitted:
             statistics = data.statistics()
             self.normalizer.fit(statistics.mean, statistics.std)
-        if stage == "fit" and self.text_config.null == "empty" and hasattr(data, "clip"):
+        if self.text_config.null == "empty" and hasattr(data, "clip"):
             states, embed = empty_caption(data.clip)
             self.net.set_null(states, self.on_network_scale(embed[None])[0])
 
@@ -179,7 +179,7 @@ class DiffusionPrior(Stage):
         embed = batch.get("text_embed")
         if embed is not None:
             embed = self.on_network_scale(embed)
-        return caption_of(batch, self.text_config) | {"text_embed": embed}
+        return caption_inputs(batch, self.text_config) | {"text_embed": embed}
 
     def encode_text(self, batch: dict, size: int, null: bool = False) -> Prefix:
         """Read the captions of a batch once, for all steps.
@@ -213,16 +213,6 @@ class DiffusionPrior(Stage):
         output = self.net(noised, t, **self.conditions(batch), keep=keep)
         mse = (output.float() - self.process.target(z, t, noise)).square().mean(1)
         return {"loss": mse.mean(), "t": t, "per_sample": mse}
-
-    def logged_names(self) -> set[str]:
-        return {*(super().logged_names() or ()), "val/loss_captioned"}
-
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Also logs `val/loss_captioned`: the loss with the same noise and no caption dropped."""
-        super().validation_step(batch, batch_idx)
-        generator = torch.Generator().manual_seed(batch_idx)
-        loss = self.loss(batch, generator, cond_dropout=0.0)["loss"]
-        self.log("val/loss_captioned", loss, batch_size=len(batch["key"]), sync_dist=True)
 
     @torch.no_grad()
     def sample(
@@ -264,10 +254,10 @@ class DiffusionPrior(Stage):
 
         predict = self.process.adapt(denoise, schedule)
         if use_guidance:
-            predict = classifier_free_guidance(batched_cfg(predict), settings.guidance_scale)
+            predict = classifier_free_guidance(predict, settings.guidance_scale)
         if settings.threshold is not None:
-            predict = thresholded(predict, self.process, "static", limit=settings.threshold)
-        predict = self.with_cuda_graph(predict)
+            predict = thresholded(predict, self.process, "static", settings.threshold)
+        predict = self.wrap_predict(predict)
         if settings.sampler == "analytic" and not bool(self.x0_error.isnan().any()):
             predict = with_analytic_variance(predict, schedule, self.x0_error)
         sampler = SAMPLERS["ddpm" if settings.sampler == "analytic" else settings.sampler]

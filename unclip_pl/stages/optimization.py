@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from unclip_pl.optim.adamw8bit import adamw_8bit, bytes_8bit
 from unclip_pl.optim.muon import Muon, hidden_weights
+from unclip_pl.utils.choices import check_choices
 from unclip_pl.utils.errors import UserError
 
 
@@ -37,10 +38,7 @@ class OptimizerConfig:
     """Gradients are scaled down to this norm, taken over all of them together."""
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "adamw8bit", "muon"):
-            raise ValueError(
-                f'There is no optimizer "{self.name}": choose "adamw", "adamw8bit" or "muon".'
-            )
+        check_choices(self)
         for name in ("lr", "muon_lr", "eps", "weight_decay", "warmup_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}: give 0 or more.")
@@ -120,7 +118,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
 
 
 def state_bytes(module: nn.Module, config: OptimizerConfig) -> float:
-    """Bytes of the state that `build_optimizer` comes to hold for a module's float32 weights."""
+    """Bytes of the optimizer state that `build_optimizer` needs for a module's float32 weights."""
     trained = [p.numel() for p in module.parameters() if p.requires_grad]
     if config.name == "adamw8bit":
         return sum(map(bytes_8bit, trained))

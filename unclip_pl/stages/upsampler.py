@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip_pl.diffusion.guidance import thresholded
-from unclip_pl.diffusion.losses import simple
+from unclip_pl.diffusion.losses import training_losses
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig, Predict, Prediction, Process
 from unclip_pl.diffusion.sampler_config import SamplerConfig
@@ -134,10 +134,8 @@ class Upsampler(Stage):
         """The sides of the network's images must be multiples of this."""
         return self.net_config.patch_size * 2 ** (len(self.net_config.mults) - 1)
 
-    def setup(self, stage: str) -> None:
-        data = getattr(self.trainer, "datamodule", None) if stage == "fit" else None
-        if data is not None:  # and no CLIP that the stage must agree with
-            self.check_data(data)
+    def use_data(self, data: Any) -> None:
+        self.check_data(data)  # there is no CLIP to agree with
 
     def check_data(self, data: Any) -> None:
         if not hasattr(data, "crop"):
@@ -207,7 +205,7 @@ class Upsampler(Stage):
         t, noise = draw_timesteps_and_noise(image, self.process.config.timesteps, generator)
         x_t = self.process.diffuse(image, t, noise)
         output, scale = self.predict(x_t, t, self.enlarged(batch["low_res"]))
-        mse = simple(output, image, x_t, t, noise, self.process).mse
+        mse = training_losses(output, image, x_t, t, noise, self.process).mse
         # the plain mean squared error of the network's output
         own_mse = mse if isinstance(scale, float) else mse / scale.flatten().square()
         return {"loss": own_mse.mean(), "mse": mse.mean(), "t": t, "per_sample": own_mse}
@@ -245,7 +243,7 @@ class Upsampler(Stage):
             predict = self.process.adapt(
                 lambda x, t: self.predict(x, t, enlarged, net)[0], schedule
             )
-            return self.with_cuda_graph(thresholded(predict, self.process, settings.threshold))
+            return self.wrap_predict(thresholded(predict, self.process, settings.threshold))
 
         predict = predictor(self.net)
         if self.last_net is not None:

@@ -1,6 +1,8 @@
 """Callbacks and the trainer of a training run.
 
-Of a stage they use `loss(batch)`, `sample(batch, noise)` and what `protocols.py` lists.
+Of a stage they use `loss(batch)` and `sample(batch, noise)`, and some of them `process`, `embed`,
+`enlarged`, or `x0_error` and `estimate_variance`. They do not import the stages, so that a stage of
+one's own can use them.
 """
 
 import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lightning

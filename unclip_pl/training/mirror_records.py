@@ -77,7 +77,7 @@ class RecordCopies:
             known = sizes if name not in SETTINGS else {}
             is_there = name not in self._copied and known.get(name) == status.st_size
             if not is_there and self._copied.get(name) != stamp:
-                content = path.read_bytes()  # at once, for curves grow meanwhile
+                content = path.read_bytes()  # at once, as curves grow meanwhile
                 self._require_right()
                 upload(f"{self.url}/{name}", content)
         except OSError as error:

@@ -1,16 +1,15 @@
 """Sample the stage at every validation: pictures of held-out samples next to the originals."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from PIL import Image
 from torch import Tensor
 
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.training.protocols import SupportsSampling, SupportsUpsampling
 from unclip_pl.utils.images import grid, psnr, save_png
 
 
@@ -36,7 +35,7 @@ class Pictures(Callback):
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,
         outputs: object,
         batch: dict,
         batch_idx: int,
@@ -46,8 +45,8 @@ class Pictures(Callback):
             return
         batch = {key: value[: self.count] for key, value in batch.items()}
         noise = Noise(range(self.seed, self.seed + len(batch["key"])))
-        # Every rank samples, for each is needed where the weights are sharded.
-        drawn = cast(SupportsSampling, pl_module).sample(batch, noise)
+        # Every rank samples, because all are needed where the weights are sharded.
+        drawn = pl_module.sample(batch, noise)
         if not trainer.is_global_zero:
             return
         if "low_res" in batch:
@@ -74,11 +73,9 @@ class Pictures(Callback):
                 pixels = np.asarray(picture)
                 experiment.add_image(title, pixels, trainer.global_step, dataformats="HWC")
 
-    def _upsampler_rows(
-        self, pl_module: LightningModule, drawn: Tensor, batch: dict
-    ) -> dict[str, Tensor]:
+    def _upsampler_rows(self, pl_module: Any, drawn: Tensor, batch: dict) -> dict[str, Tensor]:
         """The labelled rows of an upsampler's picture; logs the mean PSNR."""
-        bicubic = cast(SupportsUpsampling, pl_module).enlarged(batch["low_res"]).clamp(-1, 1)
+        bicubic = pl_module.enlarged(batch["low_res"]).clamp(-1, 1)
         psnr_bicubic = psnr(bicubic, batch["image"]).mean()
         psnr_drawn = psnr(drawn, batch["image"]).mean()
         pl_module.log_dict(

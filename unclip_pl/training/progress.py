@@ -1,14 +1,12 @@
 """Progress of a run: images per second, time left, bad samples, loss by noise level."""
 
 import time
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
-
-from unclip_pl.training.protocols import SupportsDiffusion
 
 SECONDS_BETWEEN_RATES = 5.0
 SECONDS_PER_DAY = 86400
@@ -99,7 +97,7 @@ class LossByTimestep(Callback):
     def on_train_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: dict,
         batch_idx: int,
@@ -109,7 +107,7 @@ class LossByTimestep(Callback):
         t, loss = outputs["t"], outputs["per_sample"].detach()
         if self._sums is None:
             self._sums = torch.zeros(2, 4, device=loss.device)
-        quarter = t * 4 // cast(SupportsDiffusion, pl_module).process.config.timesteps
+        quarter = t * 4 // pl_module.process.config.timesteps
         self._sums.index_add_(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
         if trainer._logger_connector.should_update_logs:
             means = self._sums[0] / self._sums[1].clamp(min=1)

@@ -1,13 +1,12 @@
 """Image-text retrieval of a CLIP on the validation set (R@k, CLIP section 3.1)."""
 
-from typing import cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from unclip_pl.training.prior_monitor import ranks
-from unclip_pl.training.protocols import SupportsEmbedding
 
 
 def recall_at(similarity: Tensor, k: int) -> Tensor:
@@ -36,14 +35,13 @@ class Retrieval(Callback):
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,
         outputs: object,
         batch: dict,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        clip = cast(SupportsEmbedding, pl_module)
-        self._pairs.append(clip.embed(batch["image"], batch["tokens"]))
+        self._pairs.append(pl_module.embed(batch["image"], batch["tokens"]))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         image, text = (torch.cat(side).float() for side in zip(*self._pairs, strict=True))

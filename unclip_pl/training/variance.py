@@ -3,10 +3,10 @@
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor
 
 from unclip_pl.cluster.checkpoint_io import change_checkpoint, checkpoint_folder, read_checkpoint
@@ -14,7 +14,6 @@ from unclip_pl.cluster.sharded_checkpoint import whole_tensors
 from unclip_pl.networks.lora import weights_of
 from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
 from unclip_pl.training.ema import EMA
-from unclip_pl.training.protocols import SupportsAnalyticVariance
 from unclip_pl.utils.signals import StopRequest, stop_state
 
 
@@ -37,12 +36,12 @@ class AnalyticVariance(Callback):
             )
         self.captions, self.draws = captions, draws
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         # What an earlier run estimated belongs to the weights that it ended with.
-        cast(SupportsAnalyticVariance, pl_module).x0_error.fill_(torch.nan)
+        pl_module.x0_error.fill_(torch.nan)
 
     @torch.no_grad()
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         # Lightning sets these outside of the class, so that its types do not know them.
         data, callbacks = trainer.datamodule, trainer.callbacks  # type: ignore[attr-defined]
         if data is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -50,15 +49,15 @@ class AnalyticVariance(Callback):
         if stop_state.agreed > StopRequest.INTERRUPT:  # a batch system waits for this job to end
             return
         batches = self._first_batches(data, pl_module.device)
-        stage = cast(SupportsAnalyticVariance, pl_module)
         ema = next((callback for callback in callbacks if isinstance(callback, EMA)), None)
         with ema.applied(pl_module) if ema else nullcontext():
-            stage.estimate_variance(batches, self.draws)
-        stage.x0_error.copy_(trainer.strategy.reduce(stage.x0_error.clone(), reduce_op="mean"))
+            pl_module.estimate_variance(batches, self.draws)
+        x0_error = pl_module.x0_error
+        x0_error.copy_(trainer.strategy.reduce(x0_error.clone(), reduce_op="mean"))
         for callback in callbacks if trainer.is_global_zero else []:
             newest = checkpoint_folder(trainer) / f"newest-step={trainer.global_step}.ckpt"
             if isinstance(callback, NewestCheckpoint) and newest.exists():
-                _write(newest, stage.x0_error)  # was written before training ended
+                _write(newest, x0_error)  # was written before training ended
             elif isinstance(callback, BestCheckpoint) and callback.best_model_path:
                 copy = type(pl_module)(**pl_module.hparams).to(pl_module.device)
                 add_variance(callback.best_model_path, copy, batches, self.draws)
@@ -81,7 +80,7 @@ class AnalyticVariance(Callback):
 
 def add_variance(
     path: str | os.PathLike,
-    stage: LightningModule,
+    stage: Any,
     batches: Sequence[dict[str, Tensor]],
     draws: int = 10,
 ) -> None:
@@ -94,9 +93,8 @@ def add_variance(
         draws: how often each timestep is evaluated per sample.
     """
     stage.load_state_dict(weights_of(read_checkpoint(path, target=whole_tensors("state_dict"))))
-    estimator = cast(SupportsAnalyticVariance, stage)
-    estimator.estimate_variance(batches, draws)
-    _write(path, estimator.x0_error)
+    stage.estimate_variance(batches, draws)
+    _write(path, stage.x0_error)
 
 
 def _write(path: str | os.PathLike, x0_error: Tensor) -> None:

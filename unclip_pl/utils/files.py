@@ -199,7 +199,7 @@ def atomic_folder(path: str | os.PathLike, replace: bool = False) -> Iterator[Pa
     Args:
         path: the target; missing parent folders are created.
         replace: what to do if `path` exists by then. True: replace it. False: keep it and discard
-            the new folder, for another process was faster.
+            the new folder, because another process was faster.
 
     Raises:
         UserError: the disk is full or read-only, or the permission is missing.
@@ -249,7 +249,7 @@ def remove(path: Path) -> None:
     """
     if path.is_dir():
         temporary = _create_temporary_folder(path)
-        path.rename(temporary)  # allowed, for `temporary` is empty
+        path.rename(temporary)  # allowed, because `temporary` is empty
         shutil.rmtree(temporary)
     else:
         path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Objects in buckets and on servers, by fsspec: `s3://`, `gs://`, `hf://`, `https://` and others.
 
-All of these are read. S3 and Google Cloud Storage are written too, for there an object appears
+All of these are read. S3 and Google Cloud Storage are written too: there an object appears
 under its name when it is whole.
 
 Credentials come from where fsspec's packages look for them: environment variables, their own files,

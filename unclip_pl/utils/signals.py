@@ -79,7 +79,7 @@ def install_handlers(training: bool) -> None:
     """Handle SIGUSR1 from now on; to be called in the first lines of a program.
 
     Without a handler SIGUSR1 kills the process. Other signals keep their default until training
-    starts, for nothing can be lost before.
+    starts, because nothing can be lost before.
 
     Args:
         training: record the signal for the training loop; False: exit on it.

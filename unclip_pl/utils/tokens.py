@@ -14,5 +14,5 @@ def caption_mask(tokens: Tensor, end_token: int | None = None) -> Tensor:
         end_token: its id; None: the largest id of a caption, as in CLIP's own vocabulary.
     """
     is_end = tokens if end_token is None else (tokens == end_token).int()
-    end_B = is_end.argmax(dim=1, keepdim=True)
-    return torch.arange(tokens.shape[1], device=tokens.device) <= end_B
+    end = is_end.argmax(dim=1, keepdim=True)
+    return torch.arange(tokens.shape[1], device=tokens.device) <= end

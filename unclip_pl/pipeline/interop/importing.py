@@ -49,7 +49,7 @@ def import_karlo(
     Args:
         folder: of diffusers' layout (model_index.json), or with Karlo's own `.ckpt` and `.th`.
         out: a new folder. Without a prior in `folder` (image variations) it has none either.
-        clip: the CLIP of the weights, of which a copy goes to `out`; None: that of `folder`.
+        clip: the CLIP of the weights, which is copied to `out`; None: that of `folder`.
         precision: of the releases: "fp32" keeps float32 weights to the bit.
 
     Returns:

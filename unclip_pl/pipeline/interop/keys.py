@@ -158,7 +158,7 @@ def fill(
     """Our tensors from theirs, in the type of their files.
 
     Args:
-        ours: tensors of our module by name, of which only the shape counts (meta device).
+        ours: tensors of our module by name; only their shapes count (meta device).
         names: from the functions above; those that are not in `ours` are left out.
         source: theirs.
         head_width: of Karlo's own files, in which (heads, q k v, head_width) is one axis.

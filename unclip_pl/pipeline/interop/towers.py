@@ -216,8 +216,8 @@ def write_towers(clip: FrozenCLIP, out: Path) -> None:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if ours:
         raise UserError(
-            f"The CLIP {clip.config} has {next(iter(ours))}, which Hugging Face's CLIP has not: "
-            "only CLIPs of OpenAI's architecture can be exported."
+            f"The CLIP {clip.config} has {next(iter(ours))}, and Hugging Face's CLIP does "
+            "not: only CLIPs of OpenAI's architecture can be exported."
         )
     (out / "feature_extractor").mkdir()
     _write_json(out / "feature_extractor" / "preprocessor_config.json", _processor(clip))
@@ -262,7 +262,7 @@ def _vision_settings(clip: FrozenCLIP) -> dict[str, Any]:
     if not hasattr(visual, "transformer") or getattr(visual, "attn_pool", None) is not None:
         raise UserError(
             f"The CLIP {clip.config} sees with another network than a plain ViT, which Hugging "
-            "Face's CLIP has not: only CLIPs of OpenAI's architecture can be exported."
+            "Face's CLIP does not have: only CLIPs of OpenAI's architecture can be exported."
         )
     return _shared(clip, visual.transformer) | {
         "architectures": ["CLIPVisionModelWithProjection"],

@@ -1,0 +1,12 @@
+"""Check the fields of a configuration that take one of a few words. No torch."""
+
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def check_choices(config: Any) -> None:
+    """ValueError where a `Literal` field of a dataclass has none of its values."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            choices = ", ".join(f'"{choice}"' for choice in get_args(hint))
+            raise ValueError(f"{type(config).__name__}.{name} is {value!r}: use one of {choices}.")
