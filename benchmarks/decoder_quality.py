@@ -4,9 +4,11 @@
     python benchmarks/decoder_quality.py --weights FOLDER_OR_CKPT --picture decoder.png
 
 It prints a Markdown table with the figures of what was drawn, and of the real drawings: cosine of
-the embeddings of the drawn and the true one; how often CLIP finds the true drawing first among all,
-by the embedded CLIP and by the independent one; grain, the median distance from white where the
-drawing is white, of a range of 2; `fd_clip`, for real drawings against as many other real ones.
+the embeddings of the drawn and the true one; how often CLIP finds the true drawing first among all;
+grain, the median distance from white where the drawing is white, of a range of 2; the Frechet
+distance `fd_clip`, for real drawings against as many other real ones. The second and the last are
+by the CLIP that conditions, which flatters what is drawn from its embeddings, and (`_judge`) by the
+independent one.
 """
 
 import argparse
@@ -59,17 +61,21 @@ def found_first(clip: FrozenCLIP, drawn: Tensor, real: Tensor) -> float:
     return recall_at(similarity, 1).item()
 
 
+def features(clip: FrozenCLIP, images: Tensor) -> Tensor:
+    """What the Frechet distance is of: embeddings of images as files hold them."""
+    return clip_features(clip)(to_uint8(images)).float()
+
+
 def figures(drawn: Tensor, real: Tensor, clip: FrozenCLIP, judge: FrozenCLIP) -> dict[str, float]:
     """The figures of drawn images, each from the embedding of the real one in the same row."""
     embeds = clip.embed_images(drawn), clip.embed_images(real)
-    network = clip_features(clip)
-    features = (network(to_uint8(images)).float() for images in (real, drawn))
     return {
         "cosine": torch.cosine_similarity(*embeds).mean().item(),
         "first": found_first(clip, drawn, real),
         "first_judge": found_first(judge, drawn, real),
         "grain": (1 - drawn).abs().mean(1)[real.amin(1) > WHITE].median().item(),
-        "fd_clip": frechet(*features),
+        "fd_clip": frechet(features(clip, real), features(clip, drawn)),
+        "fd_clip_judge": frechet(features(judge, real), features(judge, drawn)),
     }
 
 
@@ -104,12 +110,13 @@ def main() -> None:
             for k in trange(0, count, 32)
         ]
     ).float()
-    features = clip_features(unclip.clip)(to_uint8(others)).float()
-    floor = compute_floor(features, count, count, "fd_clip")
     rows = {
         "drawn": figures(drawn, real, unclip.clip, judge),
-        "real": figures(real, real, unclip.clip, judge) | {"fd_clip": floor.mean["fd_clip"]},
+        "real": figures(real, real, unclip.clip, judge),
     }
+    for name, clip in {"fd_clip": unclip.clip, "fd_clip_judge": judge}.items():
+        floor = compute_floor(features(clip, others), count, count, name)
+        rows["real"][name] = floor.mean[name]
     columns = list(rows["drawn"])
     how = f"DDIM in {sampling.steps} steps, guidance {sampling.guidance_scale}"
     print(f"{count} held-out drawings, {how}\n")

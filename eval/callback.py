@@ -12,9 +12,12 @@ import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lig
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
+from eval.commands import choose_features
+from eval.evaluator import same_clip
 from eval.features import Features, load_features
 from eval.metrics import FRECHET, CLIPScore, FrechetDistance, KernelDistance, PrecisionRecall
 from unclip_pl.diffusion.noise import Noise
@@ -24,16 +27,18 @@ from unclip_pl.utils.images import to_uint8
 class Evaluate(Callback):
     """At a validation, with the weights that it uses (the EMA), evaluate what the stage draws.
 
-    It logs `eval/fd_clip` (`eval/fid` with Inception's features), `eval/kid`, `eval/precision` and
-    `eval/recall`. A prior draws embeddings: for it the same figures are of the embeddings, and
-    `eval/clip_score` is of each embedding with its caption. The samples are those of the
-    validation, always with the same noise. torchmetrics reduces over ranks.
+    It logs `eval/fid` (`eval/fd_clip` with a CLIP's features), `eval/kid`, `eval/precision` and
+    `eval/recall`. A prior draws embeddings: for it the same figures are of the embeddings, under
+    `eval/fd_clip`, and `eval/clip_score` is of each embedding with its caption. The samples are
+    those of the validation, always with the same noise. torchmetrics reduces over ranks.
 
     Args:
         every_n_train_steps: the first validation so many steps after the last evaluation evaluates
             again.
         count: samples of each rank; fewer if the validation has fewer.
-        features: of images, as `eval.features.load_features` has them.
+        features: of images, as `eval.features.load_features` has them; by default openmoji-judge
+            where the embedded drawings are held out, and inception for everything else. The
+            network is loaded at the first validation.
         seed: the noise of sample k is drawn from `seed + k`, the same whatever the batch.
     """
 
@@ -41,7 +46,7 @@ class Evaluate(Callback):
         self,
         every_n_train_steps: int = 5000,
         count: int = 256,
-        features: str = "clip",
+        features: str | None = None,
         seed: int = 0,
     ) -> None:
         if every_n_train_steps < 1 or count < 4:
@@ -76,6 +81,8 @@ class Evaluate(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if "image" in batch and self._network is None:
+            self._network = self._load_features(trainer, pl_module)
         if not self._due or self._seen >= self.count:
             return
         batch = {key: value[: self.count - self._seen] for key, value in batch.items()}
@@ -88,12 +95,24 @@ class Evaluate(Callback):
             self._clip_score = self._clip_score or CLIPScore().to(pl_module.device)
             self._clip_score.update(drawn, batch["text_embed"])
         else:
-            self._network = self._network or load_features(self.features, pl_module.device)
-            self._frechet = self._network.frechet
-            real, fake = (self._network(to_uint8(images)) for images in (batch["image"], drawn))
+            network = cast(Features, self._network)
+            self._frechet = network.frechet
+            real, fake = (network(to_uint8(images)) for images in (batch["image"], drawn))
         for metric in self._metrics_of_width(real):
             metric.update(real, real=True)
             metric.update(fake, real=False)
+
+    def _load_features(self, trainer: Trainer, pl_module: LightningModule) -> Features:
+        """The network for images; it warns of the CLIP whose embeddings the stage draws from."""
+        held_out = getattr(getattr(trainer, "datamodule", None), "val", None)
+        network = load_features(choose_features(self.features, held_out), pl_module.device)
+        conditioning = getattr(pl_module, "clip_fingerprint", None)
+        if conditioning and network.fingerprint and same_clip(conditioning, network.fingerprint):
+            rank_zero_warn(
+                f"The features of eval.callback.Evaluate are of {network.name}, which conditions "
+                "this stage and flatters what it draws: set its `features` to another network."
+            )
+        return network
 
     def _metrics_of_width(self, features: Tensor) -> list[Metric]:
         """The metrics of this evaluation, created when the width of the features is known."""

@@ -13,7 +13,7 @@ from eval.commands import Figures, RunOptions, run_command
 from eval.comparison import Comparison, ComparisonSettings, Differences, Results
 from eval.conditioning import TITLES, Conditioning
 from eval.evaluator import EvaluatorOptions, metric_titles
-from eval.floor import NO_FLOOR, ReferenceOptions
+from eval.floor import NO_FLOOR, Floor, ReferenceOptions
 from eval.generated import captions_digest
 from eval.metrics import FRECHET
 from eval.source import DrawingOptions, Model, describe_weights, refuse_options
@@ -24,6 +24,7 @@ from eval.tables import (
     condition_row,
     difference_headers,
     difference_row,
+    floor_line,
     floor_row,
     real_row,
 )
@@ -42,7 +43,7 @@ SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 CHOSEN = (
     "The best guidance is chosen by the figures of these captions, and that of a prior as well: "
     "the table of the best flatters all conditions, most of all the priors, and its intervals "
-    "leave this out."
+    "leave this out. Of several scales at the floor, the best is the one of the highest CLIP score."
 )
 PRIORS: dict[str, tuple[type[Prior], dict[str, float | None]]] = {
     "ar": (ARPrior, {"guidance_scale": 1.0, "temperature": 1.0, "top_p": 1.0}),
@@ -240,8 +241,7 @@ def run(
     model = Model.of(options, asked.decoder, upsamplers=drawing.upsamplers)
     captions = drawing.read_captions(model.size)
     conditions, notes = load_conditions(asked, drawing, options, model, captions)
-    names = [condition.name for condition in conditions]
-    check_baseline(options.baseline, names)
+    check_baseline(options.baseline, [condition.name for condition in conditions])
     size = evaluation.reference_size or model.size
     images = real.images(drawing.captions, size, options)
     images.check(captions)
@@ -258,7 +258,7 @@ def run(
     floor = comparison.floor(len(captions))
     if floor is None:
         notes.append(NO_FLOOR.format(len(captions) + len(comparison.all_real.number)))
-    notes += results[names[0]]["fixed"]["notes"]
+    notes += results["caption"]["fixed"]["notes"]
     if comparison.sweeps:
         notes.append(CHOSEN)
     description = describe(drawing, comparison)
@@ -345,25 +345,25 @@ def build_sections(
     for kind, by_condition in differences.items():
         title = titles[kind]
         rows = [condition_row(name, inputs[name], results[name][kind], key) for name in results]
-        headers = condition_headers(key)
-        sections.append(Section(title[0].upper() + title[1:], headers, [*rows, *last]))
+        sections.append(Section(title[:1].upper() + title[1:], condition_headers(key), rows + last))
         rows = [difference_row(name, figures, key) for name, figures in by_condition.items()]
-        headers = difference_headers(baseline, title, key)
-        sections.append(Section(f"Differences from the {baseline}, {title}", headers, rows))
+        name = f"Differences from the {baseline}, {title}"
+        sections.append(Section(name, difference_headers(baseline, key), rows))
     return sections
 
 
-def build_panels(results: Results, key: str) -> list[report.Panel]:
-    """A plot of each figure over what was swept, with a line per condition."""
+def build_panels(results: Results, key: str, floor: Floor | None = None) -> list[report.Panel]:
+    """A plot of each figure over what was swept, with a line per condition and the floor."""
     panels = []
     axes = {"sweep": "guidance scale", "prior_sweep": "guidance scale of the prior"}
     for sweep, axis in axes.items():
         swept = {name: result[sweep] for name, result in results.items() if sweep in result}
         for figure, title in metric_titles(key).items() if swept else ():
-            lines = {
+            lines: dict[str, report.Points] = {
                 TITLES[name]: [(float(scale), points[scale][figure]) for scale in points]
                 for name, points in swept.items()
             }
+            lines |= floor_line(floor, figure, next(iter(lines.values())))
             panels.append(report.Panel(axis, title.removesuffix(" x 1000"), lines))
     return panels
 
@@ -377,7 +377,7 @@ def write(
     captions = "; ".join(comparison.captions[k].text for k in numbers)
     side_by_side = out.write_picture("compare.png", picture, captions=captions)
     pictures = {f"Side by side: {captions}": side_by_side}
-    panels = build_panels(results, comparison.key)
+    panels = build_panels(results, comparison.key, comparison.floor(comparison.sweep_count))
     if panels:
         pictures["Guidance"] = report.write_curves(out, "compare-curves.png", panels)
     title = "Does a prior help?"

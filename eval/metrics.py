@@ -5,10 +5,10 @@ over ranks, whose shares must be disjoint. Keep them in a callback or an evaluat
 LightningModule, or EMA and checkpoints would include them.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import unclip_pl.utils.torchvision  # noqa: F401  before the first import of torchmetrics
@@ -139,7 +139,7 @@ class FrechetDistance(TwoSets):
     def __init__(self, dim: int, key: str = "fd", **metric: Any) -> None:
         super().__init__(dim, **metric)
         self.key = key
-        zeros = partial(torch.zeros, dtype=torch.float64)
+        zeros = functools.partial(torch.zeros, dtype=torch.float64)
         for name in ("real", "fake"):
             count = torch.zeros((), dtype=torch.int64)
             self.add_state(f"{name}_count", count, dist_reduce_fx="sum")
@@ -166,7 +166,7 @@ class FrechetDistance(TwoSets):
         n_real, n_fake = self._count("real"), self._count("fake")
         require_rows(self, self.least, n_real, n_fake)
         for text in sample_size_warnings(self.dim, n_real, n_fake):
-            log.warning(text)
+            warn_once(text)
         distance = distances.gaussian_frechet(self._gaussian("real"), self._gaussian("fake"))
         return {self.key: distance, "n_real": n_real, "n_fake": n_fake}
 
@@ -179,6 +179,12 @@ class FrechetDistance(TwoSets):
             return distances.gaussian(rest)
         total, product = getattr(self, f"{name}_sum"), getattr(self, f"{name}_product")
         return distances.gaussian_from_sums(count, total, product, rest)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log a sentence, once in this process: a sweep has many sets of the same sizes."""
+    log.warning(text)
 
 
 def sample_size_warnings(dim: int, n_real: int, n_fake: int) -> list[str]:

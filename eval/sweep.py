@@ -17,7 +17,13 @@ from eval.evaluator import (
     gather_ranks,
     metric_titles,
 )
-from eval.floor import NO_FLOOR, ReferenceOptions, compute_floor, reached_on_other_pictures
+from eval.floor import (
+    NO_FLOOR,
+    Floor,
+    ReferenceOptions,
+    compute_floor,
+    reached_on_other_pictures,
+)
 from eval.generated import GeneratedImages, captions_digest
 from eval.paired import paired_kid
 from eval.source import (
@@ -26,7 +32,7 @@ from eval.source import (
     choose_prior,
     default_condition,
 )
-from eval.tables import Section, body, floor_row
+from eval.tables import Section, body, floor_line, floor_row, number
 from unclip_pl.pipeline.locate import require_weights
 from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 from unclip_pl.utils.commands import Option
@@ -207,7 +213,7 @@ def run(
         table = Section("Sweep", [*SETTINGS_HEADERS, *metric_titles(key).values()], rows)
         out = options.open_out()
         picture = save_side_by_side(out, points, captions)
-        write(out, picture, results, body([table], notes), settings, key)
+        write(out, picture, results, body([table], notes), settings, key, floor)
     return {
         "curves": results,
         "floor": None if floor is None else asdict(floor),
@@ -226,7 +232,7 @@ def table_row(sampling: DecoderSamplingConfig, figures: Figures, key: str) -> li
     """One point's line of the table; `key` is that of the Frechet distance."""
     cells = []
     for name in metric_titles(key):
-        text = f"{figures[name] * (1000 if name == 'kid' else 1):.4g}"
+        text = number(figures[name] * (1000 if name == "kid" else 1))
         cells.append(f"{text}, at the floor" if name in figures["at_floor"] else text)
     return [sampling.sampler, str(sampling.steps), f"{sampling.guidance_scale:g}", *cells]
 
@@ -241,7 +247,9 @@ def save_side_by_side(
     return out.write_picture("sweep.png", picture, captions=texts)
 
 
-def build_panels(results: dict[str, list[Figures]], key: str) -> list[report.Panel]:
+def build_panels(
+    results: dict[str, list[Figures]], key: str, floor: Floor | None = None
+) -> list[report.Panel]:
     """A plot of each figure over guidance and over steps, and of the CLIP score over recall."""
     guidance = results.get("guidance", [])
     samplers = {name: points for name, points in results.items() if name != "guidance"}
@@ -250,12 +258,16 @@ def build_panels(results: dict[str, list[Figures]], key: str) -> list[report.Pan
         label = title.removesuffix(" x 1000")
         if guidance:
             points = [(point["guidance_scale"], point[figure]) for point in guidance]
-            panels.append(report.Panel("guidance scale", label, {"guidance": points}))
+            lines: dict[str, report.Points] = {"guidance": points}
+            lines |= floor_line(floor, figure, points)
+            panels.append(report.Panel("guidance scale", label, lines))
         if samplers:
             lines = {
                 name: [(point["step_count"], point[figure]) for point in points]
                 for name, points in samplers.items()
             }
+            every = [point for points in lines.values() for point in points]
+            lines |= floor_line(floor, figure, every)
             panels.append(report.Panel("sampling steps", label, lines))
     if guidance:  # Fig. 13 of the paper sets recall against what guidance improves
         points = [(point["recall"], point["clip_score"]) for point in guidance]
@@ -270,10 +282,11 @@ def write(
     table: str,
     settings: dict[str, Any],
     key: str,
+    floor: Floor | None,
 ) -> None:
     """sweep.md, sweep-curves.png and TensorBoard's events; prints the table."""
     print(table)
-    panels = build_panels(results, key)
+    panels = build_panels(results, key, floor)
     curves = report.write_curves(out, "sweep-curves.png", panels)
     pictures = {"Curves": curves, "Side by side": picture}
     written = report.write_report(out, "sweep.md", "Sweep", table, pictures, settings)

@@ -16,7 +16,12 @@ AT_FLOOR = (
     "At the floor: as near to the reference as other real images are, at the same number of "
     "images. That figure cannot distinguish such sets from real ones, nor is one of them better."
 )
-AT_EDGE = "* The best value is at the edge of its grid: a better one may lie beyond."
+AT_EDGE = (
+    "* The best value is at the edge of its grid: a better one may lie beyond, except below 1, "
+    "which is no guidance."
+)
+
+FLOOR_LINE = "floor: real images are below"
 
 
 class Section(NamedTuple):
@@ -62,19 +67,24 @@ def condition_row(condition: str, inputs: str, figures: Figures, frechet: str) -
     guidance = scale("guidance_scale")
     if "prior_guidance_scale" in figures:
         guidance += f", prior {scale('prior_guidance_scale')}"
-    low, high = figures[f"{frechet}_low"], figures[f"{frechet}_high"]
-    kid = f"{1000 * figures['kid']:.4g} ± {1000 * figures['kid_se']:.2g}"
+    value, low, high = (number(figures[f"{frechet}{end}"]) for end in ("", "_low", "_high"))
+    kid, error = (number(1000 * figures[name]) for name in ("kid", "kid_se"))
     return [
         TITLES[condition],
         inputs,
         guidance,
-        with_floor(frechet, f"{figures[frechet]:.4g} [{low:.4g}, {high:.4g}]"),
-        with_floor("kid", kid),
+        with_floor(frechet, f"{value} [{low}, {high}]"),
+        with_floor("kid", f"{kid} ± {error}"),
         clip_score(figures),
         f"{figures['precision']:.3f}",
         f"{figures['recall']:.3f}",
         f"{figures['r1']:.1%}",
     ]
+
+
+def number(value: float) -> str:
+    """Four digits, and more where there are more before the point: no exponent above 1."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def clip_score(figures: Figures) -> str:
@@ -96,16 +106,30 @@ def floor_row(floor: Floor | None, frechet: str) -> list[str]:
     cells = ["-", "-"]
     if floor is not None:
         cells = [
-            f"{factor * floor.mean[name]:.4g}, up to {factor * floor.high[name]:.4g}"
+            f"{number(factor * floor.mean[name])}, up to {number(factor * floor.high[name])}"
             for name, factor in ((frechet, 1), ("kid", 1000))
         ]
     return ["floor: real against other real images", "-", "-", *cells, "-", "-", "-", "-"]
 
 
-def difference_headers(baseline: str, scales: str, frechet: str) -> list[str]:
-    """Of the table of differences from a condition; `scales` says at which guidance."""
+def floor_line(floor: Floor | None, figure: str, points: report.Points) -> dict[str, report.Points]:
+    """The level that real images stay below, as a line of a plot; none without a floor.
+
+    Args:
+        floor: of sets of the size of those in the plot.
+        figure: what is plotted.
+        points: of any line of the plot, from the first to the last x.
+    """
+    if floor is None or figure not in floor.high:
+        return {}
+    xs = [x for x, _ in points]
+    return {FLOOR_LINE: [(x, floor.high[figure]) for x in (min(xs), max(xs))]}
+
+
+def difference_headers(baseline: str, frechet: str) -> list[str]:
+    """Of the table of differences from the condition `baseline`."""
     figures = (FRECHET[frechet], "KID x 1000", "CLIP score", "own caption first, points")
-    return [f"less the {baseline}: {scales}", *figures]
+    return [f"this condition minus the {baseline}", *figures]
 
 
 def difference_row(

@@ -10,7 +10,9 @@ from torch import nn
 from eval.callback import Evaluate
 from eval.features import load_features
 from eval.metrics import CLIPScore, FrechetDistance
+from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.diffusion.noise import Noise
+from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.images import to_uint8
 
 
@@ -28,8 +30,11 @@ class Toy(LightningModule):
         self.logged |= values
 
 
-def validate(callback: Evaluate, stage: Toy, batches: list[dict], step: int) -> None:
+def validate(
+    callback: Evaluate, stage: Toy, batches: list[dict], step: int, val: str = "openmoji"
+) -> None:
     trainer = SimpleNamespace(sanity_checking=False, global_step=step, global_rank=0)
+    trainer.datamodule = SimpleNamespace(val=val)
     callback.on_validation_epoch_start(trainer, stage)
     for number, batch in enumerate(batches):
         callback.on_validation_batch_end(trainer, stage, None, batch, number)
@@ -54,7 +59,8 @@ def test_callback_has_the_figures_of_the_pictures_and_keeps_metrics_out_of_the_s
     validation = batches()
     stage = Toy(lambda batch, noise: noise((3, 16, 16)).clamp(-1, 1))
     validate(Evaluate(10, count=10), stage, validation, 10)
-    network, metric = load_features("clip"), FrechetDistance(256)
+    network = load_features("openmoji-judge")  # not the CLIP that conditions
+    metric = FrechetDistance(network.dim)
     real = torch.cat([batch["image"] for batch in validation])[:10]
     metric.update(network(to_uint8(real)), real=True)
     metric.update(network(to_uint8(Noise(range(10))((3, 16, 16)).clamp(-1, 1))), real=False)
@@ -74,6 +80,31 @@ def test_callback_evaluates_a_priors_embeddings_and_scores_them_with_their_capti
     assert stage.logged["eval/fd_clip"] == pytest.approx(0, abs=1e-5)
     assert stage.logged["eval/recall"] == 1
     assert stage.logged["eval/clip_score"] == pytest.approx(score.compute()["clip_score"], rel=1e-5)
+
+
+def test_features_of_other_pictures_are_inception_s_and_missing_weights_are_found_at_once(
+    tmp_path, monkeypatch
+):
+    """At the first validation, long before the first evaluation is due."""
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path))
+
+    def unreachable(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    stage = Toy(lambda batch, noise: pytest.fail("nothing is due"))
+    with pytest.raises(UserError, match="Inception"):
+        validate(Evaluate(1000), stage, batches(), 1, val="data/{00000..00009}.tar")
+    validate(Evaluate(1000), stage, batches(), 1)
+
+
+def test_features_of_the_clip_that_conditions_are_said_to_be_its(recwarn):
+    stage = Toy(lambda batch, noise: batch["image"])
+    stage.clip_fingerprint = FrozenCLIP().fingerprint()
+    validate(Evaluate(1000), stage, batches(), 1)
+    assert not [one for one in recwarn if "conditions" in str(one.message)]
+    with pytest.warns(UserWarning, match="conditions this stage"):
+        validate(Evaluate(1000, features="clip"), stage, batches(), 1)
 
 
 def test_callback_waits_for_its_steps_also_after_a_resume():

@@ -7,7 +7,14 @@ from eval import distances
 from eval.evaluator import Evaluator, ImageFeatures
 from eval.floor import Floor, RealImages, compute_floor, reached_on_other_pictures
 from eval.paired import Difference
-from eval.tables import Section, condition_row, difference_row, floor_row, footnotes
+from eval.tables import (
+    Section,
+    condition_row,
+    difference_row,
+    floor_line,
+    floor_row,
+    footnotes,
+)
 from tests.eval import tiny
 from tests.eval.sets import features
 
@@ -81,6 +88,9 @@ def test_a_figure_at_the_floor_is_called_so_and_not_better():
     assert line[3] == "11 [9, 13], at the floor" and line[4] == "20 ± 10" and line[2] == "1*"
     assert floor_row(FLOOR, "fd_clip")[3:5] == ["10, up to 12", "0, up to 10"]
     assert floor_row(None, "fd_clip")[3:5] == ["-", "-"]
+    far = figures | {"kid": 12.3429, "kid_se": 1.8619, "fd_clip_low": -4321.0}
+    line = condition_row("text", "z_t", far, "fd_clip")
+    assert line[3].startswith("11 [-4321, ") and line[4] == "12343 ± 1862"  # no exponents
     sure, unsure = Difference(-2.0, -3.0, -1.0), Difference(-2.0, -5.0, 1.0)
     floored = Difference(-2.0, -3.0, -1.0, at_floor=True)
     apart = {"fd_clip": floored, "kid": sure, "clip_score": unsure, "r1": sure}
@@ -89,3 +99,7 @@ def test_a_figure_at_the_floor_is_called_so_and_not_better():
     assert cells[3].startswith("(") and not floored.sure
     assert len(footnotes([Section("t", [""], [line, cells])])) == 3
     assert not footnotes([Section("t", [""], [["1.5"]])])
+    swept = [(1.5, 20.0), (1.0, 30.0), (4.0, 25.0)]
+    (level,) = floor_line(FLOOR, "fd_clip", swept).values()  # in the plots
+    assert level == [(1.0, 12.0), (4.0, 12.0)]
+    assert floor_line(FLOOR, "recall", swept) == floor_line(None, "fd_clip", swept) == {}

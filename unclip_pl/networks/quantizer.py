@@ -4,7 +4,9 @@ PCA comes first, then buckets in each dimension (unCLIP section 2.2).
 
 The paper gives the numbers (319 of 1,024 dimensions lose under 1 % of the variance; 1,024 buckets)
 but not how buckets are cut. Here they are cut at quantiles: each has as many of the fitted
-embeddings as any other, and decodes to their mean. Up to `buckets` distinct values stay exact.
+embeddings as any other, and decodes to their mean. Up to `buckets` distinct values stay exact. Nor
+does it say what the PCA is of: here of CLIP's embeddings with their own norms (a diffusion prior's
+have one norm), and the variance is that around their mean.
 """
 
 import math

@@ -93,7 +93,8 @@ class Decoder(Stage):
         text: how the caption becomes context; `kind: none` leaves it out.
         cond_dropout: how often training drops the embedding and the caption.
         normalizer: scale of the embedding as the network sees it: "unit" (norm 0.5375 sqrt(D), the
-            paper's 17.2 at D = 1024) or "none".
+            17.2 at D = 1024 that the paper has in its prior, and does not mention for the decoder)
+            or "none".
         condition: which embedding of CLIP is the condition: "image", "text" or "none".
 
     Raises:
