@@ -6,7 +6,7 @@ In YAML:
   trainer.callbacks+: [{class_path: eval.callback.Evaluate, init_args: {every_n_train_steps: 5000}}]
 """
 
-from typing import Any
+from typing import Any, cast
 
 import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lightning
 
