@@ -7,6 +7,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import resource
 import statistics
 import sys
@@ -24,6 +25,8 @@ import torch
 from _results import about, save
 
 from unclip_pl.utils.precision import supported_precision
+
+STATUS = Path("/proc/self/status")
 
 
 def make_parser(
@@ -80,11 +83,12 @@ def begin(arguments: argparse.Namespace) -> float:
 def peak_mib() -> float:
     """Largest resident memory of this process so far, MiB.
 
-    On Linux VmHWM, which unlike ru_maxrss is not inherited from the parent.
+    VmHWM, which unlike ru_maxrss is not inherited from the parent; but only Linux has it, and
+    sandboxes such as gVisor leave it out.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) / 1024
+    status = STATUS.read_text(encoding="utf-8") if STATUS.exists() else ""
+    if match := re.search(r"VmHWM:\s*(\d+)", status):
+        return int(match[1]) / 1024
     unit = 2**20 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

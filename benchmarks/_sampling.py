@@ -56,8 +56,12 @@ def measure(
     times = timed(step, arguments)
     peak = peak_mib()  # counting the operations takes memory of its own
     stage.cuda_graphs = False  # a replay hides its operations
-    report(
-        job, arguments, times, arguments.batch, before,
-        params=sum(p.numel() for p in stage.parameters()), flops_per_step=flops_of(step),
-        peak_rss_mib=peak, nfe=settings.get("steps"),
-    )  # fmt: skip
+    flops = None
+    try:
+        flops = flops_of(step)  # takes longer than the step itself
+    finally:  # a count that is cut off or fails does not take the times with it
+        report(
+            job, arguments, times, arguments.batch, before,
+            params=sum(p.numel() for p in stage.parameters()), flops_per_step=flops,
+            peak_rss_mib=peak, nfe=settings.get("steps"),
+        )  # fmt: skip

@@ -5,6 +5,7 @@ the peak resident memory.
 """
 
 import argparse
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from torch import Tensor
 from unclip_pl.cli.demo import PROMPTS
 from unclip_pl.pipeline.unclip import UnCLIP
 
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
 
 class Stages:
     """Time and memory of each stage of a cascade."""
@@ -34,9 +37,9 @@ class Stages:
 
     def run(self, name: str, draw: Callable[[], Tensor]) -> Tensor:
         """Measure a call of `draw`; returns its result on the CPU."""
-        refs = Path("/proc/self/clear_refs")
-        if refs.exists():
-            refs.write_text("5", encoding="ascii")  # VmHWM begins again at what is resident now
+        with contextlib.suppress(OSError):  # not on Linux, or a container does not allow it
+            # VmHWM begins again at what is resident now.
+            CLEAR_REFS.write_text("5", encoding="ascii")
         start, used = time.perf_counter(), time.process_time()
         drawn = draw().cpu()
         self.seconds.setdefault(name, []).append(time.perf_counter() - start)

@@ -5,11 +5,13 @@
     python benchmarks/gpu.py --only 'decoder.*compiled'      some parts (a regular expression)
 
 Each part has its own limit and writes its file when it is done. A part that fails or runs out of
-time leaves its error in a file of its own, and the next one starts.
+time leaves its error in a file of its own, and the next one starts. After an error that makes the
+GPU unusable for this process, such as an illegal memory access, the rest runs in a new one.
 """
 
 import argparse
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -36,7 +38,10 @@ from mfu import free, largest_batch, train
 ROOT = HERE.parent
 TRAINED = ["diffusion_prior", "decoder", "upsampler_1024", "upsampler_256", "ar_prior"]
 """The most valuable first."""
-TESTS = ["tests/test_device.py", "tests/diffusion/test_cuda_graph.py", "tests/test_gpu.py"]
+TESTS = [
+    "tests/networks/test_blocks.py", "tests/networks/test_checkpointing.py",
+    "tests/test_device.py", "tests/diffusion/test_cuda_graph.py", "tests/test_gpu.py",
+]  # fmt: skip
 LEAST = 5
 """With fewer seconds left no further part is started."""
 
@@ -195,8 +200,6 @@ def attempt(part: Part, seconds: float, arguments: argparse.Namespace) -> bool:
             part.run()
     except (Exception, OutOfTime):
         error = traceback.format_exc().strip()
-    torch._dynamo.reset()
-    free()
     failures = Path(arguments.results) / "errors"
     line = {"job": part.name.replace("/", "_")} | about(arguments.device)
     path = failures / name_of(line)
@@ -204,9 +207,29 @@ def attempt(part: Part, seconds: float, arguments: argparse.Namespace) -> bool:
     if error:
         write(path, line | {"error": error.splitlines()[-1], "traceback": error[-3000:]})
         print(error[-1500:], flush=True)
+    torch._dynamo.reset()
     took = time.monotonic() - start
     print(f"[{part.name}] {'FAILED' if error else 'done'} in {took:.0f} s", flush=True)
     return not error
+
+
+def usable(device: str) -> bool:
+    """Give back what the last part held; False if this process cannot use the device any more."""
+    try:
+        free()
+        return torch.zeros((), device=device).item() == 0
+    except RuntimeError:
+        traceback.print_exc()
+        return False
+
+
+def go_on(arguments: argparse.Namespace, name: str, seconds: float) -> None:
+    """Replace this process by a new one for the parts after `name`."""
+    words = [*sys.argv, "--after", name, "--seconds", f"{seconds:.0f}"]
+    words += ["--results", arguments.results]
+    print("the GPU is no longer usable for this process: going on in a new one", flush=True)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the driver's files, which hold memory of the GPU
+    os.execv(sys.executable, [sys.executable, *words])
 
 
 def main() -> None:
@@ -218,6 +241,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=520, help="for all parts together")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--only", default="", help="parts whose name this expression finds")
+    parser.add_argument("--after", help="go on after this part, which failed in a process before")
     parser.add_argument("--threads", type=int, default=1 if torch.cuda.is_available() else 2)
     parser.add_argument("--tests", nargs="+", default=TESTS, help="files for pytest")
     parser.add_argument("--results", metavar="DIR", help="where the files go")
@@ -233,7 +257,9 @@ def main() -> None:
         trainer = yaml.safe_load(overlay.read_text(encoding="utf-8"))["trainer"]
         torch.backends.cudnn.benchmark = bool(trainer.get("benchmark"))
         outcome: dict[str, list[str]] = {"done": [], "FAILED": [], "skipped": []}
-        for part in Parts(arguments).in_order():
+        parts = list(Parts(arguments).in_order())
+        start = 1 + [part.name for part in parts].index(arguments.after) if arguments.after else 0
+        for part in parts[start:]:
             if not re.search(arguments.only, part.name):
                 continue
             left = end - time.monotonic()
@@ -243,12 +269,14 @@ def main() -> None:
                 outcome["done"].append(part.name)
             else:
                 outcome["FAILED"].append(part.name)
+            if left >= LEAST and not usable(arguments.device):
+                go_on(arguments, part.name, end - time.monotonic())
         print()
         for word, names in outcome.items():
             print(f"{word}: {len(names)}")
             if word != "done":
                 print(*(f"    {name}" for name in names), sep="\n")
-        sys.exit(1 if outcome["FAILED"] else 0)
+        sys.exit(1 if outcome["FAILED"] or arguments.after else 0)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def train(name: str, arguments: argparse.Namespace, before: float, tiny: bool = 
 def largest_batch(name: str, arguments: argparse.Namespace, size: int, tiny: bool = False) -> int:
     """The first micro-batch of `size`, size / 2, ... that fits without checkpointing.
 
-    It fits if the allocator does not have to give memory back, either.
+    It fits if the allocator does not have to give memory back, either; one sample may do that.
     """
     while True:
         stage: Any = build(name, arguments.device, "none", tiny)
@@ -48,7 +48,7 @@ def largest_batch(name: str, arguments: argparse.Namespace, size: int, tiny: boo
             step = plain_step(stage.train(), batch_for(name, stage, size, tiny), arguments)
             for _ in range(2):  # in the second AdamW's state is there from the start
                 step()
-            if not retried(arguments.device):
+            if size == 1 or not retried(arguments.device):
                 return size
         except torch.OutOfMemoryError:
             if size == 1:
