@@ -47,7 +47,7 @@ def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("film", [False, True])
 @pytest.mark.parametrize("resample", ["none", "up", "down"])
 @pytest.mark.parametrize("channels", [(32, 32), (32, 64)])
-def test_res_block_against_float64(channels, resample, film, device):
+def test_res_block_against_float64(channels, resample, film, device, exact_float32):
     block = randomised(ResBlock(*channels, 24, film=film, resample=resample)).to(device)
     x, emb = torch.randn(2, channels[0], 6, 4, device=device), torch.randn(2, 24, device=device)
     expected = res_block(block, x, emb, resample, film)
@@ -56,7 +56,7 @@ def test_res_block_against_float64(channels, resample, film, device):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("context", [False, True])
-def test_attention_against_float64(context, masked, device):
+def test_attention_against_float64(context, masked, device, exact_float32):
     block = randomised(Attention(64, 16, context_width=12 if context else 0)).to(device)
     x = torch.randn(2, 64, 3, 5, device=device)
     tokens = torch.randn(2, 4, 12, device=device) if context else None

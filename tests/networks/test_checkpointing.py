@@ -48,7 +48,7 @@ def saved_bytes(net: nn.Module, run) -> int:
 
 
 @pytest.mark.parametrize("kind", ["selective", "full"])
-def test_gradients_are_equal_to_the_bit(kind, device):
+def test_gradients_are_equal_to_the_bit(kind, device, exact_float32):
     for plain, ours in zip(
         step(unet("none").to(device), device), step(unet(kind).to(device), device), strict=True
     ):

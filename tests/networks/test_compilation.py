@@ -93,7 +93,7 @@ def results(stage, given: dict) -> list[torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", STAGES)
-def test_compiled_equals_eager(name, backend, device):
+def test_compiled_equals_eager(name, backend, device, exact_float32):
     """On a CPU, where inductor calls a C++ compiler for a minute per stage, one stage has both."""
     if backend == "inductor" and device == "cpu" and name != "ar_prior":
         pytest.skip("a GPU compiles every stage")
