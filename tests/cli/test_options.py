@@ -142,5 +142,8 @@ def test_every_option_of_every_command_has_a_help_text():
 
 
 def test_a_compilation_on_a_cpu_is_announced(capsys):
-    unclip.bind(["generate", "fox", "--compile", "--device", "cpu"]).keywords["compute"].kwargs()
-    assert "--compile" in capsys.readouterr().err
+    words = ["generate", "fox", "--device", "cpu"]
+    for more, expected in (([], False), (["--compile"], True)):
+        options = unclip.bind([*words, *more]).keywords["compute"].kwargs()
+        assert options["compile"] is expected
+        assert ("--compile" in capsys.readouterr().err) is expected

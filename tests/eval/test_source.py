@@ -52,6 +52,21 @@ def test_a_model_draws_what_its_pipeline_draws(release, shard, tmp_path, conditi
     assert settings["condition"] == condition
 
 
+def test_compile_reaches_the_networks_that_draw(release, shard, monkeypatch):
+    asked = []
+    load = UnCLIP.load
+
+    def watched(*args, compile, **kwargs):
+        asked.append(compile)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(UnCLIP, "load", watched)
+    words = ["--decoder", str(release), "--captions", str(shard), "--condition", "caption"]
+    for more in ([], ["--compile"]):
+        next(iter(open_images(*words, *more, "--num-captions", "1").batches(1)))
+    assert asked == [False, True]
+
+
 def test_samples_lie_in_the_cache_in_a_folder_of_their_settings(release, shard, cache):
     words = ["--decoder", str(release), "--captions", str(shard), "--condition", "caption"]
     folders = [

@@ -7,6 +7,7 @@ import torch
 
 from tests.factories import package_decoder, write_release
 from unclip_pl.clip.fingerprint import ClipMismatch
+from unclip_pl.networks.layers import Block
 from unclip_pl.pipeline.locate import ASSETS, DEFAULT_DECODER, DEFAULT_PRIORS
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
@@ -84,6 +85,19 @@ def test_prior_and_decoder_of_different_clips_are_refused(folder):
     unclip.prior.clip_fingerprint = None
     with pytest.raises(UserError, match="The prior"):
         UnCLIP(unclip.decoder, unclip.prior)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_blocks_of_all_stages_are_compiled_if_asked_under_the_same_names(compile):
+    """The compiler itself runs at the first picture, which is not drawn here."""
+    unclip = UnCLIP.load("openmoji", "diffusion", upsamplers=["256"], compile=compile)
+    plain = UnCLIP.load("openmoji", "diffusion", upsamplers=["256"])
+    assert len(unclip.stages) == 3
+    for stage, expected in zip(unclip.stages, plain.stages, strict=True):
+        blocks = [module for module in stage.modules() if isinstance(module, Block)]
+        compiled = [block for block in blocks if block._compiled_call_impl is not None]
+        assert blocks and len(compiled) == (len(blocks) if compile else 0)
+        assert list(stage.state_dict()) == list(expected.state_dict())
 
 
 def test_there_must_be_a_seed_for_each_caption(folder):
