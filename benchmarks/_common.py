@@ -19,8 +19,6 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lightning
-
 import torch
 from _results import about, save
 

@@ -7,8 +7,6 @@ whose indices are fetched for that. Without it nothing is fetched.
 import re
 from typing import Any
 
-import unclip_pl.utils.torchvision  # noqa: F401  before lightning and open_clip
-
 from docutils.core import publish_doctree
 from docutils.nodes import system_message
 from sphinx.application import Sphinx

@@ -7,5 +7,7 @@ Write `from eval import fid`: after `import eval` the name no longer means the b
 
 import os
 
+import unclip_pl  # noqa: F401  before torchmetrics imports torchvision
+
 # Before torch is imported: threads soon sleep while they wait (docs/cluster.md, "CPUs").
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")

@@ -8,8 +8,6 @@ In YAML:
 
 from typing import Any, cast
 
-import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lightning
-
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn

@@ -11,8 +11,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import unclip_pl.utils.torchvision  # noqa: F401  before the first import of torchmetrics
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -8,8 +8,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that tests start share the cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import unclip_pl.utils.torchvision  # noqa: F401
-
 import pytest
 import torch
 

@@ -6,6 +6,8 @@ Importing the package imports no torch: the names below are loaded on first use.
 from importlib import import_module
 from typing import Any
 
+import unclip_pl.utils.torchvision  # noqa: F401  so that lightning and open_clip can import it
+
 __version__ = "0.1.0"
 
 _MODULES = {

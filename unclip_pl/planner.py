@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
 
-import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lightning
-
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule

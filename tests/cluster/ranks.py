@@ -9,8 +9,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lightning
-
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import unclip_pl.utils.torchvision  # noqa: F401  before transformers imports it
-
 import pytest
 import torch
 from torch import Tensor, nn

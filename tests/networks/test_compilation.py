@@ -121,6 +121,15 @@ def test_without_a_cpp_compiler_there_is_one_sentence():
     assert "no-such-compiler" in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_on_a_gpu_without_a_c_compiler_there_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(UserError, match="needs a C compiler"):
+        compile_blocks(diffusion_prior(), "cuda")
+    monkeypatch.setenv("CC", "tcc")
+    assert compile_blocks(diffusion_prior(), "cuda")
+
+
 def test_libraries_that_a_killed_job_left_cut_off_are_removed(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("torch._inductor.codecache.cache_dir", lambda: str(tmp_path))
     content = Path(torch._C.__file__).read_bytes()

@@ -38,7 +38,7 @@ def whole_checkpoints() -> list[str]:
 @pytest.mark.slow
 def test_a_killed_run_goes_on_on_another_machine(faults, tmp_path, capsys):
     words = command(tmp_path / "first", "--mirror", URL, "--newest.every_n_train_steps", "5")
-    code = "import unclip_pl.utils.torchvision; from tests.training import test_mirror as t; t.go()"
+    code = "from tests.training import test_mirror as t; t.go()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words, "--trainer.max_steps", "1000000"],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},

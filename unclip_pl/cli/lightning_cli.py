@@ -13,8 +13,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-import unclip_pl.utils.torchvision  # noqa: F401
-
 import lightning.pytorch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ProgressBar

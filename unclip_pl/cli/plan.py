@@ -149,11 +149,10 @@ def report(
     hardware: HardwareOptions,
 ) -> str:
     """The stage's paragraph and table, as Markdown."""
+    from unclip_pl import planner
     from unclip_pl.stages import load_all
 
-    load_all()  # first, so that lightning can import torchvision
-    from unclip_pl import planner
-
+    load_all()
     model, data, steps = build_on_meta(stage, overlays)
     if steps < 1:
         raise UserError(

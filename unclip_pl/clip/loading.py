@@ -28,8 +28,7 @@ MARKS = re.compile("(start|end)_of_text", re.IGNORECASE)
 
 
 def import_open_clip() -> ModuleType:
-    """open_clip, imported at the first use, after torchvision was made to import."""
-    importlib.import_module("unclip_pl.utils.torchvision")
+    """open_clip, which takes seconds to import, at the first use."""
     return importlib.import_module("open_clip")
 
 

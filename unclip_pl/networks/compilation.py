@@ -6,6 +6,8 @@ minutes. Transformer blocks are compiled for changing lengths, U-Net blocks for 
 """
 
 import logging
+import os
+import shutil
 import struct
 import sys
 import warnings
@@ -37,13 +39,15 @@ def compile_blocks(
         the number of blocks.
 
     Raises:
-        UserError: inductor on a CPU, and there is no C++ compiler.
+        UserError: inductor without the compiler that it calls, on a CPU or a GPU.
     """
     blocks = [block for block in module.modules() if isinstance(block, Block)]
     if backend == "inductor":
         remove_broken_libraries()
         if torch.device(device).type == "cpu":
             require_cpp_compiler()
+        else:
+            require_c_compiler()
     # A note for selective checkpointing on what torch does by design.
     warnings.filterwarnings(
         "ignore", "Detected that context_fn is passed to torch.utils.checkpoint"
@@ -68,6 +72,15 @@ def require_cpp_compiler() -> None:
             f"compile needs a C++ compiler, and none was found ({names}): install g++, set CXX to "
             "one, or leave compile out."
         ) from None
+
+
+def require_c_compiler() -> None:
+    """UserError where Triton finds no C compiler, with which it makes the launchers of kernels."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise UserError(
+            "compile on a GPU needs a C compiler, and none was found (gcc, clang): install gcc, "
+            "set CC to one, or leave compile out."
+        )
 
 
 def remove_broken_libraries() -> None:

@@ -122,6 +122,7 @@ class StatesText(nn.Module):
         self, config: TextConfig, context_width: int, pooled_width: int, embed_dim: int
     ) -> None:
         super().__init__()
+        self.needs = ("states", "text_embed") if pooled_width else ("states",)
         self.proj = nn.Linear(config.states_width, context_width)
         self.norm = nn.LayerNorm(context_width)
         kind = nn.Parameter if config.null == "learned" else nn.Buffer
@@ -175,6 +176,7 @@ class TransformerText(nn.Module):
     only. All tokens are context: there is no mask.
     """
 
+    needs = ("tokens",)
     merges: Tensor
     """Of the tokenizer "gpt2": (vocab_size - 257, 2), the ids that each merge joins."""
 
@@ -273,7 +275,7 @@ class TextContext(nn.Module):
                 "the U-Net."
             )
         pooled_width = pooled_width if config.pooled else 0
-        self.config, self.pooled_width = config, pooled_width
+        self.config = config
         sizes = context_width, pooled_width, embed_dim
         self.encoder: StatesText | TransformerText | None = None
         if config.kind == "states":
@@ -333,17 +335,15 @@ class TextContext(nn.Module):
         """
         if self.encoder is None:
             return Context(None, None, None)
-        need = {"tokens": tokens} if self.config.kind == "transformer" else {"states": states}
-        if self.config.kind == "states" and self.pooled_width:
-            need["text_embed"] = text_embed
-        missing = [name for name, value in need.items() if value is None]
+        given = {"tokens": tokens, "states": states, "text_embed": text_embed}
+        missing = [name for name in self.encoder.needs if given[name] is None]
         if missing and self.training and torch.is_grad_enabled():
             raise ValueError(
                 f'Text of kind "{self.config.kind}" trains on {" and ".join(missing)}, which the '
                 "batch lacks: let the data give it."
             )
         if keep is None:
-            inputs = [value for value in (tokens, states, text_embed) if value is not None]
+            inputs = [value for value in given.values() if value is not None]
             if not inputs:
                 raise ValueError(
                     "TextContext needs a caption, or `keep` to say for how many samples it is "

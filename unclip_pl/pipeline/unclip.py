@@ -146,7 +146,7 @@ class UnCLIP(Pretrained):
                 networks and few pictures.
 
         Raises:
-            UserError: `compile` without a C++ compiler on a CPU.
+            UserError: `compile` without a compiler: C++ for a CPU, C for a GPU.
         """
         accelerate_stages(self.stages, self.device, compile, cuda_graphs)
         return self

@@ -3,8 +3,6 @@
 import importlib
 import pkgutil
 
-import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lightning
-
 
 def load_all() -> None:
     """Import every stage, so that a YAML may name its class by the short name."""

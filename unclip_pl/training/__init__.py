@@ -4,5 +4,3 @@ Of a stage they use `loss(batch)` and `sample(batch, noise)`, and some of them `
 `enlarged`, or `x0_error` and `estimate_variance`. They do not import the stages, so that a stage of
 one's own can use them.
 """
-
-import unclip_pl.utils.torchvision  # noqa: F401  before the first import of lightning

@@ -1,32 +1,50 @@
-"""Import torchvision even where its compiled part does not fit the installed torch.
+"""Let torchvision be imported where its compiled part does not fit the installed torch.
 
-Importing this module is all there is to do. A torchvision wheel built for CUDA, next to a CPU-only
-torch, fails with `operator torchvision::nms does not exist`, and after that with `qnms`. Lightning,
-torchmetrics and open_clip import torchvision and then fail with it, although none of the operators
-is called here. Declaring the schema of the missing operators lets the import finish.
+A torchvision built for CUDA fails next to a torch for CPUs with `operator torchvision::nms does not
+exist`. Lightning, torchmetrics and open_clip import torchvision and then fail with it, although no
+such operator is called here. Importing this module is all there is to do: a later import of
+torchvision that fails so declares what is missing and starts again. Any other import is as ever.
 """
 
 import re
 import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
 
-import torch
 
+class _Loader(SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        """Import torchvision, declaring one missing operator after the other."""
+        declared = set()
+        while True:
+            try:
+                return super().exec_module(module)
+            except RuntimeError as error:
+                missing = re.search(r"operator (torchvision::\w+) does not exist", str(error))
+                if missing is None or missing[1] in declared:
+                    raise
+            import torch
 
-def _import(declared: frozenset[str] = frozenset()) -> None:
-    """Import torchvision, declaring one missing operator after the other."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        missing = re.search(r"operator (torchvision::\w+) does not exist", str(error))
-        if missing is None or missing[1] in declared:
-            raise
-        for name in list(sys.modules):
-            if name.split(".")[0] == "torchvision":
+            declared.add(missing[1])
+            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(missing[1], schema)
+            for name in [name for name in sys.modules if name.startswith("torchvision.")]:
                 del sys.modules[name]
-        torch.library.define(
-            missing[1], "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        )
-        _import(declared | {missing[1]})
 
 
-_import()
+class _Finder:
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of torchvision with our loader; None for all other modules."""
+        if name != "torchvision":
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+sys.meta_path.insert(0, _Finder)
