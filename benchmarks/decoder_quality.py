@@ -12,7 +12,6 @@ independent one.
 """
 
 import argparse
-from dataclasses import replace
 
 from _common import results_option
 
@@ -32,6 +31,7 @@ from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.training.retrieval import recall_at
 from unclip_pl.utils.devices import pick_device
 from unclip_pl.utils.images import grid, save_png, to_uint8
+from unclip_pl.utils.options import override_sampling
 
 WHITE = 0.99
 """Pixels are white from here on, of a range of -1 to 1."""
@@ -86,8 +86,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--weights", default=DEFAULT_DECODER, help="a release or checkpoint")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance-scale", type=float, default=1.5)
+    parser.add_argument("--sampler", help="this and the next three: by default the decoder's own")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--eta", type=float)
+    parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--picture", help="write the first 24, real above drawn, to this PNG")
@@ -96,12 +98,7 @@ def main() -> None:
     device = pick_device(arguments.device)
     unclip = UnCLIP.load(arguments.weights, device=device, precision=arguments.precision)
     judge = FrozenCLIP(CLIPConfig("openmoji-judge"), device)
-    sampling = replace(
-        unclip.decoder.sampling,
-        sampler="ddim",
-        steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
-    )
+    sampling = override_sampling(unclip.decoder, vars(arguments))
     real, embeds, others = (rows.to(device) for rows in drawings())
     count = len(real)
     drawn = torch.cat(
@@ -118,7 +115,8 @@ def main() -> None:
         floor = compute_floor(features(clip, others), count, count, name)
         rows["real"][name] = floor.mean[name]
     columns = list(rows["drawn"])
-    how = f"DDIM in {sampling.steps} steps, guidance {sampling.guidance_scale}"
+    how = f"{sampling.sampler} in {sampling.steps} steps, eta {sampling.eta:g}, "
+    how += f"guidance {sampling.guidance_scale:g}, {unclip.precision}"
     print(f"{count} held-out drawings, {how}\n")
     print(f"| | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
     for name, row in rows.items():

@@ -5,6 +5,7 @@ by the first upsampler. Minutes on a CPU.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,17 +39,16 @@ def rows(unclip: UnCLIP, seed: int = 0) -> dict[str, Tensor]:
     ends = unclip.generate(
         ["woman pilot, dark skin tone", "man with beard, light skin tone"], [seed] * 2, size=64
     )
+    still = replace(unclip.decoder.sampling, eta=0.0)  # on the way that was inverted
     start, end = (manipulate.invert(unclip, image[None], 50) for image in ends)
-    between = manipulate.interpolate(
-        unclip, repeated(start), repeated(end), theta, seed, unclip.decoder.sampling
-    )
+    between = manipulate.interpolate(unclip, repeated(start), repeated(end), theta, seed, still)
     changed = manipulate.text_diff(
         unclip,
         repeated(manipulate.invert(unclip, person, 50)),
         ["woman, light skin tone"] * COLUMNS,
         ["woman, dark skin tone"] * COLUMNS,
         0.25 * theta,
-        unclip.decoder.sampling,
+        still,
     )
     return {
         "captions": drawn,
