@@ -16,7 +16,7 @@ from types import ModuleType
 class _Loader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         """Import torchvision, declaring one missing operator after the other."""
-        declared = set()
+        declared: set[str] = set()
         while True:
             try:
                 return super().exec_module(module)
@@ -29,8 +29,6 @@ class _Loader(SourceFileLoader):
             declared.add(missing[1])
             schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             torch.library.define(missing[1], schema)
-            for name in [name for name in sys.modules if name.startswith("torchvision.")]:
-                del sys.modules[name]
 
 
 class _Finder:
