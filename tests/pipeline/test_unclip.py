@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+import yaml
 
+from tests.conftest import ROOT
 from tests.factories import package_decoder, write_release
 from unclip_pl.clip.fingerprint import ClipMismatch
 from unclip_pl.networks.layers import Block
@@ -151,3 +153,10 @@ def test_assets_of_the_package_are_whole_and_small():
     for folder, limit in {DEFAULT_DECODER: 20, clips[0]: 16, clips[1]: 8}.items():
         assert sum(file.stat().st_size for file in folder.iterdir()) <= limit * 1_000_000
         assert "OpenMoji" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_decoder_in_the_package_draws_as_its_stage_says():
+    stage = yaml.safe_load((ROOT / "stages/decoder.yaml").read_text(encoding="utf-8"))
+    asked = stage["model"]["init_args"]["sampling"]
+    own = UnCLIP.load().decoder.sampling
+    assert asked == {name: getattr(own, name) for name in asked}
