@@ -18,7 +18,6 @@ RESULTS = HERE / "results"
 SETTING = (
     "job", "impl", "env", "commit", "machine", "cores", "threads", "torch", "device", "dtype",
     "computed_in", "mode", "checkpointing", "cuda_graphs", "items", "nfe", "params",
-    "flops_per_step",
 )  # fmt: skip
 """What stays the same in all rounds; everything else of a line belongs to its round."""
 UNSAID = {"unclip_pl", "trainer", "compiled"}

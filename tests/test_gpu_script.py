@@ -18,12 +18,15 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import _common
 
+    import _results
     import _sampling
     import cascade
     import gpu
     import mfu
 
-    return SimpleNamespace(common=_common, sampling=_sampling, cascade=cascade, gpu=gpu, mfu=mfu)
+    return SimpleNamespace(
+        common=_common, results=_results, sampling=_sampling, cascade=cascade, gpu=gpu, mfu=mfu
+    )
 
 
 def part(name: str, error: type[BaseException] | None = None):
@@ -130,8 +133,16 @@ def test_times_are_kept_when_the_count_of_operations_is_cut_off(scripts, monkeyp
     words = ["--tiny", "--device", "cpu", "--results", str(tmp_path), "--threads", "1"]
     assert run(gpu, monkeypatch, *words, "--only", "sample/upsampler_256$") == 1
     (path,) = tmp_path.glob("*.json")
-    line = json.loads(path.read_text())
-    assert line["flops_per_step"] is None and len(line["rounds"][0]["times_s"]) == 2
+    (measured,) = json.loads(path.read_text())["rounds"]
+    assert measured["flops_per_step"] is None and len(measured["times_s"]) == 2
+
+
+def test_a_further_run_adds_its_round(scripts, tmp_path):
+    line = {"job": "decoder_train", "machine": "a CPU", "impl": "unclip_pl"}
+    for flops in (100, 101):  # conditions that are dropped at random change the count
+        path = scripts.results.save(line | {"flops_per_step": flops}, tmp_path)
+    rounds = json.loads(path.read_text())["rounds"]
+    assert [(each["round"], each["flops_per_step"]) for each in rounds] == [(0, 100), (1, 101)]
 
 
 @pytest.mark.slow
