@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tests.factories import fill_zeros
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.ar_prior import ARPriorConfig
+from unclip_pl.networks.checkpointing import apply_checkpointing
 from unclip_pl.networks.compilation import (
     compile_blocks,
     is_whole_library,
@@ -110,6 +112,23 @@ def test_compiled_equals_eager(name, backend, device, exact_float32):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
     assert list(stage.state_dict()) == names
     assert all(block._compiled_call_impl is not None for block in blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_a_unet_is_compiled_once_for_captions_of_all_lengths(checkpointing):
+    """On a CPU, where they are cut to the longest of a batch."""
+    net = decoder().net
+    apply_checkpointing(net, checkpointing)
+    compile_blocks(net, backend="eager")
+    counters.clear()
+    compiled = []
+    for length in (5, 6, 9):
+        mask = torch.arange(length) < torch.tensor([[2], [length]])
+        conditions = {"embed": torch.zeros(2, DIM), "context": torch.zeros(2, length, 16)}
+        net(torch.zeros(2, 3, 8, 8), torch.zeros(2), **conditions, context_mask=mask)
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled == [compiled[0]] * 3 and compiled[0] > 0
 
 
 def test_without_a_cpp_compiler_there_is_one_sentence():

@@ -2,7 +2,8 @@
 
 Each block is compiled in place by `nn.Module.compile`, so that names in checkpoints do not change.
 Blocks of the same shape share the compiled code; the first call of each shape takes seconds to
-minutes. Transformer blocks are compiled for changing lengths, U-Net blocks for each shape.
+minutes. Transformer blocks are compiled for changing lengths, U-Net blocks for each shape but not
+for each length of captions.
 """
 
 import logging
@@ -23,6 +24,9 @@ from unclip_pl.utils.files import LockTimeout, file_lock
 log = logging.getLogger(__name__)
 MAX_VARIANTS = 256
 """Compiled versions per block class: a U-Net has up to 30 shapes, with and without gradients."""
+CAPTION_LENGTHS = r"L(\['kwargs'\])?\['(context|mask)'\]:1"
+"""Inputs of blocks, and their axis, that change with the longest caption of a batch. They do so on
+a CPU only (`trim_padding`); "kwargs" are those of checkpointed blocks."""
 
 
 def compile_blocks(
@@ -53,9 +57,22 @@ def compile_blocks(
         "ignore", "Detected that context_fn is passed to torch.utils.checkpoint"
     )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
+    if torch.device(device).type == "cpu":
+        mark_dynamic(CAPTION_LENGTHS)
     for block in blocks:
         block.compile(backend=backend, dynamic=block.compile_dynamic)
     return len(blocks)
+
+
+def mark_dynamic(sources: str) -> None:
+    """Have torch compile once for all sizes of some inputs, next to those that it was told before.
+
+    Versions of torch that cannot be told compile for each size.
+    """
+    config = torch.compiler.config
+    known = getattr(config, "dynamic_sources", sources)
+    if sources not in known:
+        config.dynamic_sources = ",".join(filter(None, [known, sources]))
 
 
 def require_cpp_compiler() -> None:

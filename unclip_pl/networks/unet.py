@@ -297,11 +297,12 @@ class UNet(nn.Module):
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
-            x = block(x, None, emb, contexts.get(block), encoded.mask)
+            x = block(x, None, emb, context=contexts.get(block), mask=encoded.mask)
             skips.append(x)
-        x = self.middle_block(x, None, emb, contexts.get(self.middle_block), encoded.mask)
+        block = self.middle_block
+        x = block(x, None, emb, context=contexts.get(block), mask=encoded.mask)
         for block in self.up_blocks:
-            x = block(x, skips.pop(), emb, contexts.get(block), encoded.mask)
+            x = block(x, skips.pop(), emb, context=contexts.get(block), mask=encoded.mask)
         x = self.conv_out(F.silu(self.norm_out(x)))
         if config.patch_size > 1:
             x = F.pixel_shuffle(x, config.patch_size)
