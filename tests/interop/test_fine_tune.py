@@ -46,7 +46,11 @@ def run(home: Path, name: str, out: Path, *flags: str) -> list[str]:
     changed = {"name": "adamw", "lr": 2e-3, "warmup_steps": 0, "decay": "constant"}
     settings |= {"optimizer": settings["optimizer"] | changed}
     settings |= {"sampling": settings["sampling"] | {"steps": 2}}
-    overlay.write_text(yaml.safe_dump({"model": {"init_args": settings}}))
+    overrides = {"model": {"init_args": settings}}
+    if name == "prior":
+        variance = {"class_path": "unclip_pl.training.variance.AnalyticVariance"}
+        overrides["trainer"] = {"callbacks": [variance | {"init_args": {"draws": 1}}]}
+    overlay.write_text(yaml.safe_dump(overrides))
     return [
         *("fit", "-c", f"stages/{STAGES[name][0]}.yaml", "-c", str(overlay)),
         *("--data.train", str(home / "train-*.tar"), "--data.val", str(home / "val-*.tar")),
