@@ -26,7 +26,8 @@ MAX_VARIANTS = 256
 """Compiled versions per block class: a U-Net has up to 30 shapes, with and without gradients."""
 CAPTION_LENGTHS = r"L(\['kwargs'\])?\['(context|mask)'\]:1"
 """Inputs of blocks, and their axis, that change with the longest caption of a batch. They do so on
-a CPU only (`trim_padding`); "kwargs" are those of checkpointed blocks."""
+a CPU only (`trim_padding`); "kwargs" are those of checkpointed blocks. inductor may still compile a
+block again for captions that are longer than all before."""
 
 
 def compile_blocks(
