@@ -281,15 +281,15 @@ def _count_saved(
         record(tensor, saved.tensors[inside[-1] if inside else ""])
         return tensor
 
-    def enter(name: str, inputs: tuple) -> None:
+    def enter(name: str, inputs: tuple, more: dict[str, Any]) -> None:
         inside.append(name)
-        for tensor in inputs:
+        for tensor in (*inputs, *more.values()):
             record(tensor, saved.inputs)
 
     hooks = []
     for name, block in blocks.items():
-        pre_hook = partial(lambda name, _, inputs: enter(name, inputs), name)
-        hooks.append(block.register_forward_pre_hook(pre_hook))
+        pre_hook = partial(lambda name, _, inputs, more: enter(name, inputs, more), name)
+        hooks.append(block.register_forward_pre_hook(pre_hook, with_kwargs=True))
         hooks.append(block.register_forward_hook(lambda *_: inside.pop() and None))
     with (
         FlopCounterMode(display=False) as counter,

@@ -1,5 +1,6 @@
 """Compiled networks compute what plain ones do, under the same names, in training and sampling."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -115,19 +116,29 @@ def test_compiled_equals_eager(name, backend, device, exact_float32):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("encoded", [False, True], ids=["training", "sampling"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective"])
-def test_a_unet_is_compiled_once_for_captions_of_all_lengths(checkpointing):
-    """On a CPU, where they are cut to the longest of a batch."""
+def test_a_unet_is_compiled_once_for_captions_of_all_lengths(checkpointing, encoded):
+    """On a CPU, where they are cut to the longest of a batch. Torch keeps its limits per thread."""
+    torch._dynamo.reset()
+    counters.clear()
     net = decoder().net
     apply_checkpointing(net, checkpointing)
     compile_blocks(net, backend="eager")
-    counters.clear()
-    compiled = []
-    for length in (5, 6, 9):
+    x, t = torch.zeros(2, 3, 8, 8), torch.zeros(2)
+
+    def compiled_for(length: int) -> int:
         mask = torch.arange(length) < torch.tensor([[2], [length]])
-        conditions = {"embed": torch.zeros(2, DIM), "context": torch.zeros(2, length, 16)}
-        net(torch.zeros(2, 3, 8, 8), torch.zeros(2), **conditions, context_mask=mask)
-        compiled.append(counters["stats"]["unique_graphs"])
+        context = torch.zeros(2, length, 16)
+        conditions = {"embed": torch.zeros(2, DIM), "context": context, "context_mask": mask}
+        with torch.set_grad_enabled(not encoded):
+            if encoded:
+                conditions = {"encoded": net.encode_context(**conditions)}
+            net(x, t, **conditions)
+        return counters["stats"]["unique_graphs"]
+
+    with ThreadPoolExecutor(1) as thread:
+        compiled = list(thread.map(compiled_for, (5, 6, 9)))
     assert compiled == [compiled[0]] * 3 and compiled[0] > 0
 
 

@@ -1,4 +1,4 @@
-"""Whichever package a program imports first works where torchvision does not fit torch."""
+"""Packages that import torchvision work where it does not fit torch, whichever comes first."""
 
 import os
 import subprocess

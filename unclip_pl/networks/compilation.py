@@ -11,8 +11,12 @@ import os
 import shutil
 import struct
 import sys
+import threading
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,9 +29,9 @@ log = logging.getLogger(__name__)
 MAX_VARIANTS = 256
 """Compiled versions per block class: a U-Net has up to 30 shapes, with and without gradients."""
 CAPTION_LENGTHS = r"L(\['kwargs'\])?\['(context|mask)'\]:1"
-"""Inputs of blocks, and their axis, that change with the longest caption of a batch. They do so on
-a CPU only (`trim_padding`); "kwargs" are those of checkpointed blocks. inductor may still compile a
-block again for captions that are longer than all before."""
+"""For torch: inputs of blocks whose axis 1 is as long as the longest caption of a batch. It varies
+on a CPU only (`trim_padding`). Checkpointed blocks have them in `kwargs`. inductor may compile a
+block once more when a caption is longer than all before."""
 
 
 def compile_blocks(
@@ -57,23 +61,35 @@ def compile_blocks(
     warnings.filterwarnings(
         "ignore", "Detected that context_fn is passed to torch.utils.checkpoint"
     )
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
-    if torch.device(device).type == "cpu":
-        mark_dynamic(CAPTION_LENGTHS)
+    sources = CAPTION_LENGTHS if torch.device(device).type == "cpu" else ""
     for block in blocks:
         block.compile(backend=backend, dynamic=block.compile_dynamic)
+        compiled = cast(Callable, block._compiled_call_impl)
+        block._compiled_call_impl = partial(_call, compiled, sources)
     return len(blocks)
 
 
-def mark_dynamic(sources: str) -> None:
-    """Have torch compile once for all sizes of some inputs, next to those that it was told before.
+class _Thread(threading.local):
+    """What this thread has told torch."""
 
-    Versions of torch that cannot be told compile for each size.
+    dynamic_sources: str | None = None
+
+
+_thread = _Thread()
+
+
+def _call(compiled: Callable, dynamic_sources: str, *inputs: Any, **kwargs: Any) -> Any:
+    """Call a compiled block, after telling torch its limits, which torch keeps for each thread.
+
+    Versions of torch that do not know `dynamic_sources` compile for each length of captions.
     """
-    config = torch.compiler.config
-    known = getattr(config, "dynamic_sources", sources)
-    if sources not in known:
-        config.dynamic_sources = ",".join(filter(None, [known, sources]))
+    if _thread.dynamic_sources != dynamic_sources:
+        dynamo, compiler = torch._dynamo.config, torch.compiler.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_VARIANTS)
+        if hasattr(compiler, "dynamic_sources"):
+            compiler.dynamic_sources = dynamic_sources
+        _thread.dynamic_sources = dynamic_sources
+    return compiled(*inputs, **kwargs)
 
 
 def require_cpp_compiler() -> None:
