@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from tests.factories import STAGES, on, randomise, tiny_batch, tiny_stage
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.training.ema import EMA
-from unclip_pl.utils.precision import supports_dtype
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -48,8 +47,6 @@ def test_gradients_are_those_of_the_cpu_without_checkpointing(
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_learns_a_batch_by_heart(name, precision, device, tmp_path):
     """Noise and timesteps differ at each step, so means of many losses are compared."""
-    if precision == "bf16-mixed" and not supports_dtype(torch.bfloat16, device):
-        pytest.skip("this CPU has no instructions for bfloat16; `lightning` trains in float32")
     stage, losses = tiny_stage(name, dropout=0.1, parametrization="eps"), []
     batch = tiny_batch(name)
 

@@ -11,7 +11,6 @@ import os
 import shutil
 import struct
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -69,26 +68,16 @@ def compile_blocks(
     return len(blocks)
 
 
-class _Thread(threading.local):
-    """What this thread has told torch."""
-
-    dynamic_sources: str | None = None
-
-
-_thread = _Thread()
-
-
 def _call(compiled: Callable, dynamic_sources: str, *inputs: Any, **kwargs: Any) -> Any:
-    """Call a compiled block, after telling torch its limits, which torch keeps for each thread.
+    """Call a compiled block under the limits that it needs, which torch keeps for each thread.
 
     Versions of torch that do not know `dynamic_sources` compile for each length of captions.
     """
-    if _thread.dynamic_sources != dynamic_sources:
-        dynamo, compiler = torch._dynamo.config, torch.compiler.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_VARIANTS)
-        if hasattr(compiler, "dynamic_sources"):
-            compiler.dynamic_sources = dynamic_sources
-        _thread.dynamic_sources = dynamic_sources
+    dynamo, compiler = torch._dynamo.config, torch.compiler.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_VARIANTS)
+    known = getattr(compiler, "dynamic_sources", dynamic_sources)
+    if dynamic_sources not in known:
+        compiler.dynamic_sources = ",".join(filter(None, [known, dynamic_sources]))
     return compiled(*inputs, **kwargs)
 
 
