@@ -7,14 +7,16 @@ It enlarges whole images from their antialiased reduction (not degraded), with i
     python benchmarks/upsampler_quality.py 256 --weights FOLDER_OR_CKPT --val data/99.tar
 
 It prints a Markdown table: mean PSNR in dB; sharpness, the root mean square difference of
-neighbouring pixels as a share of the original's; drift, how far the mean colour of the output is
-from that of its low-resolution condition, the largest of red, green and blue in levels of 255 (mean
-and worst image).
+neighbouring pixels as a share of the original's; grain, the median distance from white where the
+original is white, in levels of 255; drift, how far the mean colour of the output is from that of
+its low-resolution condition, the largest of red, green and blue in levels of 255 (mean and worst
+image).
 """
 
 import argparse
 import itertools
 import time
+from dataclasses import replace
 
 from _common import results_option
 
@@ -36,6 +38,8 @@ from unclip_pl.utils.images import grid, psnr, save_png
 
 KINDS = {256: Upsampler256, 1024: Upsampler1024}
 SHOWN = 4  # drawings in the picture
+WHITE = 0.99
+LEVELS = 127.5  # of 255, per unit of [-1, 1]
 
 
 def steepness(images: Tensor) -> Tensor:
@@ -46,7 +50,12 @@ def steepness(images: Tensor) -> Tensor:
 
 def drift(images: Tensor, low_res: Tensor) -> Tensor:
     """Largest difference of the mean colours, in levels of 255: (B,)."""
-    return (images.mean((2, 3)) - low_res.mean((2, 3))).abs().amax(1) * 127.5
+    return (images.mean((2, 3)) - low_res.mean((2, 3))).abs().amax(1) * LEVELS
+
+
+def grain(images: Tensor, original: Tensor) -> Tensor:
+    """Median distance from white where the original is white, in levels of 255: a number."""
+    return (1 - images).abs().mean(1)[original.amin(1) > WHITE].median() * LEVELS
 
 
 def closest(rows: dict[str, Tensor], side: int = 128) -> Image.Image:
@@ -95,6 +104,7 @@ def parse_arguments() -> argparse.Namespace:
         "--degradation", choices=["none", "blur", "bsr"], default="none",
         help="degrade the conditions",
     )  # fmt: skip
+    parser.add_argument("--steps", type=int, help="of sampling; default: the upsampler's own")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--picture", help="write a picture of the first ones here")
     results_option(parser)
@@ -107,6 +117,8 @@ def main() -> None:
     arguments = parse_arguments()
     weights = arguments.weights or ASSETS / f"upsampler-{arguments.size}-openmoji"
     stage = load_stage(weights, KINDS[arguments.size]).to(arguments.device)
+    if arguments.steps:
+        stage.sampling = replace(stage.sampling, steps=arguments.steps)
     val = arguments.val[0] if len(arguments.val) == 1 else arguments.val
     data = UpsamplerData(
         val,
@@ -133,6 +145,7 @@ def main() -> None:
             values = {
                 "psnr": psnr(output, image),
                 "sharpness": steepness(output) / steepness(image),
+                "grain": grain(output, image),
                 "drift": drift(output, low_res),
             }
             for column, value in values.items():
@@ -147,11 +160,11 @@ def main() -> None:
     seconds, sampling = (time.perf_counter() - start) / images, stage.sampling
     how = f"{sampling.sampler} with {sampling.steps} steps, {seconds:.1f} s per image"
     print(f"{images} held-out images at {arguments.size}, {how}\n")
-    print("| | PSNR | sharpness | drift, mean | drift, worst |\n|---|---|---|---|---|")
+    print("| | PSNR | sharpness | grain | drift, mean | drift, worst |\n|---|---|---|---|---|---|")
     for name in ("bicubic", "drawn"):
-        mean = [means[f"{name} {column}"] for column in ("psnr", "sharpness", "drift")]
-        worst = max(columns[f"{name} drift"])
-        print(f"| {name} | {mean[0]:.2f} | {mean[1]:.3f} | {mean[2]:.2f} | {worst:.2f} |")
+        mean = [means[f"{name} {column}"] for column in ("psnr", "sharpness", "grain", "drift")]
+        cells = (f"{value:.3f}" for value in (*mean, max(columns[f"{name} drift"])))
+        print(f"| {name} | {' | '.join(cells)} |")
     save_rows(f"upsampler_quality_{arguments.size}", arguments.results, means, arguments.device)
 
 

@@ -12,7 +12,13 @@ from eval.evaluator import (
 )
 from eval.features import clip_config, clip_features
 from eval.metrics import CLIPScore, RetrievalRank
-from eval.source import SourceOptions, conditioning_clip, drawn_settings, open_source
+from eval.source import (
+    DEFAULT_CAPTIONS,
+    SourceOptions,
+    conditioning_clip,
+    drawn_settings,
+    open_source,
+)
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.utils.distributed import rank
 from unclip_pl.utils.errors import UserError
@@ -28,14 +34,15 @@ def run(*, source: SourceOptions, score_clip: ScoreClip = None, options: RunOpti
 
     Args:
         score_clip: the CLIP that scores, not the one that conditions: openmoji-judge (the default
-            for images from the embedded CLIP's embeddings), NAME/TAG of open_clip, or
+            for images from the embedded CLIP's embeddings or captions), NAME/TAG of open_clip, or
             local-dir:/folder
         source: which images are evaluated
         options: where and how it runs
     """
     images = open_source(source, options)
     conditioning = conditioning_clip(images)
-    name = choose_score_clip(score_clip, conditioning)
+    captions = None if source.images else source.captions or DEFAULT_CAPTIONS
+    name = choose_score_clip(score_clip, conditioning, captions)
     clip = FrozenCLIP(clip_config(name, options.precision), options.device)
     network = clip_features(clip)
     notes = shared_clip_warnings(conditioning, scores=network.fingerprint)

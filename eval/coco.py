@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -26,10 +26,11 @@ from eval.commands import (
 from eval.evaluator import compute_distances, on_ranks_device, shared_clip_warnings
 from eval.extract import reference_features
 from eval.features import Features, clip_config, clip_features, load_features
+from eval.floor import NO_FLOOR, stored_floor
 from eval.metrics import FRECHET, CLIPScore, frechet_key
 from eval.source import Model
 from eval.stored import ImageSource, StoredImages
-from eval.tables import clip_score
+from eval.tables import FLOOR_TITLE, clip_score, floor_cells
 from unclip_pl.clip.frozen import FrozenCLIP
 from unclip_pl.pipeline.locate import require_weights
 from unclip_pl.utils.commands import Option
@@ -52,12 +53,15 @@ class SelectionOptions:
         num_captions: how many pictures have one of their captions drawn
         reference: compare with all pictures, as the paper does, or with those whose captions are
             drawn
+        floor: more real pictures, a folder or shards, for the figures of real ones against real
+            ones: train2014/
     """
 
     annotations: str
     images: str
-    num_captions: Annotated[Count, Option(renamed="--count")] = 30000
+    num_captions: Annotated[Count, Option(alias="--count")] = 30000
     reference: Literal["all", "drawn"] = "all"
+    floor: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +186,8 @@ def run(
         selected.reference,
         options.seed,
     )
+    if selected.floor is not None:
+        StoredImages(selected.floor)  # refuses a folder without images
     network = load_features(
         choose_features(judging.features, captions=None), options.device, options.precision
     )
@@ -213,25 +219,54 @@ def run(
         distances = compute_distances(network, real, rows, resamples, options.seed, options.device)
         place = {"prior": point.prior, "guidance_scale": point.guidance_scale}
         results.append(place | distances | score)
+    floor = None
+    if selected.floor is not None:
+        sizes = len(texts), len(selection.reference)
+        floor = stored_floor(selected.floor, network, *sizes, size, options)
+        if floor is None:
+            notes.append(NO_FLOOR.format(sum(sizes)))
     settings = {
         "annotations": selected.annotations,
         "captions": len(texts),
         "reference": f"{selected.reference} ({len(selection.reference)})",
         "reference_size": size,
+        "floor": selected.floor,
         "features": network.name,
         "score_clip": str(clip.config),
-    }
+    } | what_drew(points)
     if rank() == 0:
         real_note = f"CLIP score of the captions' own pictures: {clip_score(real_score)}."
         lines = [real_note, *notes, *results[0]["notes"]]
         lines_of_points = [table_row(figures) for figures in results]
+        lines_of_points.append([FLOOR_TITLE, "-", *floor_cells(floor, network.frechet), *"---"])
         table = report.markdown(table_headers(network.frechet), lines_of_points)
         table += "".join(f"\n{text}\n" for text in lines)
         print(table)
         out, title = options.open_out(), "Zero-shot MS-COCO"
         report.write_report(out, "coco.md", title, table, {}, settings)
     settings["drawn"] = {point.images.folder.name: point.images.settings for point in points}
-    return {"points": results, "real": real_score, "notes": notes, "settings": settings}
+    return {
+        "points": results,
+        "real": real_score,
+        "floor": None if floor is None else asdict(floor),
+        "notes": notes,
+        "settings": settings,
+    }
+
+
+def what_drew(points: Sequence[Point]) -> Figures:
+    """Weights with their digests, and settings: of each prior, and those that all points share."""
+    drawn = points[0].images.settings
+    sampling = {
+        name: value for name, value in drawn["sampling"].items() if name != "guidance_scale"
+    }
+    shared = {name: drawn[name] for name in ("decoder", "upsamplers", "precision", "seed")}
+    priors = {
+        f"prior {point.prior}": point.images.settings["prior"]
+        | point.images.settings["prior_sampling"]
+        for point in points
+    }
+    return shared | {"decoder's sampling": sampling} | priors
 
 
 def size_warnings(side: int, size: int) -> list[str]:

@@ -125,6 +125,17 @@ class Comparison:
             reached = [name for name in reached if name in others]
         return reached
 
+    def near_floor(self, one: Figures, other: Figures) -> set[str]:
+        """The names of figures of all captions by which neither is called better.
+
+        One of the two is at the floor, and the interval of the other reaches it.
+        """
+        floor = self.floor(len(self.captions))
+        if floor is None:
+            return set()
+        at_floor = {*one["at_floor"], *other["at_floor"]}
+        return at_floor & {*floor.near(one)} & {*floor.near(other)}
+
     def images(
         self, condition: Conditioning, scale: float, first: int | None = None, repeat: int = 0
     ) -> GeneratedImages:
@@ -293,7 +304,7 @@ class Comparison:
                 self.paired,
                 self.key,
             )
-            floored = {*figures[settings.baseline]["at_floor"]} & {*figures[name]["at_floor"]}
+            floored = self.near_floor(figures[settings.baseline], figures[name])
             by_condition[name] = {
                 figure: replace(difference, at_floor=figure in floored)
                 for figure, difference in differences.items()

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from eval.captions import Caption
 from eval.generated import Draw, GeneratedImages
+from eval.inputs import DecoderInputs, decoder_inputs
 from eval.source import Model
 from unclip_pl.data.decoding import decode
 from unclip_pl.diffusion.noise import Noise
-from unclip_pl.networks.text import StatesText
 from unclip_pl.pipeline.devices import on_device
 from unclip_pl.pipeline.unclip import UnCLIP
-from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
+from unclip_pl.stages.decoder import DecoderSamplingConfig
 from unclip_pl.utils.distributed import rank, world_size
 
 Embed = Callable[[Sequence[int], Sequence[int]], Tensor | None]
@@ -37,43 +37,6 @@ TITLES = {
 """The conditions by name, in the order of the paper."""
 SEED_STEP = 1 << 20
 """Between the seeds of the first, second ... image of a caption: more than there are captions."""
-
-
-@dataclass(frozen=True)
-class DecoderInputs:
-    """What reaches the decoder under a condition.
-
-    Args:
-        embedding: what stands for the image embedding, in words; None for its null embedding.
-        tokens: whether attention sees the caption's token states.
-        text_embed: whether CLIP's text embedding z_t is added to the timestep embedding: "no" where
-            the decoder has no such input, "yes", or "null" where it has one that is kept empty.
-    """
-
-    embedding: str | None
-    tokens: bool
-    text_embed: str
-
-    def __str__(self) -> str:
-        parts = [self.embedding] if self.embedding else []
-        if self.tokens:
-            parts.append("the caption's tokens")
-        if self.text_embed == "yes":
-            parts.append("z_t with the timestep")
-        if self.text_embed == "null":
-            parts.append("z_t's null")
-        return " + ".join(parts) or "nothing"
-
-
-def decoder_inputs(
-    decoder: Decoder, embedding: str | None, text_embed: bool = True
-) -> DecoderInputs:
-    """What reaches this decoder; with `text_embed` False, z_t is kept out."""
-    encoder = decoder.text.encoder
-    has_text_embed = isinstance(encoder, StatesText) and encoder.pooled_proj is not None
-    if not has_text_embed:
-        return DecoderInputs(embedding, encoder is not None, "no")
-    return DecoderInputs(embedding, encoder is not None, "yes" if text_embed else "null")
 
 
 def cache_embeddings(draw: Callable[[Sequence[int], Sequence[int]], Tensor]) -> Embed:

@@ -72,7 +72,7 @@ class EvaluatorOptions(FeatureOptions):
 
     Args:
         score_clip: the CLIP that scores, not the one that conditions: openmoji-judge (the default
-            for images from the embedded CLIP's embeddings), NAME/TAG of open_clip, or
+            for images from the embedded CLIP's embeddings or captions), NAME/TAG of open_clip, or
             local-dir:/folder
     """
 
@@ -84,30 +84,38 @@ class EvaluatorOptions(FeatureOptions):
         """The networks for what is drawn for `captions`, from embeddings of a CLIP or of none."""
         return Evaluator(
             choose_features(self.features, captions),
-            choose_score_clip(self.score_clip, fingerprint),
+            choose_score_clip(self.score_clip, fingerprint, captions),
             options.device,
             options.precision,
         )
 
 
-def choose_score_clip(name: str | None, fingerprint: Fingerprint | None) -> str:
+def choose_score_clip(
+    name: str | None, fingerprint: Fingerprint | None, captions: str | None = None
+) -> str:
     """The CLIP that scores: the one with a name, or the package's for images of its data.
 
     Args:
         name: of the option --score-clip; None: not given.
-        fingerprint: of the CLIP whose embeddings the images are drawn from; None: not known.
+        fingerprint: of the CLIP whose embeddings the images are drawn from; None: of none, or not
+            known.
+        captions: what the images are drawn for; None: not known.
 
     Raises:
-        UserError: no name is given, and the CLIP that conditions is not the embedded one.
+        UserError: no name is given, and the images are neither drawn from the embedded CLIP's
+            embeddings nor for the embedded drawings' captions.
     """
     if name:
         return name
-    if fingerprint is None or fingerprint["config"]["model"] == "openmoji":
+    conditioning = None if fingerprint is None else fingerprint["config"]["model"]
+    if conditioning == "openmoji" or (conditioning is None and captions == "openmoji"):
         return SCORING_CLIP
+    why = "It is not known that the images are OpenMoji's drawings"
+    if conditioning:
+        why = f"The images are drawn from embeddings of the CLIP {conditioning}"
     raise UserError(
-        f"The images are drawn from embeddings of the CLIP {fingerprint['config']['model']}, and "
-        "the package has a scoring CLIP for OpenMoji's drawings only: name another one with "
-        "--score-clip."
+        f"{why}, and the scoring CLIP in the package knows these drawings only: name a CLIP with "
+        f"--score-clip ({SCORING_CLIP} for such drawings)."
     )
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from dataclasses import asdict
 
 from eval.commands import (
     FeatureOptions,
@@ -15,6 +16,7 @@ from eval.commands import (
 from eval.evaluator import compute_distances, shared_clip_warnings
 from eval.extract import extract_features, reference_features
 from eval.features import load_features
+from eval.floor import NO_FLOOR, stored_floor
 from eval.generated import GeneratedImages
 from eval.metrics import FRECHET, frechet_key
 from eval.source import (
@@ -25,6 +27,7 @@ from eval.source import (
     open_source,
 )
 from eval.stored import ImageSource, StoredImages
+from eval.tables import FLOOR_TITLE, floor_cells
 from unclip_pl.data.openmoji import openmoji_shards
 from unclip_pl.utils.distributed import rank, world_size
 from unclip_pl.utils.errors import UserError
@@ -34,6 +37,7 @@ def run(
     *,
     source: SourceOptions,
     reference: str | None = None,
+    floor: str | None = None,
     judging: FeatureOptions,
     resamples: Resamples = 100,
     options: RunOptions,
@@ -47,6 +51,7 @@ def run(
     Args:
         reference: the real images: a folder or shards; with --decoder by default those of the
             captions' shards
+        floor: more real images, a folder or shards, for the figures of real ones against real ones
         resamples: random halves of the sets, for the interval of the Frechet distance; 0: no
             interval
         source: which images are evaluated
@@ -55,6 +60,8 @@ def run(
     """
     captions = None if source.images else source.captions or DEFAULT_CAPTIONS
     require_reference(reference, captions, source)
+    if floor is not None:
+        StoredImages(floor)  # refuses a folder without images
     images = open_source(source, options)
     real = open_reference(reference, judging.reference_size, source, images)
     network = load_features(
@@ -69,6 +76,12 @@ def run(
         options.seed,
         options.device,
     )
+    real_floor = None
+    if floor is not None:
+        sizes = figures["n_fake"], figures["n_real"]
+        real_floor = stored_floor(floor, network, *sizes, real.size, options)
+        if real_floor is None:
+            notes.append(NO_FLOOR.format(sum(sizes)))
     settings = {
         "images": images.name,
         "reference": real.name,
@@ -79,12 +92,21 @@ def run(
     notes += figures["notes"]
     if rank() == 0:
         lines = [(name, str(value)) for name, value in settings.items()] + rows(figures)
+        if real_floor is not None:
+            lines.append((FLOOR_TITLE, ", KID ".join(floor_cells(real_floor, network.frechet))))
         print("\n".join([aligned(lines), *notes]))
     bad = {
         "bad": len(images) - figures["n_fake"],
         "bad_reference": len(real) - figures["n_real"],
     }
-    return settings | figures | bad | {"notes": notes, "drawn": drawn_settings(images)}
+    return {
+        **settings,
+        **figures,
+        **bad,
+        "floor": None if real_floor is None else asdict(real_floor),
+        "notes": notes,
+        "drawn": drawn_settings(images),
+    }
 
 
 def require_reference(path: str | None, captions: str | None, source: SourceOptions) -> None:

@@ -18,6 +18,7 @@ from eval.captions import Caption
 from eval.commands import RunOptions, progress
 from eval.evaluator import Evaluator, ImageFeatures, caption_images, gather_ranks, number_rows
 from eval.extract import reference_features
+from eval.features import Features
 from eval.stored import StoredImages
 from unclip_pl.data.openmoji import openmoji_shards
 from unclip_pl.utils.distributed import rank, world_size
@@ -48,6 +49,15 @@ class Floor:
         """The names of those figures that are no worse than those of real images."""
         return [name for name, high in self.high.items() if figures[name] <= high]
 
+    def near(self, figures: Mapping[str, Any]) -> list[str]:
+        """The names of those whose interval of 95 % reaches what real images have.
+
+        Args:
+            figures: with the `_se` of each.
+        """
+        lows = {name: figures[name] - 1.96 * figures[f"{name}_se"] for name in self.high}
+        return [name for name, high in self.high.items() if lows[name] <= high]
+
 
 def compute_floor(
     real: Tensor, count: int, reference: int, key: str, seed: int = 0
@@ -76,6 +86,16 @@ def compute_floor(
         sets = real[order[:reference]], real[order[reference : reference + count]]
         distances_between.append(_distances(*sets, key))
     return _floor(count, reference, distances_between)
+
+
+def stored_floor(
+    path: str, network: Features, count: int, reference: int, size: int | None, options: RunOptions
+) -> Floor | None:
+    """`compute_floor` from the images of a folder or shards, cut to `size` pixels."""
+    images = StoredImages(path, rank(), world_size(), size=size)
+    rows = number_rows(reference_features(network, images, options.batch_size))
+    real = gather_ranks(rows, options.device).features
+    return compute_floor(real, count, reference, network.frechet, options.seed)
 
 
 def reached_on_other_pictures(

@@ -22,8 +22,8 @@ from unclip_pl.utils.errors import UserError
 class Difference:
     """Of a figure between two sets of images of the same captions, with its 95 % interval.
 
-    `at_floor`: both sets are as near to the reference as other real images are, so that nothing is
-    said about which is better.
+    `at_floor`: one set is as near to the reference as other real images are, and the other may be,
+    so that nothing is said about which is better.
     """
 
     value: float

@@ -14,6 +14,7 @@ from torch import Tensor
 from eval.captions import Caption, read_captions, require_captions
 from eval.commands import RunOptions
 from eval.generated import SHARD_SIZE, GeneratedImages, captions_digest
+from eval.inputs import decoder_inputs
 from eval.stored import MAX_BAD_RATE, ImageSource, StoredImages
 from unclip_pl.clip.fingerprint import Fingerprint
 from unclip_pl.pipeline.locate import locate, require_weights
@@ -28,6 +29,8 @@ from unclip_pl.utils.precision import Precision, supported_precision
 from unclip_pl.utils.remote_copies import local_path
 
 DEFAULT_CAPTIONS = "openmoji"
+EMBEDDINGS = {"prior": "z_i of the prior", "text": "z_t as the embedding", "caption": None}
+"""What stands for the image embedding under each `Condition`, in words."""
 
 
 def describe_weights(path: str | os.PathLike) -> dict[str, str]:
@@ -143,6 +146,7 @@ def _generated(source: SourceOptions, decoder: str, options: RunOptions) -> Gene
     prior_sampling = source.prior_sampling.of(unclip.prior) if unclip.prior else None
     settings = model.settings | {
         "condition": condition,
+        "decoder sees": asdict(decoder_inputs(unclip.decoder, EMBEDDINGS[condition])),
         "seed": options.seed,
         "sampling": asdict(sampling),
         "prior_sampling": asdict(prior_sampling) if prior_sampling else None,

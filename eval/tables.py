@@ -14,7 +14,9 @@ from eval.paired import Difference
 BRACKETS = "In round brackets: the interval of 95 % holds 0."
 AT_FLOOR = (
     "At the floor: as near to the reference as other real images are, at the same number of "
-    "images. That figure cannot distinguish such sets from real ones, nor is one of them better."
+    "images. That figure cannot distinguish such sets from real ones, nor is one of them better. "
+    "A difference is left out as well where one set is at the floor and the interval of the other "
+    "reaches it."
 )
 AT_EDGE = (
     "* The best value is at the edge of its grid: a better one may lie beyond, except below 1, "
@@ -22,6 +24,7 @@ AT_EDGE = (
 )
 
 FLOOR_LINE = "floor: real images are below"
+FLOOR_TITLE = "floor: real against other real images"
 
 
 class Section(NamedTuple):
@@ -103,13 +106,17 @@ def floor_row(floor: Floor | None, frechet: str) -> list[str]:
 
     It goes under any table whose fourth column is the Frechet distance and whose fifth is KID.
     """
-    cells = ["-", "-"]
-    if floor is not None:
-        cells = [
-            f"{number(factor * floor.mean[name])}, up to {number(factor * floor.high[name])}"
-            for name, factor in ((frechet, 1), ("kid", 1000))
-        ]
-    return ["floor: real against other real images", "-", "-", *cells, "-", "-", "-", "-"]
+    return [FLOOR_TITLE, "-", "-", *floor_cells(floor, frechet), "-", "-", "-", "-"]
+
+
+def floor_cells(floor: Floor | None, frechet: str) -> list[str]:
+    """The Frechet distance `frechet` and KID of real images, or dashes."""
+    if floor is None:
+        return ["-", "-"]
+    return [
+        f"{number(factor * floor.mean[name])}, up to {number(factor * floor.high[name])}"
+        for name, factor in ((frechet, 1), ("kid", 1000))
+    ]
 
 
 def floor_line(floor: Floor | None, figure: str, points: report.Points) -> dict[str, report.Points]:
@@ -140,7 +147,7 @@ def difference_row(
     def cell(name: str, digits: int, factor: float = 1.0) -> str:
         difference = differences[name]
         if difference.at_floor:
-            return "both at the floor"
+            return "at the floor"
         numbers = (difference.value, difference.low, difference.high)
         value, low, high = (factor * number for number in numbers)
         text = f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"

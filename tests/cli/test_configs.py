@@ -184,6 +184,8 @@ def test_decoder_on_text_embeddings_differs_from_the_decoder_only_in_its_conditi
     assert text.trainer.default_root_dir == "runs/decoder_text"
     assert text.trainer.max_steps == image.trainer.max_steps  # trained as long
     assert text.datamodule.config == image.datamodule.config
+    for stage in (image.model, text.model):  # the caption's z_t reaches neither's timestep
+        assert stage.text.encoder.pooled_proj is None
 
 
 def test_a_checkpoints_own_model_stands_over_the_files_and_under_the_flags():

@@ -56,6 +56,7 @@ def stages(tmp_path_factory) -> dict[str, Path]:
         "upsampler": tiny.upsampler(folder / "upsampler", SIDE),
         "annotations": annotations(folder),
         "images": folder / "val",
+        "floor": tiny.shards(folder / "floor", PICTURES + COUNT),
     }
 
 
@@ -67,7 +68,16 @@ def small_shards(monkeypatch):
 def words(stages, out: Path, *more: str) -> list[str]:
     options = ["--annotations", stages["annotations"], "--images", stages["images"], "--out", out]
     options += ["--decoder", stages["decoder"], "--upsamplers", stages["upsampler"]]
-    options += ["--num-captions", COUNT, "--batch-size", 4, "--resamples", 2]
+    options += [
+        "--floor",
+        stages["floor"],
+        "--num-captions",
+        COUNT,
+        "--batch-size",
+        4,
+        "--resamples",
+        2,
+    ]
     options += ["--prior-sampler", "ddim", "--prior-steps", 2]
     options += ["--features", "clip", "--score-clip", "openmoji", "--device", "cpu"]
     return [*map(str, options), "--guidance-scales", "1.25", "2", *more]
@@ -90,6 +100,7 @@ def test_the_paper_s_settings_are_the_defaults():
     assert (selected.num_captions, drawing.guidance_scales) == (30000, (1.25,))
     assert (drawing.priors, drawing.upsamplers) == (("diffusion", "ar"), ("256",))
     assert (selected.reference, features.reference_size) == ("all", None)
+    assert tiny.arguments(coco, *words, "--count", "7")["selected"].num_captions == 7
     assert choose_features(features.features, None) == "inception" and coco.SIDE == 256
 
 
@@ -122,12 +133,25 @@ def test_both_priors_are_evaluated_at_every_scale_against_all_pictures(ran):
         assert point["clip_score_low"] < point["clip_score"] < point["clip_score_high"]
     assert len({point["fd_clip"] for point in found["points"]}) == 4
     assert found["real"]["n"] == COUNT and found["settings"]["reference_size"] == SIDE
+    assert (found["floor"]["count"], found["floor"]["reference"]) == (COUNT, PICTURES)
     table = (out / "coco.md").read_text()
+    assert table.count("\n| floor: real against other real images | - | ") == 1
     assert table.count("\n| diffusion |") == table.count("\n| ar |") == 2
     assert "of 64 pixels are compared" in table and "6 images" in table  # and sizes that differ
     score, features = (text for text in found["notes"] if "that conditions the decoder" in text)
     assert "--score-clip" in score and "--features" in features
     assert score in table and features in table
+
+
+def test_the_report_says_what_both_priors_draw_with(ran):
+    out, found = ran
+    table = (out / "coco.md").read_text()
+    ar, diffusion = (found["settings"][f"prior {name}"] for name in ("ar", "diffusion"))
+    assert (ar["guidance_scale"], ar["top_p"]) == (1.5, 0.95)  # those of the release
+    assert (diffusion["guidance_scale"], diffusion["sampler"]) == (1.0, "ddim")
+    for line in (f"| prior ar | name {ar['name']}, sha256 {ar['sha256']}, ", "| seed | 0 |"):
+        assert line in table
+    assert f"sha256 {found['settings']['decoder']['sha256']} |" in table
 
 
 def test_figures_are_those_of_the_pictures_that_the_stages_draw(ran, stages):

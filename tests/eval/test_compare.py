@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import compare, conditioning, distances
+from eval import compare, conditioning, distances, fid
 from eval.captions import read_captions
 from eval.features import load_features
 from eval.generated import GeneratedImages
@@ -179,6 +179,17 @@ def biased(stages, tmp_path_factory):
     start = own.index("--prior-sampler")  # this one and the next are of the diffusion prior
     assert compare.main([*own[:start], *own[start + 4 :], *more]) == 0
     return out, json.loads((out / "compare.json").read_text())
+
+
+def test_fid_of_the_drawn_pictures_is_the_same_figure(ran, stages, capsys):
+    words = ["--images", str(ran[0] / "samples" / "image-2"), "--reference", str(stages["shard"])]
+    words += ["--features", "openmoji-judge", "--resamples", "0", "--device", "cpu"]
+    assert fid.main(words) == 0
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    figures = ran[1]["conditions"]["image"]["fixed"]
+    for name in ("fd_clip", "precision", "recall"):
+        assert found[name] == pytest.approx(figures[name], rel=1e-6)
+    assert found["kid"] != pytest.approx(figures["kid"])  # there without own pairs
 
 
 def test_a_scoring_clip_that_conditions_is_named_in_the_notes(biased):

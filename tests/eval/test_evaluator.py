@@ -33,7 +33,7 @@ def fingerprint():
 def evaluator(fingerprint, features=None, score_clip=None, captions="openmoji") -> Evaluator:
     """As the commands choose it from their options."""
     return Evaluator(
-        choose_features(features, captions), choose_score_clip(score_clip, fingerprint)
+        choose_features(features, captions), choose_score_clip(score_clip, fingerprint, captions)
     )
 
 
@@ -68,7 +68,12 @@ def test_for_other_data_a_scoring_clip_must_be_named(fingerprint):
     with pytest.raises(UserError, match="--score-clip"):
         evaluator(other, captions="captions.txt")
     assert choose_score_clip("ViT-B-32/openai", other) == "ViT-B-32/openai"
-    assert choose_score_clip(None, None) == SCORING_CLIP
+    assert choose_score_clip(None, None, "openmoji") == SCORING_CLIP
+    for captions in (None, "captions.txt"):  # of a folder, or of a decoder without a CLIP
+        with pytest.raises(UserError, match="not known.*--score-clip"):
+            choose_score_clip(None, None, captions)
+    with pytest.raises(UserError, match="CLIP ViT-L-14.*--score-clip"):
+        choose_score_clip(None, other, "openmoji")
 
 
 def last_line(capsys: pytest.CaptureFixture) -> dict:
@@ -100,7 +105,16 @@ def test_distances_by_the_clip_that_conditions_are_said_to_be_by_it(tmp_path, ca
         notes = [note for note in found["notes"] if "--features" in note]
         assert len(notes) == expected == ("--features" in caplog.text)
         assert all(note in printed.partition("\n{")[0] for note in found["notes"])
-        assert found["drawn"]["seed"] == 0
+        assert found["drawn"]["seed"] == 0 and found["floor"] is None
+    more = ["--features", "clip", "--floor"]
+    assert fid.main([*words, *more, str(tiny.shards(tmp_path / "more", 8, seed=1))]) == 0
+    printed = capsys.readouterr().out
+    floor = json.loads(printed.strip().splitlines()[-1])["floor"]
+    assert (floor["count"], floor["reference"]) == (4, 4)
+    assert f"{floor['mean']['fd_clip']:.4g}, up to {floor['high']['fd_clip']:.4g}" in printed
+    assert fid.main([*words, *more, str(shard)]) == 0  # of 4 drawings, and it takes 8
+    assert "No floor: it takes 8 real images" in capsys.readouterr().out
+    assert fid.main([*words, *more, str(tmp_path / "nothing")]) == 1
 
 
 def test_retrieval_by_the_scoring_clip_is_far_above_chance(tmp_path):

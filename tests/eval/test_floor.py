@@ -1,9 +1,12 @@
 """The floor: the figures of real images against real ones, and how figures at it are named."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from eval import distances
+from eval.comparison import Comparison
 from eval.evaluator import Evaluator, ImageFeatures
 from eval.floor import Floor, RealImages, compute_floor, reached_on_other_pictures
 from eval.paired import Difference
@@ -80,6 +83,29 @@ FIGURES = {
 }
 
 
+def test_a_figure_is_near_the_floor_where_its_interval_reaches_it():
+    figures = {"fd_clip": 13.0, "fd_clip_se": 0.6, "kid": 0.02, "kid_se": 0.004}
+    assert FLOOR.reached_by(figures) == [] and FLOOR.near(figures) == ["fd_clip"]
+    assert FLOOR.near(figures | {"kid_se": 0.006}) == ["fd_clip", "kid"]
+    assert FLOOR.near(figures | {"fd_clip_se": 0.5}) == []
+
+
+@pytest.mark.parametrize(
+    ("kids", "floored"), [((0, 5), True), ((8, 14), True), ((0, 30), False), ((13, 14), False)]
+)
+def test_no_set_at_the_floor_is_called_better_than_one_that_may_be_there(kids, floored):
+    """The floor of KID is 0.01, and the standard error 0.0025 of either."""
+    sets = [
+        {"fd_clip": 50.0, "fd_clip_se": 1.0, "kid": kid / 1000, "kid_se": 0.0025} for kid in kids
+    ]
+    sets = [figures | {"at_floor": FLOOR.reached_by(figures)} for figures in sets]
+    comparison = SimpleNamespace(floor=lambda count: FLOOR, captions=range(12))
+    for pair in (sets, sets[::-1]):
+        assert Comparison.near_floor(comparison, *pair) == ({"kid"} if floored else set())
+    comparison.floor = lambda count: None
+    assert Comparison.near_floor(comparison, *sets) == set()
+
+
 def test_a_figure_at_the_floor_is_called_so_and_not_better():
     at = FLOOR.reached_by(FIGURES)
     assert at == ["fd_clip"]
@@ -95,7 +121,7 @@ def test_a_figure_at_the_floor_is_called_so_and_not_better():
     floored = Difference(-2.0, -3.0, -1.0, at_floor=True)
     apart = {"fd_clip": floored, "kid": sure, "clip_score": unsure, "r1": sure}
     cells = difference_row("text", apart, "fd_clip")
-    assert cells[1] == "both at the floor" and cells[2].startswith("-2000.0 [")
+    assert cells[1] == "at the floor" and cells[2].startswith("-2000.0 [")
     assert cells[3].startswith("(") and not floored.sure
     assert len(footnotes([Section("t", [""], [line, cells])])) == 3
     assert not footnotes([Section("t", [""], [["1.5"]])])

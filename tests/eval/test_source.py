@@ -50,6 +50,14 @@ def test_a_model_draws_what_its_pipeline_draws(release, shard, tmp_path, conditi
     assert torch.equal(images, to_uint8(expected))
     settings = json.loads((tmp_path / "samples.json").read_text())["settings"]
     assert settings["condition"] == condition
+    embedding = {"prior": "z_i of the prior", "text": "z_t as the embedding"}.get(condition)
+    assert settings["decoder sees"] == {"embedding": embedding, "tokens": True, "text_embed": "no"}
+
+
+def test_settings_say_that_z_t_reaches_a_decoder_that_adds_it_to_the_timestep(shard, tmp_path):
+    decoder = tiny.decoder(tmp_path / "pooled", pooled=True)
+    words = ["--decoder", str(decoder), "--captions", str(shard), "--condition", "caption"]
+    assert open_images(*words).settings["decoder sees"]["text_embed"] == "yes"
 
 
 def test_compile_reaches_the_networks_that_draw(release, shard, monkeypatch):

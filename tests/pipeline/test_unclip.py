@@ -158,5 +158,6 @@ def test_assets_of_the_package_are_whole_and_small():
 def test_the_decoder_in_the_package_draws_as_its_stage_says():
     stage = yaml.safe_load((ROOT / "stages/decoder.yaml").read_text(encoding="utf-8"))
     asked = stage["model"]["init_args"]["sampling"]
-    own = UnCLIP.load().decoder.sampling
-    assert asked == {name: getattr(own, name) for name in asked}
+    decoder = UnCLIP.load().decoder
+    assert asked == {name: getattr(decoder.sampling, name) for name in asked}
+    assert decoder.text.encoder.pooled_proj is None  # z_t does not reach the timestep

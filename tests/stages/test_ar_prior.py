@@ -217,3 +217,8 @@ def test_unfitted_quantiser_or_half_a_text_is_a_sentence():
 def test_impossible_settings_are_a_sentence(values, name):
     with pytest.raises(ValueError, match=name):
         ARPriorSamplingConfig(**values)
+
+
+def test_a_share_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"model\.cond_dropout is 1\.5"):
+        prior(cond_dropout=1.5)

@@ -30,7 +30,7 @@ TEXT = TextConfig(kind="states", states_width=10)
 
 
 def decoder(**changes) -> Decoder:
-    stage = Decoder(net=NET, text=TEXT, **changes)
+    stage = Decoder(**{"net": NET, "text": TEXT} | changes)
     fill_zeros(stage.net)
     return stage
 
@@ -231,8 +231,15 @@ def test_condition_that_is_none_of_the_two_is_refused_and_older_releases_have_th
     assert Decoder(**decoder(condition="text").hparams).condition == "text"
 
 
-def test_validation_tells_the_loss_with_captions_from_that_with_dropped_ones():
-    stage, given, logged = decoder(), batch(16), {}
+@pytest.mark.parametrize(
+    ("condition", "kind"), [("image", "states"), ("text", "states"), ("text", "none")]
+)
+def test_validation_tells_the_loss_with_captions_from_that_with_dropped_ones(condition, kind):
+    """With `condition: text` the embedding is the caption's: it stays as well."""
+    dropout, of_both = CondDropoutConfig(0.3, 0.3), CondDropoutConfig(0.0, 0.0)
+    captioned = of_both if condition == "text" else replace(dropout, text=0.0)
+    stage = decoder(condition=condition, text=replace(TEXT, kind=kind), cond_dropout=dropout)
+    given, logged = batch(16), {}
     randomise(stage)
     stage.eval()
     stage.log_dict = lambda values, **_: logged.update(values)
@@ -240,9 +247,14 @@ def test_validation_tells_the_loss_with_captions_from_that_with_dropped_ones():
         stage.validation_step(given, 3)
         generators = [torch.Generator().manual_seed(3) for _ in range(2)]
         one = stage.loss(given, generators[0])["per_sample"]
-        captioned = replace(stage.cond_dropout, text=0.0)
-        kept = stage.loss(given, generators[1], captioned)["per_sample"]
-    same = torch.isclose(one, kept, rtol=1e-4)
-    assert 2 < same.sum() < 14  # the same noise, and half of the captions dropped
-    assert logged["val/loss_captioned"].isfinite()
+        kept = stage.loss(given, generators[1], captioned)
+    same = torch.isclose(one, kept["per_sample"], rtol=1e-4)
+    assert 2 < same.sum() < 14  # the same noise, and some of the captions dropped
+    assert logged["val/loss_captioned"] == kept["loss"]
     assert not torch.isclose(logged["val/loss"], logged["val/loss_captioned"])
+
+
+@pytest.mark.parametrize("name", ["embed", "text"])
+def test_a_share_that_is_none_is_refused(name):
+    with pytest.raises(ValueError, match=rf"model\.cond_dropout\.{name} is -0\.1"):
+        CondDropoutConfig(**{name: -0.1})

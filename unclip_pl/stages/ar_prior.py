@@ -30,6 +30,7 @@ from unclip_pl.stages.data_checks import (
     check_own_tokens,
     empty_caption,
 )
+from unclip_pl.utils.choices import check_share
 from unclip_pl.utils.errors import UserError
 
 BUCKET_SAMPLE = 131072
@@ -125,6 +126,7 @@ class ARPrior(Stage):
             )
         self.sampling: ARPriorSamplingConfig = self.config.sampling
         self.cond_dropout = cond_dropout
+        check_share("model.cond_dropout", cond_dropout)
         self.quantizer = EmbeddingQuantizer(
             self.net_config.embed_dim, self.net_config.max_codes, self.net_config.buckets, max_error
         )

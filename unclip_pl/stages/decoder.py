@@ -32,7 +32,7 @@ from unclip_pl.stages.data_checks import (
     check_own_tokens,
     empty_caption,
 )
-from unclip_pl.utils.choices import check_choices
+from unclip_pl.utils.choices import check_choices, check_share
 from unclip_pl.utils.errors import UserError
 
 
@@ -52,6 +52,8 @@ class CondDropoutConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_share("model.cond_dropout.embed", self.embed)
+        check_share("model.cond_dropout.text", self.text)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,11 @@ class Decoder(Stage):
         self.count_steps()  # refuses what is impossible at once
         learned = self.process.config.variance == "learned_range"
         self.scalars = ("loss", "mse", "vb") if learned else ("loss", "mse")
-        if self.text_config.kind != "none":
+        if condition == "text":  # the embedding is the caption's, too
+            self.captioned_dropout = CondDropoutConfig(
+                embed=0.0, text=0.0, null_embed=self.cond_dropout.null_embed
+            )
+        elif self.text_config.kind != "none":
             self.captioned_dropout = replace(self.cond_dropout, text=0.0)
         embed_dim, context_width = self.net_config.embed_dim, self.net_config.context_width
         self._check_condition(embed_dim)

@@ -10,3 +10,9 @@ def check_choices(config: Any) -> None:
         if get_origin(hint) is Literal and value not in get_args(hint):
             choices = ", ".join(f'"{choice}"' for choice in get_args(hint))
             raise ValueError(f"{type(config).__name__}.{name} is {value!r}: use one of {choices}.")
+
+
+def check_share(name: str, value: float) -> None:
+    """ValueError where a probability is none; `name` is that of the setting."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}: give a share from 0 to 1.")
