@@ -5,7 +5,7 @@ benchmarks.
 
     python benchmarks/profile_step.py [decoder] [--dtype bf16] [--device cuda] [--compile]
 
-It prints a Markdown table.
+It prints a Markdown table; `--results DIR` keeps the seconds.
 """
 
 from _common import begin, make_parser
@@ -13,6 +13,7 @@ from _common import begin, make_parser
 import decoder_train
 import prior_train
 import upsampler_train
+from _results import save_rows
 from _training import (
     apply_checkpointing,
     compile_blocks,
@@ -81,6 +82,9 @@ def main() -> None:
     print("| part | s | share |\n|---|---|---|")
     for kind, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"| {kind} | {seconds:.3f} | {seconds / total:.0%} |")
+    compiled = "_compiled" if arguments.compile else ""
+    job = f"profile_{arguments.stage}_{arguments.dtype}{compiled}"
+    save_rows(job, arguments.results, spent, arguments.device)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class RunOptions:
     Args:
         device: cpu, cuda, cuda:1 ...; with several ranks each takes its own GPU
         precision: of the networks; distances are always float64
-        compile: compile the networks that draw (torch.compile): minutes at first, faster on GPUs
+        compile: compile the networks that draw (torch.compile): minutes at first, meant for GPUs
         batch_size: images per batch, on each rank
         seed: image k is drawn with seed + k; also of random subsets
         out: a folder for the figures as a file; by default they are only printed

@@ -145,6 +145,10 @@ def test_a_further_run_adds_its_round(scripts, tmp_path):
     assert [(each["round"], each["flops_per_step"]) for each in rounds] == [(0, 100), (1, 101)]
 
 
+def test_its_tests_are_there(scripts):
+    assert all((ROOT / name).is_file() for name in scripts.gpu.TESTS)
+
+
 @pytest.mark.slow
 def test_every_stage_is_trained_and_drawn(scripts, monkeypatch, tmp_path):
     """With tiny shapes, without the compiler."""

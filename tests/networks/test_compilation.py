@@ -12,11 +12,7 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.ar_prior import ARPriorConfig
 from unclip_pl.networks.checkpointing import apply_checkpointing
-from unclip_pl.networks.compilation import (
-    compile_blocks,
-    is_whole_library,
-    remove_broken_libraries,
-)
+from unclip_pl.networks.compilation import compile_blocks
 from unclip_pl.networks.layers import Block
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
 from unclip_pl.networks.text import TextConfig
@@ -25,6 +21,7 @@ from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.decoder import Decoder, DecoderSamplingConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior, PriorSamplingConfig
 from unclip_pl.stages.upsampler import NET, Upsampler256, UpsamplingConfig
+from unclip_pl.utils.compilers import is_whole_library, remove_broken_libraries
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.files import file_lock
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from unclip_pl.networks import text
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformer, PriorTransformerConfig
 
 NET = PriorTransformerConfig(embed_dim=12, width=32, depth=3, heads=4)
@@ -142,6 +143,15 @@ def test_masked_padding_is_left_out_of_the_sequence():
     assert widths == [7 + 4]
     # The longest caption and z_t, of 7 + 1.
     assert net.encode_text(torch.ones(3, dtype=torch.bool), **given).past[0].shape[1] == 5 + 1
+
+
+def test_cutting_padding_changes_nothing(monkeypatch):
+    net, given, (x, t) = network("states", "masked"), inputs(), noised()
+    cut = net(x, t, **given)
+    monkeypatch.setattr(text, "trim_padding", lambda x, mask: (x, mask))
+    torch.testing.assert_close(net(x, t, **given), cut)
+    prefix = net.encode_text(torch.ones(3, dtype=torch.bool), **given)
+    assert prefix.past[0].shape[1] == 7 + 1  # nothing was cut this time
 
 
 @pytest.mark.parametrize("padding", ["learned", "masked"])

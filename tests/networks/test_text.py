@@ -141,7 +141,7 @@ def test_transformer_sees_both_ways_and_causal_only_back():
 def test_transformer_mask_and_checkpointing():
     x = torch.randn(2, 5, 32)
     mask = torch.tensor([[True, True, True, False, False], [True] * 5])
-    net, saving = Transformer(32, 2, 4), Transformer(32, 2, 4, checkpointing=True)
+    net, saving = Transformer(32, 2, 4), Transformer(32, 2, 4, checkpointing="full")
     saving.load_state_dict(net.state_dict())
     torch.testing.assert_close(net(x, mask)[0, :3], net(x[:1, :3])[0], rtol=1e-5, atol=1e-5)
     for each in (net, saving):

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
@@ -14,6 +15,7 @@ from unclip_pl.cluster.checkpoint_io import AtomicCheckpointIO, newest_checkpoin
 from unclip_pl.networks.compilation import compile_blocks
 from unclip_pl.networks.layers import Block
 from unclip_pl.stages import base
+from unclip_pl.stages.clip import CLIP
 from unclip_pl.training.checkpoints import NewestCheckpoint
 from unclip_pl.training.ema import EMA
 
@@ -50,6 +52,17 @@ def test_a_compiled_run_is_checkpointed_and_resumed_as_a_plain_one(tmp_path, mon
     checkpoint = newest_checkpoint(tmp_path / "compiled")
     _, resumed = fit(tmp_path / "resumed", False, 3, resume=checkpoint)
     assert resumed["global_step"] == 3
+
+
+def test_blocks_of_a_clip_are_compiled_as_well():
+    stage = CLIP("openmoji").eval()
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    tokens = torch.arange(16).reshape(2, 8)
+    given = {"image": images, "tokens": F.pad(tokens, (0, stage.net.context_length - 8))}
+    plain, names = stage.loss(given)["loss"], list(stage.state_dict())
+    assert compile_blocks(stage, backend="aot_eager", kind=stage.block_kind) > 0
+    torch.testing.assert_close(stage.loss(given)["loss"], plain)
+    assert list(stage.state_dict()) == names
 
 
 def test_the_option_reaches_the_stage():

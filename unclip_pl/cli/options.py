@@ -41,7 +41,7 @@ class DeviceOptions:
         offload: keep only the stage that works on the device: less memory there, some time for
             moves
         precision: bf16: networks compute in bfloat16, on devices that have it
-        compile: compile the networks (torch.compile): minutes at the first picture, faster on GPUs
+        compile: compile the networks (torch.compile): minutes at the first picture, meant for GPUs
         cuda_graphs: on a GPU, record each denoising step and replay it: for small networks
     """
 

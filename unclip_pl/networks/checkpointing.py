@@ -7,7 +7,7 @@ inputs of each block. Modules, parameter names and results do not change.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -39,7 +39,14 @@ EXPENSIVE = {
 
 
 def apply_checkpointing(net: nn.Module, kind: Checkpointing) -> None:
-    """Checkpoint every `Block` of a network in this way; may be called again with another way."""
+    """Checkpoint every `Block` of a network in this way; may be called again with another way.
+
+    Raises:
+        ValueError: there is no such way.
+    """
+    if kind not in get_args(Checkpointing):
+        ways = ", ".join(get_args(Checkpointing))
+        raise ValueError(f"checkpointing is {kind!r}: choose one of {ways}.")
     for block in net.modules():
         if isinstance(block, Block):
             block.__dict__.pop("forward", None)

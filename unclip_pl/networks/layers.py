@@ -68,6 +68,9 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention, softmax in float32.
 
+    Most of torch's fused kernels have neither second nor forward-mode derivatives. A network that
+    is to have them is called within `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+
     Args:
         q: (B, N, heads, head_width).
         k: (B, M, heads, head_width).

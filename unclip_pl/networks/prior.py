@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from unclip_pl.networks.checkpointing import Checkpointing
 from unclip_pl.networks.layers import timestep_embedding
-from unclip_pl.networks.text import trim_padding
+from unclip_pl.networks.text import replace_dropped
 from unclip_pl.networks.transformer import Past, Transformer
 from unclip_pl.utils.choices import check_choices
 from unclip_pl.utils.tokens import caption_mask
@@ -219,40 +219,41 @@ class PriorTransformer(nn.Module):
         states: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Text and z_t as tokens (B, n + 1, width), and which of them are visible (None: all)."""
-        length, width = self.text.context_length, self.config.width
         null_text, null_text_embed = self.null()
-        inputs = states if self.text.kind == "states" else tokens
-        if inputs is None:  # every caption is dropped
-            text = null_text.new_zeros(len(keep), length, width)
-            keep_text, mask = torch.zeros_like(keep), keep.new_zeros(len(keep), length)
-        else:
-            missing = length - inputs.shape[1]
-            if missing < 0:
-                raise ValueError(
-                    f"A caption has {inputs.shape[1]} tokens and context_length is {length}: raise "
-                    "it or tokenize to fewer."
-                )
-            if mask is None and tokens is not None:
-                mask = caption_mask(tokens)
-            elif mask is None:
-                mask = torch.ones_like(inputs[..., 0], dtype=torch.bool)
-            text = F.pad(self.text_proj(inputs), (0, 0, 0, missing))
-            mask = F.pad(mask, (0, missing))
-            keep_text = keep
+        text, mask, kept = self._caption_tokens(keep, tokens, mask, states)
+        visible: Tensor | None = None
         if self.text.padding == "learned":
-            text = torch.where((mask & keep_text[:, None])[..., None], text, null_text)
-            visible = None
+            text = torch.where((mask & kept[:, None])[..., None], text, null_text)
         else:
-            null = F.pad(null_text, (0, 0, 0, length - len(null_text)))
-            text = torch.where(keep_text[:, None, None], text, null)
-            is_null = torch.arange(length, device=keep.device) < len(null_text)
-            visible = torch.where(keep_text[:, None], mask, is_null)
-        text = text + self.position_embedding[:length]
-        text, visible = trim_padding(text, visible)
+            text, visible = replace_dropped(text, mask, kept, null_text)
+        text = text + self.position_embedding[: text.shape[1]]
         z_t = null_text_embed.expand(len(keep), -1)
         if text_embed is not None:
             z_t = torch.where(keep[:, None], self.text_embed_proj(text_embed), z_t)
-        z_t = z_t + self.position_embedding[length]
+        z_t = z_t + self.position_embedding[self.text.context_length]
         if visible is not None:
             visible = F.pad(visible, (0, 1), value=True)
         return torch.cat([text, z_t[:, None]], dim=1), visible
+
+    def _caption_tokens(
+        self, keep: Tensor, tokens: Tensor | None, mask: Tensor | None, states: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Captions (B, L, width), padded, with the mask (B, L) of their own tokens and `keep`."""
+        length = self.text.context_length
+        inputs = states if self.text.kind == "states" else tokens
+        if inputs is None:  # every caption is dropped
+            nothing = keep.new_zeros(len(keep), length)
+            text = self.query.new_zeros(len(keep), length, self.config.width)
+            return text, nothing, torch.zeros_like(keep)
+        missing = length - inputs.shape[1]
+        if missing < 0:
+            raise ValueError(
+                f"A caption has {inputs.shape[1]} tokens and context_length is {length}: raise it "
+                "or tokenize to fewer."
+            )
+        if mask is None and tokens is not None:
+            mask = caption_mask(tokens)
+        elif mask is None:
+            mask = torch.ones_like(inputs[..., 0], dtype=torch.bool)
+        text = F.pad(self.text_proj(inputs), (0, 0, 0, missing))
+        return text, F.pad(mask, (0, missing)), keep

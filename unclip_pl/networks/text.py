@@ -108,6 +108,27 @@ def trim_padding(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]
     return x, None if bool(mask.all()) else mask
 
 
+def replace_dropped(
+    x: Tensor, mask: Tensor, keep: Tensor, null: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Put a null caption in the place of dropped ones, and cut padding by `trim_padding`.
+
+    Args:
+        x: (B, L, width), captions.
+        mask: (B, L) bool, True where the token is visible.
+        keep: (B,) bool, False where the caption is dropped.
+        null: (n, width), tokens of the null caption, n <= L.
+
+    Returns:
+        as `trim_padding`.
+    """
+    is_null = torch.arange(x.shape[1], device=x.device) < len(null)
+    mask = torch.where(keep[:, None], mask, is_null)
+    null = F.pad(null, (0, 0, 0, x.shape[1] - len(null)))
+    x = torch.where(keep[:, None, None], x.to(null.dtype), null)
+    return trim_padding(x, mask)
+
+
 class StatesText(nn.Module):
     """CLIP's token states -> Linear -> LayerNorm, and Linear of its text embedding (Karlo).
 
@@ -145,20 +166,15 @@ class StatesText(nn.Module):
         states: Tensor | None,
         keep: Tensor,
     ) -> Context:
-        null: Tensor = self.null_states
+        null, kept = self.null_states, keep
         if states is None:  # every caption is dropped
-            states, mask = null.new_zeros(len(keep), *null.shape), None
-            keep_states = torch.zeros_like(keep)
-        else:
-            keep_states = keep
-            mask = caption_mask(tokens) if mask is None and tokens is not None else mask
-        length = states.shape[1]
-        mask = torch.ones_like(states[..., 0], dtype=torch.bool) if mask is None else mask
-        first = torch.arange(length, device=states.device) < len(null)
-        mask = torch.where(keep_states[:, None], mask, first)
-        null = F.pad(null, (0, 0, 0, length - len(null)))
-        states = torch.where(keep_states[:, None, None], states.to(null.dtype), null)
-        states, mask = trim_padding(states, mask)
+            states, kept = null.new_zeros(len(keep), *null.shape), torch.zeros_like(keep)
+            mask = None
+        elif mask is None and tokens is not None:
+            mask = caption_mask(tokens)
+        if mask is None:
+            mask = torch.ones_like(states[..., 0], dtype=torch.bool)
+        states, mask = replace_dropped(states, mask, kept, null)
         context = self.norm(self.proj(states))
         if self.pooled_proj is None or self.null_text_embed is None:
             return Context(context, mask, None)

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from unclip_pl.clip.fingerprint import require_same
@@ -24,6 +24,7 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import Predict
 from unclip_pl.diffusion.watch import watched
 from unclip_pl.networks.compilation import compile_blocks
+from unclip_pl.networks.layers import Block
 from unclip_pl.networks.renamed import rename
 from unclip_pl.stages.optimization import OptimizerConfig, build_optimizer, state_bytes
 from unclip_pl.stages.resume import keep_own_limits, use_own_settings
@@ -35,6 +36,8 @@ from unclip_pl.stages.settings import (
     require_same_model,
     settings_of,
 )
+from unclip_pl.utils.devices import announce_compiling
+from unclip_pl.utils.distributed import rank
 from unclip_pl.utils.errors import SharedError, UserError
 
 __all__ = ["OptimizerConfig", "Stage"]
@@ -140,7 +143,15 @@ class Stage(LightningModule):
         if self.device_mesh is not None:  # a sharded run
             shard(self, self.device_mesh["data_parallel"], self.trainer.precision)
         if self.compile_networks:
-            compile_blocks(self, self.trainer.strategy.root_device)
+            device = self.trainer.strategy.root_device
+            if rank() == 0:
+                announce_compiling(device.type)
+            compile_blocks(self, device, kind=self.block_kind)
+
+    @property
+    def block_kind(self) -> type[nn.Module]:
+        """The class of the blocks that are compiled."""
+        return Block
 
     def check_data(self, data: Any) -> None:
         """UserError where the DataModule does not fit the stage (widths, image size)."""

@@ -69,6 +69,12 @@ class CLIP(Stage):
     def use_data(self, data: Any) -> None:
         self.check_data(data)  # there is no other CLIP to agree with
 
+    @property
+    def block_kind(self) -> type[nn.Module]:
+        from open_clip.transformer import ResidualAttentionBlock
+
+        return ResidualAttentionBlock
+
     def check_data(self, data: Any) -> None:
         size = self.model_config["vision_cfg"]["image_size"]
         if data.image_size != size:

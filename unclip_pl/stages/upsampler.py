@@ -178,36 +178,35 @@ class Upsampler(Stage):
 
         E[v | x_t] for x_0 ~ N(enlarged, s^2), with s a fifth of `residual_std`: the network can
         tell most of the difference from low_res, and x_t has it only with noise that would have to
-        be removed again. The error is that for x_0 ~ N(enlarged, residual_std^2).
+        be removed again. The error is that for x_0 ~ N(enlarged, residual_std^2). Without
+        `residual_std`: 0 and 1.
         """
         alpha, sigma = self.process.forward_weights[t].view(-1, 2, 1, 1, 1).unbind(1)
+        if not self.residual_std:
+            return torch.zeros_like(x_t), torch.ones_like(alpha)
         variance = (self.residual_std / 5) ** 2
         total = alpha**2 * variance + sigma**2
         mean = sigma / total * (alpha * (1 - variance) * x_t - enlarged)
         error = ((sigma * self.residual_std) ** 2 + (alpha * variance) ** 2).sqrt() / total
         return mean, error
 
-    def predict(
+    def predict_target(
         self, x_t: Tensor, t: Tensor, enlarged: Tensor, net: UNet | None = None
-    ) -> tuple[Tensor, Tensor | float]:
+    ) -> tuple[Tensor, Tensor]:
         """Predict the process's target, and give the scale of the network's own part in it.
 
         The network is `net`; None: the trained one.
         """
-        output = (net or self.net)(x_t, t, low_res=enlarged)
-        if not self.residual_std:
-            return output, 1.0
         mean, scale = self._linear(x_t, t, enlarged)
-        return mean + scale * output, scale
+        return mean + scale * (net or self.net)(x_t, t, low_res=enlarged), scale
 
     def loss(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         t, noise = draw_timesteps_and_noise(image, self.process.config.timesteps, generator)
         x_t = self.process.diffuse(image, t, noise)
-        output, scale = self.predict(x_t, t, self.enlarged(batch["low_res"]))
+        output, scale = self.predict_target(x_t, t, self.enlarged(batch["low_res"]))
         mse = training_losses(output, image, x_t, t, noise, self.process).mse
-        # the plain mean squared error of the network's output
-        own_mse = mse if isinstance(scale, float) else mse / scale.flatten().square()
+        own_mse = mse / scale.flatten().square()  # that of the network's output
         return {"loss": own_mse.mean(), "mse": mse.mean(), "t": t, "per_sample": own_mse}
 
     @torch.no_grad()
@@ -241,7 +240,7 @@ class Upsampler(Stage):
 
         def predictor(net: UNet) -> Predict:
             predict = self.process.adapt(
-                lambda x, t: self.predict(x, t, enlarged, net)[0], schedule
+                lambda x, t: self.predict_target(x, t, enlarged, net)[0], schedule
             )
             return self.wrap_predict(thresholded(predict, self.process, settings.threshold))
 

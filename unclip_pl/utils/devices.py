@@ -46,6 +46,6 @@ def announce_compiling(device: str) -> None:
     """Say on stderr that a CPU compiles for minutes, in which nothing else is seen."""
     if device == "cpu":
         print(
-            "The networks are compiled now (--compile), which takes minutes on a CPU.",
+            "The networks are compiled at their first use (--compile), for minutes on a CPU.",
             file=sys.stderr,
         )
