@@ -288,7 +288,10 @@ class UNet(nn.Module):
             encoded = self._conditions(embed, pooled, context, context_mask)
         emb = self.time_embed(timestep_embedding(t, config.width).to(dtype))
         emb = F.silu(emb if encoded.emb is None else emb + encoded.emb)
-        contexts = self._context_of_blocks(encoded.context)
+        contexts, mask = self._context_of_blocks(encoded.context), encoded.mask
+
+        def run(block: UNetBlock, x: Tensor, skip: Tensor | None = None) -> Tensor:
+            return block(x, skip, emb, context=contexts.get(block), mask=mask)
 
         if low_res is not None:
             x = torch.cat([x, low_res.to(dtype)], dim=1)
@@ -297,12 +300,11 @@ class UNet(nn.Module):
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
-            x = block(x, None, emb, context=contexts.get(block), mask=encoded.mask)
+            x = run(block, x)
             skips.append(x)
-        block = self.middle_block
-        x = block(x, None, emb, context=contexts.get(block), mask=encoded.mask)
+        x = run(self.middle_block, x)
         for block in self.up_blocks:
-            x = block(x, skips.pop(), emb, context=contexts.get(block), mask=encoded.mask)
+            x = run(block, x, skips.pop())
         x = self.conv_out(F.silu(self.norm_out(x)))
         if config.patch_size > 1:
             x = F.pixel_shuffle(x, config.patch_size)
