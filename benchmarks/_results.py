@@ -96,7 +96,7 @@ def save(line: dict[str, Any], folder: str | os.PathLike | None) -> Path | None:
 
 
 def save_rows(job: str, folder: str | os.PathLike | None, rows: Any, device: str = "cpu") -> None:
-    """Write the rows of a script that measures no time; does nothing if `folder` is None."""
+    """Write a table of figures as one file, without rounds; does nothing if `folder` is None."""
     if folder is not None:
         line = {"job": job} | about(device)
         write(Path(folder) / name_of(line), line | {"rows": rows})

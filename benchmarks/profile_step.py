@@ -77,14 +77,15 @@ def main() -> None:
         kind = kind_of(event.key)
         spent[kind] = spent.get(kind, 0.0) + took / arguments.repeats / 1e6
     total = sum(spent.values())
-    settings = f"{arguments.stage}, {arguments.dtype}, {arguments.device}"
-    print(f"{total:.3f} s per step of {size}, {settings}\n")
+    about = f"{arguments.stage}, {arguments.dtype}, {arguments.device}"
+    print(f"{total:.3f} s per step of {size}, {about}\n")
     print("| part | s | share |\n|---|---|---|")
     for kind, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"| {kind} | {seconds:.3f} | {seconds / total:.0%} |")
-    compiled = "_compiled" if arguments.compile else ""
-    job = f"profile_{arguments.stage}_{arguments.dtype}{compiled}"
-    save_rows(job, arguments.results, spent, arguments.device)
+    mode = "compiled" if arguments.compile else "eager"
+    job = f"profile_{arguments.stage}_{arguments.dtype}_{mode}_{arguments.checkpointing}"
+    settings = {"batch": size, "threads": arguments.threads}
+    save_rows(job, arguments.results, settings | {"seconds": spent}, arguments.device)
 
 
 if __name__ == "__main__":

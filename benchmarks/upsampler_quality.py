@@ -54,7 +54,10 @@ def drift(images: Tensor, low_res: Tensor) -> Tensor:
 
 
 def grain(images: Tensor, original: Tensor) -> Tensor:
-    """Median distance from white where the original is white, in levels of 255: a number."""
+    """Median distance from white where the original is white, in levels of 255.
+
+    A number; NaN where nothing is white, which the means leave out.
+    """
     return (1 - images).abs().mean(1)[original.amin(1) > WHITE].median() * LEVELS
 
 
@@ -151,7 +154,7 @@ def main() -> None:
             for column, value in values.items():
                 columns.setdefault(f"{name} {column}", []).append(value.item())
         images += 1
-        means = {name: sum(values) / images for name, values in columns.items()}
+        means = {name: torch.tensor(each).nanmean().item() for name, each in columns.items()}
         bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()})
         if images <= SHOWN:
             rows.append((bicubic, drawn, image))

@@ -34,14 +34,14 @@ def run(*, source: SourceOptions, score_clip: ScoreClip = None, options: RunOpti
 
     Args:
         score_clip: the CLIP that scores, not the one that conditions: openmoji-judge (the default
-            for images from the embedded CLIP's embeddings or captions), NAME/TAG of open_clip, or
-            local-dir:/folder
+            for images from the embedded CLIP's embeddings or for the captions openmoji), NAME/TAG
+            of open_clip, or local-dir:/folder
         source: which images are evaluated
         options: where and how it runs
     """
     images = open_source(source, options)
     conditioning = conditioning_clip(images)
-    captions = None if source.images else source.captions or DEFAULT_CAPTIONS
+    captions = source.captions or (None if source.images else DEFAULT_CAPTIONS)
     name = choose_score_clip(score_clip, conditioning, captions)
     clip = FrozenCLIP(clip_config(name, options.precision), options.device)
     network = clip_features(clip)

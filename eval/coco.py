@@ -26,7 +26,7 @@ from eval.commands import (
 from eval.evaluator import compute_distances, on_ranks_device, shared_clip_warnings
 from eval.extract import reference_features
 from eval.features import Features, clip_config, clip_features, load_features
-from eval.floor import NO_FLOOR, stored_floor
+from eval.floor import floor_or_note, gather_stored
 from eval.metrics import FRECHET, CLIPScore, frechet_key
 from eval.source import Model
 from eval.stored import ImageSource, StoredImages
@@ -211,6 +211,10 @@ def run(
         )
 
     real = reference_features(network, stored(selection.reference), batch_size)
+    others = None
+    if selected.floor is not None:
+        more = StoredImages(selected.floor, rank(), world_size(), size=size)
+        others = gather_stored(network, more, options)
     texts = [caption.text for caption in selection.captions]
     _, real_score = evaluate(stored(selection.pictures, texts), batch_size, None, clip)
     results: list[Figures] = []
@@ -219,12 +223,9 @@ def run(
         distances = compute_distances(network, real, rows, resamples, options.seed, options.device)
         place = {"prior": point.prior, "guidance_scale": point.guidance_scale}
         results.append(place | distances | score)
-    floor = None
-    if selected.floor is not None:
-        sizes = len(texts), len(selection.reference)
-        floor = stored_floor(selected.floor, network, *sizes, size, options)
-        if floor is None:
-            notes.append(NO_FLOOR.format(sum(sizes)))
+    sizes = len(texts), len(selection.reference)
+    floor, missing = floor_or_note(others, *sizes, network.frechet, options.seed)
+    notes += missing
     settings = {
         "annotations": selected.annotations,
         "captions": len(texts),
@@ -238,7 +239,9 @@ def run(
         real_note = f"CLIP score of the captions' own pictures: {clip_score(real_score)}."
         lines = [real_note, *notes, *results[0]["notes"]]
         lines_of_points = [table_row(figures) for figures in results]
-        lines_of_points.append([FLOOR_TITLE, "-", *floor_cells(floor, network.frechet), *"---"])
+        if floor is not None:
+            cells = floor_cells(floor, network.frechet)
+            lines_of_points.append([FLOOR_TITLE, "-", *cells, "-", "-", "-"])
         table = report.markdown(table_headers(network.frechet), lines_of_points)
         table += "".join(f"\n{text}\n" for text in lines)
         print(table)
@@ -266,7 +269,8 @@ def what_drew(points: Sequence[Point]) -> Figures:
         | point.images.settings["prior_sampling"]
         for point in points
     }
-    return shared | {"decoder's sampling": sampling} | priors
+    more = {"decoder's sampling": sampling, **points[0].images.about}
+    return shared | more | priors
 
 
 def size_warnings(side: int, size: int) -> list[str]:

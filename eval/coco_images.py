@@ -10,7 +10,8 @@ from eval.captions import Caption
 from eval.commands import ReportOptions
 from eval.conditioning import cache_embeddings
 from eval.generated import Draw, GeneratedImages
-from eval.source import Model, describe_weights
+from eval.inputs import decoder_inputs
+from eval.source import EMBEDDINGS, Model, describe_weights
 from unclip_pl.pipeline.locate import locate
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.pipeline.weights import load_stage
@@ -103,6 +104,7 @@ def build_points(
 ) -> list[Point]:
     """All that is to be drawn: the priors in their order, each with all settings of the decoder."""
     points, seed = [], options.seed
+    inputs = decoder_inputs(model.unclip.decoder, EMBEDDINGS["prior"])
     for prior in priors:
         samplers = prior.samplers(captions, seed, samplings)
         for sampling, draw in zip(samplings, samplers, strict=True):
@@ -120,6 +122,7 @@ def build_points(
                 clip=model.unclip.clip,
                 size=model.size,
                 stages=[*prior.prior.stages, *model.unclip.cascade.stages],
+                about={"decoder sees": str(inputs)},
             )
             points.append(Point(prior.name, scale, images))
     return points

@@ -72,8 +72,8 @@ class EvaluatorOptions(FeatureOptions):
 
     Args:
         score_clip: the CLIP that scores, not the one that conditions: openmoji-judge (the default
-            for images from the embedded CLIP's embeddings or captions), NAME/TAG of open_clip, or
-            local-dir:/folder
+            for images from the embedded CLIP's embeddings or for the captions openmoji), NAME/TAG
+            of open_clip, or local-dir:/folder
     """
 
     score_clip: ScoreClip = None
@@ -91,7 +91,7 @@ class EvaluatorOptions(FeatureOptions):
 
 
 def choose_score_clip(
-    name: str | None, fingerprint: Fingerprint | None, captions: str | None = None
+    name: str | None, fingerprint: Fingerprint | None, captions: str | None
 ) -> str:
     """The CLIP that scores: the one with a name, or the package's for images of its data.
 
@@ -110,12 +110,15 @@ def choose_score_clip(
     conditioning = None if fingerprint is None else fingerprint["config"]["model"]
     if conditioning == "openmoji" or (conditioning is None and captions == "openmoji"):
         return SCORING_CLIP
-    why = "It is not known that the images are OpenMoji's drawings"
     if conditioning:
-        why = f"The images are drawn from embeddings of the CLIP {conditioning}"
+        raise UserError(
+            f"The images are drawn from embeddings of the CLIP {conditioning}, and the scoring "
+            "CLIP in the package knows OpenMoji's drawings only: name another with --score-clip."
+        )
     raise UserError(
-        f"{why}, and the scoring CLIP in the package knows these drawings only: name a CLIP with "
-        f"--score-clip ({SCORING_CLIP} for such drawings)."
+        "It is not known that the images are OpenMoji's drawings, and the scoring CLIP in the "
+        f"package knows no others: name a CLIP with --score-clip ({SCORING_CLIP} for such "
+        "drawings)."
     )
 
 

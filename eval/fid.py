@@ -16,7 +16,7 @@ from eval.commands import (
 from eval.evaluator import compute_distances, shared_clip_warnings
 from eval.extract import extract_features, reference_features
 from eval.features import load_features
-from eval.floor import NO_FLOOR, stored_floor
+from eval.floor import floor_or_note, gather_stored
 from eval.generated import GeneratedImages
 from eval.metrics import FRECHET, frechet_key
 from eval.source import (
@@ -61,13 +61,17 @@ def run(
     captions = None if source.images else source.captions or DEFAULT_CAPTIONS
     require_reference(reference, captions, source)
     if floor is not None:
-        StoredImages(floor)  # refuses a folder without images
+        StoredImages(floor, max_bad_rate=source.max_bad_rate)  # refuses a folder without images
     images = open_source(source, options)
     real = open_reference(reference, judging.reference_size, source, images)
     network = load_features(
         choose_features(judging.features, captions), options.device, options.precision
     )
     notes = shared_clip_warnings(conditioning_clip(images), features=network.fingerprint)
+    others = None
+    if floor is not None:
+        more = StoredImages(floor, rank(), world_size(), source.max_bad_rate, size=real.size)
+        others = gather_stored(network, more, options)
     figures = compute_distances(
         network,
         reference_features(network, real, options.batch_size),
@@ -76,12 +80,9 @@ def run(
         options.seed,
         options.device,
     )
-    real_floor = None
-    if floor is not None:
-        sizes = figures["n_fake"], figures["n_real"]
-        real_floor = stored_floor(floor, network, *sizes, real.size, options)
-        if real_floor is None:
-            notes.append(NO_FLOOR.format(sum(sizes)))
+    sizes = figures["n_fake"], figures["n_real"]
+    real_floor, missing = floor_or_note(others, *sizes, network.frechet, options.seed)
+    notes += missing
     settings = {
         "images": images.name,
         "reference": real.name,
@@ -93,7 +94,8 @@ def run(
     if rank() == 0:
         lines = [(name, str(value)) for name, value in settings.items()] + rows(figures)
         if real_floor is not None:
-            lines.append((FLOOR_TITLE, ", KID ".join(floor_cells(real_floor, network.frechet))))
+            cells = ", KID x 1000 ".join(floor_cells(real_floor, network.frechet))
+            lines.append((FLOOR_TITLE, cells))
         print("\n".join([aligned(lines), *notes]))
     bad = {
         "bad": len(images) - figures["n_fake"],

@@ -88,14 +88,27 @@ def compute_floor(
     return _floor(count, reference, distances_between)
 
 
-def stored_floor(
-    path: str, network: Features, count: int, reference: int, size: int | None, options: RunOptions
-) -> Floor | None:
-    """`compute_floor` from the images of a folder or shards, cut to `size` pixels."""
-    images = StoredImages(path, rank(), world_size(), size=size)
+def gather_stored(network: Features, images: StoredImages, options: RunOptions) -> Tensor:
+    """Features (P, D) of stored images from all ranks, on the GPU where one computes."""
     rows = number_rows(reference_features(network, images, options.batch_size))
     real = gather_ranks(rows, options.device).features
-    return compute_floor(real, count, reference, network.frechet, options.seed)
+    return real.to(options.device) if options.device.startswith("cuda") else real
+
+
+def floor_or_note(
+    real: Tensor | None, count: int, reference: int, key: str, seed: int
+) -> tuple[Floor | None, list[str]]:
+    """`compute_floor` from the images of --floor, and a sentence where they are too few.
+
+    `real` is None without that option.
+    """
+    if real is None:
+        return None, []
+    floor = compute_floor(real, count, reference, key, seed)
+    if floor is not None:
+        return floor, []
+    needed = count + reference
+    return None, [f"No floor: it takes {needed} real images, and --floor has {len(real)}."]
 
 
 def reached_on_other_pictures(

@@ -15,7 +15,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class GeneratedImages:
         captions: caption k is that of image k.
         draw: is called with the indices of a batch.
         settings: plain values that decide what the images are.
+        about: what is said of the images with their settings, and follows from these.
         name: for messages.
         first: only so many of the captions for now; the rest may follow into the same folder.
         shard_size: images per shard.
@@ -71,6 +72,7 @@ class GeneratedImages:
     clip: FrozenCLIP | None = None
     size: int = 64
     stages: Sequence[Stage] = ()
+    about: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.captions[: self.first])

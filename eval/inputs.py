@@ -1,4 +1,4 @@
-"""What reaches a decoder: part of every figure's settings."""
+"""What reaches a decoder: said with every figure of what it draws."""
 
 from dataclasses import dataclass
 

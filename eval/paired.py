@@ -33,7 +33,7 @@ class Difference:
 
     @property
     def sure(self) -> bool:
-        """Whether the figures are above the floor and 0 lies outside of the interval."""
+        """Whether 0 lies outside of the interval, and the floor does not forbid to say so."""
         return not self.at_floor and (self.low > 0 or self.high < 0)
 
 

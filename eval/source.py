@@ -146,7 +146,6 @@ def _generated(source: SourceOptions, decoder: str, options: RunOptions) -> Gene
     prior_sampling = source.prior_sampling.of(unclip.prior) if unclip.prior else None
     settings = model.settings | {
         "condition": condition,
-        "decoder sees": asdict(decoder_inputs(unclip.decoder, EMBEDDINGS[condition])),
         "seed": options.seed,
         "sampling": asdict(sampling),
         "prior_sampling": asdict(prior_sampling) if prior_sampling else None,
@@ -172,6 +171,7 @@ def _generated(source: SourceOptions, decoder: str, options: RunOptions) -> Gene
         clip=unclip.clip if unclip.decoder.reads_clip else None,
         size=model.size,
         stages=unclip.stages,
+        about={"decoder sees": str(decoder_inputs(unclip.decoder, EMBEDDINGS[condition]))},
     )
 
 
@@ -183,7 +183,7 @@ def conditioning_clip(source: ImageSource) -> Fingerprint | None:
 
 def drawn_settings(source: ImageSource) -> dict[str, Any] | None:
     """What decided the images that a model draws; None for images that were there."""
-    return source.settings if isinstance(source, GeneratedImages) else None
+    return source.settings | source.about if isinstance(source, GeneratedImages) else None
 
 
 def default_condition(decoder: str) -> Condition:

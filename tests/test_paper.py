@@ -146,41 +146,42 @@ INHERITED = {  # of one stage
     "upsampler_256": {"model.optimizer.muon_lr": "as the decoder's"},
     "upsampler_1024": {"model.optimizer.muon_lr": "as the decoder's"},
 }
-NOT_NAMED = {  # values of the classes that no file of these stages names, and why
-    "model.optimizer.muon_lr": "of Muon, and the paper's optimizer is AdamW",
-    "model.text.vocab_size": "CLIP's tokens",
-    "model.text.tokenizer": "open_clip's BPE, as CLIP's",
-    "model.text.null": "a learned embedding for a dropped caption",
-    "model.net.in_channels": "RGB",
+NOT_NAMED = {  # values of the classes that no file of these stages names, and why they hold
+    "model.optimizer.muon_lr": (0.02, "of Muon, and the paper's optimizer is AdamW"),
+    "model.text.vocab_size": (49408, "CLIP's tokens"),
+    "model.text.tokenizer": ("clip", "open_clip's BPE"),
+    "model.text.null": ("learned", "an embedding for a dropped caption"),
+    "model.net.in_channels": (3, "RGB"),
 }
 UPSAMPLERS = {
-    "model.net.head_width": "there is no attention",
-    **{f"model.net.{key}": "no conditions but the image" for key in ("embed_dim", "embed_tokens")},
-    "model.net.context_width": "no captions",
-    "model.net.scale_shift": "GLIDE's FiLM",
-    "model.diffusion.max_snr": "each step of the loss counts alike",
-    "model.diffusion.variance_bound": "no learned variance",
-    "model.sampling.threshold": "keeps x_0 in [-1, 1]",
-    "model.sampling.eta": "DDIM without noise",
-    "model.clamp_condition": "of older weights",
-    "model.last_net": "of Karlo",
+    "model.net.head_width": (64, "there is no attention"),
+    "model.net.embed_dim": (0, "no embedding"),
+    "model.net.embed_tokens": (4, "no embedding"),
+    "model.net.context_width": (0, "no captions"),
+    "model.net.scale_shift": (True, "GLIDE's FiLM"),
+    "model.diffusion.max_snr": (None, "each step of the loss counts alike"),
+    "model.diffusion.variance_bound": (2.0, "there is no learned variance"),
+    "model.sampling.threshold": ("static", "keeps x_0 in [-1, 1]"),
+    "model.sampling.eta": (0.0, "DDIM without noise"),
+    "model.clamp_condition": (False, "of older weights"),
+    "model.last_net": (False, "of Karlo"),
 }
 NOT_NAMED_BY = {  # of one stage, with those of all
-    "ar_prior": {"model.text.pooled": "nothing reads it in a prior"},
+    "ar_prior": {"model.text.pooled": (True, "nothing reads it in a prior")},
     "diffusion_prior": {
-        "model.diffusion.max_snr": "each step of the loss counts alike",
-        "model.diffusion.variance_bound": "no learned variance",
-        "model.sampling.threshold": "z_i has no range",
-        "model.sampling.eta": "of DDIM, and Table 3 has Analytic-DPM",
+        "model.diffusion.max_snr": (None, "each step of the loss counts alike"),
+        "model.diffusion.variance_bound": (2.0, "there is no learned variance"),
+        "model.sampling.threshold": (None, "z_i has no range"),
+        "model.sampling.eta": (0.0, "of DDIM, and Table 3 has Analytic-DPM"),
     },
     "decoder": {
-        "model.net.out_channels": "mean and variance, which the loss needs",
-        "model.net.low_res_channels": "no condition of fewer pixels",
-        "model.net.scale_shift": "GLIDE's FiLM",
-        "model.net.middle_attention": "as GLIDE",
-        "model.cond_dropout.null_embed": "learned, section 2.1",
-        "model.sampling.threshold": "keeps x_0 in [-1, 1]",
-        "model.condition": "the image embedding",
+        "model.net.out_channels": (6, "mean and variance"),
+        "model.net.low_res_channels": (0, "no image for a condition"),
+        "model.net.scale_shift": (True, "GLIDE's FiLM"),
+        "model.net.middle_attention": (True, "as GLIDE"),
+        "model.cond_dropout.null_embed": ("learned", "section 2.1"),
+        "model.sampling.threshold": ("static", "keeps x_0 in [-1, 1]"),
+        "model.condition": ("image", "the paper's decoder"),
     },
     "upsampler_256": UPSAMPLERS,
     "upsampler_1024": UPSAMPLERS,
@@ -236,9 +237,11 @@ def test_nothing_comes_from_the_small_stage_without_a_reason(name):
     decided = {key for file in overlays for key in written(file)}
     inherited = written(small).keys() - decided
     assert inherited == (SAME | INHERITED[name]).keys()
-    of_classes = resolved(name).keys() - decided - TABLE_3[name].keys() - inherited
-    known = (NOT_NAMED | NOT_NAMED_BY[name]).keys()
-    assert {key for key in of_classes if key.startswith("model.")} <= known
+    resolved_values = resolved(name)
+    of_classes = resolved_values.keys() - decided - TABLE_3[name].keys() - inherited
+    known = NOT_NAMED | NOT_NAMED_BY[name]
+    for key in sorted(key for key in of_classes if key.startswith("model.")):
+        assert resolved_values[key] == known[key][0], key
 
 
 @pytest.mark.parametrize("name", TABLE_3)

@@ -66,19 +66,10 @@ def small_shards(monkeypatch):
 
 
 def words(stages, out: Path, *more: str) -> list[str]:
-    options = ["--annotations", stages["annotations"], "--images", stages["images"], "--out", out]
-    options += ["--decoder", stages["decoder"], "--upsamplers", stages["upsampler"]]
-    options += [
-        "--floor",
-        stages["floor"],
-        "--num-captions",
-        COUNT,
-        "--batch-size",
-        4,
-        "--resamples",
-        2,
-    ]
-    options += ["--prior-sampler", "ddim", "--prior-steps", 2]
+    options = ["--annotations", stages["annotations"], "--images", stages["images"]]
+    options += ["--decoder", stages["decoder"], "--upsamplers", stages["upsampler"], "--out", out]
+    options += ["--num-captions", COUNT, "--batch-size", 4, "--resamples", 2]
+    options += ["--floor", stages["floor"], "--prior-sampler", "ddim", "--prior-steps", 2]
     options += ["--features", "clip", "--score-clip", "openmoji", "--device", "cpu"]
     return [*map(str, options), "--guidance-scales", "1.25", "2", *more]
 
@@ -152,6 +143,7 @@ def test_the_report_says_what_both_priors_draw_with(ran):
     for line in (f"| prior ar | name {ar['name']}, sha256 {ar['sha256']}, ", "| seed | 0 |"):
         assert line in table
     assert f"sha256 {found['settings']['decoder']['sha256']} |" in table
+    assert "| decoder sees | z_i of the prior + the caption's tokens |" in table
 
 
 def test_figures_are_those_of_the_pictures_that_the_stages_draw(ran, stages):
@@ -222,6 +214,7 @@ def test_two_ranks_share_the_images_and_have_the_figures_of_one(ran, stages, tmp
                 assert other[name] == value
             else:  # the halves of the interval are drawn from rows in order of their sums
                 assert other[name] == pytest.approx(value, rel=1e-4), name
+    assert two["floor"]["mean"] == pytest.approx(ran[1]["floor"]["mean"], rel=1e-6)
 
 
 def test_only_the_drawn_captions_pictures_can_be_the_reference(stages, tmp_path):

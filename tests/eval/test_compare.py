@@ -10,6 +10,7 @@ from PIL import Image
 
 from eval import compare, conditioning, distances, fid
 from eval.captions import read_captions
+from eval.comparison import Comparison
 from eval.features import load_features
 from eval.generated import GeneratedImages
 from eval.source import Model, describe_weights
@@ -239,6 +240,17 @@ def test_a_second_run_draws_nothing_and_has_the_same_figures(ran, stages, monkey
     assert compare.main(words(stages, ran[0])) == 0
     assert before == {path: path.stat().st_mtime_ns for path in ran[0].rglob("*.tar")}
     assert json.loads((ran[0] / "compare.json").read_text()) == ran[1]
+
+
+def test_what_is_near_the_floor_has_no_sure_difference(ran, stages, monkeypatch):
+    """A second run, which draws nothing."""
+    monkeypatch.setattr(Comparison, "near_floor", lambda self, one, other: {"kid"})
+    assert compare.main(words(stages, ran[0], "--out", str(ran[0]), "--overwrite")) == 0
+    found = json.loads((ran[0] / "compare.json").read_text())["differences"]["fixed"]
+    (ran[0] / "compare.json").write_text(json.dumps(ran[1]))
+    for differences in found.values():
+        assert [name for name, one in differences.items() if one["at_floor"]] == ["kid"]
+        assert not differences["kid"]["sure"]
 
 
 @pytest.mark.slow

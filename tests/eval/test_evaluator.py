@@ -67,7 +67,7 @@ def test_for_other_data_a_scoring_clip_must_be_named(fingerprint):
     other = fingerprint | {"config": fingerprint["config"] | {"model": "ViT-L-14"}}
     with pytest.raises(UserError, match="--score-clip"):
         evaluator(other, captions="captions.txt")
-    assert choose_score_clip("ViT-B-32/openai", other) == "ViT-B-32/openai"
+    assert choose_score_clip("ViT-B-32/openai", other, None) == "ViT-B-32/openai"
     assert choose_score_clip(None, None, "openmoji") == SCORING_CLIP
     for captions in (None, "captions.txt"):  # of a folder, or of a decoder without a CLIP
         with pytest.raises(UserError, match="not known.*--score-clip"):
@@ -111,9 +111,12 @@ def test_distances_by_the_clip_that_conditions_are_said_to_be_by_it(tmp_path, ca
     printed = capsys.readouterr().out
     floor = json.loads(printed.strip().splitlines()[-1])["floor"]
     assert (floor["count"], floor["reference"]) == (4, 4)
-    assert f"{floor['mean']['fd_clip']:.4g}, up to {floor['high']['fd_clip']:.4g}" in printed
-    assert fid.main([*words, *more, str(shard)]) == 0  # of 4 drawings, and it takes 8
-    assert "No floor: it takes 8 real images" in capsys.readouterr().out
+    said = [f"{floor[part]['fd_clip']:.4g}" for part in ("mean", "high")]
+    kids = [f"{1000 * floor[part]['kid']:.4g}" for part in ("mean", "high")]
+    assert f"{', up to '.join(said)}, KID x 1000 {', up to '.join(kids)}" in printed
+    assert fid.main([*words, *more, str(shard)]) == 0
+    note = "No floor: it takes 8 real images, and --floor has 4."
+    assert note in capsys.readouterr().out
     assert fid.main([*words, *more, str(tmp_path / "nothing")]) == 1
 
 

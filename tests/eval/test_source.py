@@ -8,7 +8,7 @@ import torch
 
 from eval import clip_score
 from eval.captions import read_captions
-from eval.source import conditioning_clip, describe_weights, open_source
+from eval.source import conditioning_clip, describe_weights, drawn_settings, open_source
 from eval.stored import ImageSource
 from tests.eval import tiny
 from tests.factories import captions_decoder, write_release
@@ -50,14 +50,16 @@ def test_a_model_draws_what_its_pipeline_draws(release, shard, tmp_path, conditi
     assert torch.equal(images, to_uint8(expected))
     settings = json.loads((tmp_path / "samples.json").read_text())["settings"]
     assert settings["condition"] == condition
-    embedding = {"prior": "z_i of the prior", "text": "z_t as the embedding"}.get(condition)
-    assert settings["decoder sees"] == {"embedding": embedding, "tokens": True, "text_embed": "no"}
+    embedding = {"prior": "z_i of the prior + ", "text": "z_t as the embedding + "}
+    seen = drawn_settings(open_images(*words))["decoder sees"]
+    assert seen == embedding.get(condition, "") + "the caption's tokens"
 
 
 def test_settings_say_that_z_t_reaches_a_decoder_that_adds_it_to_the_timestep(shard, tmp_path):
     decoder = tiny.decoder(tmp_path / "pooled", pooled=True)
     words = ["--decoder", str(decoder), "--captions", str(shard), "--condition", "caption"]
-    assert open_images(*words).settings["decoder sees"]["text_embed"] == "yes"
+    settings = drawn_settings(open_images(*words))
+    assert settings["decoder sees"] == "the caption's tokens + z_t with the timestep"
 
 
 def test_compile_reaches_the_networks_that_draw(release, shard, monkeypatch):

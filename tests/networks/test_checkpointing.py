@@ -131,6 +131,7 @@ def test_an_unknown_kind_is_a_sentence():
         lambda: UNetConfig(checkpointing="some"),
         lambda: PriorTransformerConfig(checkpointing=True),
         lambda: TextConfig(checkpointing="all"),
+        lambda: apply_checkpointing(nn.Identity(), "some"),
     ):
         with pytest.raises(ValueError, match="checkpointing"):
             make()

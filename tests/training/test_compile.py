@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
+from open_clip.transformer import ResidualAttentionBlock
 from torch.utils.data import DataLoader
 
 from tests.networks.test_compilation import batch, decoder
@@ -18,6 +19,10 @@ from unclip_pl.stages import base
 from unclip_pl.stages.clip import CLIP
 from unclip_pl.training.checkpoints import NewestCheckpoint
 from unclip_pl.training.ema import EMA
+from unclip_pl.utils.errors import UserError
+
+CLIP_BLOCKS = 7
+"""Of both towers of the embedded CLIP."""
 
 
 def fit(folder, compiled: bool, steps: int, resume=None):
@@ -54,15 +59,28 @@ def test_a_compiled_run_is_checkpointed_and_resumed_as_a_plain_one(tmp_path, mon
     assert resumed["global_step"] == 3
 
 
-def test_blocks_of_a_clip_are_compiled_as_well():
+def test_blocks_of_a_clip_are_compiled_as_well(monkeypatch, capsys):
     stage = CLIP("openmoji").eval()
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     tokens = torch.arange(16).reshape(2, 8)
     given = {"image": images, "tokens": F.pad(tokens, (0, stage.net.context_length - 8))}
     plain, names = stage.loss(given)["loss"], list(stage.state_dict())
-    assert compile_blocks(stage, backend="aot_eager", kind=stage.block_kind) > 0
+    monkeypatch.setattr(base, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
+    stage.compile_networks, stage.trainer = True, Trainer(accelerator="cpu", logger=False)
+    stage.configure_model()
+    blocks = [m for m in stage.modules() if isinstance(m, ResidualAttentionBlock)]
+    assert len(blocks) == CLIP_BLOCKS and all(block._compiled_call_impl for block in blocks)
+    assert "compiled at their first use" in capsys.readouterr().err
     torch.testing.assert_close(stage.loss(given)["loss"], plain)
     assert list(stage.state_dict()) == names
+
+
+def test_a_network_without_blocks_is_refused(monkeypatch):
+    stage = decoder()
+    stage.compile_networks, stage.trainer = True, Trainer(accelerator="cpu", logger=False)
+    monkeypatch.setattr(type(stage), "block_kind", torch.nn.Bilinear)
+    with pytest.raises(UserError, match="no Bilinear.*leave compile out"):
+        stage.configure_model()
 
 
 def test_the_option_reaches_the_stage():

@@ -101,7 +101,7 @@ class UnclipCLI(LightningCLI):
             type=bool,
             default=False,
             help="compile the blocks of all networks (torch.compile): the first steps take "
-            "minutes, later ones less time on GPUs",
+            "minutes; meant for GPUs",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -3,7 +3,7 @@
 Each block is compiled in place by `nn.Module.compile`, so that names in checkpoints do not change.
 Blocks of the same shape share the compiled code; the first call of each shape takes seconds to
 minutes. Transformer blocks are compiled for changing lengths, U-Net blocks for each shape but not
-for each length of captions.
+for each length of captions, those of open_clip's CLIP for each shape.
 """
 
 import warnings

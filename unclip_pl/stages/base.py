@@ -146,7 +146,11 @@ class Stage(LightningModule):
             device = self.trainer.strategy.root_device
             if rank() == 0:
                 announce_compiling(device.type)
-            compile_blocks(self, device, kind=self.block_kind)
+            if not compile_blocks(self, device, kind=self.block_kind):
+                raise UserError(
+                    f"compile: the networks have no {self.block_kind.__name__}, which is what is "
+                    "compiled here: leave compile out."
+                )
 
     @property
     def block_kind(self) -> type[nn.Module]:

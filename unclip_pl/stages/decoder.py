@@ -142,9 +142,7 @@ class Decoder(Stage):
         learned = self.process.config.variance == "learned_range"
         self.scalars = ("loss", "mse", "vb") if learned else ("loss", "mse")
         if condition == "text":  # the embedding is the caption's, too
-            self.captioned_dropout = CondDropoutConfig(
-                embed=0.0, text=0.0, null_embed=self.cond_dropout.null_embed
-            )
+            self.captioned_dropout = replace(self.cond_dropout, embed=0.0, text=0.0)
         elif self.text_config.kind != "none":
             self.captioned_dropout = replace(self.cond_dropout, text=0.0)
         embed_dim, context_width = self.net_config.embed_dim, self.net_config.context_width
