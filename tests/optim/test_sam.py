@@ -121,6 +121,19 @@ def test_a_run_steps_by_the_gradient_uphill_whatever_it_accumulates(count, tmp_p
     assert all(torch.equal(*pair) for pair in zip(before, after))
 
 
+def test_both_passes_drop_the_same_patches(tmp_path):
+    """What the climb draws at random the step draws as well, and the next batch draws other."""
+    model, contrast, drawn = stage(RHO), CLIP.contrast, []
+
+    def watched(batch, rank=0, world=1):
+        drawn.append(torch.rand(1).item())
+        return contrast(model, batch, rank, world)
+
+    model.contrast = watched
+    trainer(tmp_path, steps=2).fit(model, datamodule=Pairs(batches(2)))
+    assert drawn[0] == drawn[1] != drawn[2] == drawn[3] and len(drawn) == 4
+
+
 def test_the_gradient_uphill_is_clipped(tmp_path):
     pairs, limit = batches(1), 0.01
     clipped, whole = gradients(stage(RHO, limit), pairs, tmp_path), by_hand(pairs)

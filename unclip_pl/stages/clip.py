@@ -7,6 +7,7 @@ folder, which `FrozenCLIP` and open_clip itself load.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,8 +107,11 @@ class CLIP(Stage):
 
     def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
         batch = batch | {"image": random_affine(batch["image"], self.augment)}
-        if self.sam_rho:
-            self._before_climb = climb(lambda: self.contrast(batch), self._trained, self.sam_rho)
+        if self.sam_rho:  # the same patches are dropped in both passes
+            devices = [self.device] if self.device.type == "cuda" else []
+            contrast, rho = partial(self.contrast, batch), self.sam_rho
+            with torch.random.fork_rng(devices):
+                self._before_climb = climb(contrast, self._trained, rho)
         return super().training_step(batch, batch_idx)
 
     def on_after_backward(self) -> None:
