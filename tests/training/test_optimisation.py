@@ -38,7 +38,7 @@ def test_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
 
 
 def test_a_run_of_which_every_step_is_skipped_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "USELESS_STEPS", 10)
+    monkeypatch.setattr(base, "MAX_SKIPPED_STEPS", 10)
     module = Toy(optimizer=OptimizerConfig(lr=0.1, warmup_steps=2))
     flaw = SpoilFrom(module, 5)
     with pytest.raises(SharedError, match="last 10 steps were all skipped"):

@@ -41,7 +41,7 @@ from unclip_pl.utils.distributed import rank
 from unclip_pl.utils.errors import SharedError, UserError
 
 __all__ = ["OptimizerConfig", "Stage"]
-USELESS_STEPS = 100
+MAX_SKIPPED_STEPS = 100
 """A run ends after this many skipped steps in a row."""
 
 
@@ -81,7 +81,7 @@ class Stage(LightningModule):
     captioned_dropout: Any = None
     """`cond_dropout` that drops no caption. Validation logs `val/loss_captioned` with it: the loss
     with the same noise. None: the stage reads no captions."""
-    _looked_at: tuple[int, int] | None = None
+    _last_check: tuple[int, int] | None = None
     """A step of this run, and how many had been skipped before it."""
     _resumed: bool = False
     """A checkpoint was loaded, and training has not begun yet."""
@@ -263,22 +263,22 @@ class Stage(LightningModule):
         self._require_progress()
 
     def _require_progress(self) -> None:
-        """Check every `USELESS_STEPS` steps, because it waits for the device.
+        """Check every `MAX_SKIPPED_STEPS` steps, because it waits for the device.
 
         Raises:
             SharedError: all steps since the last check were skipped.
         """
-        if self._looked_at is None:
-            self._looked_at = self.global_step, int(self.skipped_steps)
-        step, skipped = self._looked_at
-        if self.global_step - step < USELESS_STEPS:
+        if self._last_check is None:
+            self._last_check = self.global_step, int(self.skipped_steps)
+        step, skipped = self._last_check
+        if self.global_step - step < MAX_SKIPPED_STEPS:
             return
-        self._looked_at = self.global_step, int(self.skipped_steps)
-        if self._looked_at[1] - skipped >= USELESS_STEPS:
+        self._last_check = self.global_step, int(self.skipped_steps)
+        if self._last_check[1] - skipped >= MAX_SKIPPED_STEPS:
             raise SharedError(
-                f"The last {USELESS_STEPS} steps were all skipped, because their gradients were "
-                "not finite: go on from an earlier checkpoint, such as the best one, with --init "
-                "and a lower --model.optimizer.lr."
+                f"The last {MAX_SKIPPED_STEPS} steps were all skipped, because their gradients "
+                "were not finite: go on from an earlier checkpoint, such as the best one, with "
+                "--init and a lower --model.optimizer.lr."
             )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
