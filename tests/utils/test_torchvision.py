@@ -19,7 +19,8 @@ FIRST = (
 )
 CODE = f"""
 import os, sys, traceback
-import torch  # what takes longest, once for all
+import torch, torch._dynamo, scipy.signal, matplotlib.pyplot  # what takes longest, once for all
+assert "torchvision" not in sys.modules and "lightning" not in sys.modules
 for line in {FIRST!r}:
     if os.fork() == 0:  # a process that has imported nothing else
         try:
