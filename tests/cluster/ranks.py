@@ -21,6 +21,7 @@ from unclip_pl.data.loader import collate
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.ar_prior import ARPriorConfig
 from unclip_pl.networks.compilation import compile_blocks
+from unclip_pl.networks.layers import Block
 from unclip_pl.networks.prior import PriorTextConfig, PriorTransformerConfig
 from unclip_pl.networks.text import TextConfig
 from unclip_pl.networks.unet import UNetConfig
@@ -99,6 +100,11 @@ def ar_prior() -> ARPrior:
 
 
 STAGES = {"decoder": decoder, "prior": prior, "ar_prior": ar_prior}
+WATCHING = {
+    "decoder": lambda: [Pictures(2)],
+    "prior": lambda: [PriorMonitor(4, 2), AnalyticVariance(4, 1)],
+    "ar_prior": lambda: [PriorMonitor(4, 2)],
+}
 
 
 def sample(i: int) -> dict:
@@ -256,21 +262,21 @@ def two(folder: Path) -> dict:
     results = {}
     for name in STAGES:
         for kind in ("ddp", "fsdp"):
-            watching = {
-                "decoder": [Pictures(2)],
-                "prior": [PriorMonitor(4, 2), AnalyticVariance(4, 1)],
-                "ar_prior": [PriorMonitor(4, 2)],
-            }[name]
             results[name, kind] = fit(
                 folder / name / kind,
                 seeded(name),
                 kind == "fsdp",
                 STEPS if name == "decoder" else HALF,
-                callbacks=watching,
+                callbacks=WATCHING[name](),
             )
-    for kind in ("ddp", "fsdp"):
-        results["bf16", kind] = fit(
-            folder / "bf16" / kind, seeded("prior"), kind == "fsdp", HALF, precision="bf16-mixed"
+    for name, kind in (("prior", "ddp"), ("prior", "fsdp"), ("decoder", "fsdp")):
+        results["bf16", name, kind] = fit(
+            folder / "bf16" / name / kind,
+            seeded(name),
+            kind == "fsdp",
+            HALF,
+            callbacks=WATCHING[name](),
+            precision="bf16-mixed",
         )
     for name in ("prior", "ar_prior"):
         results["compiled", name] = compiled(folder / "compiled" / name, name)
@@ -279,8 +285,31 @@ def two(folder: Path) -> dict:
         results["resumed", kind, other] = fit(
             folder / f"{kind} to {other}", seeded("decoder"), other == "fsdp", resume=half
         )
+    results["broken"] = broken(folder / "broken")
     results["full disk"] = full_disk(folder / "full", folder / "prior" / "fsdp" / "half.ckpt")
     return results
+
+
+class OutOfMemory(Callback):
+    """An error inside a block, when its weights are gathered, in validation."""
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *_):
+        block = next(module for module in pl_module.modules() if isinstance(module, Block))
+
+        def fail(*_):
+            raise RuntimeError("out of memory")
+
+        next(block.children()).register_forward_pre_hook(fail)
+        pl_module.loss(batch)
+
+
+def broken(folder: Path) -> str:
+    """The error of a run that fails in validation."""
+    try:
+        fit(folder, seeded("prior"), True, callbacks=[OutOfMemory()])
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def full_disk(folder: Path, half: Path) -> str:

@@ -117,7 +117,8 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(two):
 
 
 def test_bfloat16_stays_as_near_to_ddp_as_bfloat16_is(two):
-    ddp, fsdp, exact = two[0]["bf16", "ddp"], two[0]["bf16", "fsdp"], two[0]["prior", "fsdp"]
+    ddp, fsdp = (two[0]["bf16", "prior", kind] for kind in ("ddp", "fsdp"))
+    exact = two[0]["prior", "fsdp"]
     assert fsdp["losses"] == pytest.approx(ddp["losses"], rel=1e-2)
     assert fsdp["losses"] != exact["losses"][: len(fsdp["losses"])]
     assert all(value.dtype == torch.float32 for value in fsdp["averages"].values())
@@ -129,6 +130,18 @@ def test_pictures_are_drawn_with_sharded_weights(two, folder):
         path = folder / "decoder" / kind / "pictures" / "step-0000004.png"
         pixels[kind] = np.asarray(Image.open(path)).astype(int)
     assert abs(pixels["ddp"] - pixels["fsdp"]).max() <= 1 and pixels["ddp"].std() > 1
+
+
+def test_callbacks_draw_with_sharded_weights_of_bfloat16(two, folder):
+    assert (folder / "bf16" / "decoder" / "fsdp" / "pictures" / "step-0000002.png").exists()
+    ddp, fsdp = (two[0]["bf16", "prior", kind] for kind in ("ddp", "fsdp"))
+    assert ddp["validation"] and fsdp["validation"] == pytest.approx(ddp["validation"], abs=0.05)
+    variance = [part["weights"]["x0_error"] for part in (ddp, fsdp)]
+    torch.testing.assert_close(*variance, rtol=0.05, atol=0.01)
+
+
+def test_an_error_in_a_gathered_block_is_the_one_that_is_raised(two):
+    assert [rank["broken"] for rank in two] == ["out of memory"] * 2
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(two):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -44,8 +44,8 @@ def shard(stage: LightningModule, mesh: DeviceMesh, precision: str) -> None:
     Args:
         stage: with all its networks. A stage that is sharded already is left as it is.
         mesh: the ranks to shard over.
-        precision: of the trainer. With "bf16-mixed" blocks are gathered in bfloat16, as autocast
-            would use them, and gradients are summed in float32.
+        precision: of the trainer. With "bf16-mixed" all weights of blocks are gathered in bfloat16
+            (autocast leaves those of norms in float32), and gradients are summed in float32.
 
     Raises:
         UserError: a parameter is a single number, which cannot be sharded.
@@ -74,6 +74,13 @@ def shard(stage: LightningModule, mesh: DeviceMesh, precision: str) -> None:
     for method in FSDP_METHODS:
         if hasattr(stage, method):
             register_fsdp_forward_method(stage, method)
+
+
+def reshard(stage: nn.Module) -> None:
+    """Give up the gathered weights of blocks, so that parameters are parts again."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class ShardedStrategy(ModelParallelStrategy):

@@ -17,6 +17,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from unclip_pl.cluster.sharded import reshard
+
 
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; other tensors as they are."""
@@ -90,6 +92,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def _swap(self, pl_module: LightningModule) -> None:
+        reshard(pl_module)  # an error may have left a block with whole weights
         for name, parameter in pl_module.named_parameters():
             raw = parameter.detach().clone()
             parameter.copy_(self._averages[name])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.utils.images import grid, psnr, save_png
+from unclip_pl.utils.precision import autocast_of
 
 
 class Pictures(Callback):
@@ -46,7 +47,8 @@ class Pictures(Callback):
         batch = {key: value[: self.count] for key, value in batch.items()}
         noise = Noise(range(self.seed, self.seed + len(batch["key"])))
         # Every rank samples, because all are needed where the weights are sharded.
-        drawn = pl_module.sample(batch, noise)
+        with autocast_of(trainer):
+            drawn = pl_module.sample(batch, noise)
         if not trainer.is_global_zero:
             return
         if "low_res" in batch:

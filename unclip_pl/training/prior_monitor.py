@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from unclip_pl.diffusion.noise import Noise
+from unclip_pl.utils.precision import autocast_of
 
 METRICS = (
     "cosine_image",
@@ -140,9 +141,10 @@ class PriorMonitor(Callback):
             return
         noise = Noise(range(self.seed + start, self.seed + start + count))
         part = {key: value[:count] for key, value in batch.items()}
-        self._drawn.append(pl_module.sample(part, noise).cpu())
-        if start == 0:
-            self._repeated = self._sample_repeatedly(pl_module, batch, max(1, count // 8))
+        with autocast_of(trainer):
+            self._drawn.append(pl_module.sample(part, noise).cpu())
+            if start == 0:
+                self._repeated = self._sample_repeatedly(pl_module, batch, max(1, count // 8))
 
     def _sample_repeatedly(self, stage: Any, batch: dict, count: int) -> Tensor:
         """`draws` samples for each of the first `count` captions of a batch."""

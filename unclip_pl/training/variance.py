@@ -14,6 +14,7 @@ from unclip_pl.cluster.sharded_checkpoint import whole_tensors
 from unclip_pl.networks.lora import weights_of
 from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
 from unclip_pl.training.ema import EMA
+from unclip_pl.utils.precision import autocast_of
 from unclip_pl.utils.signals import StopRequest, stop_state
 
 
@@ -50,7 +51,7 @@ class AnalyticVariance(Callback):
             return
         batches = self._first_batches(data, pl_module.device)
         ema = next((callback for callback in callbacks if isinstance(callback, EMA)), None)
-        with ema.applied(pl_module) if ema else nullcontext():
+        with autocast_of(trainer), ema.applied(pl_module) if ema else nullcontext():
             pl_module.estimate_variance(batches, self.draws)
         x0_error = pl_module.x0_error
         x0_error.copy_(trainer.strategy.reduce(x0_error.clone(), reduce_op="mean"))
@@ -60,7 +61,8 @@ class AnalyticVariance(Callback):
                 _write(newest, x0_error)  # was written before training ended
             elif isinstance(callback, BestCheckpoint) and callback.best_model_path:
                 copy = type(pl_module)(**pl_module.hparams).to(pl_module.device)
-                add_variance(callback.best_model_path, copy, batches, self.draws)
+                with autocast_of(trainer):
+                    add_variance(callback.best_model_path, copy, batches, self.draws)
 
     def _first_batches(
         self, data: LightningDataModule, device: torch.device

@@ -7,7 +7,7 @@ number, and a step takes six to ten times as long as in float32.
 import functools
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -83,6 +83,14 @@ def training_precision(precision: str | int | None, on_cpu: bool, sharded: bool)
             "32-true."
         )
     return supported_precision(name, "cpu", "32-true") if on_cpu else name
+
+
+def autocast_of(trainer: Any) -> AbstractContextManager:
+    """A trainer's autocast, for its callbacks: Lightning calls them outside of it.
+
+    With sharded weights of half precision a network does not run without it.
+    """
+    return trainer.precision_plugin.forward_context()
 
 
 def autocast(precision: str, device: str | torch.device) -> AbstractContextManager:
