@@ -141,6 +141,33 @@ def test_curves_of_a_run_that_was_killed_do_not_go_back(tmp_path):
     assert steps in ([0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 4, 5, 6])
 
 
+class TimeIsUp(Callback):
+    """Asks to stop from a batch on, as Lightning's Timer does."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def on_train_batch_end(self, trainer, *_, **__) -> None:
+        self.left -= 1
+        trainer.should_stop |= self.left <= 0
+
+
+def test_a_run_whose_time_is_up_between_two_steps_ends_the_step_and_goes_on_exactly(tmp_path):
+    accumulate = ["--trainer.accumulate_grad_batches", "4", "--newest.every_n_train_steps", "9"]
+
+    def run(folder, *flags: str) -> dict:
+        assert main(command(folder, *accumulate, *flags, steps=3)) == 0
+        return read_checkpoint(newest_checkpoint(folder))
+
+    callback = '{"class_path": "tests.training.test_resume.TimeIsUp", "init_args": {"batches": 6}}'
+    stopped = run(tmp_path / "stopped", "--trainer.callbacks+", callback)
+    assert stopped["global_step"] == 2
+    resumed, whole = run(tmp_path / "stopped", "--resume", "auto"), run(tmp_path / "whole")
+    assert resumed["global_step"] == whole["global_step"] == 3
+    for name, weight in whole["current_model_state"].items():
+        assert torch.equal(resumed["current_model_state"][name], weight), name
+
+
 def test_max_time_is_that_of_one_start(tmp_path):
     flags = ["--trainer.max_time", "00:00:00:02", "--trainer.callbacks+=tests.training.toy.Slow"]
     assert main(command(tmp_path, *flags, steps=1000)) == 0

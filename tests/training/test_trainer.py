@@ -62,6 +62,12 @@ def test_one_batch_is_one_batch(tmp_path, fractions_first):
     assert cli.trainer.current_epoch == 3 and count(cli).validated == 3
 
 
+def test_validation_comes_every_so_many_steps_whatever_is_accumulated(tmp_path):
+    flags = [*OFTEN, "--trainer.limit_val_batches", "1", "--trainer.accumulate_grad_batches", "3"]
+    flags += ["--trainer.check_val_every_n_epoch", "null"]
+    assert count(build_cli(command(tmp_path, *WATCHED, *flags, steps=4))).validated == 2
+
+
 def test_a_fraction_is_a_fraction(tmp_path):
     flags = ["--trainer.limit_val_batches", "0.25", "--trainer.limit_train_batches", "2"]
     assert count(build_cli(command(tmp_path, *WATCHED, *flags, steps=2))).validated == 4
@@ -115,6 +121,7 @@ def callback(name: str, **options) -> list[str]:
         (callback("StochasticWeightAveraging", swa_lrs=0.1), "ema.decay"),
         ([*callback("EarlyStopping", monitor="val_loss"), *DATA, *OFTEN], "val_loss"),
         ([*DATA, *OFTEN, "--best.monitor", "val/lss"], "val/lss"),
+        (["-c", "lightning_config/lora.yaml"], "starts from scratch: give --init"),
     ],
 )
 def test_what_has_no_effect_or_does_not_fit_is_one_sentence(

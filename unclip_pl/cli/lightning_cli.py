@@ -39,6 +39,7 @@ from unclip_pl.stages.settings import settings_of
 from unclip_pl.training.arguments import add_model_flags
 from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
 from unclip_pl.training.ema import EMA
+from unclip_pl.training.lora import LoRA
 from unclip_pl.training.mirror import Mirror, mirrored
 from unclip_pl.training.monitored import require_logged
 from unclip_pl.training.pictures import Pictures
@@ -207,6 +208,13 @@ class UnclipCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train in a folder that no other run uses."""
         trainer: Any = self.trainer
+        config, checkpoint = self.config[self.subcommand], kwargs.get("ckpt_path")
+        adapts = any(isinstance(callback, LoRA) for callback in trainer.callbacks)
+        if adapts and not checkpoint and not config.get("init"):
+            raise UserError(
+                "LoRA adapts weights that exist, and this run starts from scratch: give --init "
+                "with a release or checkpoint."
+            )
         if trainer.fixed_batches:
             fix_train_batches(self.datamodule, trainer.fixed_batches)
         validates = (
@@ -216,12 +224,11 @@ class UnclipCLI(LightningCLI):
         if trainer.fast_dev_run:  # writes nothing
             self.trainer.fit(**kwargs)
             return
-        checkpoint = kwargs.get("ckpt_path")
         source = Path(checkpoint) if checkpoint else None
         folder = Path(self.trainer.default_root_dir)
         if source:
             refuse_search(trainer.callbacks, folder)
-        url, is_writer = self.config[self.subcommand].get("mirror"), self.trainer.is_global_zero
+        url, is_writer = config.get("mirror"), self.trainer.is_global_zero
         mirror = Mirror(url, folder) if url else None
         with claim_folder(folder, source, is_writer), mirrored(mirror, is_writer):
             self.trainer.fit(**kwargs)

@@ -64,6 +64,10 @@ class Trainer(pl.Trainer):
             raise UserError(
                 f"trainer.devices is {devices}: on a CPU give a number of processes, 1 or more."
             )
+        interval = options.get("val_check_interval")
+        if isinstance(interval, int):  # in steps; Lightning counts batches
+            batches = int(options.get("accumulate_grad_batches", 1))
+            options["val_check_interval"] = interval * batches
         options["precision"] = training_precision(options.get("precision"), on_cpu, sharded)
         self.fixed_batches = int(overfit_batches)
         if self.fixed_batches:
