@@ -52,6 +52,24 @@ def test_at_a_flat_point_or_a_broken_gradient_the_weights_come_back():
     assert torch.equal(w, torch.zeros(3))
 
 
+def test_under_autocast_the_moved_weights_are_used():
+    """Autocast keeps bfloat16 copies of the weights, which must not be those from before."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 8), torch.randn(4, 8)
+    parameters, exact = list(layer.parameters()), nn.Linear(8, 8)
+    exact.load_state_dict(layer.state_dict())
+    climb(lambda: exact(x).square().sum(), list(exact.parameters()), 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = lambda: layer(x).float().square().sum()
+        start = loss().item()
+        before = climb(loss, parameters, 0.5)
+        uphill = loss().item()
+        descend(parameters, before)
+        assert loss().item() == start
+    assert uphill == pytest.approx(exact(x).square().sum().item(), rel=0.02)
+    assert uphill > 1.2 * start
+
+
 class Pairs(LightningDataModule):
     """Batches of pairs, in this order."""
 

@@ -37,6 +37,7 @@ def climb(
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.add_(gradient * scale)
+    torch.clear_autocast_cache()  # it holds the weights as they were before the move
     return before
 
 
@@ -45,3 +46,4 @@ def descend(parameters: Sequence[nn.Parameter], before: Sequence[Tensor]) -> Non
     """Give `parameters` the values that `climb` returned, exactly."""
     for parameter, value in zip(parameters, before, strict=True):
         parameter.copy_(value)
+    torch.clear_autocast_cache()
