@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from tests.training.toy import Toy, loader, trainer
 from unclip_pl.stages import base
 from unclip_pl.stages.base import OptimizerConfig
+from unclip_pl.stages.optimization import build_optimizer
 from unclip_pl.stages.settings import as_config, plain
 from unclip_pl.utils.errors import SharedError, UserError
 
@@ -59,6 +60,11 @@ class SpoilFrom(Callback):
         if trainer.global_step == self.step:
             with torch.no_grad():
                 self.module.net.weight.fill_(torch.inf)
+
+
+def test_muon_without_weights_that_it_trains_is_a_sentence():
+    with pytest.raises(UserError, match="the Toy has none: set it to adamw"):
+        build_optimizer(Toy(), OptimizerConfig(name="muon"))
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path):

@@ -79,7 +79,8 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
     Norms, biases and other vectors have no weight decay.
 
     Raises:
-        UserError: Muon or 8 bits with sharded weights; 8 bits on a CPU, or without bitsandbytes.
+        UserError: Muon or 8 bits with sharded weights; Muon without weights that it trains; 8 bits
+            on a CPU, or without bitsandbytes.
     """
     muon = config.name == "muon"
     if config.name != "adamw" and any(isinstance(p, DTensor) for p in module.parameters()):
@@ -92,6 +93,11 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
             "optimizer.name adamw8bit needs a GPU, and this run is on the CPU: set it to adamw."
         )
     hidden = hidden_weights(module) if muon else []
+    if muon and not hidden:
+        raise UserError(
+            f"optimizer.name muon trains the kernels and matrices of a network's blocks, and the "
+            f"{type(module).__name__} has none: set it to adamw."
+        )
     hidden_ids = {id(p) for p in hidden}
     rest = [p for p in module.parameters() if p.requires_grad and id(p) not in hidden_ids]
     groups: list[dict[str, Any]] = [
