@@ -1,6 +1,9 @@
 """A callback that watches what is never logged is refused before training."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
 from torch.utils.data import DataLoader
@@ -13,6 +16,15 @@ from unclip_pl.training.pictures import Pictures
 from unclip_pl.training.prior_monitor import PriorMonitor
 from unclip_pl.training.progress import LossByTimestep
 from unclip_pl.utils.errors import SharedError
+
+
+def test_the_loss_of_a_quarter_without_samples_is_left_out():
+    logged, process = {}, SimpleNamespace(config=SimpleNamespace(timesteps=8))
+    stage = SimpleNamespace(process=process, log_dict=logged.update)
+    run = SimpleNamespace(_logger_connector=SimpleNamespace(should_update_logs=True))
+    outputs = {"t": torch.tensor([0, 1, 7]), "per_sample": torch.tensor([1.0, 2.0, 5.0])}
+    LossByTimestep().on_train_batch_end(run, stage, outputs, {}, 0)
+    assert logged == {"train/loss_q0": 1.5, "train/loss_q3": 5.0}
 
 
 class Own(Callback):
@@ -29,8 +41,10 @@ def test_all_that_is_logged_is_known_before(name, tmp_path):
     run = trainer(tmp_path, *callbacks, steps=2, log_every_n_steps=1)
     run.fit(stage, data, data)
     logged = {key for key in run.callback_metrics if not key.endswith(("_step", "_epoch"))}
-    # what is measured on captions of one image each, or of several, is not always there
-    optional = {f"val/prior/{kind}" for kind in ("spread", "spread_data", "cosine_text_other")}
+    # What is measured on captions of one image each, or of several, is not always there, nor is a
+    # timestep of each quarter
+    optional = {f"train/loss_q{i}" for i in range(4)}
+    optional |= {f"val/prior/{kind}" for kind in ("spread", "spread_data", "cosine_text_other")}
     expected = logged_names(stage, run.callbacks)
     assert logged <= expected and expected - logged <= optional
 

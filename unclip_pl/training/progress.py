@@ -88,6 +88,7 @@ class LossByTimestep(Callback):
     """Logs the mean loss in each quarter of the noise schedule since the last logging.
 
     `train/loss_q0` is the quarter with the least noise, `train/loss_q3` that with the most.
+    A quarter of which there was no sample is left out.
     """
 
     def __init__(self) -> None:
@@ -110,8 +111,9 @@ class LossByTimestep(Callback):
         quarter = t * 4 // pl_module.process.config.timesteps
         self._sums.index_add_(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
         if trainer._logger_connector.should_update_logs:
-            means = self._sums[0] / self._sums[1].clamp(min=1)
-            pl_module.log_dict({f"train/loss_q{i}": means[i] for i in range(4)})
+            sums, counts = self._sums.tolist()
+            means = {f"train/loss_q{i}": sums[i] / counts[i] for i in range(4) if counts[i]}
+            pl_module.log_dict(means)
             self._sums.zero_()
 
     def logged_names(self, stage: object) -> set[str]:
