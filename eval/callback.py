@@ -20,6 +20,7 @@ from eval.features import Features, load_features
 from eval.metrics import FRECHET, CLIPScore, FrechetDistance, KernelDistance, PrecisionRecall
 from unclip_pl.diffusion.noise import Noise
 from unclip_pl.utils.images import to_uint8
+from unclip_pl.utils.precision import autocast_of
 
 
 class Evaluate(Callback):
@@ -31,8 +32,9 @@ class Evaluate(Callback):
     those of the validation, always with the same noise. torchmetrics reduces over ranks.
 
     Args:
-        every_n_train_steps: the first validation so many steps after the last evaluation evaluates
-            again.
+        every_n_train_steps: the first validation evaluates, and then the first one so many steps
+            after the last evaluation. The others log the last figures again, so that a checkpoint
+            or early stopping can watch them.
         count: samples of each rank; fewer if the validation has fewer.
         features: of images, as `eval.features.load_features` has them; by default openmoji-judge
             where the embedded drawings are held out, and inception for everything else. The
@@ -58,14 +60,15 @@ class Evaluate(Callback):
         self._frechet = "fd_clip"
         self._metrics: list[Metric] = []
         self._clip_score: CLIPScore | None = None
-        self._last = 0
+        self._last: int | None = None
+        self._figures: dict[str, float] = {}
         self._seen = 0
         self._due = False
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._due = (
-            not trainer.sanity_checking
-            and trainer.global_step - self._last >= self.every_n_train_steps
+        steps = None if self._last is None else trainer.global_step - self._last
+        self._due = not trainer.sanity_checking and (
+            steps is None or steps >= self.every_n_train_steps
         )
         self._seen, self._metrics, self._clip_score = 0, [], None
 
@@ -86,7 +89,8 @@ class Evaluate(Callback):
         batch = {key: value[: self.count - self._seen] for key, value in batch.items()}
         first = self.seed + trainer.global_rank * self.count + self._seen
         size = len(batch["key"])
-        drawn = pl_module.sample(batch, Noise(range(first, first + size)))
+        with autocast_of(trainer):
+            drawn = pl_module.sample(batch, Noise(range(first, first + size)))
         self._seen += size
         if drawn.ndim == 2:
             real, fake = batch["image_embed"], drawn
@@ -121,19 +125,21 @@ class Evaluate(Callback):
         return self._metrics
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._due or not self._metrics:
+        if trainer.sanity_checking:
             return
-        self._last = trainer.global_step
+        if self._due and self._metrics:
+            self._last, self._figures = trainer.global_step, self._compute()
+            self._metrics, self._clip_score = [], None
+        logged = {name: torch.tensor(value) for name, value in self._figures.items()}
+        pl_module.log_dict(logged)
+
+    def _compute(self) -> dict[str, float]:
+        """The figures of this evaluation, reduced over ranks."""
         metrics = [*self._metrics]
         if self._clip_score is not None:
             metrics.append(self._clip_score)
-        figures: dict[str, Tensor] = {}
-        for metric in metrics:
-            for name, value in metric.compute().items():
-                if isinstance(value, float):
-                    figures[f"eval/{name}"] = torch.tensor(value, dtype=torch.float32)
-        pl_module.log_dict(figures)
-        self._metrics, self._clip_score = [], None
+        computed = {name: value for metric in metrics for name, value in metric.compute().items()}
+        return {f"eval/{name}": v for name, v in computed.items() if isinstance(v, float)}
 
     def logged_names(self, stage: object) -> set[str]:
         """What this callback logs, for `unclip_pl.training.monitored`."""
@@ -142,7 +148,7 @@ class Evaluate(Callback):
         return {f"eval/{name}" for name in (*names, *of_embeddings)}
 
     def state_dict(self) -> dict:
-        return {"last": self._last}
+        return {"last": self._last, "figures": self._figures}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self._last = state_dict["last"]
+        self._last, self._figures = state_dict["last"], state_dict.get("figures", {})

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 
 from eval.callback import Evaluate
@@ -35,6 +36,7 @@ def validate(
 ) -> None:
     trainer = SimpleNamespace(sanity_checking=False, global_step=step, global_rank=0)
     trainer.datamodule = SimpleNamespace(val=val)
+    trainer.precision_plugin = Precision()
     callback.on_validation_epoch_start(trainer, stage)
     for number, batch in enumerate(batches):
         callback.on_validation_batch_end(trainer, stage, None, batch, number)
@@ -82,10 +84,16 @@ def test_callback_evaluates_a_priors_embeddings_and_scores_them_with_their_capti
     assert stage.logged["eval/clip_score"] == pytest.approx(score.compute()["clip_score"], rel=1e-5)
 
 
+def evaluated_at(step: int, *arguments, **options) -> Evaluate:
+    callback = Evaluate(*arguments, **options)
+    callback.load_state_dict({"last": step})
+    return callback
+
+
 def test_features_of_other_pictures_are_inception_s_and_missing_weights_are_found_at_once(
     tmp_path, monkeypatch
 ):
-    """At the first validation, long before the first evaluation is due."""
+    """At the first validation of a resumed run, long before the next evaluation is due."""
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path))
 
     def unreachable(*_, **__):
@@ -94,25 +102,30 @@ def test_features_of_other_pictures_are_inception_s_and_missing_weights_are_foun
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     stage = Toy(lambda batch, noise: pytest.fail("nothing is due"))
     with pytest.raises(UserError, match="Inception"):
-        validate(Evaluate(1000), stage, batches(), 1, val="data/{00000..00009}.tar")
-    validate(Evaluate(1000), stage, batches(), 1)
+        validate(evaluated_at(0, 1000), stage, batches(), 1, val="data/{00000..00009}.tar")
+    validate(evaluated_at(0, 1000), stage, batches(), 1)
 
 
 def test_features_of_the_clip_that_conditions_are_said_to_be_its(recwarn):
     stage = Toy(lambda batch, noise: batch["image"])
     stage.clip_fingerprint = FrozenCLIP().fingerprint()
-    validate(Evaluate(1000), stage, batches(), 1)
+    validate(evaluated_at(0, 1000), stage, batches(), 1)
     assert not [one for one in recwarn if "conditions" in str(one.message)]
     with pytest.warns(UserWarning, match="conditions this stage"):
-        validate(Evaluate(1000, features="clip"), stage, batches(), 1)
+        validate(evaluated_at(0, 1000, features="clip"), stage, batches(), 1)
 
 
 def test_callback_waits_for_its_steps_also_after_a_resume():
-    stage, callback = Toy(lambda batch, noise: batch["image_embed"]), Evaluate(10, count=12)
-    for step, evaluated in ((5, False), (12, True), (20, False), (22, True)):
+    """In between it logs the last figures again, for whatever watches them."""
+    drawn: list[int] = []
+    stage = Toy(lambda batch, noise: drawn.append(1) or batch["image_embed"])
+    callback = Evaluate(10, count=12)
+    for step, evaluated in ((5, True), (14, False), (15, True), (20, False), (25, True)):
         stage.logged = {}
+        drawn.clear()
         validate(callback, stage, batches(), step)
-        assert bool(stage.logged) == evaluated, step
+        assert bool(drawn) == evaluated, step
+        assert stage.logged["eval/fd_clip"] == pytest.approx(0, abs=1e-5)
         state, callback = callback.state_dict(), Evaluate(10, count=12)
         callback.load_state_dict(state)
     with pytest.raises(ValueError, match="every_n_train_steps"):
