@@ -77,12 +77,11 @@ def load_priors(
     weights = [describe_weights(path) for path in paths]
     if len({described["sha256"] for described in weights}) < len(weights):
         raise UserError("Two of --priors are the same prior: name each once.")
-    decoder, clip, priors = model.unclip.decoder, model.unclip.clip, []
+    priors = []
     for name, stage, described in zip(names, stages, weights, strict=True):
-        unclip = UnCLIP(decoder, stage, clip, model.device, precision=model.precision)
         own = sampling.among(stage, stages).of(stage)
         settings = {"prior": described, "prior_sampling": asdict(own)}
-        priors.append(PriorModel(name, model.unclip, unclip, own, settings))
+        priors.append(PriorModel(name, model.unclip, model.with_prior(stage), own, settings))
     return priors
 
 

@@ -30,7 +30,7 @@ from eval.tables import (
 )
 from unclip_pl.clip.fingerprint import require_same
 from unclip_pl.pipeline.locate import locate, require_weights
-from unclip_pl.pipeline.unclip import Prior, UnCLIP
+from unclip_pl.pipeline.unclip import Prior
 from unclip_pl.pipeline.weights import load_stage
 from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.diffusion_prior import DiffusionPrior
@@ -171,16 +171,15 @@ def load_prior(
     """The condition of a prior, with the settings that the options ask for."""
     kind, settings = PRIORS[name]
     path = locate("prior", given)
-    prior, decoder, clip = load_stage(path, kind), model.unclip.decoder, model.unclip.clip
-    unclip = UnCLIP(decoder, prior, clip, model.device, precision=model.precision)
+    prior = load_stage(path, kind)
     asked = {field: getattr(options, field) for field in settings}
     changes: dict[str, Any] = {
         field: default if asked[field] is None else asked[field]
         for field, default in settings.items()
     }
-    own = PriorSamplingOptions(**changes)
-    weights = describe_weights(path)
-    return conditioning.from_prior(name, model, unclip, weights, own.of(prior), captions, seed)
+    sampling = PriorSamplingOptions(**changes).of(prior)
+    unclip, weights = model.with_prior(prior), describe_weights(path)
+    return conditioning.from_prior(name, model, unclip, weights, sampling, captions, seed)
 
 
 def load_text_decoder(path: str, options: RunOptions, model: Model) -> Model:

@@ -17,8 +17,9 @@ from eval.generated import SHARD_SIZE, GeneratedImages, captions_digest
 from eval.inputs import decoder_inputs
 from eval.stored import MAX_BAD_RATE, ImageSource, StoredImages
 from unclip_pl.clip.fingerprint import Fingerprint
+from unclip_pl.pipeline.devices import accelerate_stages
 from unclip_pl.pipeline.locate import locate, require_weights
-from unclip_pl.pipeline.unclip import Condition, UnCLIP
+from unclip_pl.pipeline.unclip import Condition, Prior, UnCLIP
 from unclip_pl.pipeline.weights import read_weights
 from unclip_pl.utils.commands import Option
 from unclip_pl.utils.distributed import rank, world_size
@@ -276,6 +277,13 @@ class Model:
             precision=self.precision,
             compile=self.compile,
         )
+
+    def with_prior(self, prior: Prior) -> UnCLIP:
+        """The same decoder and CLIP, with a prior that runs as the options say."""
+        decoder, clip = self.unclip.decoder, self.unclip.clip
+        unclip = UnCLIP(decoder, prior, clip, self.device, precision=self.precision)
+        accelerate_stages([prior], unclip.device, self.compile, cuda_graphs=False)
+        return unclip
 
     @property
     def conditioning_clip(self) -> Fingerprint | None:

@@ -8,10 +8,11 @@ import torch
 
 from eval import clip_score
 from eval.captions import read_captions
-from eval.source import conditioning_clip, describe_weights, drawn_settings, open_source
+from eval.source import Model, conditioning_clip, describe_weights, drawn_settings, open_source
 from eval.stored import ImageSource
 from tests.eval import tiny
-from tests.factories import captions_decoder, write_release
+from tests.factories import captions_decoder, tiny_stage, write_release
+from unclip_pl.pipeline import devices
 from unclip_pl.pipeline.locate import DEFAULT_PRIORS
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.utils.errors import UserError
@@ -75,6 +76,17 @@ def test_compile_reaches_the_networks_that_draw(release, shard, monkeypatch):
     for more in ([], ["--compile"]):
         next(iter(open_images(*words, *more, "--num-captions", "1").batches(1)))
     assert asked == [False, True]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_compile_reaches_a_prior_of_a_comparison(release, compile, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(devices, "compile_blocks", lambda stage, device: compiled.append(stage))
+    model = Model(str(release), compile=compile)
+    prior = tiny_stage("diffusion_prior")
+    prior.clip_fingerprint = model.unclip.decoder.clip_fingerprint
+    assert model.with_prior(prior).prior is prior
+    assert compiled == ([model.unclip.decoder, prior] if compile else [])
 
 
 def test_samples_lie_in_the_cache_in_a_folder_of_their_settings(release, shard, cache):
