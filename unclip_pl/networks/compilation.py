@@ -23,10 +23,9 @@ from unclip_pl.utils.compilers import (
 
 MAX_VARIANTS = 256
 """Compiled versions per block class: a U-Net has up to 30 shapes, with and without gradients."""
-CAPTION_LENGTHS = r"L(\['kwargs'\])?\['(context|mask)'\]:1"
-"""For torch: inputs of blocks whose axis 1 is as long as the longest caption of a batch. It varies
-on a CPU only (`trim_padding`). Checkpointed blocks have them in `kwargs`. inductor may compile a
-block once more when a caption is longer than all before."""
+CAPTIONS = ("context", "mask")
+"""Inputs of U-Net blocks whose axis 1 is as long as the longest caption of a batch on a CPU.
+inductor may compile a block once more when a caption is longer than all before."""
 
 
 def compile_blocks(
@@ -60,22 +59,19 @@ def compile_blocks(
     warnings.filterwarnings(
         "ignore", "Detected that context_fn is passed to torch.utils.checkpoint"
     )
-    sources = CAPTION_LENGTHS if torch.device(device).type == "cpu" else ""
     for block in blocks:
         block.compile(backend=backend, dynamic=getattr(block, "compile_dynamic", False))
         compiled = cast(Callable, block._compiled_call_impl)
-        block._compiled_call_impl = partial(_call, compiled, sources)
+        block._compiled_call_impl = partial(_call, compiled)
     return len(blocks)
 
 
-def _call(compiled: Callable, dynamic_sources: str, *inputs: Any, **kwargs: Any) -> Any:
-    """Call a compiled block under the limits that it needs, which torch keeps for each thread.
-
-    Versions of torch that do not know `dynamic_sources` compile for each length of captions.
-    """
-    dynamo, compiler = torch._dynamo.config, torch.compiler.config
+def _call(compiled: Callable, *inputs: Any, **kwargs: Any) -> Any:
+    """Call a compiled block under the limit that it needs, which torch keeps for each thread."""
+    dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_VARIANTS)
-    known = getattr(compiler, "dynamic_sources", dynamic_sources)
-    if dynamic_sources not in known:
-        compiler.dynamic_sources = ",".join(filter(None, [known, dynamic_sources]))
+    for name in CAPTIONS:
+        tensor = kwargs.get(name)
+        if tensor is not None and tensor.device.type == "cpu":  # see `trim_padding`
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
     return compiled(*inputs, **kwargs)
