@@ -42,6 +42,7 @@ def test_embedding_is_that_of_encode_text(tmp_path, kind, text):
     assert type(clip.model) is kind
     assert got.states.shape == (3, 16, clip.states_width)
     assert got.embed.shape == (3, 24) == (3, clip.embed_dim)
+    assert clip.vocab_size == MODEL["text_cfg"]["vocab_size"]
     assert got.embed.dtype == got.states.dtype == torch.float32 and not got.embed.requires_grad
     assert not torch.allclose(got.embed.norm(dim=-1), torch.ones(3), atol=0.01)
 

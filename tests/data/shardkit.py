@@ -48,7 +48,7 @@ class FakeCLIP:
     They are a fixed projection of the pixels and of the letters. `seen` counts the images.
     """
 
-    image_size, embed_dim, states_width, context_length = 8, 6, 5, 12
+    image_size, embed_dim, states_width, context_length, vocab_size = 8, 6, 5, 12, 256
     device = torch.device("cpu")
 
     def __init__(self, seed: int = 0, die_after: int | None = None) -> None:

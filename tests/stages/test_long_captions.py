@@ -135,3 +135,13 @@ def test_data_that_do_not_fill_the_context_are_a_sentence(name, clip):
     stage.text_config = replace(stage.text_config, vocab_size=1000)
     with pytest.raises(UserError, match="49408"):
         stage.check_data(data)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_too_few_ids_for_clips_tokens_are_a_sentence(name, clip):
+    data = SimpleNamespace(clip=clip, text_states=False, text_length=None, image_size=16)
+    stage = stage_of(name, 32)
+    stage.check_data(data)
+    stage.text_config = replace(stage.text_config, vocab_size=300)
+    with pytest.raises(UserError, match=r"vocab_size is 300, and the CLIP of the data has 49408"):
+        stage.check_data(data)

@@ -85,6 +85,11 @@ class FrozenCLIP:
         return self._text.context_length
 
     @property
+    def vocab_size(self) -> int:
+        """The number of ids that a token can have."""
+        return self._text.token_embedding.num_embeddings
+
+    @property
     def image_size(self) -> int:
         """Side of the images that the model sees, in pixels; others are resized."""
         size = self.model.visual.image_size

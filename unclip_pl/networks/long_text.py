@@ -24,8 +24,13 @@ def text_tokens_length(text: Any, clip_length: int) -> int | None:
         text: the stage's text config.
         clip_length: context length of the CLIP.
     """
-    reads_clip = text.kind in KINDS_WITH_TOKENS and not has_own_tokenizer(text)
-    return text.context_length if reads_clip and text.context_length > clip_length else None
+    is_longer = reads_ids(text) and text.context_length > clip_length
+    return text.context_length if is_longer else None
+
+
+def reads_ids(text: Any) -> bool:
+    """Whether a stage with this text config reads token ids from the data."""
+    return text.kind in KINDS_WITH_TOKENS and not has_own_tokenizer(text)
 
 
 def has_own_tokenizer(text: Any) -> bool:

@@ -27,7 +27,7 @@ from unclip_pl.stages.data_checks import (
     check_captions,
     check_clip,
     check_length,
-    check_own_tokens,
+    check_tokens,
     empty_caption,
 )
 from unclip_pl.utils.choices import check_share
@@ -136,7 +136,7 @@ class ARPrior(Stage):
         check_clip(data, self.net_config.embed_dim, self.text_config)
         if self.text_config.kind != "none":
             check_length(data, self.text_config)
-        check_own_tokens(data, self.text_config)
+        check_tokens(data, self.text_config)
         check_captions(data)
 
     def use_data(self, data: Any) -> None:

@@ -4,7 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
-from unclip_pl.networks.long_text import VOCABULARY, has_own_tokenizer, text_tokens_length
+from unclip_pl.networks.long_text import (
+    VOCABULARY,
+    has_own_tokenizer,
+    reads_ids,
+    text_tokens_length,
+)
 from unclip_pl.utils.errors import UserError
 
 
@@ -62,21 +67,26 @@ def check_length(data: Any, text: Any) -> None:
         )
 
 
-def check_own_tokens(data: Any, text: Any) -> None:
-    """Check the `text_tokens` of a stage whose context is longer than CLIP's; see `long_text`.
+def check_tokens(data: Any, text: Any) -> None:
+    """Check the token ids of a stage: CLIP's, or `text_tokens` where its context is longer.
 
     Raises:
-        UserError: the DataModule gives none to fill the text config's context, or gives some that
-            the stage does not read or has no embedding for.
+        UserError: the text config has no embedding for some ids; or the DataModule gives no
+            `text_tokens` (see `long_text`) to fill its context, or some that the stage does not
+            read.
     """
     clip_length = data.clip.context_length
     data_length = getattr(data, "text_length", None)
     needed = text_tokens_length(text, clip_length)
-    if needed is not None and text.vocab_size < VOCABULARY:
-        raise UserError(
-            f"model.text.vocab_size is {text.vocab_size}, and the tokenizer of whole captions has "
-            f"{VOCABULARY} ids: set it to that."
-        )
+    if reads_ids(text):
+        tokenizer, ids = "tokenizer of whole captions", VOCABULARY
+        if needed is None:
+            tokenizer, ids = "CLIP of the data", data.clip.vocab_size
+        if text.vocab_size < ids:
+            raise UserError(
+                f"model.text.vocab_size is {text.vocab_size}, and the {tokenizer} has {ids} ids: "
+                "set it to that."
+            )
     if needed == data_length:
         return
     if needed is None:

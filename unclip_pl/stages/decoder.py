@@ -29,7 +29,7 @@ from unclip_pl.stages.base import OptimizerConfig, Stage
 from unclip_pl.stages.data_checks import (
     check_captions,
     check_clip,
-    check_own_tokens,
+    check_tokens,
     empty_caption,
 )
 from unclip_pl.utils.choices import check_choices, check_share
@@ -200,7 +200,7 @@ class Decoder(Stage):
     def check_data(self, data: Any) -> None:
         if self.condition != "none":
             check_clip(data, self.net_config.embed_dim, self.text_config)
-        check_own_tokens(data, self.text_config)
+        check_tokens(data, self.text_config)
         if data.image_size != self.net_config.image_size:
             raise UserError(
                 f"data.image_size is {data.image_size} and model.net.image_size is "

@@ -38,7 +38,7 @@ from unclip_pl.stages.data_checks import (
     check_captions,
     check_clip,
     check_length,
-    check_own_tokens,
+    check_tokens,
     empty_caption,
 )
 
@@ -168,7 +168,7 @@ class DiffusionPrior(Stage):
     def check_data(self, data: Any) -> None:
         check_clip(data, self.net_config.embed_dim, self.text_config)
         check_length(data, self.text_config)
-        check_own_tokens(data, self.text_config)
+        check_tokens(data, self.text_config)
         check_captions(data)
 
     def conditions(self, batch: dict) -> dict[str, Tensor | None]:
