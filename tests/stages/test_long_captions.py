@@ -145,3 +145,10 @@ def test_too_few_ids_for_clips_tokens_are_a_sentence(name, clip):
     stage.text_config = replace(stage.text_config, vocab_size=300)
     with pytest.raises(UserError, match=r"vocab_size is 300, and the CLIP of the data has 49408"):
         stage.check_data(data)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_context_shorter_than_clips_captions_is_a_sentence(name, clip):
+    data = SimpleNamespace(clip=clip, text_states=False, text_length=None, image_size=16)
+    with pytest.raises(UserError, match=r"captions of 32 tokens and .* is 16: set it to 32"):
+        stage_of(name, 16).check_data(data)

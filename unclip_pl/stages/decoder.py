@@ -22,13 +22,14 @@ from unclip_pl.diffusion.samplers import SAMPLERS
 from unclip_pl.diffusion.schedule import Schedule, Spacing
 from unclip_pl.diffusion.training_draws import draw_keep_masks, draw_timesteps_and_noise
 from unclip_pl.networks.embedding import EmbeddingNormalizer
-from unclip_pl.networks.long_text import caption_inputs, has_own_tokenizer
+from unclip_pl.networks.long_text import caption_inputs, has_own_tokenizer, reads_ids
 from unclip_pl.networks.text import TextConfig, TextContext
 from unclip_pl.networks.unet import UNet, UNetConfig
 from unclip_pl.stages.base import OptimizerConfig, Stage
 from unclip_pl.stages.data_checks import (
     check_captions,
     check_clip,
+    check_length,
     check_tokens,
     empty_caption,
 )
@@ -200,6 +201,8 @@ class Decoder(Stage):
     def check_data(self, data: Any) -> None:
         if self.condition != "none":
             check_clip(data, self.net_config.embed_dim, self.text_config)
+        if reads_ids(self.text_config):
+            check_length(data, self.text_config)
         check_tokens(data, self.text_config)
         if data.image_size != self.net_config.image_size:
             raise UserError(
