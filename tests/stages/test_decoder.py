@@ -258,3 +258,13 @@ def test_validation_tells_the_loss_with_captions_from_that_with_dropped_ones(con
 def test_a_share_that_is_none_is_refused(name):
     with pytest.raises(ValueError, match=rf"model\.cond_dropout\.{name} is -0\.1"):
         CondDropoutConfig(**{name: -0.1})
+
+
+@pytest.mark.parametrize("condition", ["image", "text"])
+def test_a_context_that_nothing_fills_is_refused(condition):
+    empty = {"net": replace(NET, embed_tokens=0), "text": TextConfig(), "condition": condition}
+    with pytest.raises(ValueError, match=r"context_width is 24, and neither .*: set one of"):
+        decoder(**empty)
+    decoder(**empty | {"text": TEXT})
+    decoder(**empty | {"net": replace(NET, embed_tokens=0, context_width=0)})
+    decoder(**empty | {"net": NET})

@@ -174,6 +174,13 @@ class Decoder(Stage):
                     "embeddings of a CLIP: set it to their width, or model.condition to none "
                     "(captions only)."
                 )
+            tokens, width = self.net_config.embed_tokens, self.net_config.context_width
+            if width and not tokens and self.text_config.kind == "none":
+                raise ValueError(
+                    f"model.net.context_width is {width}, and neither a caption (model.text.kind) "
+                    "nor the embedding (model.net.embed_tokens) fills that context: set one of "
+                    "these two, or the width to 0."
+                )
             return
         if embed_dim:
             raise ValueError(
