@@ -210,3 +210,12 @@ def test_neighbouring_buckets_begin_alike():
             (table[shift:] - table[:-shift]).norm() / table[shift:].norm() for shift in (1, 128)
         )
         assert near < 0.15 and far > 1 and 0.01 < table.std() < 0.04
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("heads", 0), ("depth", 0), ("width", -4), ("embed_dim", 0), ("max_codes", 0), ("buckets", 1)],
+)
+def test_impossible_sizes_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"ARPriorConfig\.{name} is {value}: give"):
+        replace(CONFIG, **{name: value})

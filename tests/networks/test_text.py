@@ -170,6 +170,12 @@ def test_none_gives_nothing():
         ({"kind": "states", "states_width": 4, "null": "zeros"}, "TextConfig.null"),
         ({"kind": "none", "null": "empty"}, 'kind "states" only'),
         ({"kind": "transformer", "width": 30, "heads": 4}, "heads 4"),
+        ({"kind": "transformer", "depth": -1}, r"TextConfig\.depth is -1: give 0"),
+        ({"kind": "transformer", "context_length": 0}, r"\.context_length is 0: give 1"),
+        ({"kind": "transformer", "vocab_size": 0}, r"\.vocab_size is 0: give 1"),
+        ({"kind": "transformer", "width": -8}, r"\.width is -8: give 1"),
+        ({"kind": "transformer", "heads": 0}, r"\.heads is 0: give 1"),
+        ({"kind": "states", "states_width": 4, "context_length": -1}, "context_length is -1"),
     ],
 )
 def test_impossible_configs_are_refused(arguments, words):

@@ -277,6 +277,8 @@ def test_attention_against_a_slow_one():
         ({"attention": (), "middle_attention": False}, "no attention to read it"),
         ({"dropout": 1.0}, "dropout"),
         ({"depth": 0}, "at least 1"),
+        ({"embed_tokens": -1}, r"UNetConfig\.embed_tokens is -1: give 0 or more"),
+        ({"out_channels": 0}, r"UNetConfig\.out_channels is 0: give 1 or more"),
     ],
 )
 def test_impossible_configs_are_refused(change, words):

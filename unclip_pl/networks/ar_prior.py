@@ -22,7 +22,7 @@ from unclip_pl.networks.checkpointing import Checkpointing
 from unclip_pl.networks.embedding import EmbeddingNormalizer
 from unclip_pl.networks.text import TextConfig, TextContext
 from unclip_pl.networks.transformer import Past, Transformer
-from unclip_pl.utils.choices import check_choices
+from unclip_pl.utils.choices import check_choices, check_least
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class ARPriorConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_least(self, 1, "embed_dim", "width", "depth", "heads", "max_codes")
+        check_least(self, 2, "buckets")
 
 
 class ARPriorNet(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unclip_pl.networks.checkpointing import Checkpointing
 from unclip_pl.networks.transformer import Transformer
 from unclip_pl.utils.byte_pairs import BYTES, BytePairs
-from unclip_pl.utils.choices import check_choices
+from unclip_pl.utils.choices import check_choices, check_least
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.tokens import caption_mask
 
@@ -35,6 +35,7 @@ class TextConfig:
     """transformer: number of positions; shorter captions are padded."""
     width: int = 512
     depth: int = 6
+    """transformer: number of blocks; 0: the embeddings of the tokens only."""
     heads: int = 8
     pooled: bool = True
     """Also add one vector of the caption to the timestep embedding: from CLIP's text embedding for
@@ -61,7 +62,12 @@ class TextConfig:
                 'TextConfig of kind "states" needs states_width: set it to the width of CLIP\'s '
                 "token states."
             )
-        if self.kind == "transformer" and (self.heads < 1 or self.width % self.heads):
+        if self.kind != "none":
+            check_least(self, 1, "context_length")
+        if self.kind == "transformer":
+            check_least(self, 1, "vocab_size", "width", "heads")
+            check_least(self, 0, "depth")
+        if self.kind == "transformer" and self.width % self.heads:
             raise ValueError(
                 f"TextConfig.width {self.width} is no multiple of heads {self.heads}: choose heads "
                 "that divide it."

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from unclip_pl.networks.blocks import Attention, Resample, ResBlock, UNetBlock
 from unclip_pl.networks.checkpointing import Checkpointing, apply_checkpointing
 from unclip_pl.networks.layers import GroupNorm32, timestep_embedding, zero_module
-from unclip_pl.utils.choices import check_choices
+from unclip_pl.utils.choices import check_choices, check_least
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_least(self, 1, "in_channels", "out_channels")
+        check_least(self, 0, "embed_dim", "embed_tokens", "context_width", "low_res_channels")
         smallest = self.patch_size * 2 ** (len(self.mults) - 1)
         sizes = self.image_size, self.width, self.depth, self.patch_size, self.head_width
         if not self.mults or min(*sizes, *self.mults) < 1:
