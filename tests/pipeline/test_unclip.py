@@ -1,6 +1,7 @@
 """`UnCLIP`: captions and images through either prior, the three conditions, and the assets."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,8 +104,33 @@ def test_blocks_of_all_stages_are_compiled_if_asked_under_the_same_names(compile
 
 
 def test_there_must_be_a_seed_for_each_caption(folder):
-    with pytest.raises(ValueError, match="seed"):
-        UnCLIP.load(folder).generate(PROMPTS, [0], "text")
+    unclip = UnCLIP.load(folder)
+    with pytest.raises(ValueError, match="2 captions and 1 seeds"):
+        unclip.generate(PROMPTS, [0], "text")
+    for condition in ("text", "caption", "prior"):
+        with pytest.raises(ValueError, match="No captions and no seeds"):
+            unclip.generate([], [], condition)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_there_must_be_as_many_conditions_as_seeds(decoder, scale):
+    unclip = UnCLIP(decoder)
+    settings, embeds = replace(decoder.sampling, guidance_scale=scale), torch.randn(3, 256)
+    starts, noise = torch.zeros(2, 3, 16, 16), range(3)
+    for embed, captions, x_T, said in (
+        (embeds[:2], None, None, "2 embeddings"),
+        (embeds[:1], None, None, "1 embeddings"),
+        (embeds, PROMPTS, None, "2 captions"),
+        (None, PROMPTS[:1], None, "1 captions"),
+        (embeds, None, starts, "2 starts"),
+    ):
+        with pytest.raises(ValueError, match=f"3 pictures are asked for, .* {said} were given"):
+            unclip.decode(embed, noise, captions, settings, x_T=x_T)
+        if x_T is None:
+            with pytest.raises(ValueError, match=said):
+                unclip.run_sampler(lambda *_: starts, 3, embed, captions, settings)
+    with pytest.raises(ValueError, match="No seeds"):
+        unclip.decode(None, [])
 
 
 def test_priors_of_the_package_are_small_and_have_cards():

@@ -1,7 +1,7 @@
-"""What must fit together: the stages and their CLIP, captions and seeds."""
+"""What must fit together: the stages and their CLIP; captions, embeddings and seeds."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import torch
 
@@ -20,12 +20,31 @@ Prior = DiffusionPrior | ARPrior
 
 
 def check_same_length(captions: Sequence[str], seeds: Sequence[int]) -> None:
-    """Raise a ValueError unless there is one seed per caption."""
+    """Raise a ValueError unless there is one seed per caption, and at least one caption."""
+    if len(captions) == len(seeds) == 0:
+        raise ValueError("No captions and no seeds were given: give at least one of each.")
     if len(captions) != len(seeds):
         raise ValueError(
             f"{len(captions)} captions and {len(seeds)} seeds were given: give one seed per "
             "caption."
         )
+
+
+def check_counts(pictures: int, **given: Sized | None) -> None:
+    """Raise a ValueError unless pictures are drawn, and one thing of each kind given for each.
+
+    Args:
+        pictures: how many are drawn.
+        given: things by the name of their kind, such as `captions`; None: there are none.
+    """
+    if pictures < 1:
+        raise ValueError("No seeds were given: give one for each picture, and at least one.")
+    for name, things in given.items():
+        if things is not None and len(things) != pictures:
+            raise ValueError(
+                f"{pictures} pictures are asked for, one per seed, and {len(things)} {name} were "
+                "given: give one for each picture."
+            )
 
 
 def check_prior(decoder: Decoder, prior: Prior | None) -> None:

@@ -17,6 +17,7 @@ from unclip_pl.networks.long_text import has_own_tokenizer, text_tokens_length
 from unclip_pl.pipeline.cascade import Cascade, check_sizes, source_side
 from unclip_pl.pipeline.compatibility import (
     Prior,
+    check_counts,
     check_prior,
     check_same_length,
     require_embeddings,
@@ -262,7 +263,11 @@ class UnCLIP(Pretrained):
         Returns:
             float32 (B, 3, 64, 64) on the pipeline's device, about [-1, 1]: within it where the
             decoder's sampling has a threshold.
+
+        Raises:
+            ValueError: the numbers of seeds, embeddings, captions and starts differ.
         """
+        check_counts(len(seeds), embeddings=image_embed, captions=captions, starts=x_T)
         batch = self.conditions(image_embed, captions)
         with on_device(self.decoder, self.device, self.offload, self.precision):
             return self.decoder.sample(batch, Noise(seeds), sampling, callback, x_T)
@@ -285,7 +290,11 @@ class UnCLIP(Pretrained):
             image_embed: (B, D) as CLIP gives it; None for the null embedding.
             captions: B captions; None drops the caption.
             sampling: other settings than the decoder's own. Its sampler is not used.
+
+        Raises:
+            ValueError: there are more or fewer embeddings or captions than images.
         """
+        check_counts(size, embeddings=image_embed, captions=captions)
         settings = sampling or self.decoder.sampling
         schedule = self.decoder.process.schedule.respaced(settings.steps)
         batch = self.conditions(image_embed, captions)
