@@ -18,7 +18,7 @@ from unclip_pl.utils.commands import CommandParser, Option, exit_code
 from unclip_pl.utils.devices import announce_compiling, pick_device
 from unclip_pl.utils.distributed import local_rank, rank, world_size
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.options import Count, Seed
+from unclip_pl.utils.options import Count, Seed, whole
 from unclip_pl.utils.outputs import OutputFolder
 from unclip_pl.utils.precision import Precision
 
@@ -114,7 +114,14 @@ class FeatureOptions:
     reference_size: Count | None = None
 
 
-Resamples = Annotated[int, Option(renamed="--bootstrap")]
+def resamples(value: Any) -> int:
+    """A number of random subsets that have a spread, or 0."""
+    if whole(value) < 0 or whole(value) == 1:
+        raise ValueError(f"{value} gives no interval: give 2 or more, or 0 for none")
+    return int(value)
+
+
+Resamples = Annotated[int, resamples, Option(renamed="--bootstrap")]
 """How many random subsets the interval of the Frechet distance is from; 0: no interval."""
 
 

@@ -192,9 +192,11 @@ def bootstrap(
         distance: a function of two sets of features.
         a: features of one set, (N, D).
         b: features of the other set, (M, D).
-        resamples: halves that are drawn.
+        resamples: halves that are drawn, at least 2.
         seed: of the halves.
     """
+    if resamples < 2:
+        raise ValueError(f"The bootstrap has {resamples} resamples: give 2 or more.")
     generator = torch.Generator().manual_seed(seed)
     values = torch.zeros(resamples, dtype=torch.float64)
     for i in range(resamples):

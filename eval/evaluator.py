@@ -198,7 +198,7 @@ def compute_distances(
     ]
     if network.is_clip:
         distances.append(metrics.CMMD(dim))
-    if resamples > 0:
+    if resamples:
         distances.append(metrics.FrechetSpread(dim, resamples, seed, network.frechet))
     figures: Figures = {}
     for metric in distances:

@@ -216,6 +216,17 @@ def test_an_old_option_says_its_new_name(command, old, new, capsys):
     assert new in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [fid, coco])
+@pytest.mark.parametrize("number", ["1", "-1", "-100"])
+def test_halves_without_a_spread_are_refused(command, number, capsys):
+    more = ["--annotations", "a"] if command is coco else []
+    assert command.main([*more, "--images", "b", "--resamples", number]) == 2
+    error = capsys.readouterr().err
+    assert "--resamples" in error and f"{number} gives no interval: give 2 or more" in error
+    for good in ("0", "2"):
+        assert tiny.arguments(command, *more, "--images", "b", "--resamples", good)
+
+
 PAGES = [ROOT / "docs" / "evaluation.md", ROOT / "docs" / "results.md"]
 COMMAND_LINES = [
     line

@@ -235,6 +235,12 @@ def test_the_bootstrap_covers_what_fresh_sets_give(n, dim, shift):
     assert 0.75 * spread < np.mean([each.error for each in fresh]) < 1.5 * spread
 
 
+@pytest.mark.parametrize("resamples", [1, 0, -5])
+def test_a_bootstrap_of_fewer_than_two_halves_is_refused(resamples):
+    with pytest.raises(ValueError, match=f"has {resamples} resamples: give 2 or more"):
+        distances.bootstrap(distances.frechet, features(9, 2), features(9, 2), resamples)
+
+
 def test_frechet_infinity_is_nearer_to_the_truth_than_frechet():
     """Two sets of one distribution: the truth is 0, FID lies above it."""
     pairs = [
