@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from eval import distances
+from unclip_pl.training.prior_monitor import median_rank
 from unclip_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -360,7 +361,7 @@ class RetrievalRank(_Rows):
         shares = {f"r{k}": (ranks <= k).double().mean().item() for k in (1, 5)}
         return {
             "rank_mean": ranks.mean().item(),
-            "rank_median": ranks.median().item(),
+            "rank_median": median_rank(ranks),
             **shares,
             "captions": len(ranks),
         }

@@ -19,7 +19,14 @@ from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.diffusion_prior import DiffusionPrior, PriorSamplingConfig
 from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
 from unclip_pl.training.ema import EMA
-from unclip_pl.training.prior_monitor import METRICS, PriorMonitor, mean_pairwise, measure, ranks
+from unclip_pl.training.prior_monitor import (
+    METRICS,
+    PriorMonitor,
+    mean_pairwise,
+    measure,
+    median_rank,
+    ranks,
+)
 from unclip_pl.training.variance import AnalyticVariance, add_variance
 
 D = 12
@@ -79,6 +86,14 @@ def prior() -> DiffusionPrior:
 def test_rank_counts_ties_against():
     similarity = torch.tensor([[0.5, 0.1, 0.9], [0.2, 0.2, 0.1], [0.0, 0.1, 0.9]])
     assert ranks(similarity).tolist() == [2, 2, 1]
+
+
+def test_the_median_of_an_even_number_is_between_the_two_in_the_middle():
+    assert median_rank(torch.tensor([7, 1, 2, 5])) == 3.5
+    assert median_rank(torch.tensor([7, 1, 2])) == 2
+    count = 2**24 + 2  # more than torch.quantile takes
+    assert median_rank(torch.arange(count).flip(0)) == (count - 1) / 2
+    assert measure(torch.eye(2)[[0, 0]], torch.eye(2), torch.eye(2))["rank"] == 1.5
 
 
 def test_a_perfect_prior_finds_every_image_and_a_deaf_one_is_at_chance():
