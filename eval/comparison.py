@@ -12,7 +12,14 @@ from eval.captions import Caption
 from eval.commands import Figures, ReportOptions
 from eval.conditioning import TITLES, Conditioning
 from eval.evaluator import Evaluator, ImageFeatures, gather_ranks
-from eval.floor import Floor, RealImages, compute_floor, reached_on_other_pictures
+from eval.floor import (
+    LEAST,
+    Floor,
+    RealImages,
+    check_enough,
+    compute_floor,
+    reached_on_other_pictures,
+)
 from eval.generated import GeneratedImages
 from eval.paired import (
     Difference,
@@ -63,6 +70,8 @@ class ComparisonSettings(ReportOptions):
                 if not 1 <= scale < float("inf"):
                     option = name.replace("_", "-")
                     raise ValueError(f"--{option} has {scale}: give 1 (no guidance) or more.")
+        if self.sweep_captions is not None and self.sweep_captions < LEAST:
+            raise ValueError(f"--sweep-captions is {self.sweep_captions}: give {LEAST} or more.")
         if self.resamples < 2:
             raise ValueError(f"--resamples is {self.resamples}: a comparison needs 2 or more.")
 
@@ -95,6 +104,7 @@ class Comparison:
         self.real_images, self.paired = real, not real.reference
         self.real = real.features(evaluator, captions)
         self.all_real = gather_ranks(self.real, settings.device)
+        check_enough(len(self.all_real.number), "real images")
         self._floor_features = real.floor_features(evaluator)
         self._floors: dict[int, Floor | None] = {}
         self._features: dict[tuple[str, float | None, float], tuple[int, list[ImageFeatures]]] = {}

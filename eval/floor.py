@@ -28,6 +28,8 @@ MOST_BIAS = 1.02
 """How much further apart a smaller reference may set two sets; the bias goes with 1/N + 1/M."""
 REPEATS = 20
 """Pairs of random sets that the floor is the mean over."""
+LEAST = 4
+"""Captions, and real images, that a comparison takes: KID of a random half takes two of each."""
 NO_FLOOR = "No floor: it takes {} real images, which are not known here; name them with --floor."
 
 
@@ -57,6 +59,15 @@ class Floor:
         """
         lows = {name: figures[name] - 1.96 * figures[f"{name}_se"] for name in self.high}
         return [name for name, high in self.high.items() if lows[name] <= high]
+
+
+def check_enough(count: int, what: str) -> None:
+    """UserError where there are too few captions or real images; `what` names them."""
+    if count < LEAST:
+        raise UserError(
+            f"{count} {what} are too few for KID, precision, recall and their intervals: give "
+            f"{LEAST} or more."
+        )
 
 
 def compute_floor(
@@ -198,12 +209,13 @@ class RealImages:
     device: str = "cpu"
 
     def check(self, captions: Sequence[Caption]) -> None:
-        """UserError where there is nothing to compare drawn images with."""
+        """UserError where there is nothing to compare drawn images with, or too few are drawn."""
         if not self.reference and not all(caption.image for caption in captions):
             raise UserError(
                 f"The captions of {self.captions} have no pictures to compare with: give real ones "
                 "with --reference."
             )
+        check_enough(len(captions), "captions")
 
     def features(self, evaluator: Evaluator, captions: Sequence[Caption]) -> ImageFeatures:
         """This rank's share: those of the reference, or the captions' own with their numbers."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from eval import distances, metrics
 from eval.commands import Figures
 from eval.evaluator import ImageFeatures
+from eval.floor import check_enough
 from unclip_pl.utils.errors import UserError
 
 
@@ -91,7 +92,12 @@ def distance_intervals(
         paired: row k of the reference belongs to caption k and goes into the same halves. Images
             that resemble their captions' pictures lie at a distance that varies much less than that
             of independent sets.
+
+    Raises:
+        UserError: there are too few captions or real images.
     """
+    check_enough(len(images[0].number), "captions")
+    check_enough(len(real), "real images")
     subsets = _Subsets.draw(len(images[0].number), len(real), resamples, seed, paired)
     value, *values = subsets.frechet(real, images)
     spread = _spread(values)
@@ -106,7 +112,11 @@ def paired_kid(real: Tensor, images: Sequence[ImageFeatures]) -> Figures:
     Args:
         real: (N, D) features, row k of caption k's own picture.
         images: a set of drawn images.
+
+    Raises:
+        UserError: there are too few captions.
     """
+    check_enough(len(real), "captions")
     estimates = [distances.kid(real, one.features, paired=True) for one in images]
     return {
         "kid": fmean(one.value for one in estimates),
@@ -183,13 +193,16 @@ def paired_differences(
         key: the name of the Frechet distance in the result.
 
     Raises:
-        UserError: the sets are not of the same captions.
+        UserError: the sets are not of the same captions, or too few for the distances.
     """
     number = a[0].number
     if not all(torch.equal(number, one.number) for one in (*a, *b)):
         raise UserError(
             "The two sets of images are not of the same captions: draw both from the same ones."
         )
+    if real is not None:
+        check_enough(len(number), "captions")
+        check_enough(len(real), "real images")
     real_count = len(number) if real is None else len(real)
     subsets = _Subsets.draw(len(number), real_count, resamples, seed, paired)
     differences = {}

@@ -21,6 +21,7 @@ from eval.floor import (
     NO_FLOOR,
     Floor,
     ReferenceOptions,
+    check_enough,
     compute_floor,
     reached_on_other_pictures,
 )
@@ -169,6 +170,7 @@ def run(
     text, reference = evaluator.embed_captions(captions), images.features(evaluator, captions)
     all_real = gather_ranks(reference, options.device).features
     key, count = evaluator.network.frechet, len(all_real)
+    check_enough(count, "real images")
     floor, others = None, images.floor_features(evaluator)
     if others is not None:
         floor = compute_floor(others, len(captions), count, key, options.seed)

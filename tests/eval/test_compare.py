@@ -35,6 +35,7 @@ def stages(tmp_path_factory):
         "text": tiny.decoder(folder / "text", "text", 1),
         "shard": tiny.shards(folder / "drawings", 12),
         "more": tiny.shards(folder / "more", 30, seed=1),
+        "few": tiny.shards(folder / "few", 3),
     }
 
 
@@ -290,6 +291,9 @@ def test_two_ranks_give_the_same_pictures_and_figures(ran, stages, tmp_path):
         (["--guidance-scales", "0.5"], "--guidance-scales"),
         (["--prior-guidance-scales", "0.5"], "--prior-guidance-scales"),
         (["--resamples", "1"], "--resamples"),
+        (["--num-captions", "3"], "3 captions are too few"),
+        (["--sweep-captions", "3"], "--sweep-captions is 3: give 4"),
+        (["--reference", "{few}"], "3 real images are too few"),
         (["--prior-top-p", "2"], "--prior-top-p"),
         (["--ar-prior", "none", "--prior-top-p", "0.9"], "--prior-top-p"),
         (["--diffusion-prior", "none", "--baseline", "ar"], "--prior-steps"),

@@ -1,5 +1,7 @@
 """Differences between sets of pictures of the same captions, and how sure they are."""
 
+from math import isfinite
+
 import pytest
 import torch
 
@@ -176,3 +178,24 @@ def test_interval_of_pictures_that_resemble_their_captions_own_is_as_wide_as_new
 def test_sets_of_other_captions_are_refused():
     with pytest.raises(UserError, match="same captions"):
         paired_differences(images(1), images(1, 299), features(300, 16, 6), None)
+
+
+def test_too_few_captions_for_kid_and_for_halves_are_refused():
+    text, real = features(4, 16, 6), features(4, 16, 5)
+    a, b = images(1, 4), images(2, 4)
+    assert all(isfinite(value) for value in paired_kid(real, a).values())
+    assert all(isfinite(value) for value in distance_intervals(real, a, "fd", 3).values())
+    found = paired_differences(a, b, text, real, 3)
+    assert all(isfinite(each.low) for each in found.values())
+    for count in (2, 3):
+        few, others, rows = images(1, count), images(2, count), real[:count]
+        for function, *given in (
+            (paired_kid, rows, few),
+            (distance_intervals, rows, few, "fd", 3),
+            (distance_intervals, real, few, "fd", 3, 0, False),
+            (paired_differences, few, others, text, rows, 3),
+        ):
+            with pytest.raises(UserError, match=f"{count} captions are too few for KID"):
+                function(*given)
+        with pytest.raises(UserError, match=f"{count} real images are too few"):
+            distance_intervals(rows, a, "fd", 3, paired=False)

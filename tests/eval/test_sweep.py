@@ -132,6 +132,7 @@ def test_the_report_its_curves_and_pictures_lie_in_the_folder(ran, stages):
         (["--sweep-steps", "fast28"], "--steps is fast28"),
         (["--guidance-scales", "-1"], "--guidance-scale is -1"),
         (["--decoder", "gone"], "no decoder gone"),
+        (["--num-captions", "3"], "3 captions are too few"),
     ],
 )
 def test_what_cannot_be_swept_is_one_sentence(more, keyword, stages, tmp_path, capsys):
