@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.factories import package_cascade
+from tests.factories import package_cascade, write_checkpoint, write_release
 from tests.interop import standin
 from unclip_pl import CLIPConfig, FrozenCLIP, UnCLIP
 from unclip_pl.clip.config import EMBEDDED
+from unclip_pl.pipeline import release
 from unclip_pl.pipeline.hub import read_parts
 from unclip_pl.utils.errors import UserError
 
@@ -50,6 +52,20 @@ def test_a_saved_model_is_read_whole_and_draws_the_same(small, tmp_path):
     torch.testing.assert_close(drawn(again), drawn(small), atol=2e-2, rtol=0)  # float16
     with pytest.raises(UserError, match="exists already"):
         small.save_pretrained(folder)
+
+
+def test_a_saved_model_keeps_the_steps_of_its_training(tmp_path):
+    decoder, upsampler, _ = package_cascade()
+    first = write_checkpoint(tmp_path / "decoder.ckpt", decoder, steps=1234)
+    second = write_release(tmp_path / "upsampler", upsampler, steps=56)
+    saved = UnCLIP.load(first, upsamplers=[second]).save_pretrained(tmp_path / "saved")
+    again = UnCLIP.from_pretrained(saved).save_pretrained(tmp_path / "again")
+    for folder in (saved, again):
+        steps = {part: release.read(folder / part).steps for part in read_parts(folder)}
+        assert steps == {"decoder": 1234, "upsampler-256": 56}
+    decoder._trainer = SimpleNamespace(global_step=78)  # trained in this process
+    trained = UnCLIP(decoder).save_pretrained(tmp_path / "trained")
+    assert release.read(trained / "decoder").steps == 78
 
 
 def test_a_clip_of_ones_own_goes_with_the_model(small, tmp_path):

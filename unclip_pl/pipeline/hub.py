@@ -161,7 +161,9 @@ def _write_stage(stage: Stage, folder: Path, own_clip: bool) -> None:
     if fingerprint is not None and own_clip:
         config = asdict(CLIPConfig(SIBLING_CLIP))
         fingerprint = fingerprint | {"config": config}
-    made = Release(type(stage).__name__, dict(stage.hparams), fingerprint, dict(stage.state_dict()))
+    steps = stage.global_step or stage.trained_steps  # of a trainer, if it has been in one
+    name, tensors = type(stage).__name__, dict(stage.state_dict())
+    made = Release(name, dict(stage.hparams), fingerprint, tensors, steps)
     card = f"{FRONT_MATTER}# {folder.name}\n\nA {made.stage}, part of the model one folder up.\n"
     release.write(folder, made, card, exact=[name for name, _ in stage.named_buffers()])
 

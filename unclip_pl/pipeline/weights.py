@@ -126,6 +126,7 @@ def load_stage(path: str | os.PathLike, *kinds: type[StageT]) -> StageT:
             "or is damaged."
         ) from None
     stage.clip_fingerprint = weights.clip_fingerprint
+    stage.trained_steps = weights.steps
     return stage.eval().requires_grad_(False)
 
 

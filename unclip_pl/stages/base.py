@@ -59,6 +59,8 @@ class Stage(LightningModule):
     clip_fingerprint: dict | None = None
     """The CLIP whose embeddings this stage was trained on, as `Fingerprint` data; kept in
     checkpoints and releases."""
+    trained_steps: int = 0
+    """Optimiser steps of the release or checkpoint that the weights were loaded from."""
     cuda_graphs: bool = False
     """Sampling on a GPU records the denoising step as a CUDA graph."""
     watch: Callable[[Tensor], object] | None = None
