@@ -172,7 +172,8 @@ def test_the_progress_bar_counts_bad_samples_that_any_worker_met(tmp_path, worke
         for sample in itertools.islice(reader, 216 // len(readers))
     )
     assert isinstance(count, int) and 16 < count < 32
-    assert f"bad={count}" in progress.train_progress_bar.postfix
+    shown = progress.train_progress_bar.postfix
+    assert f"bad={count}" in shown and "loss=" in shown
     clean = loader(write_shards(tmp_path, [20] * 4), num_workers=workers)
     take(clean, 14)
     assert clean.bad == 0

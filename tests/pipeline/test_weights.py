@@ -11,12 +11,15 @@ from unclip_pl.diffusion.noise import Noise
 from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.pipeline import release
 from unclip_pl.pipeline.hub import write_parts
-from unclip_pl.pipeline.locate import DEFAULT_PRIORS
+from unclip_pl.pipeline.locate import DEFAULT_PRIORS, OF_STAGE
 from unclip_pl.pipeline.release import Release
 from unclip_pl.pipeline.weights import load_pretrained, load_stage, read_weights
+from unclip_pl.stages.ar_prior import ARPrior
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.stages.clip import CLIP
 from unclip_pl.stages.decoder import Decoder
+from unclip_pl.stages.diffusion_prior import DiffusionPrior
+from unclip_pl.stages.upsampler import Upsampler256, Upsampler1024
 from unclip_pl.utils.errors import UserError
 
 NET = package_decoder().net_config
@@ -35,6 +38,16 @@ def folder(tmp_path, decoder):
 @pytest.fixture
 def checkpoint(tmp_path, decoder):
     return write_checkpoint(tmp_path / "newest-step=7.ckpt", decoder)
+
+
+@pytest.mark.parametrize("place", sorted({*OF_STAGE.values()}))
+def test_openmoji_names_the_packages_weights_of_every_stage(place):
+    stage = load_stage(place, Decoder, DiffusionPrior, ARPrior, Upsampler256, Upsampler1024)
+    fresh = type(stage)(**stage.hparams)
+    load_pretrained(fresh, "openmoji")
+    for name, value in stage.state_dict().items():
+        if name != "skipped_steps":
+            assert torch.equal(fresh.state_dict()[name], value), name
 
 
 def same_decoder(decoder, **changes):

@@ -141,6 +141,23 @@ def test_curves_of_a_run_that_was_killed_do_not_go_back(tmp_path):
     assert steps in ([0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 4, 5, 6])
 
 
+def test_other_data_and_averages_than_the_runs_are_named(tmp_path, caplog, capsys):
+    ended = [*VALIDATED, "--trainer.val_check_interval", "2"]
+    assert main(command(tmp_path, *ended, steps=4)) == 0
+    caplog.clear()
+    other = ["--data.batch_size", "2", "--ema.decay", "0.5", "--resume", "auto"]
+    assert main(command(tmp_path, *ended, *other, steps=4)) == 0
+    assert (
+        f"Other options than those of {tmp_path}: data.batch_size 2 (it was 4), ema.decay 0.5 "
+        "(it was 0.9999)." in caplog.text
+    )
+    assert "newest-step=4.ckpt is at step 4 already: give --trainer.max_steps" in caplog.text
+    caplog.clear()
+    words = [*command(tmp_path, *VALIDATED)[1:], "--data.size", "40", "--ckpt_path", "last"]
+    assert main(["validate", *words]) == 0
+    assert "data.size 40 (it was 200)" in caplog.text
+
+
 class TimeIsUp(Callback):
     """Asks to stop from a batch on, as Lightning's Timer does."""
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_info
 
 from unclip_pl.cli.config_checks import check_settings
 from unclip_pl.cli.configs import config_folder
@@ -35,7 +37,7 @@ from unclip_pl.datamodules import (  # noqa: F401  YAMLs name their classes
 from unclip_pl.pipeline.weights import load_pretrained
 from unclip_pl.stages import load_all
 from unclip_pl.stages.base import Stage
-from unclip_pl.stages.settings import settings_of
+from unclip_pl.stages.settings import changes, settings_of
 from unclip_pl.training.arguments import add_model_flags
 from unclip_pl.training.checkpoints import BestCheckpoint, NewestCheckpoint
 from unclip_pl.training.ema import EMA
@@ -43,7 +45,13 @@ from unclip_pl.training.lora import LoRA
 from unclip_pl.training.mirror import Mirror, mirrored
 from unclip_pl.training.monitored import require_logged
 from unclip_pl.training.pictures import Pictures
-from unclip_pl.training.run_folder import RunConfig, claim_folder, find_checkpoint, refuse_search
+from unclip_pl.training.run_folder import (
+    CONFIG,
+    RunConfig,
+    claim_folder,
+    find_checkpoint,
+    refuse_search,
+)
 from unclip_pl.training.trainer import Trainer, fix_train_batches
 from unclip_pl.utils.commands import Parser
 from unclip_pl.utils.errors import UserError
@@ -58,6 +66,8 @@ CALLBACKS = {
     "pictures": Pictures,
 }
 """The callbacks of every run, by their keys in YAMLs and flags."""
+COMPARED = ("data", "ema", "seed_everything")
+"""Options of which a run that goes on says where they differ."""
 OTHER_NAMES = {
     "model", "data", "trainer", "seed_everything", "ckpt_path", "init", "compile", "init_args",
     "class_path", "ema", "newest", "best", "pictures", "preemption", "startup", "watchdog",
@@ -89,7 +99,8 @@ class UnclipCLI(LightningCLI):
         parser.add_argument(
             "--init",
             type=str | None,
-            help="a release or checkpoint of the same stage whose weights training starts from",
+            help="a release or checkpoint of the same stage whose weights training starts from; "
+            "openmoji: the package's",
         )
         parser.add_argument(
             "--mirror",
@@ -204,6 +215,15 @@ class UnclipCLI(LightningCLI):
                 "Without weights there is nothing to validate: give --ckpt_path FILE, last or "
                 "best, or --init with a release."
             )
+        if config.get("ckpt_path"):
+            self._announce_changes(Path(config["ckpt_path"]))
+
+    def _announce_changes(self, checkpoint: Path) -> None:
+        """Say which data and options a run uses that are not those of the checkpoint's run."""
+        parser, config = self._parser(self.subcommand), self.config[self.subcommand]
+        ours = yaml.safe_load(parser.dump(config, skip_none=False))
+        if different := changed_options(checkpoint, ours):
+            rank_zero_info(f"Other options than those of {checkpoint.parent.parent}: {different}.")
 
     def fit(self, **kwargs: Any) -> None:
         """Train in a folder that no other run uses."""
@@ -228,10 +248,37 @@ class UnclipCLI(LightningCLI):
         folder = Path(self.trainer.default_root_dir)
         if source:
             refuse_search(trainer.callbacks, folder)
+            self._announce_changes(source)
+            if 0 < trainer.max_steps <= step_of(source):
+                rank_zero_info(
+                    f"{source} is at step {step_of(source)} already: give --trainer.max_steps "
+                    "more to go on."
+                )
         url, is_writer = config.get("mirror"), self.trainer.is_global_zero
         mirror = Mirror(url, folder) if url else None
         with claim_folder(folder, source, is_writer), mirrored(mirror, is_writer):
             self.trainer.fit(**kwargs)
+
+
+def changed_options(checkpoint: Path, ours: dict[str, Any]) -> str:
+    """The options other than those of the model and the trainer that a run's folder differs in.
+
+    Args:
+        checkpoint: of the run, in whose folder its `config.yaml` lies.
+        ours: the options of the command, as plain values.
+
+    Returns:
+        such as "data.train shards/a.tar (it was openmoji)", "" where nothing differs.
+    """
+    file = checkpoint.parent.parent / CONFIG
+    if not file.is_file():
+        return ""
+    theirs = yaml.safe_load(file.read_text(encoding="utf-8"))
+    theirs, ours = ({k: v for k, v in all_.items() if k in COMPARED} for all_ in (theirs, ours))
+    return ", ".join(
+        f"{key.replace('.init_args', '')} {new} (it was {old})"
+        for key, (old, new) in changes(theirs, ours).items()
+    )
 
 
 def build_cli(arguments: list[str], run: bool = True) -> UnclipCLI:

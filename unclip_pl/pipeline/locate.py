@@ -27,6 +27,14 @@ NAMES: dict[Kind, dict[str, Path]] = {
     "upsampler": DEFAULT_UPSAMPLERS,
 }
 """The weights in the package, by the names that options and `UnCLIP.load` take."""
+OF_STAGE: dict[str, Path] = {
+    "Decoder": DEFAULT_DECODER,
+    "DiffusionPrior": DEFAULT_PRIORS["diffusion"],
+    "ARPrior": DEFAULT_PRIORS["ar"],
+    "Upsampler256": DEFAULT_UPSAMPLERS["256"],
+    "Upsampler1024": DEFAULT_UPSAMPLERS["1024"],
+}
+"""The weights in the package for each stage; `--init openmoji` names them in training."""
 
 
 def locate(kind: Kind, given: Place) -> Place:

@@ -17,7 +17,7 @@ from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.lora import weights_of
 from unclip_pl.networks.renamed import rename, rename_settings
 from unclip_pl.pipeline import adapters, release
-from unclip_pl.pipeline.locate import locate, what_else
+from unclip_pl.pipeline.locate import OF_STAGE, locate, what_else
 from unclip_pl.pipeline.release import Release
 from unclip_pl.stages.base import Stage
 from unclip_pl.stages.settings import as_config, plain, require_same_model, settings_of
@@ -133,12 +133,15 @@ def load_stage(path: str | os.PathLike, *kinds: type[StageT]) -> StageT:
 def load_pretrained(stage: Stage, path: str | os.PathLike) -> None:
     """Load the weights of a release or checkpoint of the same stage into `stage`, for training.
 
-    The optimiser, the step and the count of skipped steps start from zero.
+    The optimiser, the step and the count of skipped steps start from zero. "openmoji" names the
+    package's release of this stage.
 
     Raises:
         UserError: it is another stage, of another diffusion process or scale of embeddings, or
             names and shapes of the weights do not fit.
     """
+    if str(path) == "openmoji":
+        path = OF_STAGE.get(type(stage).__name__, path)
     weights = read_weights(path)
     if weights.stage != type(stage).__name__:
         raise UserError(

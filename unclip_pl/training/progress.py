@@ -1,4 +1,4 @@
-"""Progress of a run: images per second, time left, bad samples, loss by noise level."""
+"""Progress of a run: loss, images per second, time left, bad samples, loss by noise level."""
 
 import time
 from typing import Any
@@ -13,11 +13,12 @@ SECONDS_PER_DAY = 86400
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's progress bar with three more columns.
+    """Lightning's progress bar with more columns.
 
-    `images/s` is the rate over all ranks, `left` the time to the last step, and `bad` the number of
-    samples that this rank skipped so far. The rate and the number are logged as well. All three
-    are read on the host, so that the device is not waited for.
+    `loss` is this rank's at the last logging and `val` the loss of the last validation, `images/s`
+    the rate over all ranks, `left` the time to the last step, and `bad` the number of samples that
+    this rank skipped so far. The rate and the number are logged as well. The device is waited for
+    only where it is for the logs.
 
     Args:
         refresh_rate: steps between two updates of the bar.
@@ -50,16 +51,20 @@ class Progress(TQDMProgressBar):
         steps = trainer.global_step - self._start_step
         if seconds > SECONDS_BETWEEN_RATES and steps > 0:
             rate = self._images / seconds
-            self._columns = {"images/s": round(rate, 1)}
+            self._columns["images/s"] = round(rate, 1)
             if trainer.max_steps > 0:
                 left = (trainer.max_steps - trainer.global_step) * seconds / steps
                 self._columns["left"] = _format_seconds(left)
             bad = float(_bad_samples(trainer))
             pl_module.log_dict({"train/images_per_second": rate, "train/bad_samples": bad})
             self._restart(trainer)
+        if trainer._logger_connector.should_update_logs:
+            self._columns["loss"] = f"{float(outputs['loss']):.4g}"
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (loss := trainer.callback_metrics.get("val/loss")) is not None:
+            self._columns["val"] = f"{float(loss):.4g}"
         super().on_validation_end(trainer, pl_module)
         self._restart(trainer)  # validation does not count as training time
 
