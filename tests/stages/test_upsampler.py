@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.plugins.precision import Precision
 
 from tests.factories import fill_zeros
 from unclip_pl.diffusion.noise import Noise
@@ -267,6 +268,7 @@ def test_validation_shows_condition_output_and_target_with_their_psnr(tmp_path):
 
     trainer = SimpleNamespace(
         sanity_checking=False,
+        precision_plugin=Precision(),
         is_global_zero=True,
         default_root_dir=tmp_path,
         global_step=7,
