@@ -8,6 +8,8 @@ Write `from eval import fid`: after `import eval` the name no longer means the b
 import os
 
 import unclip_pl  # noqa: F401  before torchmetrics imports torchvision
+from unclip_pl.utils.interrupts import quiet_imports
 
+quiet_imports()
 # Before torch is imported: threads soon sleep while they wait (docs/cluster.md, "CPUs").
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")

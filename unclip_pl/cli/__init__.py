@@ -4,3 +4,7 @@ A command is a function: its parameters are the options and its docstring is the
 (`unclip_pl.utils.commands`). Its module imports no torch, so that `--help` answers at once; the
 function imports what it needs, and prints what it wrote.
 """
+
+from unclip_pl.utils.interrupts import quiet_imports
+
+quiet_imports()

@@ -12,7 +12,7 @@ from unclip_pl import __version__
 from unclip_pl.cli.config_checks import check_configs
 from unclip_pl.cli.configs import find_configs, stage_names
 from unclip_pl.data.names import refuse_loose_shards
-from unclip_pl.utils import signals
+from unclip_pl.utils import interrupts, signals
 from unclip_pl.utils.distributed import rank, rank_and_host
 from unclip_pl.utils.errors import SharedError, UserError
 
@@ -45,8 +45,8 @@ IGNORED_WARNINGS = (
     "LightningCLI's args parameter is intended to run from within Python.*",
 )
 IGNORED_LOGS = {
-    "lightning.pytorch.utilities.rank_zero": "Tip:",
-    "lightning.pytorch.trainer.connectors.checkpoint_connector": "`weights_only` was not set",
+    "lightning.pytorch.utilities.rank_zero": ("Tip:", "Detected KeyboardInterrupt"),
+    "lightning.pytorch.trainer.connectors.checkpoint_connector": ("`weights_only` was not set",),
 }
 
 
@@ -69,9 +69,16 @@ def main(arguments: list[str] | None = None) -> int:
         refuse_loose_shards(arguments)
         arguments = find_configs(arguments)
         check_configs(arguments)
-        from unclip_pl.cli.lightning_cli import build_cli
+        with interrupts.watched():
+            from unclip_pl.cli.lightning_cli import build_cli
 
         build_cli(expand_resume(arguments))
+    except KeyboardInterrupt:
+        return interrupts.report(f"lightning{rank_and_host()}")
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into code 1
+            return interrupts.report(f"lightning{rank_and_host()}")
+        raise
     except UserError as error:
         if not isinstance(error, SharedError) or rank() == 0:
             # an error of a loader's worker has that process's traceback before the sentence
@@ -96,10 +103,10 @@ def silence_lightning() -> None:
     """Filter warnings and log lines that say nothing to the user."""
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for name, text in IGNORED_LOGS.items():
+    for name, texts in IGNORED_LOGS.items():
 
-        def keep(record: logging.LogRecord, text: str = text) -> bool:
-            return text not in record.getMessage()
+        def keep(record: logging.LogRecord, texts: tuple[str, ...] = texts) -> bool:
+            return not any(text in record.getMessage() for text in texts)
 
         logging.getLogger(name).addFilter(keep)
 

@@ -19,6 +19,7 @@ import jsonargparse
 import yaml
 from jsonargparse.typing import register_type
 
+from unclip_pl.utils import interrupts
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.messages import to_sentence
 
@@ -314,10 +315,14 @@ def exit_code(prog: str, run: Callable[[], object]) -> int:
     """Run a command; an error is one sentence on stderr.
 
     Returns:
-        0; 2 where words do not fit the options, 1 for all else that the user can mend.
+        0; 2 where words do not fit the options, 1 for all else that the user can mend, 130 after
+        Ctrl-C.
     """
     try:
-        run()
+        with interrupts.watched():
+            run()
+    except KeyboardInterrupt:
+        return interrupts.report(prog)
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
