@@ -3,6 +3,8 @@
 Images that cannot be read are named and counted, and refused above a rate.
 """
 
+import functools
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +21,11 @@ from unclip_pl.data.bad_samples import BadSample, BadSampleCounter
 from unclip_pl.data.decoding import IMAGE_ENDINGS, decode
 from unclip_pl.data.names import expand, is_url
 from unclip_pl.data.shards import count_samples, raw_samples
+from unclip_pl.utils.distributed import rank
 from unclip_pl.utils.errors import UserError
-from unclip_pl.utils.images import to_uint8
+from unclip_pl.utils.images import is_sheet, to_uint8
 
+log = logging.getLogger(__name__)
 MAX_BAD_RATE = 0.01
 EXTENSIONS = (*IMAGE_ENDINGS, "gif", "bmp", "tif", "tiff")
 LOOKAHEAD = 64
@@ -101,13 +105,20 @@ class StoredImages:
 
     @cached_property
     def files(self) -> list[Path]:
-        """The image files of a folder and of the folders in it, sorted; empty for shards."""
+        """The image files of a folder and of the folders in it, sorted; empty for shards.
+
+        Sheets of several pictures that our commands wrote are left out.
+        """
         if self.names is not None:
             return [self.folder / name for name in self.names]
         if not self.folder.is_dir():
             return []
         images = (path for path in self.folder.rglob("*") if path.suffix.lower()[1:] in EXTENSIONS)
-        return sorted(path for path in images if path.is_file())
+        files = sorted(path for path in images if path.is_file())
+        sheets = dict.fromkeys(path for path in files if is_sheet(path))
+        if sheets:
+            _tell_of_sheets(next(iter(sheets)), len(sheets))
+        return [path for path in files if path not in sheets]
 
     @cached_property
     def shards(self) -> list[str]:
@@ -197,6 +208,17 @@ class StoredImages:
                     place = f"sample {key} of {shard}"
                     yield EncodedImage(key, place, sample["image"], sample["caption"])
                 number += 1
+
+
+@functools.cache  # a folder is listed several times
+def _tell_of_sheets(first: Path, count: int) -> None:
+    """Say that sheets are left out."""
+    if rank() == 0:
+        log.warning(
+            "%s was skipped%s: it is a sheet of several pictures, made by a command of unclip_pl.",
+            first,
+            f", and {count - 1} more" if count > 1 else "",
+        )
 
 
 def _caption_of(path: Path) -> str:

@@ -15,6 +15,8 @@ from eval.features import Network
 from eval.stored import StoredImages
 from tests.data.shardkit import write_shards
 from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.images import grid
+from unclip_pl.utils.outputs import OutputFolder
 
 
 def write(folder, count, size=8, start=0):
@@ -56,6 +58,19 @@ def test_shards_come_whole_over_any_ranks_with_their_captions(tmp_path):
         for key, caption in zip(batch["keys"], batch["captions"], strict=True)
     }
     assert found == {f"{n:06d}": f"caption {n}" for n in range(12)}
+
+
+def test_sheets_of_several_pictures_are_left_out(tmp_path, caplog):
+    folder = write(tmp_path / "a", 3)
+    out = OutputFolder(folder)
+    sheet = grid([torch.zeros(2, 3, 8, 8)], ["a fox"])
+    for name, texts in (("grid.png", {"prompt": "a fox"}), ("variations.png", {})):
+        out.write_picture(name, sheet, **texts)
+    out.write_picture("drawn.png", torch.zeros(3, 8, 8), prompt="a fox")
+    found = [list(reds(StoredImages(str(folder)).batches(4))) for _ in range(2)]
+    assert found == [["000", "001", "002", "drawn"]] * 2
+    assert len(caplog.messages) == 1
+    assert f"{folder / 'grid.png'} was skipped, and 1 more" in caplog.text
 
 
 def test_pixels_are_those_of_the_file(tmp_path):

@@ -20,6 +20,8 @@ from unclip_pl.utils.text import repair_text
 
 LABEL_WIDTH = 320  # pixels
 SMALLEST_CELL = 64  # pixels
+SHEET = "unclip-sheet"
+"""The text chunk by which `is_sheet` knows a file."""
 Result = TypeVar("Result")
 Images = Tensor | Image.Image | Sequence[Image.Image]
 """Images as a tensor (B, 3, H, W) in [-1, 1], or PIL images of any mode; one is a batch of one."""
@@ -213,7 +215,7 @@ def grid(
     heads: Sequence[str] | None = None,
     max_width: int | None = None,
 ) -> Image.Image:
-    """One picture of rows of images on white.
+    """One picture of rows of images on white. `is_sheet` knows its PNG files.
 
     Args:
         rows: images (N, 3, H, W) in [-1, 1]; N, H and W may differ from row to row. A cell is as
@@ -264,6 +266,7 @@ def grid(
             for c, image in enumerate(line_of_images):
                 canvas.paste(to_pil(image), (margin + gap + c * (width + gap), y))
         top += needed
+    canvas.info[SHEET] = f"{len(rows)} rows"
     return canvas
 
 
@@ -276,6 +279,8 @@ def png_bytes(image: Image.Image | Tensor, **metadata: str) -> bytes:
     """
     picture = to_pil(image) if isinstance(image, Tensor) else image
     text = PngImagePlugin.PngInfo()
+    if SHEET in picture.info:  # first, so that `is_sheet` need not read far
+        text.add_text(SHEET, picture.info[SHEET])
     for key, value in metadata.items():
         text.add_itxt(key, repair_text(value))
     file = io.BytesIO()
@@ -298,3 +303,10 @@ def save_png(image: Image.Image | Tensor, path: str | os.PathLike, **metadata: s
     with atomic_file(path) as file:
         file.write(data)
     return Path(path)
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a file is a PNG of `grid`, as our commands write it: no picture, but several."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    return start.startswith(b"\x89PNG") and start[37:].startswith(f"tEXt{SHEET}\0".encode())
