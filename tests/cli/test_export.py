@@ -23,6 +23,8 @@ def test_export_makes_a_release_of_a_checkpoint(three, index, tmp_path):
         ("export here.ckpt --out .", "exists already"),
         ("export here.ckpt --out x --card gone.md", "gone.md"),
         ("export here.ckpt --out here.ckpt/x", "here.ckpt"),
+        ("export run --out x", "run is the folder of a run: give one of its checkpoints, such as"),
+        ("export here.ckpt --adapters run --out x", "run is the folder of a run"),
         ("data verify gone", "no whole embedding store"),
         ("data verify a.tar", "--shards a.tar"),
     ],
@@ -30,5 +32,7 @@ def test_export_makes_a_release_of_a_checkpoint(three, index, tmp_path):
 def test_bad_input_is_one_sentence(command, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.ckpt").write_text("")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "newest-step=3.ckpt").write_text("")
     assert run_unclip(command) == 1
     assert named in error_of(capsys)

@@ -193,3 +193,10 @@ def test_a_release_keeps_statistics_exact_and_refuses_what_float16_cannot_hold(t
     with pytest.raises(UserError, match=r"net\.weight"):
         release.write(tmp_path / "b", large, "")
     assert not (tmp_path / "b").exists()
+
+
+def test_the_folder_of_a_run_is_no_release(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "newest-step=3.ckpt").touch()
+    with pytest.raises(UserError, match=r"folder of a run: give one of .*newest-step=3\.ckpt"):
+        read_weights(tmp_path)

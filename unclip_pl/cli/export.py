@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from unclip_pl.cli.options import Folder
-from unclip_pl.pipeline.locate import what_else
+from unclip_pl.pipeline.locate import refuse_run, what_else
 from unclip_pl.utils.errors import UserError
 from unclip_pl.utils.outputs import require_new, require_writable
 from unclip_pl.utils.remote import is_remote
@@ -38,8 +38,11 @@ def export(
     require_new(out)
     require_writable(out.parent)
     for path in [*checkpoint, *([adapters] if adapters else [])]:
-        if not is_remote(path) and not Path(path).exists():
+        if is_remote(path):
+            continue
+        if not Path(path).exists():
             raise UserError(f"There is no {path}: {what_else(Path(path))}.")
+        refuse_run(path)
     text = card.read_text(encoding="utf-8") if card else None
     if to and adapters:
         raise UserError("--adapters and --to diffusers are two kinds of export: leave one out.")

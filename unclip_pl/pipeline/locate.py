@@ -47,11 +47,7 @@ def locate(kind: Kind, given: Place) -> Place:
     place = names.get(str(given), given)
     if is_remote(place):
         return place
-    if checkpoints := list((Path(place) / "checkpoints").glob("*.ckpt")):
-        newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
-        raise UserError(
-            f"{place} is the folder of a run: give one of its checkpoints, such as {newest}."
-        )
+    refuse_run(place)
     if Path(place).exists():
         return place
     if place is not given:
@@ -63,6 +59,15 @@ def locate(kind: Kind, given: Place) -> Place:
         f"There is no {kind} {given}: choose {' or '.join(names)}, which the package has, or "
         f"{what_else(Path(given))}."
     )
+
+
+def refuse_run(place: Place) -> None:
+    """Raise a UserError for the folder of a run, of which one checkpoint is meant."""
+    if checkpoints := list((Path(place) / "checkpoints").glob("*.ckpt")):
+        newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
+        raise UserError(
+            f"{place} is the folder of a run: give one of its checkpoints, such as {newest}."
+        )
 
 
 def require_weights(

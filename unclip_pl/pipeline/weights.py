@@ -17,7 +17,7 @@ from unclip_pl.diffusion.process import DiffusionConfig
 from unclip_pl.networks.lora import weights_of
 from unclip_pl.networks.renamed import rename, rename_settings
 from unclip_pl.pipeline import adapters, release
-from unclip_pl.pipeline.locate import OF_STAGE, locate, what_else
+from unclip_pl.pipeline.locate import OF_STAGE, locate, refuse_run, what_else
 from unclip_pl.pipeline.release import Release
 from unclip_pl.stages.base import Stage
 from unclip_pl.stages.settings import as_config, plain, require_same_model, settings_of
@@ -45,6 +45,7 @@ def read_weights(path: str | os.PathLike) -> Release:
         hyper_parameters = complete_hyper_parameters(tuned.stage, tuned.hyper_parameters)
         return replace(tuned, hyper_parameters=hyper_parameters)
     if path.is_dir() and not (path / META_FILE).exists():
+        refuse_run(path)
         weights = release.read(path)
         hyper_parameters = complete_hyper_parameters(weights.stage, weights.hyper_parameters)
         return replace(weights, hyper_parameters=hyper_parameters)
