@@ -223,6 +223,22 @@ def test_typo_names_the_nearest_key(flag, near, capsys):
     assert f"did you mean '{near}'" in error and "\n" not in error
 
 
+@pytest.mark.parametrize(
+    ("command", "flag", "option"),
+    [
+        ("predict -c stages/embed.yaml", "--data.loader.max_bad_rate", "loader.max_bad_rate"),
+        ("fit -c stages/diffusion_prior.yaml", "--data.loader.window", "loader.window"),
+        ("fit -c stages/decoder.yaml", "--model.max_bad_rate", "max_bad_rate"),
+        ("fit -c stages/decoder.yaml", "--best.decay", "best.decay"),
+    ],
+)
+def test_an_option_of_something_else_is_not_proposed_again(command, flag, option, capsys):
+    assert main([*command.split(), flag, "0.5"]) == 1
+    error = capsys.readouterr().err.strip()
+    assert f"There is no option '{option}' here" in error and "\n" not in error
+    assert "did you mean" not in error
+
+
 def test_start_of_a_key_is_no_key(capsys):
     assert main(["fit", "-c", "stages/decoder.yaml", "--trainer.max_step", "3"]) == 1
     assert "did you mean 'max_steps'" in capsys.readouterr().err

@@ -22,7 +22,8 @@ TYPES = {
 def to_sentence(message: str, names: Collection[str] = (), help: str = "") -> str:
     """Shorten a message of several lines to one sentence.
 
-    For an unknown option it names the most similar one that exists.
+    For an unknown option it names the most similar one that exists. One that exists elsewhere has
+    no place here.
 
     Args:
         message: the message of an error.
@@ -50,7 +51,12 @@ def to_sentence(message: str, names: Collection[str] = (), help: str = "") -> st
     if unknown is None:
         return _wrong_value(short, names) or short or message
     path = (unknown[1] or unknown[2]).split(".")
-    wrong = next((name for name in path if name not in names), path[-1])
+    wrong = next((name for name in path if name not in names), None)
+    if wrong is None:
+        return (
+            f"There is no option '{'.'.join(path)}' here: '{path[-1]}' is of another group, stage "
+            "or command, so name its group, or leave it out."
+        )
     similar = difflib.get_close_matches(wrong, names, 1, 0.6)
     if similar:
         return f"There is no option '{wrong}': did you mean '{similar[0]}'?"
