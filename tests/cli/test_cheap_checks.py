@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
+from unclip_pl.cli import lightning, unclip
 
 WRONG = """
 generate fox --out file/out
@@ -137,3 +138,17 @@ def test_what_is_wrong_costs_no_import_of_torch_and_leaves_nothing(place):
     errors = done.stderr.strip().splitlines()
     assert len(errors) == len(lines) and all(error.startswith("unclip") for error in errors)
     assert sorted(path.name for path in place.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        *((name, f"write unclip {name.split()[0]}.") for name in unclip.COMMANDS),
+        ("draw fox", "There is no command draw: give fit, validate or predict."),
+        ("-c stages/decoder.yaml fit", "-c stands before the command"),
+    ],
+)
+def test_lightning_knows_its_commands_and_those_of_unclip(words, error, capsys):
+    assert lightning.main(words.split()) == 1
+    said = capsys.readouterr().err
+    assert error in said and said.count("\n") == 1

@@ -36,6 +36,7 @@ Overlays, to give after the file of their stage: {{overlays}}.
 Flags come after the files: what comes later wins. `python -m unclip_pl` is the same command, for
 places where another package's `lightning` comes first. Pictures: `unclip --help`.
 """
+COMMANDS = ("fit", "validate", "test", "predict")
 IGNORED_WARNINGS = (
     ".*LeafSpec.*",
     ".*does not have many workers.*",
@@ -66,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     silence_lightning()
     try:
+        check_command(arguments[0])
         refuse_loose_shards(arguments)
         arguments = find_configs(arguments)
         check_configs(arguments)
@@ -92,6 +94,21 @@ def main(arguments: list[str] | None = None) -> int:
         report(message)
         return 1
     return signals.EXIT_CODES[signals.stop_state.agreed]
+
+
+def check_command(word: str) -> None:
+    """Raise a UserError where the first word is no command of `lightning`."""
+    if word in COMMANDS:
+        return
+    if word.startswith("-"):
+        raise UserError(f"{word} stands before the command: give that first, as in lightning fit.")
+    from unclip_pl.cli import unclip
+
+    if word and (word in unclip.GROUPS or word in unclip.COMMANDS):
+        raise UserError(
+            f"{word} is a command of `unclip`, and this is `lightning`: write unclip {word}."
+        )
+    raise UserError(f"There is no command {word}: give fit, validate or predict.")
 
 
 def report(message: str) -> None:

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from unclip_pl.cli.config_checks import check_settings
 from unclip_pl.cli.configs import config_folder
+from unclip_pl.cli.lightning import COMMANDS
 from unclip_pl.cluster.checkpoint_io import read_settings, step_of
 from unclip_pl.cluster.preemption import Preemption
 from unclip_pl.cluster.startup import StartupCheck
@@ -293,7 +294,6 @@ def build_cli(arguments: list[str], run: bool = True) -> UnclipCLI:
     """
     load_all()  # so that a YAML may name a stage by its short name
     default = str(config_folder("lightning_config") / "default.yaml")
-    subcommands = ("fit", "validate", "test", "predict")
     return UnclipCLI(
         LightningModule,
         LightningDataModule,
@@ -307,7 +307,7 @@ def build_cli(arguments: list[str], run: bool = True) -> UnclipCLI:
         seed_everything_default=0,
         save_config_callback=RunConfig,
         trainer_defaults={"plugins": [IO_PLUGIN]},
-        parser_kwargs={name: {"default_config_files": [default]} for name in subcommands},
+        parser_kwargs={name: {"default_config_files": [default]} for name in COMMANDS},
     )
 
 
