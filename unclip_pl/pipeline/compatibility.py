@@ -80,6 +80,7 @@ def cut_note(decoder: Decoder, clip: FrozenCLIP, caption: str) -> str:
         reader, length, cut = "CLIP", clip.context_length, clip.truncated_text(caption)
     if not cut:
         return ""
+    cut = cut if len(cut) <= 60 else f"{cut[:57]}..."
     return f'"{caption[:40]}..." is longer than {reader} reads ({length} tokens), cut: "{cut}"'
 
 
