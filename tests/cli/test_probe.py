@@ -40,12 +40,12 @@ def test_a_store_of_another_clip_is_refused(store, monkeypatch):
 def test_typographic_draws_a_row_for_each_label(run, capsys):
     names = run("probe typographic a.png --object 'red apple' --label iPod a/b? --num-images 2")
     assert names == [
-        "a-a-b--0.png",
-        "a-a-b--1.png",
+        "a-a-b-0.png",
+        "a-a-b-1.png",
         "a-iPod-0.png",
         "a-iPod-1.png",
-        "a-no label-0.png",
-        "a-no label-1.png",
+        "a-no-label-0.png",
+        "a-no-label-1.png",
         "typographic.png",
     ]
     output = capsys.readouterr().out

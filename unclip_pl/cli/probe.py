@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unclip_pl.cli.data import require_store
+from unclip_pl.cli.generate import file_names
 from unclip_pl.cli.pictures import enlarge_like, require_files
 from unclip_pl.cli.progress import step_bar
 from unclip_pl.cli.session import Session, SessionOptions
@@ -104,6 +105,7 @@ def typographic(
     pasted = [paste_label(whole[0], text) for text in label]
     copies = [whole[0], *pasted]
     names = ["no label", *label]
+    words = file_names(names)
     seeds = options.seeds(num_images)
     rows, labels = [], []
     for copy, name in zip(copies, names, strict=True):
@@ -116,7 +118,7 @@ def typographic(
         settings = f"probe typographic, label {name}, {sampling}"
         for seed, variation in zip(seeds, drawn):
             metadata = {"source": image.name, "unclip": settings}
-            session.save(variation, f"{image.stem}-{name}-{seed}", **metadata)
+            session.save(variation, f"{image.stem}-{words[name]}-{seed}", **metadata)
         print(
             f"{name}: CLIP says {', '.join(seen)}; of the variations "
             + ", ".join(percentages(captions, variations))
