@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.data.fitkit import data_of
 from tests.data.loaderkit import keys_of
 from tests.data.shardkit import FakeCLIP, write_shards
 from unclip_pl.cli import lightning as cli
 from unclip_pl.data.bad_samples import BadSampleCounter
-from unclip_pl.data.names import expand, is_url
+from unclip_pl.data.names import PACK, expand, is_url
 from unclip_pl.data.shards import count_samples
 from unclip_pl.data.store import EmbeddingStore
 from unclip_pl.data.verify import verify
@@ -90,6 +91,17 @@ def test_an_empty_file_is_one_sentence_before_any_work(tmp_path):
     for spec in (tmp_path, tmp_path / "a.tar", tmp_path / "*.tar"):
         with pytest.raises(UserError, match=r"a\.tar is empty, a file of 0 bytes"):
             expand(str(spec))
+
+
+def test_pictures_that_are_not_packed_are_told_where_that_is_shown(tmp_path):
+    (tmp_path / "fox.PNG").write_bytes(b"\x89PNG")
+    for spec in (tmp_path / "*.PNG", tmp_path / "fox.PNG"):
+        with pytest.raises(UserError, match=r"fox\.PNG is a picture and no .*packed .*tutorial"):
+            expand(str(spec))
+    with pytest.raises(UserError, match=r"There are no \.tar files in .*packed .*tutorial"):
+        expand(str(tmp_path))
+    heading = PACK.split('"')[1]
+    assert f" {heading}\n" in (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 
 
 def test_a_pattern_that_the_shell_has_taken_apart_is_one_sentence(tmp_path, capsys):

@@ -16,6 +16,8 @@ from unclip_pl.utils.errors import UserError
 URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 WHERE = "check the option that names it, such as data.train"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+PACK = 'pictures are packed into shards first (docs/tutorial.md, "Tar shards")'
 HINT = "give a folder of shards, a file, or a pattern such as 'data/{00000..00009}.tar'"
 
 
@@ -112,6 +114,8 @@ def _name(file: Path) -> str:
     if not file.exists():
         target = file.readlink()
         raise UserError(f"The shard {file} is a link to {target}, which is not there: mend it.")
+    if file.suffix.lower() in PICTURES:
+        raise UserError(f"{file} is a picture and no .tar shard: {PACK}.")
     if file.is_file() and file.stat().st_size == 0:
         raise UserError(
             f"The shard {file} is empty, a file of 0 bytes: fetch it again or remove it."
@@ -140,7 +144,7 @@ def _tars(folder: str | Path, names: list[str]) -> list[str]:
             f"{packed[0]}: give a pattern that says which."
         )
     if not (plain or packed):
-        raise UserError(f"There are no .tar files in {folder}: {HINT}.")
+        raise UserError(f"There are no .tar files in {folder}: {HINT}; {PACK}.")
     return plain or packed
 
 
