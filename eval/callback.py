@@ -34,7 +34,7 @@ class Evaluate(Callback):
     Args:
         every_n_train_steps: the first validation evaluates, and then the first one so many steps
             after the last evaluation. The others log the last figures again, so that a checkpoint
-            or early stopping can watch them.
+            can watch them; the patience of early stopping counts those validations too.
         count: samples of each rank; fewer if the validation has fewer.
         features: of images, as `eval.features.load_features` has them; by default openmoji-judge
             where the embedded drawings are held out, and inception for everything else. The
@@ -151,4 +151,5 @@ class Evaluate(Callback):
         return {"last": self._last, "figures": self._figures}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self._last, self._figures = state_dict["last"], state_dict.get("figures", {})
+        self._figures = state_dict.get("figures", {})
+        self._last = state_dict["last"] if self._figures else None

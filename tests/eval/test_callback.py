@@ -86,7 +86,7 @@ def test_callback_evaluates_a_priors_embeddings_and_scores_them_with_their_capti
 
 def evaluated_at(step: int, *arguments, **options) -> Evaluate:
     callback = Evaluate(*arguments, **options)
-    callback.load_state_dict({"last": step})
+    callback.load_state_dict({"last": step, "figures": {"eval/kid": 0.5}})
     return callback
 
 

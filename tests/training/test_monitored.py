@@ -21,7 +21,8 @@ from unclip_pl.utils.errors import SharedError
 def test_the_loss_of_a_quarter_without_samples_is_left_out():
     logged, process = {}, SimpleNamespace(config=SimpleNamespace(timesteps=8))
     stage = SimpleNamespace(process=process, log_dict=logged.update)
-    run = SimpleNamespace(_logger_connector=SimpleNamespace(should_update_logs=True))
+    connector = SimpleNamespace(should_update_logs=True)
+    run = SimpleNamespace(_logger_connector=connector, global_step=1)
     outputs = {"t": torch.tensor([0, 1, 7]), "per_sample": torch.tensor([1.0, 2.0, 5.0])}
     LossByTimestep().on_train_batch_end(run, stage, outputs, {}, 0)
     assert logged == {"train/loss_q0": 1.5, "train/loss_q3": 5.0}

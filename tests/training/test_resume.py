@@ -159,14 +159,14 @@ def test_other_data_and_averages_than_the_runs_are_named(tmp_path, caplog, capsy
 
 
 class TimeIsUp(Callback):
-    """Asks to stop from a batch on, as Lightning's Timer does."""
+    """Asks to stop once, after so many batches."""
 
     def __init__(self, batches: int) -> None:
         self.left = batches
 
     def on_train_batch_end(self, trainer, *_, **__) -> None:
         self.left -= 1
-        trainer.should_stop |= self.left <= 0
+        trainer.should_stop |= self.left == 0
 
 
 def test_a_run_whose_time_is_up_between_two_steps_ends_the_step_and_goes_on_exactly(tmp_path):

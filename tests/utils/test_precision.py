@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
 
 from tests.training.toy import Toy, command, loader, trainer
 from unclip_pl import UnCLIP
@@ -13,6 +14,7 @@ from unclip_pl.cli.lightning import main
 from unclip_pl.cli.lightning_cli import build_cli
 from unclip_pl.clip.config import CLIPConfig
 from unclip_pl.clip.frozen import FrozenCLIP
+from unclip_pl.networks.layers import Block
 from unclip_pl.stages.base import OptimizerConfig
 from unclip_pl.utils import precision
 from unclip_pl.utils.errors import UserError
@@ -135,6 +137,10 @@ def test_names_of_precisions(instructions):
         precision.training_precision("16-mixed", on_cpu=False, sharded=True)
 
 
+class LinearBlock(nn.Linear, Block):
+    """A layer that Muon trains."""
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_gradients_in_float16_are_clipped_as_they_are_and_not_as_they_are_scaled(name, tmp_path):
     norms, weights = [], []
@@ -144,6 +150,7 @@ def test_gradients_in_float16_are_clipped_as_they_are_and_not_as_they_are_scaled
             scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
             run.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler)
         module = Toy(optimizer=OptimizerConfig(name, lr=0.05, warmup_steps=0, clip_norm=0.5))
+        module.net = LinearBlock(4, 1)
         torch.nn.init.ones_(module.net.weight)
         torch.nn.init.zeros_(module.net.bias)
         run.fit(module, loader())

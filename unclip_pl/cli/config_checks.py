@@ -14,6 +14,8 @@ from typing import Any
 from unclip_pl.networks.renamed import SETTINGS
 from unclip_pl.utils.errors import UserError
 
+COMMANDS = ("fit", "validate", "test", "predict")
+"""The subcommands of `lightning`."""
 MAY_BE_INFINITE = "model.optimizer.clip_norm"
 
 

@@ -9,7 +9,7 @@ import sys
 import warnings
 
 from unclip_pl import __version__
-from unclip_pl.cli.config_checks import check_configs
+from unclip_pl.cli.config_checks import COMMANDS, check_configs
 from unclip_pl.cli.configs import find_configs, stage_names
 from unclip_pl.data.names import refuse_loose_shards
 from unclip_pl.utils import interrupts, signals
@@ -36,7 +36,6 @@ Overlays, to give after the file of their stage: {{overlays}}.
 Flags come after the files: what comes later wins. `python -m unclip_pl` is the same command, for
 places where another package's `lightning` comes first. Pictures: `unclip --help`.
 """
-COMMANDS = ("fit", "validate", "test", "predict")
 IGNORED_WARNINGS = (
     ".*LeafSpec.*",
     ".*does not have many workers.*",
@@ -73,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
         check_configs(arguments)
         with interrupts.watched():
             from unclip_pl.cli.lightning_cli import build_cli
+            from unclip_pl.stages import load_all
 
+            load_all()
         build_cli(expand_resume(arguments))
     except KeyboardInterrupt:
         return interrupts.report(f"lightning{rank_and_host()}")

@@ -22,9 +22,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
-from unclip_pl.cli.config_checks import check_settings
+from unclip_pl.cli.config_checks import COMMANDS, check_settings
 from unclip_pl.cli.configs import config_folder
-from unclip_pl.cli.lightning import COMMANDS
 from unclip_pl.cluster.checkpoint_io import read_settings, step_of
 from unclip_pl.cluster.preemption import Preemption
 from unclip_pl.cluster.startup import StartupCheck
@@ -55,7 +54,7 @@ from unclip_pl.training.run_folder import (
 )
 from unclip_pl.training.trainer import Trainer, fix_train_batches
 from unclip_pl.utils.commands import Parser
-from unclip_pl.utils.errors import UserError
+from unclip_pl.utils.errors import SharedError, UserError
 
 CALLBACKS = {
     "preemption": Preemption,
@@ -224,7 +223,8 @@ class UnclipCLI(LightningCLI):
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
         ours = yaml.safe_load(parser.dump(config, skip_none=False))
         if different := changed_options(checkpoint, ours):
-            rank_zero_info(f"Other options than those of {checkpoint.parent.parent}: {different}.")
+            folder = checkpoint.resolve().parent.parent
+            rank_zero_info(f"Other options than those of {folder}: {different}.")
 
     def fit(self, **kwargs: Any) -> None:
         """Train in a folder that no other run uses."""
@@ -232,7 +232,7 @@ class UnclipCLI(LightningCLI):
         config, checkpoint = self.config[self.subcommand], kwargs.get("ckpt_path")
         adapts = any(isinstance(callback, LoRA) for callback in trainer.callbacks)
         if adapts and not checkpoint and not config.get("init"):
-            raise UserError(
+            raise SharedError(
                 "LoRA adapts weights that exist, and this run starts from scratch: give --init "
                 "with a release or checkpoint."
             )
@@ -269,16 +269,21 @@ def changed_options(checkpoint: Path, ours: dict[str, Any]) -> str:
         ours: the options of the command, as plain values.
 
     Returns:
-        such as "data.train shards/a.tar (it was openmoji)", "" where nothing differs.
+        such as "data.train shards/a.tar (it was openmoji)", "" where nothing differs or no such
+        file can be read.
     """
-    file = checkpoint.parent.parent / CONFIG
-    if not file.is_file():
+    file = checkpoint.resolve().parent.parent / CONFIG
+    try:
+        theirs = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return ""
-    theirs = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(theirs, dict):
+        return ""
     theirs, ours = ({k: v for k, v in all_.items() if k in COMPARED} for all_ in (theirs, ours))
     return ", ".join(
         f"{key.replace('.init_args', '')} {new} (it was {old})"
         for key, (old, new) in changes(theirs, ours).items()
+        if old is not None  # an older version did not have it
     )
 
 

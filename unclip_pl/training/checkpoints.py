@@ -28,10 +28,12 @@ class NewestCheckpoint(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self._saved_step = -1
         self._last_step = -1
+        self._stop = False  # asked for while gradients were accumulated
         self._replaceable: list[str] = []  # checkpoints that the next one replaces
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = self._last_step = trainer.global_step
+        self._stop = False
         folder = checkpoint_folder(trainer)
         source = Path(trainer.ckpt_path or "")
         if source.resolve().parent != folder.resolve():
@@ -44,10 +46,11 @@ class NewestCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         accumulating = trainer.global_step == self._last_step
         self._last_step = trainer.global_step
-        if accumulating and trainer.should_stop:
-            # A checkpoint has no gradients: the step ends first. Lightning's `max_time` asks again
-            # after each batch.
+        if accumulating:  # a checkpoint has no gradients: the step ends first
+            self._stop |= trainer.should_stop
             trainer.should_stop = False
+        else:
+            trainer.should_stop |= self._stop
         if trainer.global_step % self.every_n_train_steps == 0 or trainer.should_stop:
             self._save(trainer)
 

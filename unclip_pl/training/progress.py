@@ -58,8 +58,10 @@ class Progress(TQDMProgressBar):
             bad = float(_bad_samples(trainer))
             pl_module.log_dict({"train/images_per_second": rate, "train/bad_samples": bad})
             self._restart(trainer)
-        if trainer._logger_connector.should_update_logs:
-            self._columns["loss"] = f"{float(outputs['loss']):.4g}"
+        if trainer._logger_connector.should_update_logs and outputs:
+            # Lightning has divided it
+            loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+            self._columns["loss"] = f"{loss:.4g}"
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,11 +95,12 @@ class LossByTimestep(Callback):
     """Logs the mean loss in each quarter of the noise schedule since the last logging.
 
     `train/loss_q0` is the quarter with the least noise, `train/loss_q3` that with the most.
-    A quarter of which there was no sample is left out.
+    A quarter of which there was no sample keeps the value that it had.
     """
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None  # (2, 4): of the losses, and how many they are
+        self._step = 0
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -115,7 +118,9 @@ class LossByTimestep(Callback):
             self._sums = torch.zeros(2, 4, device=loss.device)
         quarter = t * 4 // pl_module.process.config.timesteps
         self._sums.index_add_(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
-        if trainer._logger_connector.should_update_logs:
+        accumulating = trainer.global_step == self._step
+        self._step = trainer.global_step
+        if trainer._logger_connector.should_update_logs and not accumulating:
             sums, counts = self._sums.tolist()
             means = {f"train/loss_q{i}": sums[i] / counts[i] for i in range(4) if counts[i]}
             pl_module.log_dict(means)

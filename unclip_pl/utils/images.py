@@ -22,6 +22,9 @@ LABEL_WIDTH = 320  # pixels
 SMALLEST_CELL = 64  # pixels
 SHEET = "unclip-sheet"
 """The text chunk by which `is_sheet` knows a file."""
+ROWS = "rows of unclip_pl.utils.images.grid"
+"""The key of a picture's `info` that becomes this chunk. It has another name, so that what is cut
+out of such a file is no sheet."""
 Result = TypeVar("Result")
 Images = Tensor | Image.Image | Sequence[Image.Image]
 """Images as a tensor (B, 3, H, W) in [-1, 1], or PIL images of any mode; one is a batch of one."""
@@ -266,7 +269,7 @@ def grid(
             for c, image in enumerate(line_of_images):
                 canvas.paste(to_pil(image), (margin + gap + c * (width + gap), y))
         top += needed
-    canvas.info[SHEET] = f"{len(rows)} rows"
+    canvas.info[ROWS] = f"{len(rows)} rows"
     return canvas
 
 
@@ -279,8 +282,8 @@ def png_bytes(image: Image.Image | Tensor, **metadata: str) -> bytes:
     """
     picture = to_pil(image) if isinstance(image, Tensor) else image
     text = PngImagePlugin.PngInfo()
-    if SHEET in picture.info:  # first, so that `is_sheet` need not read far
-        text.add_text(SHEET, picture.info[SHEET])
+    if ROWS in picture.info:  # first, so that `is_sheet` need not read far
+        text.add_text(SHEET, picture.info[ROWS])
     for key, value in metadata.items():
         text.add_itxt(key, repair_text(value))
     file = io.BytesIO()
