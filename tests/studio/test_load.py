@@ -77,7 +77,8 @@ def test_twenty_clients_get_what_they_asked_for(monkeypatch):
     assert len(found) == REQUESTS and sum(batches) == REQUESTS
     assert len(batches) < REQUESTS / 2  # most were drawn together
     quarter = REQUESTS // 4  # the least of each: batches come and go
-    assert min(memory[-quarter:]) - min(memory[quarter : 2 * quarter]) < 30
+    # After the warm-up, which takes the first half
+    assert min(memory[-quarter:]) - min(memory[2 * quarter : 3 * quarter]) < 15
     for request, pixels in found[::7]:
         unclip, condition = models.unclip_for(request)
         alone = unclip.generate(
