@@ -24,8 +24,12 @@ def test_the_loss_of_a_quarter_without_samples_is_left_out():
     connector = SimpleNamespace(should_update_logs=True)
     run = SimpleNamespace(_logger_connector=connector, global_step=1)
     outputs = {"t": torch.tensor([0, 1, 7]), "per_sample": torch.tensor([1.0, 2.0, 5.0])}
-    LossByTimestep().on_train_batch_end(run, stage, outputs, {}, 0)
+    callback = LossByTimestep()
+    callback.on_train_batch_end(run, stage, outputs, {}, 0)
     assert logged == {"train/loss_q0": 1.5, "train/loss_q3": 5.0}
+    logged.clear()
+    callback.on_train_batch_end(run, stage, outputs, {}, 1)  # gradients are being accumulated
+    assert not logged
 
 
 class Own(Callback):

@@ -59,7 +59,7 @@ class Progress(TQDMProgressBar):
             pl_module.log_dict({"train/images_per_second": rate, "train/bad_samples": bad})
             self._restart(trainer)
         if trainer._logger_connector.should_update_logs and outputs:
-            # Lightning has divided it
+            # Lightning has divided it by the number of batches
             loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
             self._columns["loss"] = f"{loss:.4g}"
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
