@@ -98,8 +98,13 @@ def unet(config: UNetConfig, context: int, side: int | None = None) -> float:
         products = 8 * pixels * channels**2 + 4 * context * config.context_width * channels
         return products + 4 * pixels * (pixels + context) * channels
 
-    into = (config.in_channels + config.low_res_channels) * patch**2
-    total = conv(into, config.width, sides[0])
+    into = config.in_channels + config.low_res_channels
+    total = 0.0
+    if config.thumbnail:
+        hidden, pixels = config.thumbnail_width, config.in_channels * config.thumbnail**2
+        total += 2 * hidden * (config.embed_dim + 4 * hidden + pixels)
+        into += config.in_channels
+    total += conv(into * patch**2, config.width, sides[0])
     total += conv(config.width, config.out_channels * patch**2, sides[0])
     total += 2 * (config.width * wide + wide**2 + config.embed_dim * wide)
     if config.embed_dim and config.context_width:

@@ -5,9 +5,10 @@
 
 It prints a Markdown table with the figures of what was drawn, and of the real drawings: cosine of
 the embeddings of the drawn and the true one; how often CLIP finds the true drawing first among all;
-grain, the median distance from white where the drawing is white, of a range of 2; the Frechet
-distance `fd_clip`, for real drawings against as many other real ones. The second and the last are
-by the CLIP that conditions, which flatters what is drawn from its embeddings, and (`_judge`) by the
+grain, the median distance from white where the drawing is white, of a range of 2; layout, the mean
+squared error of both reduced to 16 x 16 pixels, on a range of -1 to 1; the Frechet distance
+`fd_clip`, for real drawings against as many other real ones. The second and the last are by the
+CLIP that conditions, which flatters what is drawn from its embeddings, and (`_judge`) by the
 independent one.
 """
 
@@ -18,6 +19,7 @@ from _common import results_option
 import torch
 from _results import save_rows
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import trange
 
 from eval.distances import frechet
@@ -35,6 +37,8 @@ from unclip_pl.utils.options import override_sampling
 
 WHITE = 0.99
 """Pixels are white from here on, of a range of -1 to 1."""
+LAYOUT = 16
+"""Side to which drawings are reduced to compare where things lie."""
 COLUMNS = 12
 
 
@@ -74,6 +78,7 @@ def figures(drawn: Tensor, real: Tensor, clip: FrozenCLIP, judge: FrozenCLIP) ->
         "first": found_first(clip, drawn, real),
         "first_judge": found_first(judge, drawn, real),
         "grain": (1 - drawn).abs().mean(1)[real.amin(1) > WHITE].median().item(),
+        "layout": adaptive_avg_pool2d(drawn - real, LAYOUT).square().mean().item(),
         "fd_clip": frechet(features(clip, real), features(clip, drawn)),
         "fd_clip_judge": frechet(features(judge, real), features(judge, drawn)),
     }

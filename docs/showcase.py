@@ -20,10 +20,10 @@ from unclip_pl.utils.images import grid, save_png
 CAPTIONS = [
     "woman firefighter, dark skin tone",
     "couple with heart",
-    "man police officer, dark skin tone",
     "man scientist, medium skin tone",
-    "woman teacher, medium skin tone",
-    "woman cook, medium-light skin tone",
+    "thumbs up",
+    "strawberry",
+    "cactus",
 ]
 COLUMNS = len(CAPTIONS)
 SOURCE = "OpenMoji, CC BY-SA 4.0, openmoji.org"

@@ -138,6 +138,7 @@ INHERITED = {  # of one stage
     "ar_prior": {"trainer.callbacks+": "what a prior draws is measured at any size"},
     "diffusion_prior": {
         "trainer.callbacks+": "what a prior draws, and the analytic variance of Table 3",
+        "model.optimizer.muon_lr": "of Muon, and the paper's optimizer is AdamW",
     },
     "decoder": {
         "data.image_size": "64 px, as in Table 3",
@@ -156,6 +157,8 @@ NOT_NAMED = {  # values of the classes that no file of these stages names, and w
 UPSAMPLERS = {
     "model.net.head_width": (64, "there is no attention"),
     "model.net.embed_dim": (0, "no embedding"),
+    "model.net.thumbnail": (0, "no embedding"),
+    "model.net.thumbnail_width": (384, "there is no thumbnail"),
     "model.net.embed_tokens": (4, "no embedding"),
     "model.net.context_width": (0, "no captions"),
     "model.net.scale_shift": (True, "GLIDE's FiLM"),
@@ -177,6 +180,7 @@ NOT_NAMED_BY = {  # of one stage, with those of all
     "decoder": {
         "model.net.out_channels": (6, "mean and variance"),
         "model.net.low_res_channels": (0, "no image for a condition"),
+        "model.net.thumbnail_width": (384, "there is no thumbnail"),
         "model.net.scale_shift": (True, "GLIDE's FiLM"),
         "model.net.middle_attention": (True, "as GLIDE"),
         "model.cond_dropout.null_embed": ("learned", "section 2.1"),

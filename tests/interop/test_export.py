@@ -195,6 +195,7 @@ def unet(**change) -> UNetConfig:
         ({"diffusion": DiffusionConfig()}, "diffusion.variance_bound 2.0"),
         ({"net": unet(patch_size=2, attention=(4,))}, "net.patch_size 2"),
         ({"net": unet(scale_shift=False)}, "net.scale_shift False"),
+        ({"net": unet(thumbnail=4)}, "net.thumbnail 4"),
     ],
 )
 def test_a_decoder_that_diffusers_cannot_hold(change, setting, tmp_path, capsys):

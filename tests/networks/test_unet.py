@@ -157,8 +157,9 @@ def test_each_condition_counts():
 
 
 @pytest.mark.parametrize("image_tokens_alone", [False, True])
-def test_encoded_context_equals_plain(image_tokens_alone):
-    net = randomised(UNet(SMALL)).eval()
+@pytest.mark.parametrize("thumbnail", [0, 4])
+def test_encoded_context_equals_plain(image_tokens_alone, thumbnail):
+    net = randomised(UNet(replace(SMALL, thumbnail=thumbnail))).eval()
     x, t = inputs()
     given = {"embed": torch.randn(2, 12)} if image_tokens_alone else conditions()
     with torch.no_grad():
@@ -279,6 +280,10 @@ def test_attention_against_a_slow_one():
         ({"depth": 0}, "at least 1"),
         ({"embed_tokens": -1}, r"UNetConfig\.embed_tokens is -1: give 0 or more"),
         ({"out_channels": 0}, r"UNetConfig\.out_channels is 0: give 1 or more"),
+        ({"thumbnail": -1}, r"UNetConfig\.thumbnail is -1: give 0 or more"),
+        ({"thumbnail": 5}, "thumbnail is 5: .*an image_size that it divides .here 16"),
+        ({"thumbnail": 4, "embed_dim": 0}, "thumbnail is 4: it needs an embedding"),
+        ({"thumbnail": 4, "thumbnail_width": 0}, "thumbnail_width of at least 1"),
     ],
 )
 def test_impossible_configs_are_refused(change, words):

@@ -42,11 +42,13 @@ def batch(size: int = 4) -> dict:
     return captions | {"key": [str(i) for i in range(size)], "image": image}
 
 
-def test_loss_is_a_mean_over_samples_and_every_parameter_gets_a_gradient():
-    stage = decoder()
+@pytest.mark.parametrize("thumbnail", [0, 4])
+def test_loss_is_a_mean_over_samples_and_every_parameter_gets_a_gradient(thumbnail):
+    stage = decoder(net=replace(NET, thumbnail=thumbnail))
     losses = stage.loss(batch())
     assert losses["per_sample"].shape == losses["t"].shape == (4,)
     torch.testing.assert_close(losses["mse"], losses["per_sample"].mean())
+    assert set(stage.scalars) == {name for name, value in losses.items() if value.ndim == 0}
     losses["loss"].backward()
     assert [name for name, p in stage.named_parameters() if p.grad is None] == []
 
@@ -67,13 +69,33 @@ def test_embedding_and_caption_are_dropped_independently_at_their_rates():
     assert abs((embed * text).mean() - 0.45) < 0.03  # 45 % both, 5 % only text: paper, section 2.1
 
 
-def test_dropped_embedding_has_no_influence_and_a_kept_one_has():
-    stage = decoder(cond_dropout=CondDropoutConfig(embed=1.0, text=1.0)).eval()
+@pytest.mark.parametrize("thumbnail", [0, 4])
+def test_dropped_embedding_has_no_influence_and_a_kept_one_has(thumbnail):
+    dropout = CondDropoutConfig(embed=1.0, text=1.0)
+    stage = decoder(cond_dropout=dropout, net=replace(NET, thumbnail=thumbnail)).eval()
     one, two = batch(), batch() | {"image_embed": torch.randn(4, 12)}
     loss = lambda b: stage.loss(b, torch.Generator().manual_seed(3))["loss"]
     assert torch.equal(loss(one), loss(two))
     stage.cond_dropout = CondDropoutConfig(embed=0.0, text=1.0)
     assert not torch.equal(loss(one), loss(two))
+
+
+def test_loss_trains_the_thumbnail_of_what_the_network_saw():
+    """Added to the loss, of the embedding as it was after dropping; the rest does not change it."""
+    stage = decoder(net=replace(NET, thumbnail=4)).eval()
+    given = batch()
+    losses = stage.loss(given)
+    small = given["image"].unflatten(-1, (4, 4)).unflatten(-3, (4, 4)).mean((-1, -3))
+    drawn = stage.net.clip_to_thumbnail
+    keep = stage.loss(given, cond_dropout=CondDropoutConfig(embed=0.0))["thumbnail_mse"]
+    guess = drawn(stage.normalizer.normalize(given["image_embed"]))
+    torch.testing.assert_close(keep, (guess - small).square().mean())
+    dropped = stage.loss(given, cond_dropout=CondDropoutConfig(embed=1.0))["thumbnail_mse"]
+    torch.testing.assert_close(dropped, (drawn(stage.null_embed[None]) - small).square().mean())
+    weights = list(drawn.parameters())
+    of_loss = torch.autograd.grad(losses["loss"], weights, retain_graph=True)
+    of_thumbnail = torch.autograd.grad(losses["thumbnail_mse"], weights)
+    torch.testing.assert_close(of_loss, of_thumbnail)
 
 
 @pytest.mark.parametrize("null", ["learned", "zeros"])

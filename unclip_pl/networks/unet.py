@@ -1,7 +1,8 @@
 """The ADM U-Net (Dhariwal and Nichol 2021) with GLIDE's context attention and unCLIP's conditions.
 
 A CLIP image embedding enters twice (unCLIP section 2.1): added to the timestep embedding, and as
-extra context tokens. Karlo's decoder, ADM and the upsamplers are configurations of this network.
+extra context tokens. For small data it may enter as a thumbnail as well. Karlo's decoder, ADM and
+the upsamplers are configurations of this network.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from unclip_pl.networks.blocks import Attention, Resample, ResBlock, UNetBlock
 from unclip_pl.networks.checkpointing import Checkpointing, apply_checkpointing
 from unclip_pl.networks.layers import GroupNorm32, timestep_embedding, zero_module
+from unclip_pl.networks.thumbnail import Thumbnail
 from unclip_pl.utils.choices import check_choices, check_least
 
 
@@ -44,6 +46,12 @@ class UNetConfig:
     """Width of the context tokens; 0: no context."""
     low_res_channels: int = 0
     """Upsamplers: channels of the image concatenated to the input; 0: none."""
+    thumbnail: int = 0
+    """Side of a small image that an MLP guesses from the embedding, enlarged and concatenated to
+    the input (`networks/thumbnail.py`); 0: none, as in the paper. No gradient of the output passes
+    through it, neither to the MLP nor to the embedding."""
+    thumbnail_width: int = 384
+    """Width of that MLP."""
     scale_shift: bool = True
     """The timestep scales and shifts the second norm (FiLM); False: it is added before it."""
     patch_size: int = 1
@@ -87,6 +95,15 @@ class UNetConfig:
                 "UNetConfig has context_width and no attention to read it: set attention or "
                 "middle_attention, or context_width 0."
             )
+        check_least(self, 0, "thumbnail")
+        if self.thumbnail and (
+            not self.embed_dim or self.image_size % self.thumbnail or self.thumbnail_width < 1
+        ):
+            raise ValueError(
+                f"UNetConfig.thumbnail is {self.thumbnail}: it needs an embedding (embed_dim), an "
+                f"image_size that it divides (here {self.image_size}) and a thumbnail_width of at "
+                "least 1; or set it to 0."
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(
                 f"UNetConfig.dropout is {self.dropout}: it must be at least 0 and below 1."
@@ -114,6 +131,8 @@ class EncodedContext(NamedTuple):
     forward pass; or (B, S, context_width), not yet projected."""
     mask: Tensor | None
     """(B, S) bool, True where the token is visible; None: all."""
+    thumbnail: Tensor | None = None
+    """(B, in_channels, s, s), the first guess of the image; None: the config has none."""
 
 
 class UNet(nn.Module):
@@ -138,8 +157,14 @@ class UNet(nn.Module):
         tokens_width = config.embed_tokens * config.context_width
         has_tokens = config.embed_dim and tokens_width
         self.clip_to_tokens = nn.Linear(config.embed_dim, tokens_width) if has_tokens else None
-        in_channels = (config.in_channels + config.low_res_channels) * patch
-        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        in_channels = config.in_channels + config.low_res_channels
+        self.clip_to_thumbnail = None
+        if config.thumbnail:
+            self.clip_to_thumbnail = Thumbnail(
+                config.embed_dim, config.in_channels, config.thumbnail, config.thumbnail_width
+            )
+            in_channels += config.in_channels
+        self.conv_in = nn.Conv2d(in_channels * patch, width, 3, padding=1)
 
         def res_block(in_channels: int, out_channels: int, resample: Resample = "none") -> ResBlock:
             film, dropout = config.scale_shift, config.dropout
@@ -225,7 +250,10 @@ class UNet(nn.Module):
                 f"UNet has context_width {config.context_width} and got no `context`: give it, or "
                 "set context_width 0."
             )
-        return EncodedContext(emb, context, mask)
+        thumbnail = None
+        if self.clip_to_thumbnail is not None and embed is not None:
+            thumbnail = self.clip_to_thumbnail(embed).detach()  # learns by its own loss only
+        return EncodedContext(emb, context, mask, thumbnail)
 
     def encode_context(
         self,
@@ -297,6 +325,9 @@ class UNet(nn.Module):
 
         if low_res is not None:
             x = torch.cat([x, low_res.to(dtype)], dim=1)
+        if encoded.thumbnail is not None:
+            enlarged = F.interpolate(encoded.thumbnail.to(dtype), x.shape[-2:], mode="bilinear")
+            x = torch.cat([x, enlarged], dim=1)
         if config.patch_size > 1:
             x = F.pixel_unshuffle(x, config.patch_size)
         x = self.conv_in(x)

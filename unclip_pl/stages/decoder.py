@@ -142,6 +142,8 @@ class Decoder(Stage):
         self.count_steps()  # refuses what is impossible at once
         learned = self.process.config.variance == "learned_range"
         self.scalars = ("loss", "mse", "vb") if learned else ("loss", "mse")
+        if self.net_config.thumbnail:
+            self.scalars += ("thumbnail_mse",)
         if condition == "text":  # the embedding is the caption's, too
             self.captioned_dropout = replace(self.cond_dropout, embed=0.0, text=0.0)
         elif self.text_config.kind != "none":
@@ -277,6 +279,10 @@ class Decoder(Stage):
         result = {"loss": losses.loss.mean(), "mse": losses.mse.mean()}
         if losses.vb is not None:
             result["vb"] = losses.vb.mean()
+        embed = conditions["embed"]
+        if self.net.clip_to_thumbnail is not None and embed is not None:
+            result["thumbnail_mse"] = self.net.clip_to_thumbnail.loss(embed, image)
+            result["loss"] = result["loss"] + result["thumbnail_mse"]
         return result | {"t": t, "per_sample": losses.mse}
 
     def predictor(

@@ -78,6 +78,7 @@ def _of_decoder(stage: Decoder) -> list[Rule]:
         *_of_process(stage.process.config, ("eps",), "learned_range"),
         ("diffusion.variance_bound", stage.process.config.variance_bound, (None,)),
         ("net.patch_size", net.patch_size, (1,)),
+        ("net.thumbnail", net.thumbnail, (0,)),
         ("net.embed_tokens", net.embed_tokens, (net.embed_tokens or 4,)),
         ("net.scale_shift", net.scale_shift, (True,)),
         ("net.middle_attention", net.middle_attention, (True,)),
