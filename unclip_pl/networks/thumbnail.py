@@ -13,7 +13,8 @@ from unclip_pl.networks.layers import Block, LayerNorm32, zero_module
 
 DROPOUT = 0.005
 """Share of the embedding that training leaves out: a prior's embeddings are not exact either. More
-blurs what was seen: on OpenMoji 0.05 doubled the error of single objects."""
+blurs what was seen: on OpenMoji, after 6,000 steps of 32, the mean squared error on single objects
+of the training was 0.024 with 0.03 and 0.014 with none."""
 
 
 class MLPBlock(Block):
