@@ -64,6 +64,8 @@ def decoder() -> Decoder:
         dropout=0.1,
         embed_dim=DIM,
         context_width=20,
+        thumbnail=4,
+        thumbnail_width=16,
         checkpointing="selective",
     )
     return Decoder(

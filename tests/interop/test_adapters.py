@@ -3,10 +3,12 @@ alone, in peft's layout."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from tests import factories
 from unclip_pl.cli.unclip import main
@@ -15,6 +17,7 @@ from unclip_pl.pipeline.interop.adapters import KINDS
 from unclip_pl.pipeline.weights import load_pretrained, load_stage, read_weights
 from unclip_pl.stages.base import Stage
 from unclip_pl.stages.clip import CLIP
+from unclip_pl.stages.decoder import Decoder
 from unclip_pl.training.lora import LoRA
 from unclip_pl.training.variance import add_variance
 from unclip_pl.utils.errors import UserError
@@ -79,6 +82,22 @@ def test_they_stand_for_the_stage_that_was_fine_tuned(name, tmp_path, capsys):
     load_pretrained(stage, out)
     held = expected.tensors | {"skipped_steps": stage.skipped_steps}  # which starts from 0
     assert digest_of(stage.state_dict()) == digest_of(held)
+
+
+def test_the_overlay_adapts_a_decoders_thumbnail_too():
+    tiny = factories.tiny_stage("decoder")
+    net = replace(tiny.net_config, thumbnail=4, thumbnail_width=16)
+    stage = Decoder(net, tiny.text_config)
+    overlay = yaml.safe_load(Path("lightning_config/lora.yaml").read_text())
+    (callback,) = overlay["trainer"]["callbacks+"]
+    LoRA(**callback["init_args"]).setup(None, stage, "fit")
+    stage.loss(factories.tiny_batch("decoder", 4))["thumbnail_mse"].backward()
+    layers = [f"blocks.{block}.linear{layer}" for block in (0, 1) for layer in (1, 2)]
+    names = [f"net.clip_to_thumbnail.{layer}.lora_B.default.weight" for layer in layers]
+    parameters = dict(stage.named_parameters())
+    assert {*names} <= parameters.keys()
+    assert {name for name, weight in parameters.items() if weight.grad is not None} > {*names}
+    assert all(weight.requires_grad == ("lora_" in name) for name, weight in parameters.items())
 
 
 @pytest.mark.parametrize("name", factories.STAGES)

@@ -326,7 +326,8 @@ class UNet(nn.Module):
         if low_res is not None:
             x = torch.cat([x, low_res.to(dtype)], dim=1)
         if encoded.thumbnail is not None:
-            enlarged = F.interpolate(encoded.thumbnail.to(dtype), x.shape[-2:], mode="bilinear")
+            thumbnail = encoded.thumbnail.to(dtype, memory_format=torch.channels_last)  # as images
+            enlarged = F.interpolate(thumbnail, x.shape[-2:], mode="bilinear")
             x = torch.cat([x, enlarged], dim=1)
         if config.patch_size > 1:
             x = F.pixel_unshuffle(x, config.patch_size)
