@@ -59,6 +59,8 @@ def run(*, source: SourceOptions, score_clip: ScoreClip = None, options: RunOpti
         for metric in metrics:
             metric.update(seen, text)
     figures: Figures = {"images": images.name, "clip": str(clip.config)}
+    if captions:
+        figures["captions_from"] = captions
     for metric in metrics:
         figures |= metric.compute()
     figures["bad"] = len(images) - figures["n"]
@@ -73,6 +75,7 @@ def rows(figures: Figures) -> list[tuple[str, str]]:
     mean, median = figures["rank_mean"], figures["rank_median"]
     return [
         ("images", f"{figures['images']} ({figures['n']})"),
+        *([("captions from", figures["captions_from"])] if "captions_from" in figures else []),
         ("CLIP", figures["clip"]),
         ("CLIP score", f"{figures['clip_score']:.3f}  [{low:.3f}, {high:.3f}] of 95 %"),
         ("own caption's rank", f"mean {mean:.1f}, median {median:.0f}, of {figures['captions']}"),

@@ -85,6 +85,7 @@ def run(
     notes += missing
     settings = {
         "images": images.name,
+        **({"captions_from": captions} if captions else {}),
         "reference": real.name,
         "reference_size": real.size,
         "features": network.name,
