@@ -135,7 +135,10 @@ SAME = {  # values of every small stage that hold for the paper's too, and why
     "trainer.check_val_every_n_epoch": "validations are counted in steps",
 }
 INHERITED = {  # of one stage
-    "ar_prior": {"trainer.callbacks+": "what a prior draws is measured at any size"},
+    "ar_prior": {
+        "trainer.callbacks+": "what a prior draws is measured at any size",
+        "model.optimizer.muon_lr": "of Muon, and the paper's optimizer is AdamW",
+    },
     "diffusion_prior": {
         "trainer.callbacks+": "what a prior draws, and the analytic variance of Table 3",
         "model.optimizer.muon_lr": "of Muon, and the paper's optimizer is AdamW",
