@@ -162,10 +162,11 @@ def test_the_command_counts_a_clip_only_where_it_runs(arguments, clip, capsys):
 
 
 def test_the_command_prints_a_row_for_each_number_of_gpus(capsys):
-    assert app.main(["plan", "stages/ar_prior.yaml", "--gpus", "1", "8", "--batch", "64"]) == 0
+    stage = "stages/paper/ar_prior.yaml"
+    assert app.main(["plan", stage, "--gpus", "1", "8", "--batch", "64"]) == 0
     output = capsys.readouterr().out
     assert output.count("| ddp |") == 2 and output.count("| fsdp |") == 1
-    assert "900 steps of 64" in output
+    assert "1,000,000 steps of 64" in output
     assert app.main(["plan", "stages/decoder.yaml", "--gpus", "8"]) == 0
     output = capsys.readouterr().out
     assert "| fsdp |" not in output and "fsdp is left out: optimizer.name muon" in output
