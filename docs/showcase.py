@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip_pl import manipulate
+from unclip_pl.manipulate.latent import INVERSION_STEPS
 from unclip_pl.pipeline.unclip import UnCLIP
 from unclip_pl.utils.images import grid, save_png
 
@@ -22,7 +23,7 @@ CAPTIONS = [
     "couple with heart",
     "man scientist, medium skin tone",
     "thumbs up",
-    "strawberry",
+    "red apple",
     "cactus",
 ]
 COLUMNS = len(CAPTIONS)
@@ -39,12 +40,13 @@ def rows(unclip: UnCLIP, seed: int = 0) -> dict[str, Tensor]:
     ends = unclip.generate(
         ["woman pilot, dark skin tone", "man with beard, light skin tone"], [seed] * 2, size=64
     )
-    still = replace(unclip.decoder.sampling, eta=0.0)  # on the way that was inverted
-    start, end = (manipulate.invert(unclip, image[None], 50) for image in ends)
+    # on the way that was inverted
+    still = replace(unclip.decoder.sampling, steps=INVERSION_STEPS, eta=0.0)
+    start, end = (manipulate.invert(unclip, image[None]) for image in ends)
     between = manipulate.interpolate(unclip, repeated(start), repeated(end), theta, seed, still)
     changed = manipulate.text_diff(
         unclip,
-        repeated(manipulate.invert(unclip, person, 50)),
+        repeated(manipulate.invert(unclip, person)),
         ["woman, light skin tone"] * COLUMNS,
         ["woman, dark skin tone"] * COLUMNS,
         0.25 * theta,
