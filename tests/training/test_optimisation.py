@@ -96,9 +96,11 @@ def test_rate_rises_linearly_then_falls_as_a_half_cosine(tmp_path):
 
 
 def test_cosine_without_an_end_is_a_sentence(tmp_path):
-    module = Toy(optimizer=OptimizerConfig(warmup_steps=1, decay="cosine"))
+    module = Toy(optimizer=OptimizerConfig(warmup_steps=100, decay="cosine"))
+    endless = trainer(tmp_path, steps=-1, limit_train_batches=3)
     with pytest.raises(UserError, match="max_steps"):
-        trainer(tmp_path, steps=-1, limit_train_batches=3).fit(module, loader())
+        endless.fit(module, loader())
+    assert endless.global_step == 0  # not at the end of the warm-up
 
 
 def test_random_draws_depend_only_on_the_step(tmp_path):

@@ -61,14 +61,14 @@ class OptimizerConfig:
         Raises:
             UserError: a cosine, and the last step is not known.
         """
+        if self.decay == "cosine" and max_steps <= 0:
+            raise UserError(
+                "optimizer.decay: cosine needs to know the last step: give --trainer.max_steps."
+            )
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.decay == "constant":
             return 1.0
-        if max_steps <= 0:
-            raise UserError(
-                "optimizer.decay: cosine needs to know the last step: give --trainer.max_steps."
-            )
         share = (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
