@@ -167,9 +167,10 @@ def test_the_command_prints_a_row_for_each_number_of_gpus(capsys):
     output = capsys.readouterr().out
     assert output.count("| ddp |") == 2 and output.count("| fsdp |") == 1
     assert "1,000,000 steps of 64" in output
-    assert app.main(["plan", "stages/decoder.yaml", "--gpus", "8"]) == 0
-    output = capsys.readouterr().out
-    assert "| fsdp |" not in output and "fsdp is left out: optimizer.name muon" in output
+    for stage in ("stages/decoder.yaml", "stages/ar_prior.yaml"):
+        assert app.main(["plan", stage, "--gpus", "8"]) == 0
+        output = capsys.readouterr().out
+        assert "| fsdp |" not in output and "fsdp is left out: optimizer.name muon" in output
 
 
 def test_the_command_says_which_gpu_it_assumes_and_takes_another(capsys):

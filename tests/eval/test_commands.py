@@ -86,6 +86,7 @@ def test_a_folder_against_itself_is_at_no_distance(folder, capsys):
     assert found["cmmd"] == pytest.approx(0, abs=1e-9)
     assert (found["precision"], found["recall"], found["n_fake"], found["bad"]) == (1, 1, 80, 0)
     assert found["command"] == "fid" and "256 numbers" in found["notes"][0]
+    assert "captions_from" not in found
 
 
 def test_the_figures_are_written_and_their_interval_holds_the_value(folder, tmp_path, capsys):
@@ -119,6 +120,7 @@ def test_own_captions_score_above_others_and_the_file_gives_them_line_by_line(
     file.write_text("\n\n".join(captions) + "\n")
     from_file = score("--captions", str(file))
     assert from_file["clip_score"] == pytest.approx(own["clip_score"], rel=1e-9)
+    assert "captions_from" not in own and from_file["captions_from"] == str(file)
     file.write_text("\n".join(captions[7:] + captions[:7]))
     others = score("--captions", str(file))
     assert others["clip_score_high"] < own["clip_score_low"]

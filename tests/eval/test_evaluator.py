@@ -88,6 +88,7 @@ def test_clip_score_is_by_the_scoring_clip_by_default(tmp_path: Path, caplog, ca
     found = last_line(capsys)
     assert (found["clip"], found["notes"]) == ("openmoji-judge", []) and not caplog.text
     assert found["drawn"]["condition"] == "text" and found["drawn"]["decoder"]["sha256"]
+    assert found["captions_from"] == str(shard)
     assert clip_score.main([*words, "--score-clip", "openmoji"]) == 0
     (note,) = last_line(capsys)["notes"]
     assert "--score-clip" in note and note in caplog.text
@@ -106,6 +107,7 @@ def test_distances_by_the_clip_that_conditions_are_said_to_be_by_it(tmp_path, ca
         assert len(notes) == expected == ("--features" in caplog.text)
         assert all(note in printed.partition("\n{")[0] for note in found["notes"])
         assert found["drawn"]["seed"] == 0 and found["floor"] is None
+        assert found["captions_from"] == str(shard) in printed
     more = ["--features", "clip", "--floor"]
     assert fid.main([*words, *more, str(tiny.shards(tmp_path / "more", 8, seed=1))]) == 0
     printed = capsys.readouterr().out
